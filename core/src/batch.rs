@@ -1,0 +1,128 @@
+//! What data gives and training takes: named tensors, streamed by rank, resumable in O(1).
+//!
+//! The `data` crate implements [`BatchSource`]; `train` consumes it. Neither knows the other.
+
+use crate::Error;
+use candle_core::Tensor;
+use serde::{Deserialize, Serialize};
+
+/// Named tensors that share their first dimension, the rows.
+#[derive(Clone, Debug, Default)]
+pub struct Batch {
+    tensors: Vec<(String, Tensor)>,
+    rows: usize,
+    global_rows: usize,
+}
+
+impl Batch {
+    /// A batch of the given tensors. Errors when their first dimensions differ.
+    pub fn new(tensors: Vec<(String, Tensor)>) -> Result<Self, Error> {
+        let rows = match tensors.first() {
+            Some((name, tensor)) => rows_of(name, tensor)?,
+            None => 0,
+        };
+        for (name, tensor) in &tensors {
+            let got = rows_of(name, tensor)?;
+            if got != rows {
+                return Err(Error::BatchRows {
+                    name: name.clone(),
+                    expected: rows,
+                    got,
+                });
+            }
+        }
+        Ok(Self {
+            tensors,
+            rows,
+            global_rows: rows,
+        })
+    }
+
+    /// Says how many rows this step has over all ranks (the default is this batch's own).
+    pub fn with_global_rows(self, global_rows: usize) -> Self {
+        Self { global_rows, ..self }
+    }
+
+    /// The tensor of this name, or an error that lists the names there are.
+    pub fn get(&self, name: &str) -> Result<&Tensor, Error> {
+        let found = self.tensors.iter().find(|(n, _)| n == name);
+        found.map(|(_, tensor)| tensor).ok_or_else(|| Error::NoSuchColumn {
+            name: name.to_owned(),
+            available: self.tensors.iter().map(|(n, _)| n.clone()).collect(),
+        })
+    }
+
+    /// Rows in this rank's part of the step. May be 0 in the last step of an epoch.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Rows in this step over all ranks: what a mean loss is weighted by.
+    pub fn global_rows(&self) -> usize {
+        self.global_rows
+    }
+
+    /// The tensors with their names, in the order they were given.
+    pub fn tensors(&self) -> &[(String, Tensor)] {
+        &self.tensors
+    }
+}
+
+fn rows_of(name: &str, tensor: &Tensor) -> Result<usize, Error> {
+    tensor.dims().first().copied().ok_or_else(|| Error::BatchScalar {
+        name: name.to_owned(),
+    })
+}
+
+/// Which part of a stream belongs to a worker: rank `rank` of `world`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Shard {
+    /// This worker, in `0..world`.
+    pub rank: usize,
+    /// All workers.
+    pub world: usize,
+}
+
+impl Shard {
+    /// Everything: the one worker of a world of one.
+    pub const ALL: Self = Self { rank: 0, world: 1 };
+}
+
+/// Where a stream stands, O(1) in size and valid for any world size up to its number of lanes.
+///
+/// The state names the position that was *consumed*, never what was prefetched.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StreamState {
+    /// Hash of the list of blocks with their row counts; a resumed stream must have the same.
+    pub manifest: String,
+    /// Version of the order's algorithm.
+    pub version: u32,
+    /// Seed of the shuffle.
+    pub seed: u64,
+    /// Epochs finished.
+    pub epoch: u64,
+    /// Steps consumed in the epoch under way.
+    pub step: u64,
+}
+
+/// A rank's share of an endless sequence of epochs.
+pub trait BatchStream: Send {
+    /// The next batch, or `None` once at the end of each epoch; the call after that starts the
+    /// next epoch. Every rank gets the same number of batches in an epoch.
+    fn next_batch(&mut self) -> Result<Option<Batch>, Error>;
+
+    /// The position after the last batch that was returned.
+    fn state(&self) -> StreamState;
+
+    /// Continues from `state`. Errors when it was taken from other data or another order.
+    fn restore(&mut self, state: &StreamState) -> Result<(), Error>;
+
+    /// Steps in one epoch.
+    fn steps_per_epoch(&self) -> u64;
+}
+
+/// The description of a stream: cheap to send, opened where it is read.
+pub trait BatchSource: Send + Sync {
+    /// Opens the part of `shard`, at the start of epoch 0.
+    fn open(&self, shard: Shard) -> Result<Box<dyn BatchStream>, Error>;
+}

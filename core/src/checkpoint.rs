@@ -1,0 +1,296 @@
+//! Checkpoints: folders that are either whole or not there.
+//!
+//! A save writes into a temporary sibling, fsyncs every file, writes a manifest with a checksum
+//! per file, renames the folder and fsyncs its parent. A reader trusts a folder only if every
+//! file matches the manifest; an invalid newest one falls back to the one before it.
+
+use crate::error::AtPath;
+use crate::Error;
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io::{Read, Write};
+use std::path::{Path, PathBuf};
+
+const MANIFEST: &str = "manifest.json";
+const PREFIX: &str = "step-";
+const TEMPORARY: &str = ".tmp-";
+
+/// A committed checkpoint: a folder whose files match its manifest.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Checkpoint {
+    path: PathBuf,
+    step: u64,
+}
+
+impl Checkpoint {
+    /// Opens and verifies the checkpoint in `path`.
+    pub fn open(path: impl Into<PathBuf>) -> Result<Self, Error> {
+        let path = path.into();
+        let manifest = Manifest::read(&path)?;
+        manifest.verify(&path)?;
+        Ok(Self {
+            step: manifest.step,
+            path,
+        })
+    }
+
+    /// The folder.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The path of one of its files, such as `model.safetensors`.
+    pub fn file(&self, name: &str) -> PathBuf {
+        self.path.join(name)
+    }
+
+    /// The global step it was taken at.
+    pub fn step(&self) -> u64 {
+        self.step
+    }
+
+    /// Reads one of its files as JSON.
+    pub fn json<T: serde::de::DeserializeOwned>(&self, name: &str) -> Result<T, Error> {
+        let path = self.file(name);
+        let bytes = fs::read(&path).at("read", &path)?;
+        serde_json::from_slice(&bytes).map_err(|error| Error::Codec {
+            action: "decode",
+            what: path.display().to_string(),
+            source: error.into(),
+        })
+    }
+}
+
+/// The checkpoints of one run, a folder each, `step-0000000042`.
+#[derive(Clone, Debug)]
+pub struct CheckpointStore {
+    dir: PathBuf,
+    keep: usize,
+}
+
+impl CheckpointStore {
+    /// The store in `dir`, which keeps the newest `keep` (at least 1) checkpoints.
+    pub fn new(dir: impl Into<PathBuf>, keep: usize) -> Self {
+        Self {
+            dir: dir.into(),
+            keep: keep.max(1),
+        }
+    }
+
+    /// The folder that holds the checkpoints.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Commits what `write` puts into the folder that it is given, then drops the oldest ones.
+    pub fn save(
+        &self,
+        step: u64,
+        write: impl FnOnce(&Path) -> Result<(), Error>,
+    ) -> Result<Checkpoint, Error> {
+        fs::create_dir_all(&self.dir).at("create", &self.dir)?;
+        let name = format!("{PREFIX}{step:010}");
+        let (temporary, path) = (self.dir.join(format!("{TEMPORARY}{name}")), self.dir.join(&name));
+        remove_if_there(&temporary)?;
+        fs::create_dir(&temporary).at("create", &temporary)?;
+        write(&temporary)?;
+        Manifest::commit(&temporary, step)?;
+        remove_if_there(&path)?;
+        fs::rename(&temporary, &path).at("rename", &temporary)?;
+        sync(&self.dir)?;
+        self.prune()?;
+        Ok(Checkpoint { path, step })
+    }
+
+    /// The newest valid checkpoint. Warns about each invalid one that it passes over.
+    pub fn latest(&self) -> Result<Option<Checkpoint>, Error> {
+        for path in self.paths()?.into_iter().rev() {
+            match Checkpoint::open(&path) {
+                Ok(checkpoint) => return Ok(Some(checkpoint)),
+                Err(error) => tracing::warn!("{error}; falling back to the checkpoint before it"),
+            }
+        }
+        Ok(None)
+    }
+
+    /// The folders of all checkpoints, oldest first, valid or not.
+    pub fn paths(&self) -> Result<Vec<PathBuf>, Error> {
+        if !self.dir.exists() {
+            return Ok(Vec::new());
+        }
+        let mut paths = Vec::new();
+        for entry in fs::read_dir(&self.dir).at("list", &self.dir)? {
+            let path = entry.at("list", &self.dir)?.path();
+            if path.file_name().is_some_and(|n| n.to_string_lossy().starts_with(PREFIX)) {
+                paths.push(path);
+            }
+        }
+        paths.sort();
+        Ok(paths)
+    }
+
+    fn prune(&self) -> Result<(), Error> {
+        let paths = self.paths()?;
+        for path in &paths[..paths.len().saturating_sub(self.keep)] {
+            remove_if_there(path)?;
+        }
+        Ok(())
+    }
+}
+
+/// The commit point: which files belong to the checkpoint, with sizes and checksums.
+#[derive(Debug, Serialize, Deserialize)]
+struct Manifest {
+    format: u32,
+    step: u64,
+    files: BTreeMap<String, FileEntry>,
+}
+
+#[derive(Debug, PartialEq, Serialize, Deserialize)]
+struct FileEntry {
+    bytes: u64,
+    crc32: u32,
+}
+
+impl Manifest {
+    fn commit(dir: &Path, step: u64) -> Result<(), Error> {
+        let mut files = BTreeMap::new();
+        for entry in fs::read_dir(dir).at("list", dir)? {
+            let path = entry.at("list", dir)?.path();
+            sync(&path)?;
+            files.insert(file_name(&path), FileEntry::of(&path)?);
+        }
+        let manifest = Self { format: 1, step, files };
+        let text = serde_json::to_vec_pretty(&manifest).map_err(Error::layer)?;
+        write_synced(&dir.join(MANIFEST), &text)?;
+        sync(dir)
+    }
+
+    fn read(dir: &Path) -> Result<Self, Error> {
+        let path = dir.join(MANIFEST);
+        let bytes = fs::read(&path).map_err(|error| invalid(dir, format!("{MANIFEST}: {error}")))?;
+        serde_json::from_slice(&bytes).map_err(|error| invalid(dir, format!("{MANIFEST}: {error}")))
+    }
+
+    fn verify(&self, dir: &Path) -> Result<(), Error> {
+        for (name, expected) in &self.files {
+            let got = FileEntry::of(&dir.join(name))
+                .map_err(|error| invalid(dir, format!("{name}: {error}")))?;
+            if got != *expected {
+                let reason = format!(
+                    "{name} has {} bytes and checksum {:08x}, expected {} bytes and {:08x}",
+                    got.bytes, got.crc32, expected.bytes, expected.crc32
+                );
+                return Err(invalid(dir, reason));
+            }
+        }
+        Ok(())
+    }
+}
+
+impl FileEntry {
+    fn of(path: &Path) -> Result<Self, Error> {
+        let mut file = File::open(path).at("open", path)?;
+        let (mut hasher, mut bytes) = (crc32fast::Hasher::new(), 0);
+        let mut buffer = vec![0; 1 << 16];
+        loop {
+            let n = file.read(&mut buffer).at("read", path)?;
+            if n == 0 {
+                return Ok(Self {
+                    bytes,
+                    crc32: hasher.finalize(),
+                });
+            }
+            hasher.update(&buffer[..n]);
+            bytes += n as u64;
+        }
+    }
+}
+
+/// Replaces a small file in one step: a reader sees the old text or the new, never a half.
+pub fn write_atomically(path: &Path, bytes: &[u8]) -> Result<(), Error> {
+    let temporary = path.with_file_name(format!("{TEMPORARY}{}", file_name(path)));
+    write_synced(&temporary, bytes)?;
+    fs::rename(&temporary, path).at("rename", &temporary)?;
+    sync(path.parent().unwrap_or(Path::new(".")))
+}
+
+fn write_synced(path: &Path, bytes: &[u8]) -> Result<(), Error> {
+    let mut file = File::create(path).at("create", path)?;
+    file.write_all(bytes).at("write", path)?;
+    file.sync_all().at("sync", path)
+}
+
+fn sync(path: &Path) -> Result<(), Error> {
+    File::open(path).and_then(|file| file.sync_all()).at("sync", path)
+}
+
+fn remove_if_there(dir: &Path) -> Result<(), Error> {
+    if !dir.exists() {
+        return Ok(());
+    }
+    fs::remove_dir_all(dir).at("remove", dir)
+}
+
+fn file_name(path: &Path) -> String {
+    path.file_name().unwrap_or_default().to_string_lossy().into_owned()
+}
+
+fn invalid(dir: &Path, reason: String) -> Error {
+    Error::CheckpointInvalid {
+        path: dir.to_owned(),
+        reason,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn store_with(steps: &[u64], keep: usize) -> (tempfile::TempDir, CheckpointStore) {
+        let dir = tempfile::tempdir().expect("temporary folder");
+        let store = CheckpointStore::new(dir.path().join("checkpoints"), keep);
+        for step in steps {
+            store
+                .save(*step, |d| fs::write(d.join("model.bin"), [*step as u8; 100]).at("write", d))
+                .expect("save");
+        }
+        (dir, store)
+    }
+
+    #[test]
+    fn keeps_the_newest_and_finds_the_latest() {
+        let (_dir, store) = store_with(&[1, 2, 30], 2);
+        assert_eq!(store.paths().expect("paths").len(), 2);
+        let latest = store.latest().expect("latest").expect("some");
+        assert_eq!(latest.step(), 30);
+        assert_eq!(fs::read(latest.file("model.bin")).expect("read"), [30; 100]);
+    }
+
+    /// INV-CKPT: whatever byte is lost or changed, the one before it is used.
+    #[test]
+    fn a_damaged_newest_falls_back() {
+        let damage: [(&str, fn(&Path)); 4] = [
+            ("cut in half", |d| fs::write(d.join("model.bin"), [2; 50]).expect("write")),
+            ("changed", |d| fs::write(d.join("model.bin"), [3; 100]).expect("write")),
+            ("missing file", |d| fs::remove_file(d.join("model.bin")).expect("remove")),
+            ("manifest cut", |d| fs::write(d.join(MANIFEST), b"{").expect("write")),
+        ];
+        for (what, harm) in damage {
+            let (_dir, store) = store_with(&[1, 2], 5);
+            harm(&store.paths().expect("paths")[1]);
+            let latest = store.latest().expect("latest").expect("some");
+            assert_eq!(latest.step(), 1, "{what}");
+        }
+    }
+
+    #[test]
+    fn a_failed_write_leaves_nothing_behind_that_counts() {
+        let (_dir, store) = store_with(&[1], 5);
+        let failed = store.save(2, |_| Err(Error::Internal("disk full".into())));
+        assert!(failed.is_err());
+        assert_eq!(store.latest().expect("latest").expect("some").step(), 1);
+        store.save(2, |_| Ok(())).expect("the next save is not disturbed");
+    }
+}

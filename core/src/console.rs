@@ -1,0 +1,89 @@
+//! What programs print: progress bars on a terminal, plain lines otherwise, never torn.
+
+use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
+use std::io::IsTerminal;
+use std::sync::{LazyLock, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+static BARS: LazyLock<MultiProgress> = LazyLock::new(|| {
+    let bars = MultiProgress::new();
+    if !is_terminal() {
+        bars.set_draw_target(ProgressDrawTarget::hidden());
+    }
+    bars
+});
+
+/// Whether stderr is a terminal: where live tables and bars go.
+pub fn is_terminal() -> bool {
+    std::io::stderr().is_terminal()
+}
+
+/// Prints a line to stderr above any progress bars.
+pub fn note(line: impl AsRef<str>) {
+    BARS.suspend(|| eprintln!("{}", line.as_ref()));
+}
+
+/// Prints a line to stdout above any progress bars.
+pub fn line(line: impl AsRef<str>) {
+    BARS.suspend(|| println!("{}", line.as_ref()));
+}
+
+/// Progress of a long piece of work: a bar on a terminal, otherwise a plain line at most every
+/// two seconds.
+#[derive(Debug)]
+pub struct Progress {
+    bar: ProgressBar,
+    label: String,
+    total: u64,
+    last_line: Mutex<Option<Instant>>,
+}
+
+impl Progress {
+    /// A bar over `total` steps.
+    pub fn new(label: impl Into<String>, total: u64) -> Self {
+        let (label, bar) = (label.into(), BARS.add(ProgressBar::new(total)));
+        let template = "{prefix} {bar:32.cyan/blue} {pos}/{len} {elapsed_precise} {wide_msg}";
+        if let Ok(style) = ProgressStyle::with_template(template) {
+            bar.set_style(style);
+        }
+        bar.set_prefix(label.clone());
+        Self {
+            bar,
+            label,
+            total,
+            last_line: Mutex::new(None),
+        }
+    }
+
+    /// Moves to `step` and shows `message` behind the bar.
+    pub fn update(&self, step: u64, message: impl Into<String>) {
+        let message = message.into();
+        if is_terminal() {
+            self.bar.set_position(step);
+            self.bar.set_message(message);
+        } else if self.line_is_due() {
+            eprintln!("{} {step}/{} {message}", self.label, self.total);
+        }
+    }
+
+    /// Takes the bar away.
+    pub fn finish(&self) {
+        self.bar.finish_and_clear();
+        BARS.remove(&self.bar);
+    }
+
+    fn line_is_due(&self) -> bool {
+        let mut last = self.last_line.lock().unwrap_or_else(PoisonError::into_inner);
+        let due = last.is_none_or(|at| at.elapsed() >= Duration::from_secs(2));
+        if due {
+            *last = Some(Instant::now());
+        }
+        due
+    }
+}
+
+impl Drop for Progress {
+    fn drop(&mut self) {
+        self.finish();
+    }
+}

@@ -1,0 +1,240 @@
+//! The errors of this crate: what, where, expected, got, way out.
+
+use crate::Resources;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// Any error, boxed: how one layer's error passes through another layer's interface.
+pub type BoxError = Box<dyn std::error::Error + Send + Sync>;
+
+/// What can go wrong in placing, running and recording work.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// An operation on a file or folder failed.
+    #[error("cannot {action} {}: {source}", path.display())]
+    Io {
+        /// What was attempted, as a verb: "read", "create".
+        action: &'static str,
+        /// The file or folder.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// A name that a batch or table does not have.
+    #[error("there is no column {name:?}; available: {}", available.join(", "))]
+    NoSuchColumn {
+        /// The name asked for.
+        name: String,
+        /// The names there are.
+        available: Vec<String>,
+    },
+    /// A tensor of a batch has another number of rows than the first one.
+    #[error("tensor {name:?} of a batch has {got} rows, expected {expected} as the first tensor has")]
+    BatchRows {
+        /// The tensor.
+        name: String,
+        /// Rows of the first tensor.
+        expected: usize,
+        /// Rows of this one.
+        got: usize,
+    },
+    /// A tensor of a batch has no dimension at all.
+    #[error("tensor {name:?} of a batch is a scalar, expected a first dimension of rows")]
+    BatchScalar {
+        /// The tensor.
+        name: String,
+    },
+    /// A request larger than everything there is.
+    #[error("cannot place {asked}: this machine has {total}; ask for less, or run where there is more")]
+    Unplaceable {
+        /// What was asked for.
+        asked: Resources,
+        /// What there is, all in all.
+        total: Resources,
+    },
+    /// Process workers were asked for in a program that never called `init()`.
+    #[error(
+        "this program asked for worker processes, but its main() did not call mobula::init(); \
+         make `let runtime = mobula::init()?;` the first line of main()"
+    )]
+    InitMissing,
+    /// A function that no `#[mobula::remote]` registered.
+    #[error("no remote function is named {name:?}; registered: {}", registered.join(", "))]
+    NotRegistered {
+        /// The name asked for.
+        name: String,
+        /// What this binary registers.
+        registered: Vec<String>,
+    },
+    /// A worker process runs another build than its driver.
+    #[error("worker runs build {got}, expected {expected}: driver and workers must be one binary")]
+    BuildMismatch {
+        /// The driver's build.
+        expected: String,
+        /// The worker's build.
+        got: String,
+    },
+    /// A task or group member returned an error.
+    #[error("{task} failed: {message}")]
+    TaskFailed {
+        /// Which task, with its rank if it has one.
+        task: String,
+        /// Its error, with its causes.
+        message: String,
+    },
+    /// A task or group member panicked.
+    #[error("{task} panicked at {location}: {message}")]
+    TaskPanicked {
+        /// Which task, with its rank if it has one.
+        task: String,
+        /// The panic message.
+        message: String,
+        /// File and line.
+        location: String,
+    },
+    /// A worker process ended before it answered.
+    #[error("{task} was lost: {reason}")]
+    WorkerLost {
+        /// Which task, with its rank if it has one.
+        task: String,
+        /// How the process ended, and where its log is.
+        reason: String,
+    },
+    /// Something took longer than its deadline.
+    #[error("{what} took longer than {after:?}")]
+    Timeout {
+        /// What was waited for.
+        what: String,
+        /// The deadline.
+        after: Duration,
+    },
+    /// The work was cancelled, or the runtime is shutting down.
+    #[error("{task} was cancelled")]
+    Cancelled {
+        /// Which task.
+        task: String,
+    },
+    /// A full mailbox refused a message.
+    #[error("the mailbox of {actor} is full ({capacity} messages)")]
+    MailboxFull {
+        /// Which actor.
+        actor: String,
+        /// Its bound.
+        capacity: usize,
+    },
+    /// A value could not be encoded for, or decoded from, another process.
+    #[error("cannot {action} {what}: {source}")]
+    Codec {
+        /// "encode" or "decode".
+        action: &'static str,
+        /// Which value.
+        what: String,
+        /// What the codec said.
+        source: BoxError,
+    },
+    /// A checkpoint that cannot be trusted.
+    #[error("checkpoint {} is not valid: {reason}", path.display())]
+    CheckpointInvalid {
+        /// The checkpoint's folder.
+        path: PathBuf,
+        /// Which file, and what is wrong with it.
+        reason: String,
+    },
+    /// No valid checkpoint where one is needed.
+    #[error("there is no valid checkpoint in {}", path.display())]
+    NoCheckpoint {
+        /// The folder that was searched.
+        path: PathBuf,
+    },
+    /// A new run has the name of an existing one.
+    #[error("a run exists at {}; resume it, or choose another name", path.display())]
+    RunExists {
+        /// The existing run.
+        path: PathBuf,
+    },
+    /// Not a run directory.
+    #[error("{} is not a run: it has no run.json", path.display())]
+    NoSuchRun {
+        /// The path given.
+        path: PathBuf,
+    },
+    /// A stream state that belongs to other data, another seed or another algorithm.
+    #[error("cannot resume the stream: its {what} is {expected}, the checkpoint has {got}")]
+    StreamMismatch {
+        /// Which part of the state differs.
+        what: &'static str,
+        /// The stream's value.
+        expected: String,
+        /// The state's value.
+        got: String,
+    },
+    /// A system call failed.
+    #[error("{what} failed: {source}")]
+    System {
+        /// What was attempted.
+        what: &'static str,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// An error of another layer, passed through unchanged.
+    #[error(transparent)]
+    Layer(BoxError),
+    /// A bug in Mobula.
+    #[error("internal error, please report it: {0}")]
+    Internal(String),
+}
+
+impl Error {
+    /// Wraps another layer's error.
+    pub fn layer(error: impl Into<BoxError>) -> Self {
+        Self::Layer(error.into())
+    }
+
+    /// Whether the same work may succeed when tried again on another worker.
+    pub fn is_retryable(&self) -> bool {
+        matches!(self, Self::WorkerLost { .. } | Self::Timeout { .. })
+    }
+
+    /// Whether the receiver refused because it has too much to do.
+    pub fn is_overloaded(&self) -> bool {
+        matches!(self, Self::MailboxFull { .. })
+    }
+}
+
+impl From<candle_core::Error> for Error {
+    fn from(error: candle_core::Error) -> Self {
+        Self::layer(error)
+    }
+}
+
+/// An error and its causes on one line, `a: b: c`, without repeating what a cause already says.
+pub fn chain(error: &(dyn std::error::Error + 'static)) -> String {
+    let mut text = error.to_string();
+    let mut next = error.source();
+    while let Some(cause) = next {
+        let cause_text = cause.to_string();
+        if !text.contains(&cause_text) {
+            text.push_str(": ");
+            text.push_str(&cause_text);
+        }
+        next = cause.source();
+    }
+    text
+}
+
+/// Names the path in an I/O error.
+pub trait AtPath<T> {
+    /// Turns an I/O error into [`Error::Io`] for `action` on `path`.
+    fn at(self, action: &'static str, path: impl AsRef<Path>) -> Result<T, Error>;
+}
+
+impl<T> AtPath<T> for std::io::Result<T> {
+    fn at(self, action: &'static str, path: impl AsRef<Path>) -> Result<T, Error> {
+        self.map_err(|source| Error::Io {
+            action,
+            path: path.as_ref().to_owned(),
+            source,
+        })
+    }
+}

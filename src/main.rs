@@ -1,0 +1,2 @@
+//! The mobula command.
+fn main() {}
