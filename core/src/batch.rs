@@ -40,16 +40,21 @@ impl Batch {
 
     /// Says how many rows this step has over all ranks (the default is this batch's own).
     pub fn with_global_rows(self, global_rows: usize) -> Self {
-        Self { global_rows, ..self }
+        Self {
+            global_rows,
+            ..self
+        }
     }
 
     /// The tensor of this name, or an error that lists the names there are.
     pub fn get(&self, name: &str) -> Result<&Tensor, Error> {
         let found = self.tensors.iter().find(|(n, _)| n == name);
-        found.map(|(_, tensor)| tensor).ok_or_else(|| Error::NoSuchColumn {
-            name: name.to_owned(),
-            available: self.tensors.iter().map(|(n, _)| n.clone()).collect(),
-        })
+        found
+            .map(|(_, tensor)| tensor)
+            .ok_or_else(|| Error::NoSuchColumn {
+                name: name.to_owned(),
+                available: self.tensors.iter().map(|(n, _)| n.clone()).collect(),
+            })
     }
 
     /// Rows in this rank's part of the step. May be 0 in the last step of an epoch.
@@ -69,9 +74,13 @@ impl Batch {
 }
 
 fn rows_of(name: &str, tensor: &Tensor) -> Result<usize, Error> {
-    tensor.dims().first().copied().ok_or_else(|| Error::BatchScalar {
-        name: name.to_owned(),
-    })
+    tensor
+        .dims()
+        .first()
+        .copied()
+        .ok_or_else(|| Error::BatchScalar {
+            name: name.to_owned(),
+        })
 }
 
 /// Which part of a stream belongs to a worker: rank `rank` of `world`.

@@ -4,8 +4,8 @@
 //! per file, renames the folder and fsyncs its parent. A reader trusts a folder only if every
 //! file matches the manifest; an invalid newest one falls back to the one before it.
 
-use crate::error::AtPath;
 use crate::Error;
+use crate::error::AtPath;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -54,11 +54,8 @@ impl Checkpoint {
     pub fn json<T: serde::de::DeserializeOwned>(&self, name: &str) -> Result<T, Error> {
         let path = self.file(name);
         let bytes = fs::read(&path).at("read", &path)?;
-        serde_json::from_slice(&bytes).map_err(|error| Error::Codec {
-            action: "decode",
-            what: path.display().to_string(),
-            source: error.into(),
-        })
+        serde_json::from_slice(&bytes)
+            .map_err(|error| Error::codec("decode", path.display().to_string(), error))
     }
 }
 
@@ -91,7 +88,10 @@ impl CheckpointStore {
     ) -> Result<Checkpoint, Error> {
         fs::create_dir_all(&self.dir).at("create", &self.dir)?;
         let name = format!("{PREFIX}{step:010}");
-        let (temporary, path) = (self.dir.join(format!("{TEMPORARY}{name}")), self.dir.join(&name));
+        let (temporary, path) = (
+            self.dir.join(format!("{TEMPORARY}{name}")),
+            self.dir.join(&name),
+        );
         remove_if_there(&temporary)?;
         fs::create_dir(&temporary).at("create", &temporary)?;
         write(&temporary)?;
@@ -122,7 +122,10 @@ impl CheckpointStore {
         let mut paths = Vec::new();
         for entry in fs::read_dir(&self.dir).at("list", &self.dir)? {
             let path = entry.at("list", &self.dir)?.path();
-            if path.file_name().is_some_and(|n| n.to_string_lossy().starts_with(PREFIX)) {
+            if path
+                .file_name()
+                .is_some_and(|n| n.to_string_lossy().starts_with(PREFIX))
+            {
                 paths.push(path);
             }
         }
@@ -161,7 +164,11 @@ impl Manifest {
             sync(&path)?;
             files.insert(file_name(&path), FileEntry::of(&path)?);
         }
-        let manifest = Self { format: 1, step, files };
+        let manifest = Self {
+            format: 1,
+            step,
+            files,
+        };
         let text = serde_json::to_vec_pretty(&manifest).map_err(Error::layer)?;
         write_synced(&dir.join(MANIFEST), &text)?;
         sync(dir)
@@ -169,7 +176,8 @@ impl Manifest {
 
     fn read(dir: &Path) -> Result<Self, Error> {
         let path = dir.join(MANIFEST);
-        let bytes = fs::read(&path).map_err(|error| invalid(dir, format!("{MANIFEST}: {error}")))?;
+        let bytes =
+            fs::read(&path).map_err(|error| invalid(dir, format!("{MANIFEST}: {error}")))?;
         serde_json::from_slice(&bytes).map_err(|error| invalid(dir, format!("{MANIFEST}: {error}")))
     }
 
@@ -223,7 +231,9 @@ fn write_synced(path: &Path, bytes: &[u8]) -> Result<(), Error> {
 }
 
 fn sync(path: &Path) -> Result<(), Error> {
-    File::open(path).and_then(|file| file.sync_all()).at("sync", path)
+    File::open(path)
+        .and_then(|file| file.sync_all())
+        .at("sync", path)
 }
 
 fn remove_if_there(dir: &Path) -> Result<(), Error> {
@@ -234,7 +244,10 @@ fn remove_if_there(dir: &Path) -> Result<(), Error> {
 }
 
 fn file_name(path: &Path) -> String {
-    path.file_name().unwrap_or_default().to_string_lossy().into_owned()
+    path.file_name()
+        .unwrap_or_default()
+        .to_string_lossy()
+        .into_owned()
 }
 
 fn invalid(dir: &Path, reason: String) -> Error {
@@ -253,7 +266,9 @@ mod tests {
         let store = CheckpointStore::new(dir.path().join("checkpoints"), keep);
         for step in steps {
             store
-                .save(*step, |d| fs::write(d.join("model.bin"), [*step as u8; 100]).at("write", d))
+                .save(*step, |d| {
+                    fs::write(d.join("model.bin"), [*step as u8; 100]).at("write", d)
+                })
                 .expect("save");
         }
         (dir, store)
@@ -271,11 +286,20 @@ mod tests {
     /// INV-CKPT: whatever byte is lost or changed, the one before it is used.
     #[test]
     fn a_damaged_newest_falls_back() {
-        let damage: [(&str, fn(&Path)); 4] = [
-            ("cut in half", |d| fs::write(d.join("model.bin"), [2; 50]).expect("write")),
-            ("changed", |d| fs::write(d.join("model.bin"), [3; 100]).expect("write")),
-            ("missing file", |d| fs::remove_file(d.join("model.bin")).expect("remove")),
-            ("manifest cut", |d| fs::write(d.join(MANIFEST), b"{").expect("write")),
+        type Harm = fn(&Path);
+        let damage: [(&str, Harm); 4] = [
+            ("cut in half", |d| {
+                fs::write(d.join("model.bin"), [2; 50]).expect("write")
+            }),
+            ("changed", |d| {
+                fs::write(d.join("model.bin"), [3; 100]).expect("write")
+            }),
+            ("missing file", |d| {
+                fs::remove_file(d.join("model.bin")).expect("remove")
+            }),
+            ("manifest cut", |d| {
+                fs::write(d.join(MANIFEST), b"{").expect("write")
+            }),
         ];
         for (what, harm) in damage {
             let (_dir, store) = store_with(&[1, 2], 5);
@@ -291,6 +315,8 @@ mod tests {
         let failed = store.save(2, |_| Err(Error::Internal("disk full".into())));
         assert!(failed.is_err());
         assert_eq!(store.latest().expect("latest").expect("some").step(), 1);
-        store.save(2, |_| Ok(())).expect("the next save is not disturbed");
+        store
+            .save(2, |_| Ok(()))
+            .expect("the next save is not disturbed");
     }
 }

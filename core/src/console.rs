@@ -73,7 +73,10 @@ impl Progress {
     }
 
     fn line_is_due(&self) -> bool {
-        let mut last = self.last_line.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut last = self
+            .last_line
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         let due = last.is_none_or(|at| at.elapsed() >= Duration::from_secs(2));
         if due {
             *last = Some(Instant::now());

@@ -2,13 +2,14 @@
 
 use crate::Resources;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 /// Any error, boxed: how one layer's error passes through another layer's interface.
 pub type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
 /// What can go wrong in placing, running and recording work.
-#[derive(Debug, thiserror::Error)]
+#[derive(Clone, Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
     /// An operation on a file or folder failed.
@@ -19,7 +20,7 @@ pub enum Error {
         /// The file or folder.
         path: PathBuf,
         /// What the system said.
-        source: std::io::Error,
+        source: Arc<std::io::Error>,
     },
     /// A name that a batch or table does not have.
     #[error("there is no column {name:?}; available: {}", available.join(", "))]
@@ -30,7 +31,9 @@ pub enum Error {
         available: Vec<String>,
     },
     /// A tensor of a batch has another number of rows than the first one.
-    #[error("tensor {name:?} of a batch has {got} rows, expected {expected} as the first tensor has")]
+    #[error(
+        "tensor {name:?} of a batch has {got} rows, expected {expected} as the first tensor has"
+    )]
     BatchRows {
         /// The tensor.
         name: String,
@@ -46,7 +49,9 @@ pub enum Error {
         name: String,
     },
     /// A request larger than everything there is.
-    #[error("cannot place {asked}: this machine has {total}; ask for less, or run where there is more")]
+    #[error(
+        "cannot place {asked}: this machine has {total}; ask for less, or run where there is more"
+    )]
     Unplaceable {
         /// What was asked for.
         asked: Resources,
@@ -131,7 +136,7 @@ pub enum Error {
         /// Which value.
         what: String,
         /// What the codec said.
-        source: BoxError,
+        source: Arc<dyn std::error::Error + Send + Sync>,
     },
     /// A checkpoint that cannot be trusted.
     #[error("checkpoint {} is not valid: {reason}", path.display())]
@@ -175,11 +180,11 @@ pub enum Error {
         /// What was attempted.
         what: &'static str,
         /// What the system said.
-        source: std::io::Error,
+        source: Arc<std::io::Error>,
     },
     /// An error of another layer, passed through unchanged.
     #[error(transparent)]
-    Layer(BoxError),
+    Layer(Arc<dyn std::error::Error + Send + Sync>),
     /// A bug in Mobula.
     #[error("internal error, please report it: {0}")]
     Internal(String),
@@ -188,7 +193,28 @@ pub enum Error {
 impl Error {
     /// Wraps another layer's error.
     pub fn layer(error: impl Into<BoxError>) -> Self {
-        Self::Layer(error.into())
+        Self::Layer(Arc::from(error.into()))
+    }
+
+    /// A value that could not be encoded or decoded ("encode" or "decode", which value, why).
+    pub fn codec(
+        action: &'static str,
+        what: impl Into<String>,
+        error: impl Into<BoxError>,
+    ) -> Self {
+        Self::Codec {
+            action,
+            what: what.into(),
+            source: Arc::from(error.into()),
+        }
+    }
+
+    /// A system call that failed.
+    pub fn system(what: &'static str, source: impl Into<std::io::Error>) -> Self {
+        Self::System {
+            what,
+            source: Arc::new(source.into()),
+        }
     }
 
     /// Whether the same work may succeed when tried again on another worker.
@@ -234,7 +260,7 @@ impl<T> AtPath<T> for std::io::Result<T> {
         self.map_err(|source| Error::Io {
             action,
             path: path.as_ref().to_owned(),
-            source,
+            source: Arc::new(source),
         })
     }
 }

@@ -1,18 +1,50 @@
-//! Tasks and actors in threads and worker processes, run directories, checkpoints.
-#![warn(missing_docs)]
+//! Tasks, actors and groups of workers in threads and processes; run directories; checkpoints.
+//!
+//! Everything that Mobula runs elsewhere is placed by a [`Runtime`]: training workers are a
+//! [`Group`] with ranks, trials are [`Task`]s, model replicas are actors.
+//!
+//! ```
+//! use mobula_core::{Resources, Runtime, Task};
+//!
+//! let runtime = Runtime::local(Resources::cpus(2.0))?;
+//! let squares: Vec<_> = (0..4)
+//!     .map(|i| runtime.submit(Task::new(format!("square {i}"), move || Ok::<_, String>(i * i))))
+//!     .collect();
+//! assert_eq!(*squares[3].get()?, 9);
+//! # Ok::<(), mobula_core::Error>(())
+//! ```
+//!
+//! It has no cluster scheduler and no daemon: a driver starts its own workers, and they end with
+//! it. It knows nothing of data sets, models or HTTP.
 
+mod actor;
 pub mod batch;
 pub mod checkpoint;
 pub mod clock;
 pub mod console;
 pub mod error;
+pub mod group;
+mod init;
+mod interrupt;
+mod panics;
+mod process;
 pub mod random;
+pub mod remote;
 mod resources;
 pub mod run;
+mod runtime;
+pub mod task;
 pub mod tensorboard;
 
+pub use actor::{ActorHandle, ActorOptions, Reply};
 pub use batch::{Batch, BatchSource, BatchStream, Shard, StreamState};
 pub use checkpoint::{Checkpoint, CheckpointStore};
 pub use error::{BoxError, Error};
+pub use group::{Group, GroupEvent, GroupOptions, GroupTask, Member};
+pub use init::{init, init_with};
+pub use interrupt::{InterruptGuard, on_interrupt};
+pub use mobula_macros::remote;
 pub use resources::{Ledger, Resources};
 pub use run::RunDir;
+pub use runtime::Runtime;
+pub use task::{ObjectRef, Placement, Task, TaskOptions};

@@ -174,8 +174,16 @@ mod tests {
         let check = |counter, key, expected: [u32; 4]| {
             assert_eq!(philox4x32_10(counter, key), expected);
         };
-        check([0; 4], [0; 2], [0x6627e8d5, 0xe169c58d, 0xbc57ac4c, 0x9b00dbd8]);
-        check([u32::MAX; 4], [u32::MAX; 2], [0x408f276d, 0x41c83b0e, 0xa20bc7c6, 0x6d5451fd]);
+        check(
+            [0; 4],
+            [0; 2],
+            [0x6627e8d5, 0xe169c58d, 0xbc57ac4c, 0x9b00dbd8],
+        );
+        check(
+            [u32::MAX; 4],
+            [u32::MAX; 2],
+            [0x408f276d, 0x41c83b0e, 0xa20bc7c6, 0x6d5451fd],
+        );
         check(
             [0x243f6a88, 0x85a308d3, 0x13198a2e, 0x03707344],
             [0xa4093822, 0x299f31d0],
@@ -208,10 +216,16 @@ mod tests {
         let normal: Vec<f64> = (0..n).map(|_| rng.normal()).collect();
         let mean = normal.iter().sum::<f64>() / n as f64;
         let variance = normal.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / n as f64;
-        assert!(mean.abs() < 0.02 && (variance - 1.0).abs() < 0.03, "{mean} {variance}");
+        assert!(
+            mean.abs() < 0.02 && (variance - 1.0).abs() < 0.03,
+            "{mean} {variance}"
+        );
 
         let mut counts = [0u32; 7];
         (0..70_000).for_each(|_| counts[rng.below(7) as usize] += 1);
-        assert!(counts.iter().all(|c| c.abs_diff(10_000) < 500), "{counts:?}");
+        assert!(
+            counts.iter().all(|c| c.abs_diff(10_000) < 500),
+            "{counts:?}"
+        );
     }
 }

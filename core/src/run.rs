@@ -9,10 +9,10 @@
 //! logs/            rank-<r>.log: what each worker process printed
 //! ```
 
+use crate::Error;
 use crate::checkpoint::{CheckpointStore, write_atomically};
 use crate::error::AtPath;
 use crate::tensorboard::EventWriter;
-use crate::Error;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
@@ -113,7 +113,11 @@ impl RunDir {
             fs::create_dir_all(&folder).at("create", &folder)?;
         }
         let info = RunInfo {
-            name: path.file_name().unwrap_or_default().to_string_lossy().into_owned(),
+            name: path
+                .file_name()
+                .unwrap_or_default()
+                .to_string_lossy()
+                .into_owned(),
             created: unix_time(),
             argv: std::env::args().collect(),
             cwd: std::env::current_dir().unwrap_or_default(),
@@ -207,7 +211,10 @@ impl RunDir {
             return Ok(Vec::new());
         }
         let text = fs::read_to_string(&path).at("read", &path)?;
-        Ok(text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect())
+        Ok(text
+            .lines()
+            .filter_map(|line| serde_json::from_str(line).ok())
+            .collect())
     }
 }
 
@@ -241,7 +248,11 @@ impl MetricsWriter {
         let line = MetricsLine {
             step,
             time: unix_time(),
-            values: values.iter().filter(|(_, v)| v.is_finite()).map(|(k, v)| (k.clone(), *v)).collect(),
+            values: values
+                .iter()
+                .filter(|(_, v)| v.is_finite())
+                .map(|(k, v)| (k.clone(), *v))
+                .collect(),
         };
         let mut text = serde_json::to_vec(&line).map_err(Error::layer)?;
         text.push(b'\n');
@@ -254,21 +265,23 @@ impl MetricsWriter {
 fn whole_lines(file: &mut File) -> std::io::Result<u64> {
     let mut bytes = Vec::new();
     file.read_to_end(&mut bytes)?;
-    Ok(bytes.iter().rposition(|b| *b == b'\n').map_or(0, |at| at as u64 + 1))
+    Ok(bytes
+        .iter()
+        .rposition(|b| *b == b'\n')
+        .map_or(0, |at| at as u64 + 1))
 }
 
 fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T, Error> {
     let bytes = fs::read(path).at("read", path)?;
-    serde_json::from_slice(&bytes).map_err(|error| Error::Codec {
-        action: "decode",
-        what: path.display().to_string(),
-        source: error.into(),
-    })
+    serde_json::from_slice(&bytes)
+        .map_err(|error| Error::codec("decode", path.display().to_string(), error))
 }
 
 /// Seconds since 1970.
 pub fn unix_time() -> f64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |d| d.as_secs_f64())
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0.0, |d| d.as_secs_f64())
 }
 
 fn git_revision() -> Option<String> {
@@ -278,7 +291,8 @@ fn git_revision() -> Option<String> {
         output.status.success().then(|| text.trim().to_owned())
     };
     let head = git(&["rev-parse", "HEAD"])?;
-    let dirty = git(&["status", "--porcelain", "--untracked-files=no"]).is_some_and(|s| !s.is_empty());
+    let dirty =
+        git(&["status", "--porcelain", "--untracked-files=no"]).is_some_and(|s| !s.is_empty());
     Some(if dirty { format!("{head}+dirty") } else { head })
 }
 
@@ -294,14 +308,25 @@ mod tests {
     fn a_torn_line_is_never_read_and_never_glued_to_the_next() {
         let root = tempfile::tempdir().expect("temporary folder");
         let run = RunDir::create(root.path(), "r", 1, &()).expect("create");
-        run.metrics_writer().expect("open").log(1, &values(0.5)).expect("log");
+        run.metrics_writer()
+            .expect("open")
+            .log(1, &values(0.5))
+            .expect("log");
         let path = run.path().join("metrics.jsonl");
         let mut file = OpenOptions::new().append(true).open(&path).expect("open");
         file.write_all(b"{\"step\":2,\"ti").expect("a torn write");
         assert_eq!(run.metrics().expect("metrics").len(), 1);
 
-        run.metrics_writer().expect("open").log(3, &values(0.25)).expect("log");
-        let steps: Vec<u64> = run.metrics().expect("metrics").iter().map(|m| m.step).collect();
+        run.metrics_writer()
+            .expect("open")
+            .log(3, &values(0.25))
+            .expect("log");
+        let steps: Vec<u64> = run
+            .metrics()
+            .expect("metrics")
+            .iter()
+            .map(|m| m.step)
+            .collect();
         assert_eq!(steps, [1, 3]);
     }
 
@@ -314,7 +339,11 @@ mod tests {
             Err(Error::RunExists { .. })
         ));
         fs::create_dir(root.path().join("not-a-run")).expect("create");
-        let names: Vec<_> = RunDir::list(root.path()).expect("list").iter().map(|r| r.path().to_owned()).collect();
+        let names: Vec<_> = RunDir::list(root.path())
+            .expect("list")
+            .iter()
+            .map(|r| r.path().to_owned())
+            .collect();
         assert_eq!(names, [root.path().join("a")]);
     }
 

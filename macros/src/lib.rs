@@ -1,1 +1,62 @@
-//! Placeholder while the dependencies build.
+//! The `#[mobula::remote]` attribute, which gives a function a name that worker processes know.
+//!
+//! The function stays what it is. Beside it appears a module of the same name (functions and
+//! modules do not share a namespace) with two items: `NAME`, under which the function is
+//! registered in every process that runs this binary, and `remote(..)`, which takes the same
+//! arguments and describes a call instead of making one.
+//!
+//! ```
+//! # mod mobula {
+//! #     pub struct Task<T>(pub String, std::marker::PhantomData<T>);
+//! #     pub mod remote {
+//! #         pub fn task<A: std::fmt::Debug, T>(name: &str, args: A) -> super::Task<T> {
+//! #             super::Task(format!("{name}{args:?}"), std::marker::PhantomData)
+//! #         }
+//! #         pub mod inventory {
+//! #             #[macro_export]
+//! #             macro_rules! submit { ($($registration:tt)*) => {}; }
+//! #             pub use crate::submit;
+//! #         }
+//! #     }
+//! # }
+//! use mobula_macros::remote;
+//!
+//! // Outside of Mobula's own crates this is just `#[mobula::remote]`.
+//! #[remote(crate = crate::mobula)]
+//! pub fn square(x: i64) -> Result<i64, String> {
+//!     x.checked_mul(x).ok_or_else(|| format!("{x}² does not fit"))
+//! }
+//!
+//! fn main() {
+//!     assert_eq!(square(7), Ok(49)); // a call, here and now
+//!     let task: mobula::Task<i64> = square::remote(7); // a description, for `Runtime::submit`
+//!     assert!(task.0.ends_with("::square(7,)"));
+//! }
+//! ```
+//!
+//! What it will not do: ship code (driver and workers are one binary), take closures, references
+//! or generics (arguments travel as serde values), or work on a function inside another
+//! function's body (the module could not name it).
+#![forbid(unsafe_code)]
+
+mod expand;
+mod signature;
+
+/// Registers a function by name, so that tasks and group members in other processes can run it.
+///
+/// * Arguments and the result are owned serde values; at most 12 arguments.
+/// * A function that returns `Result<T, E>` needs `E: Into<Box<dyn Error + Send + Sync>>`; any
+///   other return type `T` counts as `Ok`.
+/// * A first parameter of type `Member` makes it a group member: `remote(..)` leaves that
+///   parameter out and describes a whole group.
+/// * `#[remote(crate = path)]` says where Mobula lives, for crates that do not depend on the
+///   facade: the default is `::mobula`.
+#[proc_macro_attribute]
+pub fn remote(
+    attribute: proc_macro::TokenStream,
+    item: proc_macro::TokenStream,
+) -> proc_macro::TokenStream {
+    expand::expand(attribute.into(), item.into())
+        .unwrap_or_else(|error| error.into_compile_error())
+        .into()
+}

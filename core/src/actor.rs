@@ -1,0 +1,209 @@
+//! Thread actors: state that lives on one thread, behind a bounded mailbox.
+
+use crate::panics;
+use crate::runtime::{Lease, Runtime};
+use crate::{BoxError, Error, Resources};
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use tokio::sync::{mpsc, oneshot};
+
+/// How an actor is placed. Every default is here.
+#[derive(Clone, Debug)]
+pub struct ActorOptions {
+    /// Its name in errors and logs.
+    pub name: String,
+    /// What it holds as long as it lives. Default: 1 CPU.
+    pub resources: Resources,
+    /// Messages that may wait; a sender waits for room, or is refused. Default: 1024.
+    pub mailbox: usize,
+}
+
+impl ActorOptions {
+    /// The defaults under this name.
+    pub fn new(name: impl Into<String>) -> Self {
+        Self {
+            name: name.into(),
+            resources: Resources::cpus(1.0),
+            mailbox: 1024,
+        }
+    }
+
+    /// The same holding these resources.
+    pub fn with_resources(self, resources: Resources) -> Self {
+        Self { resources, ..self }
+    }
+
+    /// The same with room for so many messages (at least 1).
+    pub fn with_mailbox(self, mailbox: usize) -> Self {
+        Self {
+            mailbox: mailbox.max(1),
+            ..self
+        }
+    }
+}
+
+/// A message: works on the state. Says whether the state can still be trusted: after a panic it
+/// cannot, and is built anew.
+type Message<S> = Box<dyn FnOnce(&mut S) -> bool + Send>;
+
+/// Sends work to an actor. Messages of one sender are handled in order. The actor ends when its
+/// last handle is dropped and its mailbox is empty.
+#[derive(Debug)]
+pub struct ActorHandle<S> {
+    name: Arc<str>,
+    mailbox: mpsc::Sender<Message<S>>,
+}
+
+impl<S> Clone for ActorHandle<S> {
+    fn clone(&self) -> Self {
+        Self {
+            name: Arc::clone(&self.name),
+            mailbox: self.mailbox.clone(),
+        }
+    }
+}
+
+impl<S: 'static> ActorHandle<S> {
+    /// Runs `work` on the state; waits for room in the mailbox, then for the answer.
+    pub async fn call<R: Send + 'static>(
+        &self,
+        work: impl FnOnce(&mut S) -> R + Send + 'static,
+    ) -> Result<R, Error> {
+        let (message, reply) = self.message(work);
+        self.mailbox.send(message).await.map_err(|_| self.gone())?;
+        reply.await
+    }
+
+    /// [`ActorHandle::call`] for threads outside of async code.
+    pub fn call_blocking<R: Send + 'static>(
+        &self,
+        work: impl FnOnce(&mut S) -> R + Send + 'static,
+    ) -> Result<R, Error> {
+        let (message, reply) = self.message(work);
+        self.mailbox
+            .blocking_send(message)
+            .map_err(|_| self.gone())?;
+        reply
+            .inner
+            .blocking_recv()
+            .unwrap_or_else(|_| Err(self.gone()))
+    }
+
+    /// Runs `work` on the state, or refuses with [`Error::MailboxFull`].
+    pub fn try_call<R: Send + 'static>(
+        &self,
+        work: impl FnOnce(&mut S) -> R + Send + 'static,
+    ) -> Result<Reply<R>, Error> {
+        let (message, reply) = self.message(work);
+        self.mailbox
+            .try_send(message)
+            .map_err(|error| match error {
+                mpsc::error::TrySendError::Full(_) => Error::MailboxFull {
+                    actor: self.name.to_string(),
+                    capacity: self.mailbox.max_capacity(),
+                },
+                mpsc::error::TrySendError::Closed(_) => self.gone(),
+            })?;
+        Ok(reply)
+    }
+
+    fn message<R: Send + 'static>(
+        &self,
+        work: impl FnOnce(&mut S) -> R + Send + 'static,
+    ) -> (Message<S>, Reply<R>) {
+        let (sender, inner) = oneshot::channel();
+        let name = Arc::clone(&self.name);
+        let message: Message<S> = Box::new(move |state| {
+            let result = panics::catch(&name, || Ok(work(state)));
+            let intact = result.is_ok();
+            // The caller may have gone; the work is done all the same.
+            let _ = sender.send(result);
+            intact
+        });
+        let name = Arc::clone(&self.name);
+        (message, Reply { name, inner })
+    }
+
+    fn gone(&self) -> Error {
+        gone(&self.name)
+    }
+}
+
+/// The answer of an actor, to be awaited.
+#[derive(Debug)]
+pub struct Reply<R> {
+    name: Arc<str>,
+    inner: oneshot::Receiver<Result<R, Error>>,
+}
+
+impl<R> Future for Reply<R> {
+    type Output = Result<R, Error>;
+
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
+        let answer = Pin::new(&mut self.inner).poll(context);
+        answer.map(|result| result.unwrap_or_else(|_| Err(gone(&self.name))))
+    }
+}
+
+fn gone(name: &str) -> Error {
+    Error::WorkerLost {
+        task: name.to_owned(),
+        reason: "the actor has ended".to_owned(),
+    }
+}
+
+impl Runtime {
+    /// Starts an actor whose state `build` makes, on a thread of its own inside a rayon pool of
+    /// the CPUs it asks for. `build` runs there, once now and again after each panic of a
+    /// message. Waits for the resources; errors when they can never be had, or when the first
+    /// `build` fails.
+    pub fn spawn_actor<S: 'static>(
+        &self,
+        options: ActorOptions,
+        build: impl FnMut() -> Result<S, BoxError> + Send + 'static,
+    ) -> Result<ActorHandle<S>, Error> {
+        let lease = self.lease(&options.name, &options.resources)?;
+        let (mailbox, inbox) = mpsc::channel(options.mailbox);
+        let (started, start) = std::sync::mpsc::sync_channel(1);
+        let name: Arc<str> = options.name.as_str().into();
+        let actor = Running {
+            name: Arc::clone(&name),
+            inbox,
+            build: Box::new(build),
+            _lease: lease,
+        };
+        self.spawn_thread(&options.name, options.resources.threads(), move || {
+            actor.run(&started)
+        })?;
+        start.recv().unwrap_or_else(|_| Err(gone(&name)))?;
+        Ok(ActorHandle { name, mailbox })
+    }
+}
+
+struct Running<S> {
+    name: Arc<str>,
+    inbox: mpsc::Receiver<Message<S>>,
+    build: Box<dyn FnMut() -> Result<S, BoxError> + Send>,
+    _lease: Lease,
+}
+
+impl<S: 'static> Running<S> {
+    fn run(mut self, started: &std::sync::mpsc::SyncSender<Result<(), Error>>) {
+        let mut state = match panics::catch(&self.name, || (self.build)()) {
+            Ok(state) => state,
+            Err(error) => return drop(started.send(Err(error))),
+        };
+        let _ = started.send(Ok(()));
+        while let Some(message) = self.inbox.blocking_recv() {
+            if message(&mut state) {
+                continue;
+            }
+            match panics::catch(&self.name, || (self.build)()) {
+                Ok(fresh) => state = fresh,
+                Err(error) => return tracing::error!("{} cannot be rebuilt: {error}", self.name),
+            }
+        }
+    }
+}

@@ -1,0 +1,502 @@
+//! Groups: gangs of ranked workers that run one function together, placed all or nothing.
+
+use crate::process::wire::{FromWorker, MemberSpec, ToWorker};
+use crate::process::{
+    EVENTS, LogTarget, WorkerEvent, WorkerLink, check_build, child, into_result, lost,
+};
+use crate::remote::{decode, encode};
+use crate::runtime::{Lease, Runtime};
+use crate::task::Placement;
+use crate::{Error, Resources};
+use bytes::Bytes;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+use tokio::sync::mpsc;
+
+/// How long the processes of a finished group may take to leave.
+const GOODBYE: Duration = Duration::from_secs(1);
+
+/// How a group is placed. Every default is here.
+#[derive(Clone, Debug)]
+pub struct GroupOptions {
+    /// Its name in errors and logs.
+    pub name: String,
+    /// Members. Default: 1.
+    pub size: usize,
+    /// What each member holds. Default: 1 CPU.
+    pub resources: Resources,
+    /// Where the members run. Default: each in a process of its own.
+    pub placement: Placement,
+    /// Which incarnation this is; a restart counts it up. Default: 0.
+    pub generation: u64,
+    /// Folder for `rank-<r>.log`, if the output of worker processes is to be kept. Default: none.
+    pub log_dir: Option<PathBuf>,
+    /// Whether what workers print is shown on the driver's stderr, behind `[rank r]`.
+    /// Default: yes.
+    pub show_logs: bool,
+}
+
+impl GroupOptions {
+    /// So many members in processes, 1 CPU each.
+    pub fn new(name: impl Into<String>, size: usize) -> Self {
+        Self {
+            name: name.into(),
+            size,
+            resources: Resources::cpus(1.0),
+            placement: Placement::Process,
+            generation: 0,
+            log_dir: None,
+            show_logs: true,
+        }
+    }
+}
+
+/// The program of a group: what `some_function::remote(…)` gives for a `#[remote]` function whose
+/// first parameter is a [`Member`].
+#[derive(Clone, Debug)]
+pub struct GroupTask<T> {
+    function: &'static str,
+    args: Result<Bytes, Error>,
+    decode: fn(&[u8]) -> Result<T, Error>,
+}
+
+impl<T: DeserializeOwned> GroupTask<T> {
+    pub(crate) fn new(function: &'static str, args: Result<Bytes, Error>) -> Self {
+        Self {
+            function,
+            args,
+            decode: |bytes| decode("the result of a group member", bytes),
+        }
+    }
+}
+
+/// What a driver hears from its group.
+#[derive(Debug)]
+pub enum GroupEvent<T> {
+    /// A member reported something, in the encoding of [`Member::report`].
+    Report {
+        /// Who.
+        rank: usize,
+        /// Decode with [`GroupEvent::decode`].
+        payload: Bytes,
+    },
+    /// A member's function returned.
+    Finished {
+        /// Who.
+        rank: usize,
+        /// Its result.
+        value: T,
+    },
+    /// A member's function failed or panicked, or its process was lost.
+    Failed {
+        /// Who.
+        rank: usize,
+        /// How.
+        error: Error,
+    },
+}
+
+/// Decodes the payload of a [`GroupEvent::Report`].
+pub fn decode_report<R: DeserializeOwned>(payload: &[u8]) -> Result<R, Error> {
+    decode("a report", payload)
+}
+
+/// A running group. Dropping it ends all of its members.
+#[derive(Debug)]
+pub struct Group<T> {
+    name: String,
+    events: Receiver<(usize, WorkerEvent)>,
+    members: Vec<Port>,
+    gathering: HashMap<String, Vec<Option<Bytes>>>,
+    decode: fn(&[u8]) -> Result<T, Error>,
+    _lease: Lease,
+}
+
+/// The driver's way to one member.
+#[derive(Debug)]
+struct Port {
+    route: Route,
+    done: bool,
+}
+
+#[derive(Debug)]
+enum Route {
+    Thread(Arc<Inbox>),
+    Process(WorkerLink),
+}
+
+impl Route {
+    fn send(&self, frame: ToWorker) {
+        match (self, frame) {
+            (Self::Process(link), frame) => drop(link.send(frame)),
+            (Self::Thread(inbox), ToWorker::Gathered { key, values }) => {
+                inbox.gathered(key, values)
+            }
+            (Self::Thread(inbox), ToWorker::Stop | ToWorker::Shutdown) => inbox.stop(),
+            (Self::Thread(_), ToWorker::Run { .. }) => {}
+        }
+    }
+}
+
+impl Runtime {
+    /// Starts a group, all members or none. Waits for its resources; errors at once when they can
+    /// never be had, or when processes are asked for in a program without `init()`.
+    pub fn group<T>(&self, options: &GroupOptions, task: &GroupTask<T>) -> Result<Group<T>, Error> {
+        let args = task.args.clone()?;
+        if options.placement == Placement::Process {
+            self.host()?;
+        }
+        let lease = self.lease(&options.name, &options.resources.times(options.size))?;
+        let (sender, events) = sync_channel(EVENTS);
+        let mut members = Vec::with_capacity(options.size);
+        for rank in 0..options.size {
+            let spec = options.member(rank);
+            let route = match options.placement {
+                Placement::Thread => self.start_thread(spec, task.function, &args, &sender)?,
+                Placement::Process => {
+                    self.start_process(options, spec, task.function, &args, &sender)?
+                }
+            };
+            members.push(Port { route, done: false });
+        }
+        Ok(Group {
+            name: options.name.clone(),
+            events,
+            members,
+            gathering: HashMap::new(),
+            decode: task.decode,
+            _lease: lease,
+        })
+    }
+
+    fn start_thread(
+        &self,
+        spec: MemberSpec,
+        function: &'static str,
+        args: &Bytes,
+        events: &SyncSender<(usize, WorkerEvent)>,
+    ) -> Result<Route, Error> {
+        let (inbox, args, rank) = (Arc::new(Inbox::default()), args.clone(), spec.rank);
+        let (name, threads) = (format!("{} rank {rank}", spec.group), spec.threads);
+        let (events, reports, port) = (events.clone(), events.clone(), Arc::clone(&inbox));
+        let send = move |frame| {
+            let sent = reports.send((rank, WorkerEvent::Frame(frame)));
+            sent.map_err(|_| lost("the driver", "it dropped the group".to_owned()))
+        };
+        self.spawn_thread(&name, threads, move || {
+            let member = Member::new(spec, Box::new(send), port);
+            let outcome = child::run(function, &args, Some(member));
+            let _ = events.send((rank, WorkerEvent::Frame(FromWorker::Done(outcome))));
+        })?;
+        Ok(Route::Thread(inbox))
+    }
+
+    fn start_process(
+        &self,
+        options: &GroupOptions,
+        spec: MemberSpec,
+        function: &str,
+        args: &Bytes,
+        events: &SyncSender<(usize, WorkerEvent)>,
+    ) -> Result<Route, Error> {
+        let (sender, inbox) = mpsc::channel(EVENTS);
+        let log = LogTarget {
+            prefix: options.show_logs.then(|| format!("[rank {}]", spec.rank)),
+            file: options
+                .log_dir
+                .as_ref()
+                .map(|dir| dir.join(format!("rank-{}.log", spec.rank))),
+        };
+        let link = self.host()?.start(&options.resources, log, sender)?;
+        forward(spec.rank, inbox, events.clone())?;
+        link.send(ToWorker::Run {
+            function: function.to_owned(),
+            args: args.clone(),
+            member: Some(spec),
+        });
+        Ok(Route::Process(link))
+    }
+}
+
+/// Passes a worker's events on under its rank, until the worker or the group ends.
+fn forward(
+    rank: usize,
+    mut inbox: mpsc::Receiver<WorkerEvent>,
+    events: SyncSender<(usize, WorkerEvent)>,
+) -> Result<(), Error> {
+    let thread = std::thread::Builder::new().name("mobula-events".to_owned());
+    let pass_on = move || {
+        while let Some(event) = inbox.blocking_recv() {
+            if events.send((rank, event)).is_err() {
+                return;
+            }
+        }
+    };
+    let spawned = thread.spawn(pass_on);
+    spawned
+        .map(drop)
+        .map_err(|source| Error::system("starting a thread", source))
+}
+
+impl GroupOptions {
+    fn member(&self, rank: usize) -> MemberSpec {
+        MemberSpec {
+            group: self.name.clone(),
+            rank,
+            world: self.size,
+            generation: self.generation,
+            threads: self.resources.threads(),
+        }
+    }
+}
+
+impl<T> Group<T> {
+    /// The next event, or `None` when none came within `timeout`. Call it often: gatherings of
+    /// the members advance here.
+    pub fn next_event(&mut self, timeout: Duration) -> Option<GroupEvent<T>> {
+        let deadline = Instant::now() + timeout;
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let (rank, event) = self.events.recv_timeout(left).ok()?;
+            if let Some(event) = self.handle(rank, event) {
+                return Some(event);
+            }
+        }
+    }
+
+    /// Waits until every member has returned and gives their results by rank, or the first
+    /// failure. Reports are dropped.
+    pub fn join(mut self, timeout: Duration) -> Result<Vec<T>, Error> {
+        let deadline = Instant::now() + timeout;
+        let mut values: Vec<Option<T>> = self.members.iter().map(|_| None).collect();
+        while values.iter().any(Option::is_none) {
+            let left = deadline.saturating_duration_since(Instant::now());
+            match self.next_event(left) {
+                Some(GroupEvent::Finished { rank, value }) => values[rank] = Some(value),
+                Some(GroupEvent::Failed { error, .. }) => return Err(error),
+                Some(GroupEvent::Report { .. }) => {}
+                None => {
+                    let what = format!("group {}", self.name);
+                    return Err(Error::Timeout {
+                        what,
+                        after: timeout,
+                    });
+                }
+            }
+        }
+        Ok(values.into_iter().flatten().collect())
+    }
+
+    /// Asks every member to finish soon; they see it in [`Member::stop_requested`].
+    pub fn stop(&self) {
+        self.members
+            .iter()
+            .for_each(|member| member.route.send(ToWorker::Stop));
+    }
+
+    /// Process ids of the members that are processes, by rank.
+    pub fn pids(&self) -> Vec<Option<u32>> {
+        let pid = |member: &Port| match &member.route {
+            Route::Process(link) => Some(link.process().pid()),
+            Route::Thread(_) => None,
+        };
+        self.members.iter().map(pid).collect()
+    }
+
+    fn handle(&mut self, rank: usize, event: WorkerEvent) -> Option<GroupEvent<T>> {
+        match event {
+            WorkerEvent::Frame(FromWorker::Report(payload)) => {
+                Some(GroupEvent::Report { rank, payload })
+            }
+            WorkerEvent::Frame(FromWorker::Done(outcome)) => {
+                self.members[rank].done = true;
+                let value = into_result(&self.who(rank), outcome);
+                Some(self.ended(rank, value.and_then(|bytes| (self.decode)(&bytes))))
+            }
+            WorkerEvent::Frame(FromWorker::Hello { build }) => check_build(&build)
+                .err()
+                .map(|error| GroupEvent::Failed { rank, error }),
+            WorkerEvent::Frame(FromWorker::Gather { key, value }) => {
+                self.gather(rank, key, value);
+                None
+            }
+            WorkerEvent::Frame(FromWorker::Beat) => None,
+            WorkerEvent::Ended(_) if self.members[rank].done => None,
+            WorkerEvent::Ended(reason) => {
+                Some(self.ended(rank, Err(lost(&self.who(rank), reason))))
+            }
+        }
+    }
+
+    fn ended(&self, rank: usize, result: Result<T, Error>) -> GroupEvent<T> {
+        match result {
+            Ok(value) => GroupEvent::Finished { rank, value },
+            Err(error) => GroupEvent::Failed { rank, error },
+        }
+    }
+
+    /// Keeps a member's part; the last one completes the gathering for everybody.
+    fn gather(&mut self, rank: usize, key: String, value: Bytes) {
+        let size = self.members.len();
+        let parts = self
+            .gathering
+            .entry(key.clone())
+            .or_insert_with(|| vec![None; size]);
+        parts[rank] = Some(value);
+        if parts.iter().any(Option::is_none) {
+            return;
+        }
+        let values: Vec<Bytes> = self
+            .gathering
+            .remove(&key)
+            .into_iter()
+            .flatten()
+            .flatten()
+            .collect();
+        for member in &self.members {
+            member.route.send(ToWorker::Gathered {
+                key: key.clone(),
+                values: values.clone(),
+            });
+        }
+    }
+
+    fn who(&self, rank: usize) -> String {
+        format!("{} rank {rank}", self.name)
+    }
+}
+
+impl<T> Drop for Group<T> {
+    fn drop(&mut self) {
+        for member in &self.members {
+            match &member.route {
+                Route::Process(link) if !member.done => link.process().kill(),
+                route => route.send(ToWorker::Shutdown),
+            }
+        }
+        for member in &self.members {
+            if let Route::Process(link) = &member.route {
+                link.process().wait(GOODBYE);
+            }
+        }
+    }
+}
+
+/// What a group's function knows of itself, and its line to the driver and the other members.
+pub struct Member {
+    spec: MemberSpec,
+    send: Box<dyn Fn(FromWorker) -> Result<(), Error> + Send + Sync>,
+    inbox: Arc<Inbox>,
+}
+
+impl std::fmt::Debug for Member {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("Member").field(&self.spec).finish()
+    }
+}
+
+impl Member {
+    pub(crate) fn new(
+        spec: MemberSpec,
+        send: Box<dyn Fn(FromWorker) -> Result<(), Error> + Send + Sync>,
+        inbox: Arc<Inbox>,
+    ) -> Self {
+        Self { spec, send, inbox }
+    }
+
+    /// This member, in `0..world_size()`.
+    pub fn rank(&self) -> usize {
+        self.spec.rank
+    }
+
+    /// All members.
+    pub fn world_size(&self) -> usize {
+        self.spec.world
+    }
+
+    /// Which incarnation of the group this is: 0 at first, one more after each restart.
+    pub fn generation(&self) -> u64 {
+        self.spec.generation
+    }
+
+    /// The group's name.
+    pub fn group(&self) -> &str {
+        &self.spec.group
+    }
+
+    /// Threads that this member may compute on.
+    pub fn threads(&self) -> usize {
+        self.spec.threads
+    }
+
+    /// Sends a value to the driver. Waits when the driver is far behind.
+    pub fn report(&self, value: &impl Serialize) -> Result<(), Error> {
+        (self.send)(FromWorker::Report(encode("a report", value)?))
+    }
+
+    /// Whether the driver asked this member to finish soon.
+    pub fn stop_requested(&self) -> bool {
+        self.inbox.stop.load(Ordering::Acquire)
+    }
+
+    /// Gives `value` under `key` and waits for the values of all members, by rank. Each key is
+    /// for one use. Errors when they are not all there within `timeout`.
+    pub fn all_gather(
+        &self,
+        key: &str,
+        value: &[u8],
+        timeout: Duration,
+    ) -> Result<Vec<Bytes>, Error> {
+        let (key, value) = (key.to_owned(), Bytes::copy_from_slice(value));
+        (self.send)(FromWorker::Gather {
+            key: key.clone(),
+            value,
+        })?;
+        self.inbox
+            .take(&key, timeout)
+            .ok_or_else(|| Error::Timeout {
+                what: format!(
+                    "{} rank {} waiting for all members at {key:?}",
+                    self.spec.group,
+                    self.rank()
+                ),
+                after: timeout,
+            })
+    }
+}
+
+/// What the driver has sent to a member.
+#[derive(Debug, Default)]
+pub(crate) struct Inbox {
+    stop: AtomicBool,
+    gathered: Mutex<HashMap<String, Vec<Bytes>>>,
+    arrived: Condvar,
+}
+
+impl Inbox {
+    pub(crate) fn stop(&self) {
+        self.stop.store(true, Ordering::Release);
+    }
+
+    pub(crate) fn gathered(&self, key: String, values: Vec<Bytes>) {
+        self.gathered
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .insert(key, values);
+        self.arrived.notify_all();
+    }
+
+    fn take(&self, key: &str, timeout: Duration) -> Option<Vec<Bytes>> {
+        let gathered = self.gathered.lock().unwrap_or_else(PoisonError::into_inner);
+        let waited = self
+            .arrived
+            .wait_timeout_while(gathered, timeout, |g| !g.contains_key(key));
+        waited.unwrap_or_else(PoisonError::into_inner).0.remove(key)
+    }
+}

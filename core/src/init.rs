@@ -1,0 +1,77 @@
+//! The first line of `main`: the driver gets its runtime, a worker never returns.
+
+use crate::process::{ProcessHost, child, spawn};
+use crate::{Error, Resources, Runtime, interrupt};
+use std::sync::atomic::{AtomicBool, Ordering};
+
+static INITIALISED: AtomicBool = AtomicBool::new(false);
+
+/// Turns this process into what it was started as.
+///
+/// The driver, that is the program that the user started, gets the [`Runtime`] of this machine.
+/// A worker process, which is the same program started by a driver, serves its driver and exits
+/// without ever returning from here. So it must be the first line of `main`.
+///
+/// ```no_run
+/// fn main() -> Result<(), Box<dyn std::error::Error>> {
+///     let runtime = mobula_core::init()?;
+///     println!("{}", runtime.resources());
+///     Ok(())
+/// }
+/// ```
+pub fn init() -> Result<Runtime, Error> {
+    init_with(Resources::of_this_machine())
+}
+
+/// [`init`] for a driver that is to account for these resources instead of all of the machine's.
+pub fn init_with(total: Resources) -> Result<Runtime, Error> {
+    INITIALISED.store(true, Ordering::SeqCst);
+    if let Ok(fd) = std::env::var(spawn::WORKER_VARIABLE) {
+        std::process::exit(work(&fd));
+    }
+    let tokio = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(1)
+        .thread_name("mobula-control")
+        .enable_all()
+        .build()
+        .map_err(|e| Error::system("starting the control threads", e))?;
+    let host = ProcessHost::new(tokio.handle().clone())?;
+    interrupt::listen(host.clone()).map_err(|e| Error::system("listening for signals", e))?;
+    // It serves until the process ends, whoever still holds a runtime.
+    std::mem::forget(tokio);
+    Ok(Runtime::with_host(total, Some(host)))
+}
+
+/// The life of a worker process; gives its exit code.
+fn work(fd: &str) -> i32 {
+    let driver = std::env::var(spawn::DRIVER_VARIABLE)
+        .ok()
+        .and_then(|pid| pid.parse::<u32>().ok());
+    if driver != Some(std::os::unix::process::parent_id()) {
+        // The driver ended before PR_SET_PDEATHSIG was set.
+        return 1;
+    }
+    let control = fd
+        .parse()
+        .map_err(|_| Error::Internal(format!("bad file descriptor {fd:?}")));
+    match control.and_then(spawn::inherited_control) {
+        Ok(control) => child::serve(control),
+        Err(error) => {
+            eprintln!("worker {}: {error}", std::process::id());
+            1
+        }
+    }
+}
+
+/// A process that was started as a worker but reaches a runtime without `init()` would start
+/// workers of its own, and those more: it stops here.
+pub(crate) fn refuse_uninitialised_worker() {
+    let is_worker = std::env::var_os(spawn::WORKER_VARIABLE).is_some();
+    if is_worker && !INITIALISED.load(Ordering::SeqCst) {
+        eprintln!(
+            "this process was started as a Mobula worker, but its main() did not call \
+             mobula::init() first; make `let runtime = mobula::init()?;` the first line of main()"
+        );
+        std::process::exit(2);
+    }
+}

@@ -1,0 +1,76 @@
+//! Ctrl-C and its kin: everything ends within two seconds, and the user reads how to go on.
+
+use crate::console;
+use crate::process::ProcessHost;
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+
+/// The program is gone after this, whatever its hooks do.
+const DEADLINE: Duration = Duration::from_millis(1500);
+
+type Hook = Box<dyn FnOnce() -> Option<String> + Send>;
+
+static HOOKS: Mutex<Vec<(u64, Hook)>> = Mutex::new(Vec::new());
+
+/// Registers what to do when the program is interrupted: record the state of a run, and say in
+/// one line how to resume. Holds until the guard is dropped.
+pub fn on_interrupt(hook: impl FnOnce() -> Option<String> + Send + 'static) -> InterruptGuard {
+    let mut hooks = HOOKS.lock().unwrap_or_else(PoisonError::into_inner);
+    let id = hooks.iter().map(|(id, _)| id + 1).max().unwrap_or(0);
+    hooks.push((id, Box::new(hook)));
+    InterruptGuard { id }
+}
+
+/// Takes its hook back when dropped.
+#[derive(Debug)]
+pub struct InterruptGuard {
+    id: u64,
+}
+
+impl Drop for InterruptGuard {
+    fn drop(&mut self) {
+        let mut hooks = HOOKS.lock().unwrap_or_else(PoisonError::into_inner);
+        hooks.retain(|(id, _)| *id != self.id);
+    }
+}
+
+/// Listens for SIGINT, SIGTERM and SIGHUP from now on.
+pub(crate) fn listen(host: ProcessHost) -> std::io::Result<()> {
+    let tokio = host.tokio().clone();
+    let _entered = tokio.enter();
+    let kinds = [
+        SignalKind::interrupt(),
+        SignalKind::terminate(),
+        SignalKind::hangup(),
+    ];
+    for kind in kinds {
+        tokio.spawn(end_on(signal(kind)?, kind, host.clone()));
+    }
+    Ok(())
+}
+
+async fn end_on(mut signal: Signal, kind: SignalKind, host: ProcessHost) {
+    signal.recv().await;
+    let code = 128 + kind.as_raw_value();
+    std::thread::spawn(move || {
+        std::thread::sleep(DEADLINE);
+        std::process::exit(code);
+    });
+    std::thread::spawn(move || {
+        console::note("Interrupted: stopping.");
+        host.shutdown();
+        run_hooks();
+        std::process::exit(code);
+    });
+}
+
+/// The newest first: what was begun last is wound up first.
+fn run_hooks() {
+    let hooks = std::mem::take(&mut *HOOKS.lock().unwrap_or_else(PoisonError::into_inner));
+    for (_, hook) in hooks.into_iter().rev() {
+        if let Some(line) = hook() {
+            console::note(line);
+        }
+    }
+}

@@ -1,0 +1,146 @@
+//! The worker's side: a process whose main thread serves the control stream, and whose work runs
+//! on a thread of its own.
+
+use super::wire::{Frames, FromWorker, MAX_FRAME_BYTES, METHOD, MemberSpec, Outcome, ToWorker};
+use crate::group::{Inbox, Member};
+use crate::remote::RemoteFn;
+use crate::runtime::STACK_BYTES;
+use crate::{BoxError, Error, panics};
+use bytes::Bytes;
+use hyper_util::rt::TokioIo;
+use std::os::unix::net::UnixStream as StdUnixStream;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::Request;
+use tonic::codec::Streaming;
+use tonic::transport::{Channel, Endpoint};
+
+const BEAT_INTERVAL: Duration = Duration::from_secs(1);
+/// How long a worker that has delivered its result waits to be sent home.
+const GOODBYE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Serves the control stream until the driver says, or its silence tells, that all is done.
+/// Returns the exit code.
+pub(crate) fn serve(control: StdUnixStream) -> i32 {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build();
+    let served = match runtime {
+        Ok(runtime) => runtime.block_on(session(control)),
+        Err(error) => Err(error.into()),
+    };
+    match served {
+        Ok(()) => 0,
+        Err(error) => {
+            eprintln!("worker {}: {error}", std::process::id());
+            1
+        }
+    }
+}
+
+async fn session(control: StdUnixStream) -> Result<(), BoxError> {
+    let (outbound, frames) = mpsc::channel(256);
+    outbound
+        .send(FromWorker::Hello {
+            build: super::build_id(),
+        })
+        .await?;
+    let mut inbound = connect(control, frames).await?;
+    let inbox = Arc::new(Inbox::default());
+    let mut beat = tokio::time::interval(BEAT_INTERVAL);
+    loop {
+        tokio::select! {
+            _ = beat.tick() => {
+                // A full queue is a sign of life by itself.
+                let _ = outbound.try_send(FromWorker::Beat);
+            }
+            frame = inbound.message() => match frame? {
+                Some(ToWorker::Run { function, args, member }) => {
+                    start(function, args, member, &outbound, &inbox)?;
+                }
+                Some(ToWorker::Gathered { key, values }) => inbox.gathered(key, values),
+                Some(ToWorker::Stop) => inbox.stop(),
+                Some(ToWorker::Shutdown) => return Ok(()),
+                None => return Err("the driver closed the control stream".into()),
+            }
+        }
+    }
+}
+
+async fn connect(
+    control: StdUnixStream,
+    frames: mpsc::Receiver<FromWorker>,
+) -> Result<Streaming<ToWorker>, BoxError> {
+    control.set_nonblocking(true)?;
+    let control = Mutex::new(Some(tokio::net::UnixStream::from_std(control)?));
+    let connector = tower::service_fn(move |_| {
+        let stream = control
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
+        let lost = || std::io::Error::other("the control stream was lost");
+        std::future::ready(stream.map(TokioIo::new).ok_or_else(lost))
+    });
+    // The address is never looked up: the connector hands out the inherited socket.
+    let endpoint = Endpoint::from_static("http://driver").connect_timeout(GOODBYE_TIMEOUT);
+    let channel: Channel = endpoint.connect_with_connector(connector).await?;
+    let mut grpc = tonic::client::Grpc::new(channel).max_decoding_message_size(MAX_FRAME_BYTES);
+    grpc.ready().await?;
+    let codec = Frames::<FromWorker, ToWorker>::default();
+    let method = http::uri::PathAndQuery::from_static(METHOD);
+    let response = grpc
+        .streaming(Request::new(ReceiverStream::new(frames)), method, codec)
+        .await?;
+    Ok(response.into_inner())
+}
+
+/// Runs the function on its own thread, with a stack deep enough for a backward pass.
+fn start(
+    function: String,
+    args: Bytes,
+    spec: Option<MemberSpec>,
+    outbound: &mpsc::Sender<FromWorker>,
+    inbox: &Arc<Inbox>,
+) -> Result<(), BoxError> {
+    let (outbound, inbox) = (outbound.clone(), Arc::clone(inbox));
+    let name = spec
+        .as_ref()
+        .map_or_else(|| function.clone(), |s| format!("rank {}", s.rank));
+    let thread = std::thread::Builder::new()
+        .name(name)
+        .stack_size(STACK_BYTES);
+    thread.spawn(move || {
+        let frames = outbound.clone();
+        let member = spec.map(|spec| {
+            let send = move |frame| frames.blocking_send(frame).map_err(|_| driver_gone());
+            Member::new(spec, Box::new(send), inbox)
+        });
+        let outcome = run(&function, &args, member);
+        let _ = outbound.blocking_send(FromWorker::Done(outcome));
+    })?;
+    Ok(())
+}
+
+/// Runs a registered function; its end, however it ends, as a value.
+pub(crate) fn run(function: &str, args: &[u8], member: Option<Member>) -> Outcome {
+    let result = panics::catch(function, || RemoteFn::find(function)?.run(member, args));
+    match result {
+        Ok(value) => Outcome::Value(value),
+        Err(Error::TaskPanicked {
+            message, location, ..
+        }) => Outcome::Panicked { message, location },
+        Err(Error::TaskFailed { message, .. }) => Outcome::Failed { message },
+        Err(other) => Outcome::Failed {
+            message: other.to_string(),
+        },
+    }
+}
+
+fn driver_gone() -> Error {
+    Error::WorkerLost {
+        task: "the driver".to_owned(),
+        reason: "its control stream closed".to_owned(),
+    }
+}

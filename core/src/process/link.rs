@@ -1,0 +1,330 @@
+//! The driver's side of one worker process: its control stream, its output, its end.
+
+use super::logs::{LogTarget, pump};
+use super::spawn::Started;
+use super::wire::{Frames, FromWorker, MAX_FRAME_BYTES, ToWorker};
+use crate::Error;
+use futures::stream::{self, StreamExt};
+use std::convert::Infallible;
+use std::os::unix::process::ExitStatusExt;
+use std::process::{Child, ExitStatus};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
+use tokio::net::UnixStream;
+use tokio::sync::{mpsc, oneshot};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::codec::Streaming;
+use tonic::{Request, Response, Status};
+
+/// A worker that says nothing for so long is taken for dead, and killed.
+const HEARTBEAT_TIMEOUT: Duration = Duration::from_secs(15);
+/// A worker that has not said hello by then never will.
+const HELLO_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long the output of a process that has ended is waited for.
+const LAST_WORDS: Duration = Duration::from_secs(1);
+/// Frames under way to a worker.
+const OUTBOUND_FRAMES: usize = 256;
+
+/// What the driver hears of a worker.
+#[derive(Debug)]
+pub(crate) enum WorkerEvent {
+    Frame(FromWorker),
+    /// The last one: the process is gone, and how.
+    Ended(String),
+}
+
+/// A running worker process. Dropping it kills the process.
+#[derive(Debug)]
+pub(crate) struct WorkerLink {
+    frames: mpsc::Sender<ToWorker>,
+    process: Arc<Process>,
+}
+
+impl WorkerLink {
+    /// Serves the control stream of a process that was just started; its frames and its end go to
+    /// `events`.
+    pub(crate) fn new(
+        started: Started,
+        log: LogTarget,
+        events: mpsc::Sender<WorkerEvent>,
+        tokio: &tokio::runtime::Handle,
+    ) -> Result<Self, Error> {
+        let (frames, outbound) = mpsc::channel(OUTBOUND_FRAMES);
+        let process = Arc::new(Process::new(started.child));
+        let drained = watch(&process, started.output, log.clone())?;
+        let _entered = tokio.enter();
+        started
+            .control
+            .set_nonblocking(true)
+            .map_err(|e| Error::system("opening a control stream", e))?;
+        let control = UnixStream::from_std(started.control)
+            .map_err(|e| Error::system("opening a control stream", e))?;
+        let session = Session {
+            events,
+            process: Arc::clone(&process),
+            drained,
+            log,
+        };
+        tokio.spawn(session.serve(control, outbound));
+        Ok(Self { frames, process })
+    }
+
+    /// Sends a frame; `false` when the worker is gone or does not listen.
+    pub(crate) fn send(&self, frame: ToWorker) -> bool {
+        self.frames.try_send(frame).is_ok()
+    }
+
+    pub(crate) fn process(&self) -> &Arc<Process> {
+        &self.process
+    }
+}
+
+impl Drop for WorkerLink {
+    fn drop(&mut self) {
+        self.process.kill();
+    }
+}
+
+/// A child process that is killed and reaped without ever touching a reused process id.
+#[derive(Debug)]
+pub(crate) struct Process {
+    child: Mutex<Child>,
+    pid: rustix::process::Pid,
+    status: Mutex<Option<ExitStatus>>,
+    ended: Condvar,
+    ended_async: tokio::sync::Notify,
+    why_killed: Mutex<Option<String>>,
+}
+
+impl Process {
+    fn new(child: Child) -> Self {
+        Self {
+            pid: rustix::process::Pid::from_child(&child),
+            child: Mutex::new(child),
+            status: Mutex::new(None),
+            ended: Condvar::new(),
+            ended_async: tokio::sync::Notify::new(),
+            why_killed: Mutex::new(None),
+        }
+    }
+
+    pub(crate) fn pid(&self) -> u32 {
+        self.pid.as_raw_nonzero().get().unsigned_abs()
+    }
+
+    /// Kills the process at once. `std` knows whether it was reaped, so a stale id is never used.
+    pub(crate) fn kill(&self) {
+        let _ = lock(&self.child).kill();
+    }
+
+    fn kill_because(&self, reason: String) {
+        lock(&self.why_killed).get_or_insert(reason);
+        self.kill();
+    }
+
+    /// Waits for the end of the process, at most so long.
+    pub(crate) fn wait(&self, timeout: Duration) -> Option<ExitStatus> {
+        let deadline = Instant::now() + timeout;
+        let mut status = lock(&self.status);
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if status.is_some() || left.is_zero() {
+                return *status;
+            }
+            status = self
+                .ended
+                .wait_timeout(status, left)
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
+        }
+    }
+
+    /// Blocks until the process has ended, then reaps it.
+    fn reap(&self) {
+        use rustix::process::{WaitId, WaitIdOptions, waitid};
+        // Look without reaping first: `kill` must not be locked out while this waits.
+        let options = WaitIdOptions::EXITED | WaitIdOptions::NOWAIT;
+        while let Err(rustix::io::Errno::INTR) = waitid(WaitId::Pid(self.pid), options) {}
+        let status = lock(&self.child).wait().ok();
+        *lock(&self.status) = status;
+        self.ended.notify_all();
+        // Stored until somebody waits, so that an early end is not missed.
+        self.ended_async.notify_one();
+    }
+
+    fn describe_end(&self, log: &LogTarget) -> String {
+        let killed = lock(&self.why_killed).clone();
+        let how = match (killed, self.wait(Duration::from_secs(5))) {
+            (Some(reason), _) => reason,
+            (None, Some(status)) => describe(status),
+            (None, None) => "its control stream closed".to_owned(),
+        };
+        match &log.file {
+            Some(path) => format!("{how}; its output is in {}", path.display()),
+            None => how,
+        }
+    }
+}
+
+fn describe(status: ExitStatus) -> String {
+    match (status.code(), status.signal()) {
+        (Some(code), _) => format!("its process exited with code {code}"),
+        (_, Some(9)) => "its process was killed (signal 9; perhaps out of memory)".to_owned(),
+        (_, Some(signal)) => format!("its process was ended by signal {signal}"),
+        _ => "its process ended".to_owned(),
+    }
+}
+
+/// One thread copies the output, and says when that is done; another waits for the end.
+fn watch(
+    process: &Arc<Process>,
+    output: std::io::PipeReader,
+    log: LogTarget,
+) -> Result<oneshot::Receiver<()>, Error> {
+    let process = Arc::clone(process);
+    let (done, drained) = oneshot::channel();
+    let thread = |name: &str| std::thread::Builder::new().name(name.to_owned());
+    let failed = |source| Error::system("starting a thread", source);
+    let copy = move || {
+        pump(output, &log);
+        // Nobody may be waiting for it.
+        let _ = done.send(());
+    };
+    thread("mobula-log").spawn(copy).map_err(failed)?;
+    thread("mobula-wait")
+        .spawn(move || process.reap())
+        .map_err(failed)?;
+    Ok(drained)
+}
+
+/// The gRPC session of one worker.
+struct Session {
+    events: mpsc::Sender<WorkerEvent>,
+    process: Arc<Process>,
+    drained: oneshot::Receiver<()>,
+    log: LogTarget,
+}
+
+impl Session {
+    async fn serve(self, control: UnixStream, outbound: mpsc::Receiver<ToWorker>) {
+        let (opened, mut inbound) = mpsc::channel(1);
+        let service = Connect {
+            outbound: Arc::new(Mutex::new(Some(outbound))),
+            opened,
+        };
+        let incoming = stream::once(async { Ok::<_, Infallible>(control) });
+        // The incoming "listener" never ends by itself, or the server would stop accepting.
+        let incoming = incoming.chain(stream::pending());
+        let server = tonic::transport::Server::builder().serve_with_incoming(service, incoming);
+        let session = async {
+            tokio::select! {
+                biased;
+                Some(frames) = inbound.recv() => self.forward(frames).await,
+                () = self.process.ended_async.notified() => {}
+                () = tokio::time::sleep(HELLO_TIMEOUT) => self.process.kill_because(no_hello()),
+            }
+        };
+        tokio::select! {
+            _ = server => {}
+            () = session => {}
+        }
+        self.process.kill();
+        // Its last words come before the news of its end.
+        let _ = tokio::time::timeout(LAST_WORDS, self.drained).await;
+        let (process, log) = (self.process, self.log);
+        let end = tokio::task::spawn_blocking(move || process.describe_end(&log)).await;
+        let end = WorkerEvent::Ended(end.unwrap_or_default());
+        let _ = self.events.send(end).await;
+    }
+
+    /// Passes frames on until the stream closes or falls silent.
+    async fn forward(&self, mut frames: Streaming<FromWorker>) {
+        loop {
+            match tokio::time::timeout(HEARTBEAT_TIMEOUT, frames.message()).await {
+                Ok(Ok(Some(FromWorker::Beat))) => {}
+                Ok(Ok(Some(frame))) => {
+                    if self.events.send(WorkerEvent::Frame(frame)).await.is_err() {
+                        return;
+                    }
+                }
+                Ok(Ok(None) | Err(_)) => return self.leave_to_end().await,
+                Err(_) => return self.process.kill_because(silent()),
+            }
+        }
+    }
+
+    /// The stream closed first: give the process a moment to say by its exit code why.
+    async fn leave_to_end(&self) {
+        let process = Arc::clone(&self.process);
+        let wait = move || process.wait(Duration::from_secs(2));
+        let _ = tokio::task::spawn_blocking(wait).await;
+    }
+}
+
+fn no_hello() -> String {
+    format!(
+        "its process did not connect within {HELLO_TIMEOUT:?}; \
+         is `mobula::init()` the first line of main()?"
+    )
+}
+
+fn silent() -> String {
+    format!("its process sent no heartbeat for {HEARTBEAT_TIMEOUT:?} and was killed")
+}
+
+/// The one-method gRPC service of a control stream.
+#[derive(Clone)]
+struct Connect {
+    outbound: Arc<Mutex<Option<mpsc::Receiver<ToWorker>>>>,
+    opened: mpsc::Sender<Streaming<FromWorker>>,
+}
+
+type BoxFuture<T, E> = futures::future::BoxFuture<'static, Result<T, E>>;
+
+impl tower_service::Service<http::Request<tonic::body::Body>> for Connect {
+    type Response = http::Response<tonic::body::Body>;
+    type Error = Infallible;
+    type Future = BoxFuture<Self::Response, Infallible>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, request: http::Request<tonic::body::Body>) -> Self::Future {
+        let method = Method(self.clone());
+        Box::pin(async move {
+            let codec = Frames::<ToWorker, FromWorker>::default();
+            let mut grpc = tonic::server::Grpc::new(codec)
+                .apply_max_message_size_config(Some(MAX_FRAME_BYTES), Some(MAX_FRAME_BYTES));
+            Ok(grpc.streaming(method, request).await)
+        })
+    }
+}
+
+struct Method(Connect);
+
+impl tower_service::Service<Request<Streaming<FromWorker>>> for Method {
+    type Response = Response<futures::stream::BoxStream<'static, Result<ToWorker, Status>>>;
+    type Error = Status;
+    type Future = BoxFuture<Self::Response, Status>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Status>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, request: Request<Streaming<FromWorker>>) -> Self::Future {
+        let outbound = lock(&self.0.outbound).take();
+        let opened = self.0.opened.clone();
+        Box::pin(async move {
+            let outbound = outbound.ok_or_else(|| Status::already_exists("one stream a worker"))?;
+            let gone = |_| Status::unavailable("the driver is shutting down");
+            opened.send(request.into_inner()).await.map_err(gone)?;
+            Ok(Response::new(ReceiverStream::new(outbound).map(Ok).boxed()))
+        })
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,41 @@
+//! What a worker prints: into its log file, and to the driver's stderr behind its name.
+
+use crate::console;
+use std::fs::{File, OpenOptions};
+use std::io::{BufRead, BufReader, PipeReader, Write};
+use std::path::PathBuf;
+
+/// Where the output of one worker goes.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct LogTarget {
+    /// Put before each line on the driver's stderr; `None` shows nothing there.
+    pub(crate) prefix: Option<String>,
+    /// Appended to, if given.
+    pub(crate) file: Option<PathBuf>,
+}
+
+/// Copies lines until every writer has closed the pipe. Never fails: a full disk must not block
+/// a worker on its own output.
+pub(crate) fn pump(output: PipeReader, target: &LogTarget) {
+    let mut file = target.file.as_ref().and_then(open);
+    let mut reader = BufReader::new(output);
+    let mut line = Vec::new();
+    while matches!(reader.read_until(b'\n', &mut line), Ok(n) if n > 0) {
+        if let Some(file) = &mut file {
+            let _ = file.write_all(&line);
+        }
+        if let Some(prefix) = &target.prefix {
+            console::note(format!(
+                "{prefix} {}",
+                String::from_utf8_lossy(&line).trim_end()
+            ));
+        }
+        line.clear();
+    }
+}
+
+fn open(path: &PathBuf) -> Option<File> {
+    let file = OpenOptions::new().create(true).append(true).open(path);
+    file.map_err(|error| tracing::warn!("cannot log to {}: {error}", path.display()))
+        .ok()
+}

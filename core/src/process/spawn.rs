@@ -1,0 +1,121 @@
+//! Starting worker processes: the one place that touches `fork`.
+//!
+//! A worker is this same binary, started through `/proc/self/exe` so that a rebuild under a
+//! running program changes nothing. It inherits one end of a socket pair, dies with its driver,
+//! and is no part of the terminal's foreground group, so that Ctrl-C reaches the driver alone.
+#![allow(unsafe_code)]
+
+use crate::Error;
+use rustix::io::{FdFlags, fcntl_setfd};
+use rustix::process::{Signal, set_parent_process_death_signal};
+use std::io::PipeReader;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::{Sender, channel};
+
+/// In a worker's environment: the file descriptor of its control stream.
+pub(crate) const WORKER_VARIABLE: &str = "MOBULA_WORKER_FD";
+/// In a worker's environment: the process id of its driver.
+pub(crate) const DRIVER_VARIABLE: &str = "MOBULA_DRIVER_PID";
+
+/// A process that has just been started.
+#[derive(Debug)]
+pub(crate) struct Started {
+    pub(crate) child: Child,
+    /// The driver's end of the control stream.
+    pub(crate) control: UnixStream,
+    /// Everything the worker prints, stdout and stderr in their order.
+    pub(crate) output: PipeReader,
+}
+
+type Request = (Vec<(String, String)>, Sender<Result<Started, Error>>);
+
+/// The one thread that starts processes. `PR_SET_PDEATHSIG` fires when the *thread* that started
+/// a child ends, so that thread must live as long as the program.
+#[derive(Clone, Debug)]
+pub(crate) struct Spawner {
+    requests: Sender<Request>,
+}
+
+impl Spawner {
+    pub(crate) fn start() -> Result<Self, Error> {
+        let (requests, inbox) = channel::<Request>();
+        let thread = std::thread::Builder::new().name("mobula-spawner".to_owned());
+        let spawned = thread.spawn(move || {
+            for (environment, reply) in inbox {
+                // Whoever asked may have given up; then the child is dropped and ends with its
+                // control stream.
+                let _ = reply.send(spawn(&environment));
+            }
+        });
+        spawned.map_err(|source| Error::system("starting the spawner thread", source))?;
+        Ok(Self { requests })
+    }
+
+    pub(crate) fn spawn(&self, environment: Vec<(String, String)>) -> Result<Started, Error> {
+        let (reply, answer) = channel();
+        let gone = || Error::Internal("the spawner thread has ended".to_owned());
+        self.requests
+            .send((environment, reply))
+            .map_err(|_| gone())?;
+        answer.recv().map_err(|_| gone())?
+    }
+}
+
+fn spawn(environment: &[(String, String)]) -> Result<Started, Error> {
+    let (control, worker_end) =
+        UnixStream::pair().map_err(|e| Error::system("creating a socket pair", e))?;
+    let (output, input) = std::io::pipe().map_err(|e| Error::system("creating a pipe", e))?;
+    let stderr = input
+        .try_clone()
+        .map_err(|e| Error::system("duplicating a pipe", e))?;
+    let mut command = Command::new("/proc/self/exe");
+    if let Some(name) = std::env::args_os().next() {
+        command.arg0(name);
+    }
+    command
+        .args(std::env::args_os().skip(1))
+        .envs(environment.iter().map(|(k, v)| (k, v)))
+        .env(WORKER_VARIABLE, worker_end.as_raw_fd().to_string())
+        .env(DRIVER_VARIABLE, std::process::id().to_string())
+        .stdin(Stdio::null())
+        .stdout(input)
+        .stderr(stderr)
+        .process_group(0);
+    prepare(&mut command, worker_end.as_raw_fd());
+    let child = command
+        .spawn()
+        .map_err(|e| Error::system("starting a worker process", e))?;
+    Ok(Started {
+        child,
+        control,
+        output,
+    })
+}
+
+/// Has the child, between fork and exec, ask to die with its parent and keep its control stream.
+fn prepare(command: &mut Command, control: RawFd) {
+    let in_child = move || {
+        set_parent_process_death_signal(Some(Signal::KILL))?;
+        // SAFETY: `control` was open in the parent at the fork (its owner, `worker_end`, outlives
+        // `Command::spawn`), so it is open in this copy of the descriptor table.
+        let control = unsafe { BorrowedFd::borrow_raw(control) };
+        fcntl_setfd(control, FdFlags::empty())?;
+        Ok(())
+    };
+    // SAFETY: `in_child` makes two raw system calls and nothing else: no allocation, no lock, so
+    // it is sound between fork and exec in a process with threads.
+    unsafe { command.pre_exec(in_child) };
+}
+
+/// Takes over the control stream that the driver left open under this number.
+pub(crate) fn inherited_control(fd: RawFd) -> Result<UnixStream, Error> {
+    // SAFETY: called once, by `init()` in a worker, with the number that the driver put into the
+    // environment of this process for this purpose; nothing else in the process owns it.
+    let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+    fcntl_setfd(&fd, FdFlags::CLOEXEC)
+        .map_err(|e| Error::system("taking over the control stream", e))?;
+    Ok(UnixStream::from(fd))
+}

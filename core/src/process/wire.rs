@@ -1,0 +1,117 @@
+//! What driver and worker say to each other: one bidirectional gRPC stream per worker, frames in
+//! MessagePack.
+
+use crate::remote::{decode, encode};
+use bytes::{Buf, BufMut, Bytes};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use std::marker::PhantomData;
+use tonic::Status;
+use tonic::codec::{Codec, DecodeBuf, Decoder, EncodeBuf, Encoder};
+
+/// The path of the one gRPC method.
+pub(crate) const METHOD: &str = "/mobula.v1.Control/Connect";
+
+/// Frames larger than this are refused.
+pub(crate) const MAX_FRAME_BYTES: usize = 1 << 30;
+
+/// From the driver.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) enum ToWorker {
+    /// Run this function; the only one of this process.
+    Run {
+        /// Its registered name.
+        function: String,
+        /// Its encoded arguments.
+        args: Bytes,
+        /// Who the worker is in its group, if it is in one.
+        member: Option<MemberSpec>,
+    },
+    /// What all members gave for a key, by rank.
+    Gathered { key: String, values: Vec<Bytes> },
+    /// Finish soon: the function sees it in [`Member::stop_requested`](crate::Member).
+    Stop,
+    /// End the process now.
+    Shutdown,
+}
+
+/// From the worker.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) enum FromWorker {
+    /// The first frame.
+    Hello { build: String },
+    /// Alive.
+    Beat,
+    /// Something for the driver, in the group's own encoding.
+    Report(Bytes),
+    /// This member's part of a gathering.
+    Gather { key: String, value: Bytes },
+    /// The function has ended.
+    Done(Outcome),
+}
+
+/// How a function ended.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) enum Outcome {
+    Value(Bytes),
+    Failed { message: String },
+    Panicked { message: String, location: String },
+}
+
+/// Who a worker is in its group.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct MemberSpec {
+    pub(crate) group: String,
+    pub(crate) rank: usize,
+    pub(crate) world: usize,
+    pub(crate) generation: u64,
+    pub(crate) threads: usize,
+}
+
+/// Encodes `E` and decodes `D` on a gRPC stream.
+#[derive(Debug)]
+pub(crate) struct Frames<E, D>(PhantomData<fn(E) -> D>);
+
+impl<E, D> Default for Frames<E, D> {
+    fn default() -> Self {
+        Self(PhantomData)
+    }
+}
+
+impl<E: Serialize + Send + 'static, D: DeserializeOwned + Send + 'static> Codec for Frames<E, D> {
+    type Encode = E;
+    type Decode = D;
+    type Encoder = Self;
+    type Decoder = Self;
+
+    fn encoder(&mut self) -> Self {
+        Self::default()
+    }
+
+    fn decoder(&mut self) -> Self {
+        Self::default()
+    }
+}
+
+impl<E: Serialize, D> Encoder for Frames<E, D> {
+    type Item = E;
+    type Error = Status;
+
+    fn encode(&mut self, frame: E, buffer: &mut EncodeBuf<'_>) -> Result<(), Status> {
+        let bytes =
+            encode("a control frame", &frame).map_err(|e| Status::internal(e.to_string()))?;
+        buffer.put(bytes);
+        Ok(())
+    }
+}
+
+impl<E, D: DeserializeOwned> Decoder for Frames<E, D> {
+    type Item = D;
+    type Error = Status;
+
+    fn decode(&mut self, buffer: &mut DecodeBuf<'_>) -> Result<Option<D>, Status> {
+        let bytes = buffer.copy_to_bytes(buffer.remaining());
+        let frame = decode("a control frame", &bytes);
+        frame.map(Some).map_err(|e| Status::internal(e.to_string()))
+    }
+}

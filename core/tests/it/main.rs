@@ -1,0 +1,32 @@
+//! Core through its public interface. Worker processes are this same binary, so `init()` comes
+//! first and the harness is libtest-mimic.
+
+mod actors;
+mod driver;
+mod groups;
+mod tasks;
+
+use libtest_mimic::{Arguments, Trial};
+use mobula_core::Runtime;
+
+fn main() -> Result<(), Box<dyn std::error::Error>> {
+    if driver::requested() {
+        return driver::run();
+    }
+    let runtime = mobula_core::init_with(mobula_core::Resources::cpus(4.0))?;
+    let mut arguments = Arguments::from_args();
+    // Tests share four logical CPUs: more at once would only wait for each other.
+    arguments.test_threads.get_or_insert(2);
+    let tests = [actors::TESTS, driver::TESTS, groups::TESTS, tasks::TESTS].concat();
+    let trials = tests.into_iter().map(|(name, test)| {
+        let runtime = runtime.clone();
+        Trial::test(name, move || {
+            test(&runtime);
+            Ok(())
+        })
+    });
+    libtest_mimic::run(&arguments, trials.collect()).exit();
+}
+
+/// A test under its name.
+type Test = (&'static str, fn(&Runtime));
