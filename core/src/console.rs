@@ -2,8 +2,11 @@
 
 use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use std::io::IsTerminal;
-use std::sync::{LazyLock, Mutex, PoisonError};
+use std::sync::{LazyLock, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
+
+/// Plain progress lines come at most this often.
+const LINE_INTERVAL: Duration = Duration::from_secs(2);
 
 static BARS: LazyLock<MultiProgress> = LazyLock::new(|| {
     let bars = MultiProgress::new();
@@ -28,14 +31,21 @@ pub fn line(line: impl AsRef<str>) {
     BARS.suspend(|| println!("{}", line.as_ref()));
 }
 
-/// Progress of a long piece of work: a bar on a terminal, otherwise a plain line at most every
-/// two seconds.
+/// Progress of a long piece of work: a bar on a terminal; otherwise a plain line at most every two
+/// seconds, and the last one.
 #[derive(Debug)]
 pub struct Progress {
     bar: ProgressBar,
     label: String,
     total: u64,
-    last_line: Mutex<Option<Instant>>,
+    lines: Mutex<Lines>,
+}
+
+/// What was and what is still to be printed where there is no terminal.
+#[derive(Debug, Default)]
+struct Lines {
+    printed: Option<Instant>,
+    waiting: Option<String>,
 }
 
 impl Progress {
@@ -51,7 +61,7 @@ impl Progress {
             bar,
             label,
             total,
-            last_line: Mutex::new(None),
+            lines: Mutex::default(),
         }
     }
 
@@ -61,27 +71,33 @@ impl Progress {
         if is_terminal() {
             self.bar.set_position(step);
             self.bar.set_message(message);
-        } else if self.line_is_due() {
-            eprintln!("{} {step}/{} {message}", self.label, self.total);
+            return;
+        }
+        let mut lines = self.lines();
+        lines.waiting = Some(format!("{} {step}/{}  {message}", self.label, self.total));
+        if lines.printed.is_none_or(|at| at.elapsed() >= LINE_INTERVAL) {
+            lines.print();
         }
     }
 
-    /// Takes the bar away.
+    /// Takes the bar away, or prints the last line.
     pub fn finish(&self) {
         self.bar.finish_and_clear();
         BARS.remove(&self.bar);
+        self.lines().print();
     }
 
-    fn line_is_due(&self) -> bool {
-        let mut last = self
-            .last_line
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        let due = last.is_none_or(|at| at.elapsed() >= Duration::from_secs(2));
-        if due {
-            *last = Some(Instant::now());
+    fn lines(&self) -> MutexGuard<'_, Lines> {
+        self.lines.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Lines {
+    fn print(&mut self) {
+        if let Some(line) = self.waiting.take() {
+            eprintln!("{line}");
+            self.printed = Some(Instant::now());
         }
-        due
     }
 }
 

@@ -35,6 +35,9 @@ pub struct GroupOptions {
     pub placement: Placement,
     /// Which incarnation this is; a restart counts it up. Default: 0.
     pub generation: u64,
+    /// What [`Member::context`] gives to every member: the business of the layer that makes the
+    /// group, beside the arguments that the user gives. Default: nothing.
+    pub context: Bytes,
     /// Folder for `rank-<r>.log`, if the output of worker processes is to be kept. Default: none.
     pub log_dir: Option<PathBuf>,
     /// Whether what workers print is shown on the driver's stderr, behind `[rank r]`.
@@ -43,6 +46,12 @@ pub struct GroupOptions {
 }
 
 impl GroupOptions {
+    /// The same with this context.
+    pub fn with_context(mut self, context: &impl Serialize) -> Result<Self, Error> {
+        self.context = encode("the context of a group", context)?;
+        Ok(self)
+    }
+
     /// So many members in processes, 1 CPU each.
     pub fn new(name: impl Into<String>, size: usize) -> Self {
         Self {
@@ -51,6 +60,7 @@ impl GroupOptions {
             resources: Resources::cpus(1.0),
             placement: Placement::Process,
             generation: 0,
+            context: Bytes::new(),
             log_dir: None,
             show_logs: true,
         }
@@ -252,6 +262,7 @@ impl GroupOptions {
             world: self.size,
             generation: self.generation,
             threads: self.resources.threads(),
+            context: self.context.clone(),
         }
     }
 }
@@ -423,6 +434,11 @@ impl Member {
     /// Which incarnation of the group this is: 0 at first, one more after each restart.
     pub fn generation(&self) -> u64 {
         self.spec.generation
+    }
+
+    /// What the maker of the group gave to all members.
+    pub fn context<C: DeserializeOwned>(&self) -> Result<C, Error> {
+        decode("the context of the group", &self.spec.context)
     }
 
     /// The group's name.

@@ -1,1 +1,54 @@
-//! Placeholder while the dependencies build.
+//! Data-parallel training of candle models: workers in processes, gradients summed in shared
+//! memory, checkpoints that are whole or not there.
+//!
+//! A training function is ordinary code with its loop in sight. The same function runs on a group
+//! of worker processes under a [`Trainer`], and alone, for example as a trial of a search:
+//!
+//! ```
+//! use candle_core::{Device, Tensor};
+//! use mobula_core::Batch;
+//! use mobula_nn::{Model, ModelSpec, loss::cross_entropy, models::MlpOptions};
+//! use mobula_train::{AdamW, AdamWOptions, TrainState, WorkerContext};
+//! use std::ops::ControlFlow;
+//!
+//! let spec = ModelSpec::new("mlp", &MlpOptions::new(2, [8], 2))?;
+//! let model = Model::build(&spec, 7, &Device::Cpu)?;
+//! let mut state = TrainState::new(model, AdamW::new(AdamWOptions::default())?, 7, 1);
+//! let mut context = WorkerContext::alone(|_| Ok(ControlFlow::Continue(())));
+//!
+//! let x = Tensor::new(&[[0f32, 1.], [1., 0.]], &Device::Cpu)?;
+//! let y = Tensor::new(&[0u32, 1], &Device::Cpu)?;
+//! let batch = Batch::new(vec![("x".into(), x), ("y".into(), y)])?;
+//! let mut loss = || {
+//!     context.step(&mut state, &batch, |model, pass| {
+//!         cross_entropy(&model.forward(batch.get("x")?, pass)?, batch.get("y")?)
+//!     })
+//! };
+//! let first = loss()?;
+//! for _ in 0..20 {
+//!     loss()?;
+//! }
+//! assert!(loss()? < first);
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! It knows nothing of data sets (batches come through `mobula_core::BatchStream`) and nothing
+//! of hyperparameter search. CUDA and worlds of several hosts are not here yet.
+
+mod collective;
+mod context;
+mod error;
+mod gradients;
+mod optim;
+mod report;
+mod state;
+mod trainer;
+
+pub use collective::Element;
+pub use context::WorkerContext;
+pub use error::{Error, Result};
+pub use gradients::Gradients;
+pub use optim::{AdamW, AdamWOptions};
+pub use report::EpochReport;
+pub use state::{SavedState, TrainState, load_model};
+pub use trainer::{CheckpointConfig, FailureConfig, ScalingConfig, Trainer, TrainingResult};

@@ -66,6 +66,7 @@ pub(crate) struct MemberSpec {
     pub(crate) world: usize,
     pub(crate) generation: u64,
     pub(crate) threads: usize,
+    pub(crate) context: Bytes,
 }
 
 /// Encodes `E` and decodes `D` on a gRPC stream.

@@ -1,0 +1,308 @@
+//! What a training function gets: its share of the work, and the steps that all ranks take
+//! together.
+
+use crate::collective::{Collective, Element};
+use crate::gradients::Gradients;
+use crate::report::{EpochReport, Meter, WorkerReport};
+use crate::state::TrainState;
+use crate::{Error, Result};
+use candle_core::{DType, Device, Tensor};
+use mobula_core::checkpoint::{Checkpoint, CheckpointStore};
+use mobula_core::{Batch, BatchStream, BoxError, Member, Shard};
+use mobula_nn::{Model, Pass};
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::ops::ControlFlow;
+use std::path::PathBuf;
+
+/// What the trainer tells its workers.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub(crate) struct Setup {
+    pub(crate) checkpoints: Option<PathBuf>,
+    pub(crate) keep: usize,
+    pub(crate) every_epochs: u64,
+    pub(crate) resume_from: Option<Checkpoint>,
+}
+
+/// The training function's view of its group, or of a world of one.
+pub struct WorkerContext<'a> {
+    place: Place<'a>,
+    collective: Collective,
+    setup: Setup,
+    gradients: Option<Gradients>,
+    files: BTreeMap<String, Vec<u8>>,
+    meter: Meter,
+}
+
+/// Who listens: the trainer, or whoever runs the function alone.
+enum Place<'a> {
+    Member(Member),
+    Alone(Listener<'a>),
+}
+
+type Listener<'a> = Box<dyn FnMut(&EpochReport) -> Result<ControlFlow<()>, BoxError> + 'a>;
+
+impl std::fmt::Debug for WorkerContext<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("WorkerContext")
+            .field("shard", &self.shard())
+            .finish_non_exhaustive()
+    }
+}
+
+impl WorkerContext<'static> {
+    /// The context of a member of a [`Trainer`](crate::Trainer)'s group.
+    pub fn join(member: Member) -> Result<Self> {
+        let setup = member.context()?;
+        let collective = Collective::of(&member);
+        Ok(Self::new(Place::Member(member), collective, setup))
+    }
+}
+
+impl<'a> WorkerContext<'a> {
+    /// A world of one without checkpoints, for trials and tests. `on_epoch` hears of each epoch
+    /// and may break the training off.
+    pub fn alone(
+        on_epoch: impl FnMut(&EpochReport) -> Result<ControlFlow<()>, BoxError> + 'a,
+    ) -> Self {
+        Self::new(
+            Place::Alone(Box::new(on_epoch)),
+            Collective::Alone,
+            Setup::default(),
+        )
+    }
+
+    fn new(place: Place<'a>, collective: Collective, setup: Setup) -> Self {
+        Self {
+            place,
+            collective,
+            setup,
+            gradients: None,
+            files: BTreeMap::new(),
+            meter: Meter::default(),
+        }
+    }
+
+    /// This worker's share of a stream.
+    pub fn shard(&self) -> Shard {
+        match self.member() {
+            Some(member) => Shard {
+                rank: member.rank(),
+                world: member.world_size(),
+            },
+            None => Shard::ALL,
+        }
+    }
+
+    /// The device to compute on.
+    pub fn device(&self) -> Device {
+        Device::Cpu
+    }
+
+    /// Has every checkpoint hold one more file, such as the fitted preprocessor that goes with
+    /// the model.
+    pub fn add_checkpoint_file(&mut self, name: &str, content: impl Into<Vec<u8>>) {
+        self.files.insert(name.to_owned(), content.into());
+    }
+
+    /// Continues from the run's newest valid checkpoint, if there is one. Says whether.
+    pub fn restore(
+        &mut self,
+        state: &mut TrainState,
+        stream: &mut dyn BatchStream,
+    ) -> Result<bool> {
+        let Some(checkpoint) = &self.setup.resume_from else {
+            return Ok(false);
+        };
+        state.restore(checkpoint, stream)?;
+        Ok(true)
+    }
+
+    /// One step of all ranks: loss and gradients of this rank's rows, averaged over the rows of
+    /// all ranks, then the same update everywhere. Gives the global mean loss.
+    ///
+    /// `loss` is called with the model and the pass, and gives the mean over this rank's rows. It
+    /// is not called on a rank without rows.
+    pub fn step<E: Into<BoxError>>(
+        &mut self,
+        state: &mut TrainState,
+        batch: &Batch,
+        loss: impl FnOnce(&Model, &Pass) -> Result<Tensor, E>,
+    ) -> Result<f64> {
+        let shard = self.shard();
+        let mut gradients = match self.gradients.take() {
+            Some(gradients) => gradients,
+            None => Gradients::zeros(state.model.params()),
+        };
+        gradients.clear();
+        if batch.rows() > 0 {
+            // Ranks draw from disjoint rows of one large global batch.
+            let first_row = (shard.rank as u64) << 32;
+            let pass = Pass::train(state.seed(), state.step()).with_row_offset(first_row);
+            let loss = loss(&state.model, &pass).map_err(Error::program)?;
+            let share = batch.rows() as f32 / batch.global_rows().max(1) as f32;
+            backward(&loss, share, state, &mut gradients)?;
+        }
+        self.reduce(gradients.to_reduce())?;
+        let loss = check_finite(&gradients, state.step())?;
+        state.optimizer.step(state.model.params(), &gradients)?;
+        state.count_step();
+        self.gradients = Some(gradients);
+        self.meter.count(batch.global_rows(), loss);
+        self.report_progress(state)?;
+        Ok(loss)
+    }
+
+    /// The mean over all rows of one epoch of `stream` on all ranks; `total` gives the sum over
+    /// the rows of a batch, such as the number of correct ones.
+    pub fn mean_over<E: Into<BoxError>>(
+        &mut self,
+        stream: &mut dyn BatchStream,
+        mut total: impl FnMut(&Batch) -> Result<f64, E>,
+    ) -> Result<f64> {
+        let mut sums = [0.0, 0.0];
+        while let Some(batch) = stream.next_batch()? {
+            if batch.rows() > 0 {
+                sums[0] += total(&batch).map_err(Error::program)?;
+                sums[1] += batch.rows() as f64;
+            }
+        }
+        self.all_reduce_sum(&mut sums)?;
+        Ok(sums[0] / sums[1])
+    }
+
+    /// Replaces the values on every rank by their sums over all ranks. All ranks must call it
+    /// alike.
+    pub fn all_reduce_sum<T: Element>(&mut self, values: &mut [T]) -> Result<()> {
+        self.reduce(values)
+    }
+
+    /// Ends an epoch: counts it, commits a checkpoint when one is due, reports the metrics and
+    /// the mean loss. `Break` when the training is to stop here, on all ranks alike.
+    pub fn end_epoch(
+        &mut self,
+        state: &mut TrainState,
+        stream: &dyn BatchStream,
+        metrics: &[(&str, f64)],
+    ) -> Result<ControlFlow<()>> {
+        state.count_epoch();
+        let mut metrics: BTreeMap<String, f64> = metrics
+            .iter()
+            .map(|(name, value)| ((*name).to_owned(), *value))
+            .collect();
+        metrics.extend(self.meter.end_epoch());
+        self.checkpoint_if_due(state, stream, &metrics)?;
+        let report = EpochReport {
+            epoch: state.epoch(),
+            epochs: state.epochs(),
+            step: state.step(),
+            metrics,
+        };
+        let mut stop = [f64::from(u8::from(self.tell_epoch(report)?.is_break()))];
+        self.reduce(&mut stop)?;
+        Ok(if stop[0] > 0.0 {
+            ControlFlow::Break(())
+        } else {
+            ControlFlow::Continue(())
+        })
+    }
+
+    fn tell_epoch(&mut self, report: EpochReport) -> Result<ControlFlow<()>> {
+        match &mut self.place {
+            Place::Alone(listener) => listener(&report).map_err(Error::program),
+            Place::Member(member) => {
+                if member.rank() == 0 {
+                    member.report(&WorkerReport::Epoch(report))?;
+                }
+                let stop = member.stop_requested();
+                Ok(if stop {
+                    ControlFlow::Break(())
+                } else {
+                    ControlFlow::Continue(())
+                })
+            }
+        }
+    }
+
+    /// Rank 0 writes; the others wait, so that nobody runs ahead of a checkpoint that failed.
+    fn checkpoint_if_due(
+        &mut self,
+        state: &TrainState,
+        stream: &dyn BatchStream,
+        metrics: &BTreeMap<String, f64>,
+    ) -> Result<()> {
+        let due = state.is_finished() || state.epoch() % self.setup.every_epochs.max(1) == 0;
+        let Some(dir) = self.setup.checkpoints.clone().filter(|_| due) else {
+            return Ok(());
+        };
+        if self.shard().rank == 0 {
+            let store = CheckpointStore::new(dir, self.setup.keep);
+            let files = &self.files;
+            store.save(state.step(), |dir| {
+                state
+                    .save(dir, stream, metrics)
+                    .map_err(mobula_core::Error::layer)?;
+                for (name, content) in files {
+                    std::fs::write(dir.join(name), content).map_err(mobula_core::Error::layer)?;
+                }
+                Ok(())
+            })?;
+        }
+        self.reduce(&mut [0.0f32])
+    }
+
+    fn report_progress(&mut self, state: &TrainState) -> Result<()> {
+        if let Place::Member(member) = &self.place
+            && member.rank() == 0
+            && let Some(progress) = self.meter.progress(state)
+        {
+            member.report(&WorkerReport::Progress(progress))?;
+        }
+        Ok(())
+    }
+
+    fn reduce<T: Element>(&mut self, values: &mut [T]) -> Result<()> {
+        let member = match &self.place {
+            Place::Member(member) => Some(member),
+            Place::Alone(_) => None,
+        };
+        self.collective.all_reduce(member, values)
+    }
+
+    fn member(&self) -> Option<&Member> {
+        match &self.place {
+            Place::Member(member) => Some(member),
+            Place::Alone(_) => None,
+        }
+    }
+}
+
+/// Loss and gradients of this rank's rows, scaled by its share of all rows.
+fn backward(loss: &Tensor, share: f32, state: &TrainState, into: &mut Gradients) -> Result<()> {
+    if loss.elem_count() != 1 {
+        return Err(Error::LossShape {
+            shape: loss.dims().to_vec(),
+        });
+    }
+    let value = loss.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
+    // The gradients of a loss that is no number are none either; the sum will tell all ranks.
+    let store = loss.backward()?;
+    into.fill(state.model.params(), &store, share)?;
+    into.set_loss(value[0] * share);
+    Ok(())
+}
+
+/// After the sum all ranks hold the same bits, so all come to the same conclusion.
+fn check_finite(gradients: &Gradients, step: u64) -> Result<f64> {
+    let loss = f64::from(gradients.loss());
+    if !loss.is_finite() {
+        return Err(Error::NonFiniteLoss { step, loss });
+    }
+    match gradients.first_non_finite() {
+        Some(name) => Err(Error::NonFiniteGradient {
+            parameter: name.to_owned(),
+            step,
+        }),
+        None => Ok(loss),
+    }
+}

@@ -1,0 +1,136 @@
+//! The errors of this crate: what, where, expected, got, way out.
+
+use mobula_core::BoxError;
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// What a fallible function of this crate returns.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// What can go wrong in training.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// Placing, starting or talking to workers failed, or a file operation did.
+    #[error(transparent)]
+    Core(#[from] mobula_core::Error),
+    /// The model failed.
+    #[error(transparent)]
+    Nn(#[from] mobula_nn::Error),
+    /// What the program gave to a step or an evaluation failed.
+    #[error(transparent)]
+    Program(BoxError),
+    /// A tensor operation failed.
+    #[error(transparent)]
+    Tensor(BoxError),
+    /// The loss of a step is not a number any more.
+    #[error(
+        "the loss at step {step} is {loss}: lower the learning rate, or check the inputs for NaN"
+    )]
+    NonFiniteLoss {
+        /// The global step.
+        step: u64,
+        /// The loss, averaged over all rows of all ranks.
+        loss: f64,
+    },
+    /// A gradient is not finite although the loss is.
+    #[error(
+        "the gradient of {parameter:?} at step {step} is not finite: lower the learning rate, or check the inputs for NaN"
+    )]
+    NonFiniteGradient {
+        /// The parameter.
+        parameter: String,
+        /// The global step.
+        step: u64,
+    },
+    /// A loss that is not one number.
+    #[error("the loss must be one f32, got shape {shape:?}; take the mean over the rows")]
+    LossShape {
+        /// Its shape.
+        shape: Vec<usize>,
+    },
+    /// Parameters that the loss does not depend on, or whose gradient got lost in an operation
+    /// without a backward pass.
+    #[error("no gradient reached {}: does the loss depend on it, and has every operation on the way a backward pass?", names.join(", "))]
+    NoGradient {
+        /// The parameters.
+        names: Vec<String>,
+    },
+    /// Members of a collective did not come in time.
+    #[error("rank {rank} waited {after:?} in {operation} for rank {}", late.iter().map(ToString::to_string).collect::<Vec<_>>().join(", rank "))]
+    Straggler {
+        /// Which collective operation.
+        operation: &'static str,
+        /// Who waited.
+        rank: usize,
+        /// Who did not come.
+        late: Vec<usize>,
+        /// How long.
+        after: Duration,
+    },
+    /// Ranks called a collective with buffers of different lengths.
+    #[error(
+        "rank {rank} reduces {len} elements, rank {other} {other_len}: do all ranks build the same model?"
+    )]
+    CollectiveLength {
+        /// Who noticed.
+        rank: usize,
+        /// Its elements.
+        len: usize,
+        /// Another rank.
+        other: usize,
+        /// That one's elements.
+        other_len: usize,
+    },
+    /// Shared memory could not be made or opened.
+    #[error("cannot {action} {bytes} bytes of shared memory: {source}")]
+    SharedMemory {
+        /// "reserve", "open" or "map".
+        action: &'static str,
+        /// How much.
+        bytes: usize,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// Saved optimizer state that does not fit the model.
+    #[error("the optimizer state in {} does not fit the model: {reason}", path.display())]
+    OptimizerState {
+        /// The file.
+        path: PathBuf,
+        /// Which tensor, expected and got.
+        reason: String,
+    },
+    /// An option out of its range.
+    #[error("option {option} is {got}, expected {expected}")]
+    Option {
+        /// Its field.
+        option: &'static str,
+        /// Its value.
+        got: String,
+        /// What it may be.
+        expected: &'static str,
+    },
+    /// The training group failed more often than allowed.
+    #[error("training failed {failures} time(s), {allowed} allowed: {source}")]
+    TooManyFailures {
+        /// How often it failed.
+        failures: u32,
+        /// `FailureConfig::max_failures`.
+        allowed: u32,
+        /// The last failure.
+        source: mobula_core::Error,
+    },
+}
+
+impl Error {
+    /// Wraps an error of the user's program.
+    pub fn program(error: impl Into<BoxError>) -> Self {
+        Self::Program(error.into())
+    }
+}
+
+impl From<candle_core::Error> for Error {
+    fn from(error: candle_core::Error) -> Self {
+        Self::Tensor(error.into())
+    }
+}

@@ -1,0 +1,118 @@
+//! What workers tell the trainer.
+
+use crate::state::TrainState;
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+/// Progress is reported at most this often.
+const PROGRESS_INTERVAL: Duration = Duration::from_millis(200);
+
+/// From rank 0 to the trainer.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) enum WorkerReport {
+    Progress(Progress),
+    Epoch(EpochReport),
+}
+
+/// How far a training is.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Progress {
+    pub(crate) step: u64,
+    pub(crate) epoch: u64,
+    pub(crate) epochs: u64,
+    pub(crate) loss: f64,
+    pub(crate) samples_per_second: f64,
+}
+
+/// The end of an epoch.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct EpochReport {
+    /// Epochs done.
+    pub epoch: u64,
+    /// Epochs in all.
+    pub epochs: u64,
+    /// Global steps done.
+    pub step: u64,
+    /// Name → value; `loss` and `samples_per_second` of the epoch among them.
+    pub metrics: BTreeMap<String, f64>,
+}
+
+/// Counts rows, losses and time.
+#[derive(Debug)]
+pub(crate) struct Meter {
+    epoch: Window,
+    recent: Window,
+    last_loss: f64,
+}
+
+#[derive(Debug)]
+struct Window {
+    begun: Instant,
+    rows: usize,
+    weighted_loss: f64,
+}
+
+impl Default for Window {
+    fn default() -> Self {
+        Self {
+            begun: Instant::now(),
+            rows: 0,
+            weighted_loss: 0.0,
+        }
+    }
+}
+
+impl Window {
+    fn count(&mut self, rows: usize, loss: f64) {
+        self.rows += rows;
+        self.weighted_loss += loss * rows as f64;
+    }
+
+    fn rows_per_second(&self) -> f64 {
+        self.rows as f64 / self.begun.elapsed().as_secs_f64().max(1e-9)
+    }
+}
+
+impl Default for Meter {
+    fn default() -> Self {
+        Self {
+            epoch: Window::default(),
+            recent: Window::default(),
+            last_loss: f64::NAN,
+        }
+    }
+}
+
+impl Meter {
+    pub(crate) fn count(&mut self, rows: usize, loss: f64) {
+        self.epoch.count(rows, loss);
+        self.recent.count(rows, loss);
+        self.last_loss = loss;
+    }
+
+    /// The progress since the last report, if one is due.
+    pub(crate) fn progress(&mut self, state: &TrainState) -> Option<Progress> {
+        if self.recent.begun.elapsed() < PROGRESS_INTERVAL {
+            return None;
+        }
+        let recent = std::mem::take(&mut self.recent);
+        Some(Progress {
+            step: state.step(),
+            epoch: state.epoch(),
+            epochs: state.epochs(),
+            loss: self.last_loss,
+            samples_per_second: recent.rows_per_second(),
+        })
+    }
+
+    /// Mean loss over the rows of the epoch, and rows a second of its training steps and what lay
+    /// between them.
+    pub(crate) fn end_epoch(&mut self) -> BTreeMap<String, f64> {
+        let epoch = std::mem::take(&mut self.epoch);
+        BTreeMap::from([
+            ("loss".to_owned(), epoch.weighted_loss / epoch.rows as f64),
+            ("samples_per_second".to_owned(), epoch.rows_per_second()),
+        ])
+    }
+}

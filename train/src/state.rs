@@ -1,0 +1,134 @@
+//! What a training run carries from step to step, and its checkpoint.
+
+use crate::optim::AdamW;
+use crate::{Error, Result};
+use candle_core::Device;
+use mobula_core::checkpoint::Checkpoint;
+use mobula_core::{BatchStream, StreamState};
+use mobula_nn::Model;
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::path::Path;
+
+const STATE: &str = "state.json";
+const MODEL: &str = "model.safetensors";
+const OPTIMIZER: &str = "optimizer.safetensors";
+
+/// Model, optimizer and position of a run: all that a checkpoint needs beside the stream's
+/// position, which the stream itself knows.
+#[derive(Debug)]
+pub struct TrainState {
+    /// The model.
+    pub model: Model,
+    /// The optimizer.
+    pub optimizer: AdamW,
+    seed: u64,
+    step: u64,
+    epoch: u64,
+    epochs: u64,
+}
+
+/// `state.json` of a checkpoint.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct SavedState {
+    /// Global steps done.
+    pub step: u64,
+    /// Epochs done.
+    pub epoch: u64,
+    /// The seed of dropout and everything else random in a step.
+    pub seed: u64,
+    /// Where the stream of training batches stands.
+    pub stream: StreamState,
+    /// The metrics of the epoch just done.
+    pub metrics: BTreeMap<String, f64>,
+}
+
+impl TrainState {
+    /// A run at its start, to go on for so many epochs.
+    pub fn new(model: Model, optimizer: AdamW, seed: u64, epochs: u64) -> Self {
+        Self {
+            model,
+            optimizer,
+            seed,
+            step: 0,
+            epoch: 0,
+            epochs,
+        }
+    }
+
+    /// Global steps done.
+    pub fn step(&self) -> u64 {
+        self.step
+    }
+
+    /// Epochs done.
+    pub fn epoch(&self) -> u64 {
+        self.epoch
+    }
+
+    /// Epochs in all.
+    pub fn epochs(&self) -> u64 {
+        self.epochs
+    }
+
+    /// Whether all epochs are done.
+    pub fn is_finished(&self) -> bool {
+        self.epoch >= self.epochs
+    }
+
+    /// The seed of everything random in a step.
+    pub fn seed(&self) -> u64 {
+        self.seed
+    }
+
+    pub(crate) fn count_step(&mut self) {
+        self.step += 1;
+    }
+
+    pub(crate) fn count_epoch(&mut self) {
+        self.epoch += 1;
+    }
+
+    /// Writes `model.safetensors`, `model.json`, `optimizer.safetensors` and `state.json`.
+    pub(crate) fn save(
+        &self,
+        dir: &Path,
+        stream: &dyn BatchStream,
+        metrics: &BTreeMap<String, f64>,
+    ) -> Result<()> {
+        self.model.save(dir)?;
+        self.optimizer
+            .save(self.model.params(), &dir.join(OPTIMIZER))?;
+        let saved = SavedState {
+            step: self.step,
+            epoch: self.epoch,
+            seed: self.seed,
+            stream: stream.state(),
+            metrics: metrics.clone(),
+        };
+        let text = serde_json::to_vec_pretty(&saved).map_err(mobula_core::Error::layer)?;
+        let path = dir.join(STATE);
+        std::fs::write(&path, text)
+            .map_err(|e| Error::program(format!("cannot write {}: {e}", path.display())))
+    }
+
+    /// Continues where the checkpoint was taken.
+    pub(crate) fn restore(
+        &mut self,
+        from: &Checkpoint,
+        stream: &mut dyn BatchStream,
+    ) -> Result<()> {
+        let saved: SavedState = from.json(STATE)?;
+        self.model.params().load(from.file(MODEL))?;
+        self.optimizer
+            .load(self.model.params(), &from.file(OPTIMIZER))?;
+        stream.restore(&saved.stream)?;
+        (self.step, self.epoch, self.seed) = (saved.step, saved.epoch, saved.seed);
+        Ok(())
+    }
+}
+
+/// The trained model of a checkpoint, on the CPU.
+pub fn load_model(checkpoint: &Checkpoint) -> Result<Model> {
+    Ok(Model::load(checkpoint.path(), &Device::Cpu)?)
+}

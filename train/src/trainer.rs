@@ -1,0 +1,342 @@
+//! The trainer: runs a training function on a group of workers, and again when one is lost.
+
+use crate::context::Setup;
+use crate::report::{EpochReport, Progress, WorkerReport};
+use crate::{Error, Result};
+use mobula_core::checkpoint::Checkpoint;
+use mobula_core::console::{self, Progress as Bar};
+use mobula_core::group::decode_report;
+use mobula_core::run::{MetricsWriter, RunDir, RunState};
+use mobula_core::{Group, GroupEvent, GroupOptions, GroupTask, Placement, Resources, Runtime};
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+/// How many workers, and what each one holds.
+#[derive(Clone, Debug)]
+pub struct ScalingConfig {
+    /// Workers. Default: 1.
+    pub num_workers: usize,
+    /// What each worker holds. Default: 1 CPU.
+    pub resources_per_worker: Resources,
+    /// Where workers run. Default: each in a process of its own.
+    pub placement: Placement,
+}
+
+impl Default for ScalingConfig {
+    fn default() -> Self {
+        Self {
+            num_workers: 1,
+            resources_per_worker: Resources::cpus(1.0),
+            placement: Placement::Process,
+        }
+    }
+}
+
+impl ScalingConfig {
+    /// So many worker processes with 1 CPU each.
+    pub fn workers(num_workers: usize) -> Self {
+        Self {
+            num_workers,
+            ..Self::default()
+        }
+    }
+}
+
+/// How often a training may fail and start again from its newest checkpoint.
+#[derive(Clone, Copy, Debug)]
+pub struct FailureConfig {
+    /// Lost workers that are survived. Errors of the training function itself are never retried:
+    /// they would come again. Default: 3.
+    pub max_failures: u32,
+}
+
+impl Default for FailureConfig {
+    fn default() -> Self {
+        Self { max_failures: 3 }
+    }
+}
+
+/// When checkpoints are taken, and how many stay.
+#[derive(Clone, Copy, Debug)]
+pub struct CheckpointConfig {
+    /// Epochs between two checkpoints; the last epoch always has one. Default: 1.
+    pub every_epochs: u64,
+    /// Checkpoints kept, at least 1. Default: 2, so that a damaged one has one before it.
+    pub keep: usize,
+}
+
+impl Default for CheckpointConfig {
+    fn default() -> Self {
+        Self {
+            every_epochs: 1,
+            keep: 2,
+        }
+    }
+}
+
+/// Trains a model on a group of workers.
+#[derive(Debug)]
+pub struct Trainer<T> {
+    task: GroupTask<T>,
+    name: String,
+    scaling: ScalingConfig,
+    failure: FailureConfig,
+    checkpoint: CheckpointConfig,
+    run: Option<RunDir>,
+    show_logs: bool,
+}
+
+/// How a training ended.
+#[derive(Debug)]
+pub struct TrainingResult<T> {
+    /// The metrics of the last epoch.
+    pub metrics: BTreeMap<String, f64>,
+    /// The newest checkpoint, if the trainer has a run directory.
+    pub checkpoint: Option<Checkpoint>,
+    /// How often workers were lost and the group started again.
+    pub restarts: u32,
+    /// What the training function returned, by rank.
+    pub values: Vec<T>,
+}
+
+impl<T> Trainer<T> {
+    /// A trainer of what `some_function::remote(config)` describes: a `#[mobula::remote]`
+    /// function whose first parameter is a [`Member`](mobula_core::Member).
+    pub fn new(task: GroupTask<T>) -> Self {
+        Self {
+            task,
+            name: "train".to_owned(),
+            scaling: ScalingConfig::default(),
+            failure: FailureConfig::default(),
+            checkpoint: CheckpointConfig::default(),
+            run: None,
+            show_logs: true,
+        }
+    }
+
+    /// Sets how many workers there are.
+    pub fn with_scaling(self, scaling: ScalingConfig) -> Self {
+        Self { scaling, ..self }
+    }
+
+    /// Sets what failures are survived.
+    pub fn with_failure(self, failure: FailureConfig) -> Self {
+        Self { failure, ..self }
+    }
+
+    /// Sets when checkpoints are taken.
+    pub fn with_checkpoints(self, checkpoint: CheckpointConfig) -> Self {
+        Self { checkpoint, ..self }
+    }
+
+    /// Sets whether what workers print is shown behind `[rank r]`. Default: yes.
+    pub fn with_logs_shown(self, show_logs: bool) -> Self {
+        Self { show_logs, ..self }
+    }
+
+    /// Writes metrics, logs and checkpoints into this run, and continues from its newest
+    /// checkpoint if it has one.
+    pub fn with_run(mut self, run: &RunDir) -> Self {
+        self.name = run
+            .path()
+            .file_name()
+            .map_or(self.name, |n| n.to_string_lossy().into_owned());
+        self.run = Some(run.clone());
+        self
+    }
+
+    /// Trains until the function has returned on every rank.
+    pub fn fit(&self, runtime: &Runtime) -> Result<TrainingResult<T>> {
+        self.set_state(RunState::Running)?;
+        let run = self.run.clone();
+        let _interrupted = mobula_core::on_interrupt(move || {
+            run.and_then(|run| run.set_state(RunState::Interrupted).err())
+                .map(|e| e.to_string())
+        });
+        let result = self.fit_with_restarts(runtime);
+        let state = if result.is_ok() {
+            RunState::Finished
+        } else {
+            RunState::Failed
+        };
+        self.set_state(state)?;
+        result
+    }
+
+    fn fit_with_restarts(&self, runtime: &Runtime) -> Result<TrainingResult<T>> {
+        let mut journal = Journal::new(&self.name, self.run.as_ref())?;
+        let (mut restarts, allowed) = (0, self.failure.max_failures);
+        loop {
+            match self.attempt(runtime, restarts, &mut journal) {
+                Ok(values) => return self.result(values, restarts, journal),
+                Err(Error::Core(error)) if error.is_retryable() && restarts < allowed => {
+                    restarts += 1;
+                    console::note(format!("{error}; restart {restarts} of {allowed}"));
+                }
+                Err(Error::Core(source)) if source.is_retryable() => {
+                    return Err(Error::TooManyFailures {
+                        failures: restarts + 1,
+                        allowed,
+                        source,
+                    });
+                }
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    /// One life of the group.
+    fn attempt(&self, runtime: &Runtime, generation: u32, journal: &mut Journal) -> Result<Vec<T>> {
+        let options = self.group_options(generation)?;
+        let mut group = runtime.group(&options, &self.task)?;
+        let mut values: Vec<Option<T>> = (0..self.scaling.num_workers).map(|_| None).collect();
+        while values.iter().any(Option::is_none) {
+            match next(&mut group) {
+                GroupEvent::Report { payload, .. } => journal.record(decode_report(&payload)?)?,
+                GroupEvent::Finished { rank, value } => values[rank] = Some(value),
+                GroupEvent::Failed { error, .. } => return Err(error.into()),
+            }
+        }
+        Ok(values.into_iter().flatten().collect())
+    }
+
+    fn group_options(&self, generation: u32) -> Result<GroupOptions> {
+        let checkpoints = self
+            .run
+            .as_ref()
+            .map(|run| run.checkpoints(self.checkpoint.keep));
+        let resume_from = match &checkpoints {
+            Some(store) => store.latest()?,
+            None => None,
+        };
+        if let Some(checkpoint) = &resume_from {
+            console::note(format!(
+                "{}: continuing from step {}",
+                self.name,
+                checkpoint.step()
+            ));
+        }
+        let setup = Setup {
+            checkpoints: checkpoints.map(|store| store.dir().to_owned()),
+            keep: self.checkpoint.keep,
+            every_epochs: self.checkpoint.every_epochs,
+            resume_from,
+        };
+        let options = GroupOptions {
+            resources: self.scaling.resources_per_worker.clone(),
+            placement: self.scaling.placement,
+            generation: u64::from(generation),
+            log_dir: self.run.as_ref().map(|run| run.path().join("logs")),
+            show_logs: self.show_logs,
+            ..GroupOptions::new(&self.name, self.scaling.num_workers)
+        };
+        Ok(options.with_context(&setup)?)
+    }
+
+    fn result(&self, values: Vec<T>, restarts: u32, journal: Journal) -> Result<TrainingResult<T>> {
+        let checkpoint = match &self.run {
+            Some(run) => run.checkpoints(self.checkpoint.keep).latest()?,
+            None => None,
+        };
+        Ok(TrainingResult {
+            metrics: journal.last,
+            checkpoint,
+            restarts,
+            values,
+        })
+    }
+
+    fn set_state(&self, state: RunState) -> Result<()> {
+        Ok(self
+            .run
+            .as_ref()
+            .map_or(Ok(()), |run| run.set_state(state))?)
+    }
+}
+
+/// Workers that hang are found by their heartbeats and by the deadlines of their collectives;
+/// each ends in an event, so waiting for one never hangs.
+fn next<T>(group: &mut Group<T>) -> GroupEvent<T> {
+    loop {
+        if let Some(event) = group.next_event(Duration::from_secs(1)) {
+            return event;
+        }
+    }
+}
+
+/// Where reports go: the run's metrics, and the user's eyes.
+struct Journal {
+    bar: Option<Bar>,
+    name: String,
+    metrics: Option<MetricsWriter>,
+    last: BTreeMap<String, f64>,
+}
+
+impl Journal {
+    fn new(name: &str, run: Option<&RunDir>) -> Result<Self> {
+        Ok(Self {
+            bar: None,
+            name: name.to_owned(),
+            metrics: run.map(RunDir::metrics_writer).transpose()?,
+            last: run.map(last_metrics).unwrap_or_default(),
+        })
+    }
+
+    fn record(&mut self, report: WorkerReport) -> Result<()> {
+        match report {
+            WorkerReport::Progress(progress) => self.progress(&progress),
+            WorkerReport::Epoch(report) => self.epoch(report),
+        }
+    }
+
+    fn progress(&mut self, progress: &Progress) -> Result<()> {
+        let Progress {
+            step,
+            epoch,
+            epochs,
+            loss,
+            samples_per_second,
+        } = progress;
+        self.show(*epoch, *epochs, *step, *loss, *samples_per_second);
+        let values = [("loss", *loss), ("samples_per_second", *samples_per_second)];
+        let values = values.map(|(name, value)| (format!("step/{name}"), value));
+        self.log(*step, &BTreeMap::from(values))
+    }
+
+    fn epoch(&mut self, report: EpochReport) -> Result<()> {
+        let value = |name: &str| report.metrics.get(name).copied().unwrap_or(f64::NAN);
+        let (loss, rate) = (value("loss"), value("samples_per_second"));
+        self.show(report.epoch, report.epochs, report.step, loss, rate);
+        let mut values = report.metrics.clone();
+        values.insert("epoch".to_owned(), report.epoch as f64);
+        self.last = report.metrics;
+        self.log(report.step, &values)
+    }
+
+    fn show(&mut self, epoch: u64, epochs: u64, step: u64, loss: f64, rate: f64) {
+        let bar = self
+            .bar
+            .get_or_insert_with(|| Bar::new(format!("{} epoch", self.name), epochs));
+        bar.update(
+            epoch,
+            format!("step {step}  loss {loss:.4}  {rate:.0} samples/s"),
+        );
+    }
+
+    fn log(&mut self, step: u64, values: &BTreeMap<String, f64>) -> Result<()> {
+        Ok(self
+            .metrics
+            .as_mut()
+            .map_or(Ok(()), |metrics| metrics.log(step, values))?)
+    }
+}
+
+/// The last epoch of a run that was resumed after it had finished.
+fn last_metrics(run: &RunDir) -> BTreeMap<String, f64> {
+    let lines = run.metrics().unwrap_or_default();
+    let last = lines
+        .into_iter()
+        .rev()
+        .find(|line| line.values.contains_key("epoch"));
+    last.map(|line| line.values).unwrap_or_default()
+}

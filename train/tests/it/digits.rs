@@ -1,0 +1,214 @@
+//! A small learnable problem, and the training function that the tests share.
+
+use candle_core::{Device, Tensor};
+use mobula_core::random::Stream;
+use mobula_core::{Batch, BatchStream, BoxError, Error, Member, Shard, StreamState, remote};
+use mobula_nn::loss::cross_entropy;
+use mobula_nn::models::MlpOptions;
+use mobula_nn::{Model, ModelSpec, Pass, metrics};
+use mobula_train::{AdamW, AdamWOptions, TrainState, WorkerContext};
+use serde::{Deserialize, Serialize};
+use std::path::PathBuf;
+
+const FEATURES: usize = 8;
+const CLASSES: usize = 3;
+pub(crate) const ROWS: usize = 90;
+
+/// What to train, and which harm to do on the way.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct Config {
+    pub(crate) epochs: u64,
+    pub(crate) batch_size: usize,
+    pub(crate) lr: f64,
+    pub(crate) harm: Harm,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) enum Harm {
+    None,
+    /// Rank 1 kills itself at this step unless the file is there, which it makes.
+    KillOnce {
+        at_step: u64,
+        marker: PathBuf,
+    },
+    /// Rank 1 kills itself whenever it comes to this step.
+    KillAlways {
+        at_step: u64,
+    },
+    /// The inputs turn into NaN at this step.
+    NanInputs {
+        at_step: u64,
+    },
+    /// The loss turns into NaN at this step.
+    NanLoss {
+        at_step: u64,
+    },
+    /// Rank 1 has a label that no class has.
+    BadLabel,
+}
+
+impl Config {
+    pub(crate) fn new(epochs: u64) -> Self {
+        Self {
+            epochs,
+            batch_size: 16,
+            lr: 0.02,
+            harm: Harm::None,
+        }
+    }
+}
+
+/// Class `c` has its rows around its own corner; row and class follow from the index alone.
+fn row(index: usize) -> ([f32; FEATURES], u32) {
+    let mut rng = Stream::new(1, "rows").at(0, index as u32);
+    let class = index % CLASSES;
+    let value = |i| if i % CLASSES == class { 1.0 } else { 0.0 };
+    (
+        std::array::from_fn(|i| value(i) + 0.3 * rng.normal() as f32),
+        class as u32,
+    )
+}
+
+/// Global batches of consecutive rows in an order that changes with the epoch; each rank takes
+/// every `world`-th row.
+#[derive(Debug)]
+pub(crate) struct Rows {
+    shard: Shard,
+    batch_size: usize,
+    epoch: u64,
+    step: u64,
+}
+
+impl Rows {
+    pub(crate) fn open(shard: Shard, batch_size: usize) -> Self {
+        Self {
+            shard,
+            batch_size,
+            epoch: 0,
+            step: 0,
+        }
+    }
+}
+
+impl BatchStream for Rows {
+    fn next_batch(&mut self) -> Result<Option<Batch>, Error> {
+        let first = self.step as usize * self.batch_size;
+        if first >= ROWS {
+            (self.epoch, self.step) = (self.epoch + 1, 0);
+            return Ok(None);
+        }
+        let last = (first + self.batch_size).min(ROWS);
+        let mine = (first..last).filter(|i| i % self.shard.world == self.shard.rank);
+        let rows: Vec<_> = mine
+            .map(|i| row((i * 7 + self.epoch as usize) % ROWS))
+            .collect();
+        let x: Vec<f32> = rows.iter().flat_map(|(x, _)| *x).collect();
+        let y: Vec<u32> = rows.iter().map(|(_, y)| *y).collect();
+        self.step += 1;
+        let x = Tensor::from_vec(x, (rows.len(), FEATURES), &Device::Cpu)?;
+        let y = Tensor::from_vec(y, rows.len(), &Device::Cpu)?;
+        let batch = Batch::new(vec![("x".into(), x), ("y".into(), y)])?;
+        Ok(Some(batch.with_global_rows(last - first)))
+    }
+
+    fn state(&self) -> StreamState {
+        let (epoch, step) = (self.epoch, self.step);
+        StreamState {
+            manifest: "rows".into(),
+            version: 1,
+            seed: 0,
+            epoch,
+            step,
+        }
+    }
+
+    fn restore(&mut self, state: &StreamState) -> Result<(), Error> {
+        (self.epoch, self.step) = (state.epoch, state.step);
+        Ok(())
+    }
+
+    fn steps_per_epoch(&self) -> u64 {
+        ROWS.div_ceil(self.batch_size) as u64
+    }
+}
+
+/// Trains and gives the final weights of this rank, and its accuracy.
+#[remote(crate = mobula_core)]
+pub(crate) fn train(member: Member, config: Config) -> Result<(Vec<f32>, f64), BoxError> {
+    let generation = member.generation();
+    println!("generation {generation}");
+    learn(&mut WorkerContext::join(member)?, &config)
+}
+
+pub(crate) fn learn(
+    context: &mut WorkerContext<'_>,
+    config: &Config,
+) -> Result<(Vec<f32>, f64), BoxError> {
+    let mut stream = Rows::open(context.shard(), config.batch_size);
+    let mut options = MlpOptions::new(FEATURES, [16], CLASSES);
+    // Masks differ between world sizes; without dropout all worlds agree.
+    options.dropout = 0.0;
+    let model = Model::build(&ModelSpec::new("mlp", &options)?, 5, &Device::Cpu)?;
+    let optimizer = AdamW::new(AdamWOptions {
+        lr: config.lr,
+        ..Default::default()
+    })?;
+    let mut state = TrainState::new(model, optimizer, 5, config.epochs);
+    context.restore(&mut state, &mut stream)?;
+    let mut accuracy = f64::NAN;
+    while !state.is_finished() {
+        while let Some(batch) = stream.next_batch()? {
+            let rank = context.shard().rank;
+            do_harm(&config.harm, rank, state.step());
+            let (x, y) = spoil(&config.harm, rank, state.step(), &batch)?;
+            let step = state.step();
+            context.step(&mut state, &batch, |model, pass| {
+                let loss = cross_entropy(&model.forward(&x, pass)?, &y)?;
+                match config.harm {
+                    Harm::NanLoss { at_step } if at_step == step => Ok((loss * f64::NAN)?),
+                    _ => Ok::<_, BoxError>(loss),
+                }
+            })?;
+        }
+        let mut test = Rows::open(context.shard(), config.batch_size);
+        accuracy = context.mean_over(&mut test, |batch| -> Result<f64, BoxError> {
+            let logits = state.model.forward(batch.get("x")?, &Pass::eval())?;
+            Ok(metrics::correct(&logits, batch.get("y")?)? as f64)
+        })?;
+        if context
+            .end_epoch(&mut state, &stream, &[("accuracy", accuracy)])?
+            .is_break()
+        {
+            break;
+        }
+    }
+    let mut weights = Vec::new();
+    for (_, var) in state.model.params().vars() {
+        weights.extend(var.flatten_all()?.to_vec1::<f32>()?);
+    }
+    Ok((weights, accuracy))
+}
+
+fn do_harm(harm: &Harm, rank: usize, step: u64) {
+    let kill = || {
+        let me = rustix::process::getpid();
+        let _ = rustix::process::kill_process(me, rustix::process::Signal::KILL);
+    };
+    match harm {
+        Harm::KillOnce { at_step, marker } if rank == 1 && step == *at_step && !marker.exists() => {
+            let _ = std::fs::write(marker, "");
+            kill();
+        }
+        Harm::KillAlways { at_step } if rank == 1 && step == *at_step => kill(),
+        _ => {}
+    }
+}
+
+fn spoil(harm: &Harm, rank: usize, step: u64, batch: &Batch) -> Result<(Tensor, Tensor), BoxError> {
+    let (x, y) = (batch.get("x")?.clone(), batch.get("y")?.clone());
+    Ok(match harm {
+        Harm::NanInputs { at_step } if step == *at_step => ((x * f64::NAN)?, y),
+        Harm::BadLabel if rank == 1 => (x, (y.ones_like()? * 12.0)?),
+        _ => (x, y),
+    })
+}

@@ -1,0 +1,28 @@
+//! Training through its public interface, on real worker processes: `init()` comes first and the
+//! harness is libtest-mimic.
+
+mod collectives;
+mod digits;
+mod faults;
+mod training;
+
+use libtest_mimic::{Arguments, Trial};
+use mobula_core::{Resources, Runtime};
+
+fn main() -> Result<(), Box<dyn std::error::Error>> {
+    let runtime = mobula_core::init_with(Resources::cpus(4.0))?;
+    let mut arguments = Arguments::from_args();
+    arguments.test_threads.get_or_insert(2);
+    let tests = [collectives::TESTS, faults::TESTS, training::TESTS].concat();
+    let trials = tests.into_iter().map(|(name, test)| {
+        let runtime = runtime.clone();
+        Trial::test(name, move || {
+            test(&runtime);
+            Ok(())
+        })
+    });
+    libtest_mimic::run(&arguments, trials.collect()).exit();
+}
+
+/// A test under its name.
+type Test = (&'static str, fn(&Runtime));
