@@ -1,0 +1,133 @@
+//! Dropout whose masks are recomputed, never stored.
+
+use crate::cpu::{TASK_ELEMENTS, elements};
+use crate::{Error, Module, Params, Pass, Result};
+use candle_core::backend::BackendStorage;
+use candle_core::{CpuStorage, CustomOp1, Device, Layout, Shape, Tensor, WithDType};
+use mobula_core::random::{Stream, philox4x32_10};
+use rayon::prelude::*;
+
+const OP: &str = "dropout";
+
+/// Sets each feature to 0 with probability `rate` in training and divides the others by
+/// `1 − rate`; the identity in evaluation.
+///
+/// Srivastava, Hinton, Krizhevsky, Sutskever, Salakhutdinov: *Dropout* (JMLR 15, 2014), in the
+/// inverted form. The first dimension is the rows. A mask is a pure function of the pass's keys
+/// (see [`Pass`]), this layer's name, the row and the feature; a step has up to 2³² rows. A
+/// layer that is applied twice in one pass drops the same features both times.
+#[derive(Clone, Debug)]
+pub struct Dropout {
+    rate: f64,
+    name: String,
+}
+
+impl Dropout {
+    /// A layer named by the path of `params`; it has no parameters. Errors unless `rate` is in
+    /// `[0, 1)`.
+    pub fn new(params: &Params, rate: f64) -> Result<Self> {
+        if !(0.0..1.0).contains(&rate) {
+            return Err(Error::option("dropout", rate, "at least 0 and less than 1"));
+        }
+        Ok(Self {
+            rate,
+            name: params.path().to_owned(),
+        })
+    }
+}
+
+impl Module for Dropout {
+    fn forward(&self, x: &Tensor, pass: &Pass) -> Result<Tensor> {
+        let Some(training) = pass.training().filter(|_| self.rate > 0.0) else {
+            return Ok(x.clone());
+        };
+        if x.rank() == 0 {
+            return Err(Error::shape("the input of dropout", "[rows, ..]", &[]));
+        }
+        let mask = Mask {
+            key: Stream::new(training.seed, &format!("dropout {}", self.name)).key(),
+            step: training.step,
+            first_row: training.row_offset as u32,
+            threshold: (self.rate * (1u64 << 32) as f64) as u32,
+            scale: 1.0 / (1.0 - self.rate),
+        };
+        if x.device().is_cpu() {
+            return Ok(x.contiguous()?.apply_op1(mask)?);
+        }
+        let ones = Tensor::ones(x.shape(), x.dtype(), &Device::Cpu)?;
+        Ok(x.mul(&ones.apply_op1(mask)?.to_device(x.device())?)?)
+    }
+}
+
+/// The mask of one layer in one step: the operation is its own gradient.
+#[derive(Clone, Copy)]
+struct Mask {
+    key: [u32; 2],
+    step: u64,
+    first_row: u32,
+    /// A word below this drops its feature.
+    threshold: u32,
+    scale: f64,
+}
+
+impl Mask {
+    fn apply<T: WithDType>(&self, x: &[T], features: usize) -> Vec<T> {
+        let mut out = vec![T::zero(); x.len()];
+        if x.is_empty() {
+            return out;
+        }
+        let rows = out.par_chunks_mut(features).zip(x.par_chunks(features));
+        let rows = rows.with_min_len((TASK_ELEMENTS / features).max(1));
+        rows.enumerate()
+            .for_each(|(row, (out, x))| self.apply_row(row, x, out));
+        out
+    }
+
+    /// Draws what `Stream::at(step, row)` would, a block of four words at a time.
+    fn apply_row<T: WithDType>(&self, row: usize, x: &[T], out: &mut [T]) {
+        let row = self.first_row.wrapping_add(row as u32);
+        let scale = T::from_f64(self.scale);
+        for (block, (out, x)) in out.chunks_mut(4).zip(x.chunks(4)).enumerate() {
+            let counter = [
+                block as u32,
+                row,
+                self.step as u32,
+                (self.step >> 32) as u32,
+            ];
+            let words = philox4x32_10(counter, self.key);
+            for ((out, x), word) in out.iter_mut().zip(x).zip(words) {
+                if word >= self.threshold {
+                    *out = *x * scale;
+                }
+            }
+        }
+    }
+}
+
+impl CustomOp1 for Mask {
+    fn name(&self) -> &'static str {
+        OP
+    }
+
+    fn cpu_fwd(
+        &self,
+        storage: &CpuStorage,
+        layout: &Layout,
+    ) -> candle_core::Result<(CpuStorage, Shape)> {
+        let features = layout.dims()[1..].iter().product();
+        let out = match storage {
+            CpuStorage::F32(x) => CpuStorage::F32(self.apply(elements(x, layout, OP)?, features)),
+            CpuStorage::F64(x) => CpuStorage::F64(self.apply(elements(x, layout, OP)?, features)),
+            CpuStorage::BF16(x) => CpuStorage::BF16(self.apply(elements(x, layout, OP)?, features)),
+            CpuStorage::F16(x) => CpuStorage::F16(self.apply(elements(x, layout, OP)?, features)),
+            other => {
+                return Err(candle_core::Error::UnsupportedDTypeForOp(other.dtype(), OP).bt());
+            }
+        };
+        Ok((out, layout.shape().clone()))
+    }
+
+    fn bwd(&self, _x: &Tensor, _y: &Tensor, grad: &Tensor) -> candle_core::Result<Option<Tensor>> {
+        grad.contiguous()?.apply_op1_no_bwd(self).map(Some)
+    }
+}

@@ -1,0 +1,17 @@
+//! The architectures that come with this crate.
+
+mod cnn;
+mod mlp;
+
+pub use cnn::{Cnn, CnnOptions};
+pub use mlp::{Mlp, MlpOptions};
+
+use crate::{Error, Result};
+
+/// Refuses sizes of 0, which candle would take and train to nothing.
+fn positive(sizes: &[(&'static str, usize)]) -> Result<()> {
+    match sizes.iter().find(|(_, size)| *size == 0) {
+        Some((option, _)) => Err(Error::option(option, 0, "at least 1")),
+        None => Ok(()),
+    }
+}

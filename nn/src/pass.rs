@@ -1,0 +1,66 @@
+//! The context of one forward pass: evaluation, or a training step.
+
+/// What a layer must know about the pass that it takes part in.
+///
+/// Everything random in a pass is a pure function of the seed, the step, the layer's name, the
+/// row's index in the global batch and the feature's index. Hence a result does not depend on how
+/// the rows of a step are split between workers, and a resumed run draws the same numbers.
+///
+/// ```
+/// use mobula_nn::Pass;
+///
+/// assert!(Pass::eval().training().is_none());
+/// // Step 12 on a worker whose rows are numbers 32 and up of the global batch.
+/// let pass = Pass::train(7, 12).with_row_offset(32);
+/// assert_eq!(pass.training().map(|t| t.row_offset), Some(32));
+/// ```
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Pass {
+    training: Option<Training>,
+}
+
+/// The keys of the random numbers of a training step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Training {
+    /// The run's seed.
+    pub seed: u64,
+    /// The global step.
+    pub step: u64,
+    /// The index in the global batch of this pass's first row.
+    pub row_offset: u64,
+}
+
+impl Pass {
+    /// Evaluation: nothing random.
+    pub fn eval() -> Self {
+        Self { training: None }
+    }
+
+    /// The training step `step` of a run seeded with `seed`.
+    pub fn train(seed: u64, step: u64) -> Self {
+        let training = Training {
+            seed,
+            step,
+            row_offset: 0,
+        };
+        Self {
+            training: Some(training),
+        }
+    }
+
+    /// Says that the first row of this pass is row `rows` of the step's global batch. No effect
+    /// in evaluation.
+    pub fn with_row_offset(self, rows: u64) -> Self {
+        let training = self.training.map(|training| Training {
+            row_offset: rows,
+            ..training
+        });
+        Self { training }
+    }
+
+    /// The keys of this training step, or `None` in evaluation.
+    pub fn training(&self) -> Option<Training> {
+        self.training
+    }
+}
