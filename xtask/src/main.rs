@@ -1,2 +1,63 @@
-//! Workspace tasks.
-fn main() {}
+//! `cargo xtask`: the checks and chores of this workspace.
+//!
+//! ```text
+//! cargo xtask verify                  everything that must hold before a change goes in; writes nothing
+//! cargo xtask fix                     format, and apply what clippy can repair by itself
+//! cargo xtask smoke                   `mobula new`: what it writes must build, run and pass its test
+//! cargo xtask bench train --quick     ours against pinned peers on the same work
+//! ```
+#![forbid(unsafe_code)]
+
+mod bench;
+mod command;
+mod dependencies;
+mod features;
+mod imports;
+mod licence;
+mod smoke;
+mod tidy;
+mod verify;
+
+use clap::{Parser, Subcommand};
+use std::process::ExitCode;
+
+#[derive(Parser)]
+#[command(name = "cargo xtask", about = "The checks and chores of this workspace")]
+struct Arguments {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Run every check; change nothing
+    Verify(verify::Options),
+    /// Format the code and apply what clippy can repair by itself
+    Fix,
+    /// Write a crate with `mobula new`, build it, run it, test it
+    Smoke,
+    /// Measure ours against pinned peers on the same work
+    Bench(bench::Options),
+}
+
+fn main() -> ExitCode {
+    let outcome = match Arguments::parse().task {
+        Task::Verify(options) => verify::run(&options),
+        Task::Fix => fix(),
+        Task::Smoke => smoke::run(),
+        Task::Bench(options) => bench::run(&options),
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn fix() -> anyhow::Result<()> {
+    let clippy = "clippy --fix --allow-dirty --allow-staged --workspace --all-targets";
+    command::cargo(clippy)?;
+    command::cargo("fmt --all")
+}

@@ -1,0 +1,5 @@
+//! Behaviour of whole studies through the public interface.
+
+mod regret;
+mod sweep;
+mod tuner;

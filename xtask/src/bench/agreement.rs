@@ -1,0 +1,149 @@
+//! Whether two sides did the same work: without that, their times mean nothing.
+//!
+//! Two correct implementations round differently, and soon that is more than rounding: a
+//! pre-activation of about 1e-7 is above zero here and below it there, a sample's gradient passes
+//! a ReLU on one side only, and Adam, which divides by the size of the gradient, carries that into
+//! every weight. So weights are compared strictly after few steps, by medians (a flip moves a few
+//! elements, a mistake moves a whole tensor), and loosely after more.
+
+use anyhow::{Context, Result, bail, ensure};
+use safetensors::SafeTensors;
+use safetensors::tensor::TensorView;
+
+/// Steps after which no tensor may differ by more than rounding.
+pub(super) const STRICT_STEPS: usize = 3;
+/// Steps after which the loss must agree to a thousandth.
+pub(super) const LOSS_STEPS: usize = 10;
+
+/// Rounding gives 1e-8. The smallest mistake that we want to see, weight decay left out, gives
+/// 5e-7 after [`STRICT_STEPS`].
+const STRICT_MEDIAN: f64 = 1e-7;
+
+/// How far two sets of weights are apart.
+#[derive(Debug, PartialEq)]
+pub(super) struct Distance {
+    /// The tensor whose elements differ most, in the median.
+    tensor: String,
+    /// That median.
+    median: f64,
+}
+
+impl std::fmt::Display for Distance {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{:.1e} or less in the median (most in {})", self.median, self.tensor)
+    }
+}
+
+impl Distance {
+    pub(super) fn check(&self) -> Result<()> {
+        let good = self.median <= STRICT_MEDIAN;
+        ensure!(
+            good,
+            "after {STRICT_STEPS} steps the weights differ by {self}; the comparison is void"
+        );
+        Ok(())
+    }
+}
+
+/// Compares two safetensors files of f32 with the same names and shapes.
+pub(super) fn distance(ours: &[u8], theirs: &[u8]) -> Result<Distance> {
+    let (ours, theirs) = (SafeTensors::deserialize(ours)?, SafeTensors::deserialize(theirs)?);
+    ensure!(ours.len() == theirs.len(), "ours has {} tensors, theirs {}", ours.len(), theirs.len());
+    let mut worst = Distance { tensor: "none".to_owned(), median: 0.0 };
+    for (name, a) in ours.tensors() {
+        let b = theirs.tensor(&name).with_context(|| format!("theirs has no {name}"))?;
+        let median = median_difference(&name, &a, &b)?;
+        if median >= worst.median {
+            worst = Distance { tensor: name, median };
+        }
+    }
+    Ok(worst)
+}
+
+fn median_difference(name: &str, a: &TensorView<'_>, b: &TensorView<'_>) -> Result<f64> {
+    if a.shape() != b.shape() || a.dtype() != b.dtype() {
+        bail!(
+            "{name}: ours is {:?} {:?}, theirs {:?} {:?}",
+            a.dtype(),
+            a.shape(),
+            b.dtype(),
+            b.shape()
+        );
+    }
+    let differences: Vec<f64> = floats(a).zip(floats(b)).map(|(a, b)| (a - b).abs()).collect();
+    // Sorting would put a NaN out of the median's way.
+    ensure!(differences.iter().all(|d| d.is_finite()), "{name} holds values that are not finite");
+    Ok(super::median(&differences))
+}
+
+fn floats(tensor: &TensorView<'_>) -> impl Iterator<Item = f64> {
+    let words = tensor.data().chunks_exact(4);
+    words.map(|b| f64::from(f32::from_le_bytes([b[0], b[1], b[2], b[3]])))
+}
+
+/// Errors when two losses differ by more than `tolerance` of theirs.
+pub(super) fn same_loss(ours: f64, theirs: f64, tolerance: f64) -> Result<()> {
+    let good = (ours - theirs).abs() <= tolerance * theirs.abs();
+    ensure!(good, "the losses disagree: ours {ours}, theirs {theirs}; the comparison is void");
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use safetensors::Dtype;
+
+    fn file(tensors: &[(&str, &[f32])]) -> Vec<u8> {
+        let bytes = tensors.iter().map(|(name, values)| {
+            (*name, values.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>())
+        });
+        let bytes: Vec<_> = bytes.collect();
+        let views = bytes.iter().map(|(name, bytes)| {
+            (
+                *name,
+                TensorView::new(Dtype::F32, vec![bytes.len() / 4], bytes).expect("four bytes each"),
+            )
+        });
+        safetensors::serialize(views, None).expect("serializes")
+    }
+
+    fn weights(weight: f32, bias: f32) -> Vec<u8> {
+        file(&[("fc1.weight", &[weight; 1000]), ("fc1.bias", &[bias; 10])])
+    }
+
+    #[test]
+    fn rounding_passes_and_a_flip_too() {
+        let ours = weights(0.0, 0.0);
+        assert!(distance(&ours, &weights(1e-8, 3e-8)).expect("comparable").check().is_ok());
+        let mut flipped = [0.0; 1000];
+        flipped[..400].fill(1e-3);
+        let flipped = file(&[("fc1.weight", &flipped), ("fc1.bias", &[0.0; 10])]);
+        assert!(distance(&ours, &flipped).expect("comparable").check().is_ok());
+    }
+
+    #[test]
+    fn a_mistake_is_noticed_even_in_a_small_tensor() {
+        let ours = weights(0.0, 0.0);
+        for (weight, bias, tensor) in [(5e-7, 0.0, "fc1.weight"), (0.0, 1e-3, "fc1.bias")] {
+            let distance = distance(&ours, &weights(weight, bias)).expect("comparable");
+            assert_eq!(distance.tensor, tensor);
+            assert!(distance.check().is_err(), "{distance}");
+        }
+    }
+
+    #[test]
+    fn names_shapes_and_nan_are_noticed() {
+        let ours = file(&[("a", &[0.0; 2])]);
+        assert!(distance(&ours, &file(&[("b", &[0.0; 2])])).is_err());
+        assert!(distance(&ours, &file(&[("a", &[0.0; 3])])).is_err());
+        assert!(distance(&ours, &file(&[("a", &[0.0, f32::NAN])])).is_err());
+        assert!(distance(&ours, &file(&[("a", &[0.0; 2]), ("b", &[0.0])])).is_err());
+    }
+
+    #[test]
+    fn losses_agree_within_the_tolerance() {
+        assert!(same_loss(1.0005, 1.0, 1e-3).is_ok());
+        assert!(same_loss(1.002, 1.0, 1e-3).is_err());
+        assert!(same_loss(f64::NAN, 1.0, 1e-3).is_err());
+    }
+}

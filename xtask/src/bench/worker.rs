@@ -1,0 +1,123 @@
+//! One side of a comparison: a process that stays warm and works when it is asked to.
+//!
+//! It writes a JSON line `{"ready": NAME}` when it can start, then answers each line that it reads:
+//! `run STEPS`, from the same initial state every time, with `{"seconds": [..], "loss": x}`, and
+//! `save PATH`, which writes the weights it has now, with `{"saved": true}`. It ends with its input.
+
+use anyhow::{Context, Result, anyhow, bail};
+use serde::Deserialize;
+use std::io::{BufRead, BufReader, Write};
+use std::path::Path;
+use std::process::{Child, ChildStdin, Command, Stdio};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
+use std::time::Duration;
+
+/// Long enough for `torch.compile` on a slow machine, short enough to notice a hang.
+const DEADLINE: Duration = Duration::from_secs(300);
+
+pub(super) struct Worker {
+    /// What it calls itself.
+    pub(super) name: String,
+    child: Child,
+    input: ChildStdin,
+    output: Receiver<String>,
+}
+
+/// What one `run` measured.
+#[derive(Debug, Deserialize)]
+pub(super) struct Round {
+    /// The time of each step.
+    pub(super) seconds: Vec<f64>,
+    /// The loss of the last step; missing where nothing is trained.
+    pub(super) loss: Option<f64>,
+}
+
+#[derive(Deserialize)]
+struct Ready {
+    ready: String,
+}
+
+impl Worker {
+    pub(super) fn start(mut command: Command) -> Result<Self> {
+        command.stdin(Stdio::piped()).stdout(Stdio::piped());
+        let program = command.get_program().to_string_lossy().into_owned();
+        let mut child = command.spawn().with_context(|| format!("cannot start {program}"))?;
+        let input = child.stdin.take().context("the input is piped")?;
+        let lines = BufReader::new(child.stdout.take().context("the output is piped")?).lines();
+        // A thread of its own, because reading from a pipe has no deadline.
+        let (send, output) = sync_channel(16);
+        std::thread::spawn(move || {
+            lines.map_while(Result::ok).try_for_each(|line| send.send(line))
+        });
+        let mut worker = Self { name: program, child, input, output };
+        worker.name = worker.answer::<Ready>()?.ready;
+        Ok(worker)
+    }
+
+    /// Runs `steps` steps from the initial state.
+    pub(super) fn run(&mut self, steps: usize) -> Result<Round> {
+        let round: Round = self.ask(&format!("run {steps}"))?;
+        if round.seconds.len() != steps {
+            bail!("{}: asked for {steps} steps, got {}", self.name, round.seconds.len());
+        }
+        Ok(round)
+    }
+
+    /// Writes the weights as they are now.
+    pub(super) fn save(&mut self, path: &Path) -> Result<()> {
+        self.ask::<serde_json::Value>(&format!("save {}", path.display())).map(|_| ())
+    }
+
+    fn ask<T: for<'a> Deserialize<'a>>(&mut self, question: &str) -> Result<T> {
+        writeln!(self.input, "{question}").with_context(|| format!("{} has ended", self.name))?;
+        self.answer()
+    }
+
+    fn answer<T: for<'a> Deserialize<'a>>(&mut self) -> Result<T> {
+        let line = self.output.recv_timeout(DEADLINE).map_err(|error| match error {
+            RecvTimeoutError::Timeout => {
+                anyhow!("{} did not answer within {DEADLINE:?}", self.name)
+            }
+            RecvTimeoutError::Disconnected => {
+                anyhow!("{} ended; see what it wrote above", self.name)
+            }
+        })?;
+        serde_json::from_str(&line).with_context(|| format!("{} answered {line:?}", self.name))
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        // It holds nothing that must be saved.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn shell(script: &str) -> Result<Worker> {
+        let mut command = Command::new("sh");
+        command.args(["-c", script]);
+        Worker::start(command)
+    }
+
+    #[test]
+    fn questions_are_answered() {
+        let script = r#"echo '{"ready":"a"}'; while read c n; do echo "{\"seconds\":[1,2],\"loss\":$n}"; done"#;
+        let mut worker = shell(script).expect("starts");
+        assert_eq!(worker.name, "a");
+        let round = worker.run(2).expect("two steps");
+        assert_eq!((round.seconds, round.loss), (vec![1.0, 2.0], Some(2.0)));
+        let error = worker.run(3).expect_err("too few steps").to_string();
+        assert_eq!(error, "a: asked for 3 steps, got 2");
+    }
+
+    #[test]
+    fn a_worker_that_ends_is_an_error() {
+        let error = shell("exit 3").err().expect("ended").to_string();
+        assert_eq!(error, "sh ended; see what it wrote above");
+    }
+}

@@ -1,0 +1,68 @@
+//! Running cargo and other programs from the root of the workspace.
+
+use anyhow::{Context, Result, ensure};
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+/// The root of the workspace: the folder above this package.
+pub(crate) fn root() -> PathBuf {
+    let package = Path::new(env!("CARGO_MANIFEST_DIR"));
+    package.parent().unwrap_or(package).to_path_buf()
+}
+
+/// `cargo <arguments>`, split at spaces, with its output shown.
+pub(crate) fn cargo(arguments: &str) -> Result<()> {
+    run(cargo_command(arguments))
+}
+
+/// The same, not started yet.
+pub(crate) fn cargo_command(arguments: &str) -> Command {
+    let mut command = Command::new(std::env::var_os("CARGO").unwrap_or("cargo".into()));
+    command.args(arguments.split_whitespace()).current_dir(root());
+    command
+}
+
+/// Runs `command` with its output shown.
+pub(crate) fn run(mut command: Command) -> Result<()> {
+    let shown = show(&command);
+    eprintln!("$ {shown}");
+    let status = command.stdin(Stdio::null()).status();
+    let status = status.with_context(|| format!("cannot start `{shown}`"))?;
+    ensure!(status.success(), "`{shown}` failed ({status})");
+    Ok(())
+}
+
+/// Runs `command`, shows its standard output line by line, and gives each line to `see`.
+/// Returns whether it succeeded.
+pub(crate) fn run_seeing(mut command: Command, mut see: impl FnMut(&str)) -> Result<bool> {
+    let shown = show(&command);
+    eprintln!("$ {shown}");
+    let child = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn();
+    let mut child = child.with_context(|| format!("cannot start `{shown}`"))?;
+    let output = child.stdout.take().context("the output is piped")?;
+    for line in BufReader::new(output).split(b'\n') {
+        // Not `lines()`: a test may print bytes that are no UTF-8.
+        let line = line.with_context(|| format!("reading what `{shown}` prints"))?;
+        let line = String::from_utf8_lossy(&line);
+        println!("{line}");
+        see(&line);
+    }
+    Ok(child.wait()?.success())
+}
+
+/// Runs `command` quietly and returns its standard output.
+pub(crate) fn output(mut command: Command) -> Result<String> {
+    let shown = show(&command);
+    let output = command.stdin(Stdio::null()).output();
+    let output = output.with_context(|| format!("cannot start `{shown}`"))?;
+    let errors = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success(), "`{shown}` failed ({}):\n{}", output.status, errors.trim());
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+fn show(command: &Command) -> String {
+    let program = Path::new(command.get_program()).file_name().unwrap_or_default();
+    let words = std::iter::once(program).chain(command.get_args());
+    words.map(|word| word.to_string_lossy()).collect::<Vec<_>>().join(" ")
+}

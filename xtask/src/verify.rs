@@ -1,0 +1,151 @@
+//! `cargo xtask verify`: what must hold before a change goes in, in the order of what is quickest.
+
+use crate::{command, dependencies, features, imports, tidy};
+use anyhow::{Result, bail, ensure};
+use std::time::{Duration, Instant};
+
+#[derive(clap::Args)]
+pub(crate) struct Options {
+    /// Run only these steps: format, tidy, imports, dependencies, clippy, features, doc, tests
+    #[arg(value_name = "STEP")]
+    only: Vec<String>,
+    /// Run the remaining steps after one failed
+    #[arg(long)]
+    keep_going: bool,
+}
+
+struct Step {
+    name: &'static str,
+    /// Returns a few words for the table.
+    run: fn(&mut Tests) -> Result<String>,
+}
+
+const STEPS: &[Step] = &[
+    Step { name: "format", run: |_| command::cargo("fmt --all --check").map(|()| String::new()) },
+    Step { name: "tidy", run: |_| tidy::check() },
+    Step { name: "imports", run: |_| imports::check() },
+    Step { name: "dependencies", run: |_| dependencies::check() },
+    Step { name: "clippy", run: |_| clippy() },
+    Step { name: "features", run: |_| features::check() },
+    Step { name: "doc", run: |_| doc() },
+    Step { name: "tests", run: tests },
+];
+
+/// What the test runners reported, added up.
+#[derive(Default, Debug, PartialEq)]
+struct Tests {
+    passed: usize,
+    failed: usize,
+}
+
+pub(crate) fn run(options: &Options) -> Result<()> {
+    let (mut table, mut tests, mut broken) = (Vec::new(), Tests::default(), 0);
+    let steps = selected(&options.only)?;
+    for step in &steps {
+        if broken > 0 && !options.keep_going {
+            table.push((step.name, "not run", Duration::ZERO, String::new()));
+            continue;
+        }
+        eprintln!("\n== {}", step.name);
+        let start = Instant::now();
+        let outcome = (step.run)(&mut tests);
+        let time = start.elapsed();
+        eprintln!("== {}: {:.1} s", step.name, time.as_secs_f64());
+        broken += usize::from(outcome.is_err());
+        table.push(row(step.name, time, outcome));
+    }
+    print_table(&table);
+    // A broken step counts, unless it is the tests themselves, whose failures count one by one.
+    println!("{} passed, {} failed", tests.passed, tests.failed.max(broken));
+    ensure!(broken == 0, "{broken} of {} steps failed", steps.len());
+    Ok(())
+}
+
+/// All steps, or the ones that were named, in the usual order.
+fn selected(names: &[String]) -> Result<Vec<&'static Step>> {
+    for name in names {
+        let known = STEPS.iter().map(|step| step.name).collect::<Vec<_>>();
+        ensure!(known.contains(&name.as_str()), "no step {name:?}; there are {}", known.join(", "));
+    }
+    let wanted = |step: &&Step| names.is_empty() || names.iter().any(|name| name == step.name);
+    Ok(STEPS.iter().filter(wanted).collect())
+}
+
+/// Name, outcome, time, details.
+type Row = (&'static str, &'static str, Duration, String);
+
+/// A failure is shown where it happens; the table only marks it.
+fn row(name: &'static str, time: Duration, outcome: Result<String>) -> Row {
+    match outcome {
+        Ok(detail) => (name, "ok", time, detail),
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            (name, "FAILED", time, String::new())
+        }
+    }
+}
+
+fn print_table(rows: &[Row]) {
+    println!();
+    for (name, outcome, time, detail) in rows {
+        println!("{name:<14} {outcome:<8} {:>7.1} s  {detail}", time.as_secs_f64());
+    }
+    let total: Duration = rows.iter().map(|row| row.2).sum();
+    println!("{:<14} {:<8} {:>7.1} s", "all", "", total.as_secs_f64());
+}
+
+fn clippy() -> Result<String> {
+    command::cargo("clippy --workspace --all-targets -- -D warnings").map(|()| String::new())
+}
+
+fn doc() -> Result<String> {
+    let mut doc = command::cargo_command("doc --workspace --no-deps");
+    doc.env("RUSTDOCFLAGS", "-D warnings");
+    command::run(doc).map(|()| String::new())
+}
+
+fn tests(tests: &mut Tests) -> Result<String> {
+    let command = command::cargo_command("test --workspace --no-fail-fast");
+    let good = command::run_seeing(command, |line| tests.count(line))?;
+    let summary = format!("{} passed, {} failed", tests.passed, tests.failed);
+    match good {
+        true => Ok(summary),
+        false => bail!("tests failed: {summary}"),
+    }
+}
+
+impl Tests {
+    /// Adds up lines like `test result: ok. 9 passed; 0 failed; 0 ignored; …`.
+    fn count(&mut self, line: &str) {
+        let Some(("test result: ok" | "test result: FAILED", numbers)) = line.split_once(". ")
+        else {
+            return;
+        };
+        for part in numbers.split("; ") {
+            match part.split_once(' ') {
+                Some((n, "passed")) => self.passed += n.parse().unwrap_or(0),
+                Some((n, "failed")) => self.failed += n.parse().unwrap_or(0),
+                _ => {}
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn results_of_all_runners_are_added_up() {
+        let mut tests = Tests::default();
+        for line in [
+            "running 3 tests",
+            "test result: ok. 3 passed; 0 failed; 1 ignored; 0 measured; 0 filtered out; finished in 0.01s",
+            "test result: FAILED. 4 passed; 2 failed; 0 ignored; 0 measured; 0 filtered out; finished in 1s",
+            "my test prints 5 passed; 7 failed",
+        ] {
+            tests.count(line);
+        }
+        assert_eq!(tests, Tests { passed: 7, failed: 2 });
+    }
+}
