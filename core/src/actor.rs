@@ -23,11 +23,7 @@ pub struct ActorOptions {
 impl ActorOptions {
     /// The defaults under this name.
     pub fn new(name: impl Into<String>) -> Self {
-        Self {
-            name: name.into(),
-            resources: Resources::cpus(1.0),
-            mailbox: 1024,
-        }
+        Self { name: name.into(), resources: Resources::cpus(1.0), mailbox: 1024 }
     }
 
     /// The same holding these resources.
@@ -37,10 +33,7 @@ impl ActorOptions {
 
     /// The same with room for so many messages (at least 1).
     pub fn with_mailbox(self, mailbox: usize) -> Self {
-        Self {
-            mailbox: mailbox.max(1),
-            ..self
-        }
+        Self { mailbox: mailbox.max(1), ..self }
     }
 }
 
@@ -58,10 +51,7 @@ pub struct ActorHandle<S> {
 
 impl<S> Clone for ActorHandle<S> {
     fn clone(&self) -> Self {
-        Self {
-            name: Arc::clone(&self.name),
-            mailbox: self.mailbox.clone(),
-        }
+        Self { name: Arc::clone(&self.name), mailbox: self.mailbox.clone() }
     }
 }
 
@@ -82,13 +72,8 @@ impl<S: 'static> ActorHandle<S> {
         work: impl FnOnce(&mut S) -> R + Send + 'static,
     ) -> Result<R, Error> {
         let (message, reply) = self.message(work);
-        self.mailbox
-            .blocking_send(message)
-            .map_err(|_| self.gone())?;
-        reply
-            .inner
-            .blocking_recv()
-            .unwrap_or_else(|_| Err(self.gone()))
+        self.mailbox.blocking_send(message).map_err(|_| self.gone())?;
+        reply.inner.blocking_recv().unwrap_or_else(|_| Err(self.gone()))
     }
 
     /// Runs `work` on the state, or refuses with [`Error::MailboxFull`].
@@ -97,15 +82,13 @@ impl<S: 'static> ActorHandle<S> {
         work: impl FnOnce(&mut S) -> R + Send + 'static,
     ) -> Result<Reply<R>, Error> {
         let (message, reply) = self.message(work);
-        self.mailbox
-            .try_send(message)
-            .map_err(|error| match error {
-                mpsc::error::TrySendError::Full(_) => Error::MailboxFull {
-                    actor: self.name.to_string(),
-                    capacity: self.mailbox.max_capacity(),
-                },
-                mpsc::error::TrySendError::Closed(_) => self.gone(),
-            })?;
+        self.mailbox.try_send(message).map_err(|error| match error {
+            mpsc::error::TrySendError::Full(_) => Error::MailboxFull {
+                actor: self.name.to_string(),
+                capacity: self.mailbox.max_capacity(),
+            },
+            mpsc::error::TrySendError::Closed(_) => self.gone(),
+        })?;
         Ok(reply)
     }
 
@@ -148,10 +131,7 @@ impl<R> Future for Reply<R> {
 }
 
 fn gone(name: &str) -> Error {
-    Error::WorkerLost {
-        task: name.to_owned(),
-        reason: "the actor has ended".to_owned(),
-    }
+    Error::WorkerLost { task: name.to_owned(), reason: "the actor has ended".to_owned() }
 }
 
 impl Runtime {
@@ -168,15 +148,9 @@ impl Runtime {
         let (mailbox, inbox) = mpsc::channel(options.mailbox);
         let (started, start) = std::sync::mpsc::sync_channel(1);
         let name: Arc<str> = options.name.as_str().into();
-        let actor = Running {
-            name: Arc::clone(&name),
-            inbox,
-            build: Box::new(build),
-            _lease: lease,
-        };
-        self.spawn_thread(&options.name, options.resources.threads(), move || {
-            actor.run(&started)
-        })?;
+        let actor =
+            Running { name: Arc::clone(&name), inbox, build: Box::new(build), _lease: lease };
+        self.spawn_thread(&options.name, options.resources.threads(), move || actor.run(&started))?;
         start.recv().unwrap_or_else(|_| Err(gone(&name)))?;
         Ok(ActorHandle { name, mailbox })
     }

@@ -24,37 +24,38 @@ impl Batch {
         for (name, tensor) in &tensors {
             let got = rows_of(name, tensor)?;
             if got != rows {
-                return Err(Error::BatchRows {
-                    name: name.clone(),
-                    expected: rows,
-                    got,
-                });
+                return Err(Error::BatchRows { name: name.clone(), expected: rows, got });
             }
         }
-        Ok(Self {
-            tensors,
-            rows,
-            global_rows: rows,
-        })
+        Ok(Self { tensors, rows, global_rows: rows })
     }
 
     /// Says how many rows this step has over all ranks (the default is this batch's own).
     pub fn with_global_rows(self, global_rows: usize) -> Self {
-        Self {
-            global_rows,
-            ..self
-        }
+        Self { global_rows, ..self }
     }
 
     /// The tensor of this name, or an error that lists the names there are.
     pub fn get(&self, name: &str) -> Result<&Tensor, Error> {
         let found = self.tensors.iter().find(|(n, _)| n == name);
-        found
-            .map(|(_, tensor)| tensor)
-            .ok_or_else(|| Error::NoSuchColumn {
-                name: name.to_owned(),
-                available: self.tensors.iter().map(|(n, _)| n.clone()).collect(),
-            })
+        found.map(|(_, tensor)| tensor).ok_or_else(|| Error::NoSuchColumn {
+            name: name.to_owned(),
+            available: self.tensors.iter().map(|(n, _)| n.clone()).collect(),
+        })
+    }
+
+    /// The same rows with only these tensors.
+    pub fn select(&self, names: &[&str]) -> Result<Self, Error> {
+        let pick = |name: &&str| Ok(((*name).to_owned(), self.get(name)?.clone()));
+        let tensors = names.iter().map(pick).collect::<Result<_, Error>>()?;
+        Ok(Self { tensors, ..*self })
+    }
+
+    /// So many rows from `start` on. Errors when there are not as many.
+    pub fn slice(&self, start: usize, rows: usize) -> Result<Self, Error> {
+        let narrow =
+            |(name, tensor): &(String, Tensor)| Ok((name.clone(), tensor.narrow(0, start, rows)?));
+        Self::new(self.tensors.iter().map(narrow).collect::<Result<_, Error>>()?)
     }
 
     /// Rows in this rank's part of the step. May be 0 in the last step of an epoch.
@@ -74,13 +75,7 @@ impl Batch {
 }
 
 fn rows_of(name: &str, tensor: &Tensor) -> Result<usize, Error> {
-    tensor
-        .dims()
-        .first()
-        .copied()
-        .ok_or_else(|| Error::BatchScalar {
-            name: name.to_owned(),
-        })
+    tensor.dims().first().copied().ok_or_else(|| Error::BatchScalar { name: name.to_owned() })
 }
 
 /// Which part of a stream belongs to a worker: rank `rank` of `world`.
@@ -134,4 +129,33 @@ pub trait BatchStream: Send {
 pub trait BatchSource: Send + Sync {
     /// Opens the part of `shard`, at the start of epoch 0.
     fn open(&self, shard: Shard) -> Result<Box<dyn BatchStream>, Error>;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_core::Device;
+
+    fn tensor(rows: u32) -> Tensor {
+        Tensor::arange(0, rows, &Device::Cpu).expect("tensor")
+    }
+
+    #[test]
+    fn tensors_of_a_batch_share_their_rows() {
+        let error = Batch::new(vec![("x".into(), tensor(3)), ("y".into(), tensor(2))]);
+        let error = error.expect_err("3 rows and 2").to_string();
+        assert_eq!(error, "tensor \"y\" of a batch has 2 rows, expected 3 as the first tensor has");
+    }
+
+    #[test]
+    fn columns_and_rows_are_taken_out_by_name_and_place() {
+        let batch =
+            Batch::new(vec![("x".into(), tensor(3)), ("y".into(), tensor(3))]).expect("batch");
+        let part = batch.select(&["y"]).and_then(|b| b.slice(1, 2)).expect("part");
+        assert_eq!(part.rows(), 2);
+        assert_eq!(part.get("y").expect("y").to_vec1::<u32>().expect("values"), [1, 2]);
+        let error = part.get("x").expect_err("not selected").to_string();
+        assert_eq!(error, "there is no column \"x\"; available: y");
+        assert!(batch.slice(2, 2).is_err(), "there are only 3 rows");
+    }
 }

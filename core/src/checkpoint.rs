@@ -29,10 +29,7 @@ impl Checkpoint {
         let path = path.into();
         let manifest = Manifest::read(&path)?;
         manifest.verify(&path)?;
-        Ok(Self {
-            step: manifest.step,
-            path,
-        })
+        Ok(Self { step: manifest.step, path })
     }
 
     /// The folder.
@@ -69,10 +66,7 @@ pub struct CheckpointStore {
 impl CheckpointStore {
     /// The store in `dir`, which keeps the newest `keep` (at least 1) checkpoints.
     pub fn new(dir: impl Into<PathBuf>, keep: usize) -> Self {
-        Self {
-            dir: dir.into(),
-            keep: keep.max(1),
-        }
+        Self { dir: dir.into(), keep: keep.max(1) }
     }
 
     /// The folder that holds the checkpoints.
@@ -88,10 +82,7 @@ impl CheckpointStore {
     ) -> Result<Checkpoint, Error> {
         fs::create_dir_all(&self.dir).at("create", &self.dir)?;
         let name = format!("{PREFIX}{step:010}");
-        let (temporary, path) = (
-            self.dir.join(format!("{TEMPORARY}{name}")),
-            self.dir.join(&name),
-        );
+        let (temporary, path) = (self.dir.join(format!("{TEMPORARY}{name}")), self.dir.join(&name));
         remove_if_there(&temporary)?;
         fs::create_dir(&temporary).at("create", &temporary)?;
         write(&temporary)?;
@@ -122,10 +113,7 @@ impl CheckpointStore {
         let mut paths = Vec::new();
         for entry in fs::read_dir(&self.dir).at("list", &self.dir)? {
             let path = entry.at("list", &self.dir)?.path();
-            if path
-                .file_name()
-                .is_some_and(|n| n.to_string_lossy().starts_with(PREFIX))
-            {
+            if path.file_name().is_some_and(|n| n.to_string_lossy().starts_with(PREFIX)) {
                 paths.push(path);
             }
         }
@@ -164,11 +152,7 @@ impl Manifest {
             sync(&path)?;
             files.insert(file_name(&path), FileEntry::of(&path)?);
         }
-        let manifest = Self {
-            format: 1,
-            step,
-            files,
-        };
+        let manifest = Self { format: 1, step, files };
         let text = serde_json::to_vec_pretty(&manifest).map_err(Error::layer)?;
         write_synced(&dir.join(MANIFEST), &text)?;
         sync(dir)
@@ -205,10 +189,7 @@ impl FileEntry {
         loop {
             let n = file.read(&mut buffer).at("read", path)?;
             if n == 0 {
-                return Ok(Self {
-                    bytes,
-                    crc32: hasher.finalize(),
-                });
+                return Ok(Self { bytes, crc32: hasher.finalize() });
             }
             hasher.update(&buffer[..n]);
             bytes += n as u64;
@@ -231,9 +212,7 @@ fn write_synced(path: &Path, bytes: &[u8]) -> Result<(), Error> {
 }
 
 fn sync(path: &Path) -> Result<(), Error> {
-    File::open(path)
-        .and_then(|file| file.sync_all())
-        .at("sync", path)
+    File::open(path).and_then(|file| file.sync_all()).at("sync", path)
 }
 
 fn remove_if_there(dir: &Path) -> Result<(), Error> {
@@ -244,17 +223,11 @@ fn remove_if_there(dir: &Path) -> Result<(), Error> {
 }
 
 fn file_name(path: &Path) -> String {
-    path.file_name()
-        .unwrap_or_default()
-        .to_string_lossy()
-        .into_owned()
+    path.file_name().unwrap_or_default().to_string_lossy().into_owned()
 }
 
 fn invalid(dir: &Path, reason: String) -> Error {
-    Error::CheckpointInvalid {
-        path: dir.to_owned(),
-        reason,
-    }
+    Error::CheckpointInvalid { path: dir.to_owned(), reason }
 }
 
 #[cfg(test)]
@@ -266,9 +239,7 @@ mod tests {
         let store = CheckpointStore::new(dir.path().join("checkpoints"), keep);
         for step in steps {
             store
-                .save(*step, |d| {
-                    fs::write(d.join("model.bin"), [*step as u8; 100]).at("write", d)
-                })
+                .save(*step, |d| fs::write(d.join("model.bin"), [*step as u8; 100]).at("write", d))
                 .expect("save");
         }
         (dir, store)
@@ -288,18 +259,10 @@ mod tests {
     fn a_damaged_newest_falls_back() {
         type Harm = fn(&Path);
         let damage: [(&str, Harm); 4] = [
-            ("cut in half", |d| {
-                fs::write(d.join("model.bin"), [2; 50]).expect("write")
-            }),
-            ("changed", |d| {
-                fs::write(d.join("model.bin"), [3; 100]).expect("write")
-            }),
-            ("missing file", |d| {
-                fs::remove_file(d.join("model.bin")).expect("remove")
-            }),
-            ("manifest cut", |d| {
-                fs::write(d.join(MANIFEST), b"{").expect("write")
-            }),
+            ("cut in half", |d| fs::write(d.join("model.bin"), [2; 50]).expect("write")),
+            ("changed", |d| fs::write(d.join("model.bin"), [3; 100]).expect("write")),
+            ("missing file", |d| fs::remove_file(d.join("model.bin")).expect("remove")),
+            ("manifest cut", |d| fs::write(d.join(MANIFEST), b"{").expect("write")),
         ];
         for (what, harm) in damage {
             let (_dir, store) = store_with(&[1, 2], 5);
@@ -315,8 +278,6 @@ mod tests {
         let failed = store.save(2, |_| Err(Error::Internal("disk full".into())));
         assert!(failed.is_err());
         assert_eq!(store.latest().expect("latest").expect("some").step(), 1);
-        store
-            .save(2, |_| Ok(()))
-            .expect("the next save is not disturbed");
+        store.save(2, |_| Ok(())).expect("the next save is not disturbed");
     }
 }

@@ -20,9 +20,7 @@ pub struct SystemClock {
 impl SystemClock {
     /// A clock that starts at zero now.
     pub fn new() -> Self {
-        Self {
-            origin: Instant::now(),
-        }
+        Self { origin: Instant::now() }
     }
 }
 

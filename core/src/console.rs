@@ -57,12 +57,7 @@ impl Progress {
             bar.set_style(style);
         }
         bar.set_prefix(label.clone());
-        Self {
-            bar,
-            label,
-            total,
-            lines: Mutex::default(),
-        }
+        Self { bar, label, total, lines: Mutex::default() }
     }
 
     /// Moves to `step` and shows `message` behind the bar.

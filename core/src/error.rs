@@ -202,19 +202,12 @@ impl Error {
         what: impl Into<String>,
         error: impl Into<BoxError>,
     ) -> Self {
-        Self::Codec {
-            action,
-            what: what.into(),
-            source: Arc::from(error.into()),
-        }
+        Self::Codec { action, what: what.into(), source: Arc::from(error.into()) }
     }
 
     /// A system call that failed.
     pub fn system(what: &'static str, source: impl Into<std::io::Error>) -> Self {
-        Self::System {
-            what,
-            source: Arc::new(source.into()),
-        }
+        Self::System { what, source: Arc::new(source.into()) }
     }
 
     /// Whether the same work may succeed when tried again on another worker.

@@ -78,11 +78,7 @@ pub struct GroupTask<T> {
 
 impl<T: DeserializeOwned> GroupTask<T> {
     pub(crate) fn new(function: &'static str, args: Result<Bytes, Error>) -> Self {
-        Self {
-            function,
-            args,
-            decode: |bytes| decode("the result of a group member", bytes),
-        }
+        Self { function, args, decode: |bytes| decode("the result of a group member", bytes) }
     }
 }
 
@@ -218,10 +214,7 @@ impl Runtime {
         let (sender, inbox) = mpsc::channel(EVENTS);
         let log = LogTarget {
             prefix: options.show_logs.then(|| format!("[rank {}]", spec.rank)),
-            file: options
-                .log_dir
-                .as_ref()
-                .map(|dir| dir.join(format!("rank-{}.log", spec.rank))),
+            file: options.log_dir.as_ref().map(|dir| dir.join(format!("rank-{}.log", spec.rank))),
         };
         let link = self.host()?.start(&options.resources, log, sender)?;
         forward(spec.rank, inbox, events.clone())?;
@@ -249,9 +242,7 @@ fn forward(
         }
     };
     let spawned = thread.spawn(pass_on);
-    spawned
-        .map(drop)
-        .map_err(|source| Error::system("starting a thread", source))
+    spawned.map(drop).map_err(|source| Error::system("starting a thread", source))
 }
 
 impl GroupOptions {
@@ -294,10 +285,7 @@ impl<T> Group<T> {
                 Some(GroupEvent::Report { .. }) => {}
                 None => {
                     let what = format!("group {}", self.name);
-                    return Err(Error::Timeout {
-                        what,
-                        after: timeout,
-                    });
+                    return Err(Error::Timeout { what, after: timeout });
                 }
             }
         }
@@ -306,9 +294,7 @@ impl<T> Group<T> {
 
     /// Asks every member to finish soon; they see it in [`Member::stop_requested`].
     pub fn stop(&self) {
-        self.members
-            .iter()
-            .for_each(|member| member.route.send(ToWorker::Stop));
+        self.members.iter().for_each(|member| member.route.send(ToWorker::Stop));
     }
 
     /// Process ids of the members that are processes, by rank.
@@ -330,9 +316,9 @@ impl<T> Group<T> {
                 let value = into_result(&self.who(rank), outcome);
                 Some(self.ended(rank, value.and_then(|bytes| (self.decode)(&bytes))))
             }
-            WorkerEvent::Frame(FromWorker::Hello { build }) => check_build(&build)
-                .err()
-                .map(|error| GroupEvent::Failed { rank, error }),
+            WorkerEvent::Frame(FromWorker::Hello { build }) => {
+                check_build(&build).err().map(|error| GroupEvent::Failed { rank, error })
+            }
             WorkerEvent::Frame(FromWorker::Gather { key, value }) => {
                 self.gather(rank, key, value);
                 None
@@ -355,26 +341,15 @@ impl<T> Group<T> {
     /// Keeps a member's part; the last one completes the gathering for everybody.
     fn gather(&mut self, rank: usize, key: String, value: Bytes) {
         let size = self.members.len();
-        let parts = self
-            .gathering
-            .entry(key.clone())
-            .or_insert_with(|| vec![None; size]);
+        let parts = self.gathering.entry(key.clone()).or_insert_with(|| vec![None; size]);
         parts[rank] = Some(value);
         if parts.iter().any(Option::is_none) {
             return;
         }
-        let values: Vec<Bytes> = self
-            .gathering
-            .remove(&key)
-            .into_iter()
-            .flatten()
-            .flatten()
-            .collect();
+        let values: Vec<Bytes> =
+            self.gathering.remove(&key).into_iter().flatten().flatten().collect();
         for member in &self.members {
-            member.route.send(ToWorker::Gathered {
-                key: key.clone(),
-                values: values.clone(),
-            });
+            member.route.send(ToWorker::Gathered { key: key.clone(), values: values.clone() });
         }
     }
 
@@ -470,20 +445,15 @@ impl Member {
         timeout: Duration,
     ) -> Result<Vec<Bytes>, Error> {
         let (key, value) = (key.to_owned(), Bytes::copy_from_slice(value));
-        (self.send)(FromWorker::Gather {
-            key: key.clone(),
-            value,
-        })?;
-        self.inbox
-            .take(&key, timeout)
-            .ok_or_else(|| Error::Timeout {
-                what: format!(
-                    "{} rank {} waiting for all members at {key:?}",
-                    self.spec.group,
-                    self.rank()
-                ),
-                after: timeout,
-            })
+        (self.send)(FromWorker::Gather { key: key.clone(), value })?;
+        self.inbox.take(&key, timeout).ok_or_else(|| Error::Timeout {
+            what: format!(
+                "{} rank {} waiting for all members at {key:?}",
+                self.spec.group,
+                self.rank()
+            ),
+            after: timeout,
+        })
     }
 }
 
@@ -501,18 +471,13 @@ impl Inbox {
     }
 
     pub(crate) fn gathered(&self, key: String, values: Vec<Bytes>) {
-        self.gathered
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .insert(key, values);
+        self.gathered.lock().unwrap_or_else(PoisonError::into_inner).insert(key, values);
         self.arrived.notify_all();
     }
 
     fn take(&self, key: &str, timeout: Duration) -> Option<Vec<Bytes>> {
         let gathered = self.gathered.lock().unwrap_or_else(PoisonError::into_inner);
-        let waited = self
-            .arrived
-            .wait_timeout_while(gathered, timeout, |g| !g.contains_key(key));
+        let waited = self.arrived.wait_timeout_while(gathered, timeout, |g| !g.contains_key(key));
         waited.unwrap_or_else(PoisonError::into_inner).0.remove(key)
     }
 }

@@ -44,16 +44,12 @@ pub fn init_with(total: Resources) -> Result<Runtime, Error> {
 
 /// The life of a worker process; gives its exit code.
 fn work(fd: &str) -> i32 {
-    let driver = std::env::var(spawn::DRIVER_VARIABLE)
-        .ok()
-        .and_then(|pid| pid.parse::<u32>().ok());
+    let driver = std::env::var(spawn::DRIVER_VARIABLE).ok().and_then(|pid| pid.parse::<u32>().ok());
     if driver != Some(std::os::unix::process::parent_id()) {
         // The driver ended before PR_SET_PDEATHSIG was set.
         return 1;
     }
-    let control = fd
-        .parse()
-        .map_err(|_| Error::Internal(format!("bad file descriptor {fd:?}")));
+    let control = fd.parse().map_err(|_| Error::Internal(format!("bad file descriptor {fd:?}")));
     match control.and_then(spawn::inherited_control) {
         Ok(control) => child::serve(control),
         Err(error) => {

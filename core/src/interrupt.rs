@@ -39,11 +39,7 @@ impl Drop for InterruptGuard {
 pub(crate) fn listen(host: ProcessHost) -> std::io::Result<()> {
     let tokio = host.tokio().clone();
     let _entered = tokio.enter();
-    let kinds = [
-        SignalKind::interrupt(),
-        SignalKind::terminate(),
-        SignalKind::hangup(),
-    ];
+    let kinds = [SignalKind::interrupt(), SignalKind::terminate(), SignalKind::hangup()];
     for kind in kinds {
         tokio.spawn(end_on(signal(kind)?, kind, host.clone()));
     }

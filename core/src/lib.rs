@@ -47,4 +47,4 @@ pub use mobula_macros::remote;
 pub use resources::{Ledger, Resources};
 pub use run::RunDir;
 pub use runtime::Runtime;
-pub use task::{ObjectRef, Placement, Task, TaskOptions};
+pub use task::{Flow, ObjectRef, Placement, Task, TaskOptions};

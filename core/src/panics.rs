@@ -32,10 +32,7 @@ pub(crate) fn catch<T>(task: &str, body: impl FnOnce() -> Result<T, BoxError>) -
 
 /// The error of a task; one that already is a task's error keeps its own words.
 fn failed(task: &str, error: BoxError) -> Error {
-    Error::TaskFailed {
-        task: task.to_owned(),
-        message: chain(&*error),
-    }
+    Error::TaskFailed { task: task.to_owned(), message: chain(&*error) }
 }
 
 fn panicked(task: &str, caught: Option<Caught>) -> Error {
@@ -68,9 +65,7 @@ fn record(info: &PanicHookInfo<'_>) -> bool {
         Some(caught) => {
             *caught = Some(Caught {
                 message: message(info),
-                location: info
-                    .location()
-                    .map_or_else(String::new, ToString::to_string),
+                location: info.location().map_or_else(String::new, ToString::to_string),
             });
             true
         }

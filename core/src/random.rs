@@ -24,18 +24,14 @@ impl Stream {
     /// The stream of `purpose` under `seed`. Different purposes are independent.
     pub fn new(seed: u64, purpose: &str) -> Self {
         let key = mix(seed ^ mix(fnv1a(purpose.as_bytes())));
-        Self {
-            key: [key as u32, (key >> 32) as u32],
-        }
+        Self { key: [key as u32, (key >> 32) as u32] }
     }
 
     /// A stream derived from this one, for example per layer or per trial.
     pub fn child(&self, index: u64) -> Self {
         let key = u64::from(self.key[0]) | u64::from(self.key[1]) << 32;
         let key = mix(key ^ mix(index.wrapping_add(0x9e37_79b9_7f4a_7c15)));
-        Self {
-            key: [key as u32, (key >> 32) as u32],
-        }
+        Self { key: [key as u32, (key >> 32) as u32] }
     }
 
     /// The numbers of one `(step, index)`: up to 2³⁴ 32-bit words.
@@ -131,6 +127,7 @@ pub fn unit_f32(word: u32) -> f32 {
 }
 
 /// One block of Philox4x32-10: four words of output for a counter and a key.
+#[inline]
 pub fn philox4x32_10(mut counter: [u32; 4], mut key: [u32; 2]) -> [u32; 4] {
     const M0: u64 = 0xD251_1F53;
     const M1: u64 = 0xCD9E_8D57;
@@ -174,16 +171,8 @@ mod tests {
         let check = |counter, key, expected: [u32; 4]| {
             assert_eq!(philox4x32_10(counter, key), expected);
         };
-        check(
-            [0; 4],
-            [0; 2],
-            [0x6627e8d5, 0xe169c58d, 0xbc57ac4c, 0x9b00dbd8],
-        );
-        check(
-            [u32::MAX; 4],
-            [u32::MAX; 2],
-            [0x408f276d, 0x41c83b0e, 0xa20bc7c6, 0x6d5451fd],
-        );
+        check([0; 4], [0; 2], [0x6627e8d5, 0xe169c58d, 0xbc57ac4c, 0x9b00dbd8]);
+        check([u32::MAX; 4], [u32::MAX; 2], [0x408f276d, 0x41c83b0e, 0xa20bc7c6, 0x6d5451fd]);
         check(
             [0x243f6a88, 0x85a308d3, 0x13198a2e, 0x03707344],
             [0xa4093822, 0x299f31d0],
@@ -216,16 +205,10 @@ mod tests {
         let normal: Vec<f64> = (0..n).map(|_| rng.normal()).collect();
         let mean = normal.iter().sum::<f64>() / n as f64;
         let variance = normal.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / n as f64;
-        assert!(
-            mean.abs() < 0.02 && (variance - 1.0).abs() < 0.03,
-            "{mean} {variance}"
-        );
+        assert!(mean.abs() < 0.02 && (variance - 1.0).abs() < 0.03, "{mean} {variance}");
 
         let mut counts = [0u32; 7];
         (0..70_000).for_each(|_| counts[rng.below(7) as usize] += 1);
-        assert!(
-            counts.iter().all(|c| c.abs_diff(10_000) < 500),
-            "{counts:?}"
-        );
+        assert!(counts.iter().all(|c| c.abs_diff(10_000) < 500), "{counts:?}");
     }
 }

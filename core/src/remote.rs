@@ -44,13 +44,8 @@ impl RemoteFn {
     }
 
     pub(crate) fn find(name: &str) -> Result<&'static Self, Error> {
-        let found = inventory::iter::<Self>
-            .into_iter()
-            .find(|function| function.name == name);
-        found.ok_or_else(|| Error::NotRegistered {
-            name: name.to_owned(),
-            registered: names(),
-        })
+        let found = inventory::iter::<Self>.into_iter().find(|function| function.name == name);
+        found.ok_or_else(|| Error::NotRegistered { name: name.to_owned(), registered: names() })
     }
 
     pub(crate) fn run(&self, member: Option<Member>, args: &[u8]) -> Result<Bytes, BoxError> {
@@ -64,10 +59,8 @@ impl RemoteFn {
 
 /// The names of all functions that this binary registers, sorted.
 pub fn names() -> Vec<String> {
-    let mut names: Vec<_> = inventory::iter::<RemoteFn>
-        .into_iter()
-        .map(|f| f.name.to_owned())
-        .collect();
+    let mut names: Vec<_> =
+        inventory::iter::<RemoteFn>.into_iter().map(|f| f.name.to_owned()).collect();
     names.sort();
     names
 }
@@ -131,9 +124,7 @@ pub fn group_task<A: Serialize, T: DeserializeOwned>(name: &'static str, args: A
 /// MessagePack with field names: self-describing, so that `flatten` and `untagged` work.
 pub(crate) fn encode(what: &str, value: &impl Serialize) -> Result<Bytes, Error> {
     let bytes = rmp_serde::to_vec_named(value);
-    bytes
-        .map(Bytes::from)
-        .map_err(|error| Error::codec("encode", what, error))
+    bytes.map(Bytes::from).map_err(|error| Error::codec("encode", what, error))
 }
 
 pub(crate) fn decode<T: DeserializeOwned>(what: &str, bytes: &[u8]) -> Result<T, Error> {

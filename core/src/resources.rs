@@ -29,10 +29,7 @@ pub struct Resources {
 impl Resources {
     /// So many CPUs and nothing else.
     pub fn cpus(cpus: f64) -> Self {
-        Self {
-            cpus,
-            ..Self::default()
-        }
+        Self { cpus, ..Self::default() }
     }
 
     /// The same with so many GPUs.
@@ -70,11 +67,7 @@ impl Resources {
             cpus: self.cpus * n_f,
             gpus: self.gpus * n_f,
             memory: self.memory * n as u64,
-            custom: self
-                .custom
-                .iter()
-                .map(|(k, v)| (k.clone(), v * n_f))
-                .collect(),
+            custom: self.custom.iter().map(|(k, v)| (k.clone(), v * n_f)).collect(),
         }
     }
 
@@ -97,9 +90,7 @@ impl Resources {
     fn add(&mut self, other: &Self, sign: f64) {
         self.cpus += sign * other.cpus;
         self.gpus += sign * other.gpus;
-        self.memory = self
-            .memory
-            .saturating_add_signed(sign as i64 * other.memory as i64);
+        self.memory = self.memory.saturating_add_signed(sign as i64 * other.memory as i64);
         for (name, amount) in &other.custom {
             *self.custom.entry(name.clone()).or_default() += sign * amount;
         }
@@ -113,16 +104,9 @@ impl fmt::Display for Resources {
             parts.push(format!("{} GPU", self.gpus));
         }
         if self.memory > 0 {
-            parts.push(format!(
-                "{:.1} GiB memory",
-                self.memory as f64 / (1u64 << 30) as f64
-            ));
+            parts.push(format!("{:.1} GiB memory", self.memory as f64 / (1u64 << 30) as f64));
         }
-        parts.extend(
-            self.custom
-                .iter()
-                .map(|(name, amount)| format!("{amount} {name}")),
-        );
+        parts.extend(self.custom.iter().map(|(name, amount)| format!("{amount} {name}")));
         f.write_str(&parts.join(", "))
     }
 }
@@ -137,10 +121,7 @@ pub struct Ledger {
 impl Ledger {
     /// A ledger with everything free.
     pub fn new(total: Resources) -> Self {
-        Self {
-            free: total.clone(),
-            total,
-        }
+        Self { free: total.clone(), total }
     }
 
     /// What the machine has.
@@ -158,10 +139,7 @@ impl Ledger {
         if asked.fits(&self.total) {
             return Ok(());
         }
-        Err(Error::Unplaceable {
-            asked: asked.clone(),
-            total: self.total.clone(),
-        })
+        Err(Error::Unplaceable { asked: asked.clone(), total: self.total.clone() })
     }
 
     /// Takes the resources if they are free now.
@@ -183,22 +161,14 @@ fn visible_gpus() -> usize {
     if let Ok(list) = std::env::var("CUDA_VISIBLE_DEVICES") {
         return list.split(',').filter(|id| !id.trim().is_empty()).count();
     }
-    (0..64)
-        .take_while(|i| std::path::Path::new(&format!("/dev/nvidia{i}")).exists())
-        .count()
+    (0..64).take_while(|i| std::path::Path::new(&format!("/dev/nvidia{i}")).exists()).count()
 }
 
 /// Total memory in bytes, 0 where the system does not say.
 fn memory_bytes() -> u64 {
     let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
     let line = text.lines().find_map(|line| line.strip_prefix("MemTotal:"));
-    let kib = line.and_then(|rest| {
-        rest.trim()
-            .trim_end_matches("kB")
-            .trim()
-            .parse::<u64>()
-            .ok()
-    });
+    let kib = line.and_then(|rest| rest.trim().trim_end_matches("kB").trim().parse::<u64>().ok());
     kib.unwrap_or(0) * 1024
 }
 
@@ -213,11 +183,7 @@ mod tests {
         let error = ledger.check(&Resources::cpus(64.0)).expect_err("64 > 2");
         let text = error.to_string();
         assert!(text.contains("64 CPU") && text.contains("2 CPU"), "{text}");
-        assert!(
-            ledger
-                .check(&Resources::cpus(1.0).with_custom("tpu", 1.0))
-                .is_err()
-        );
+        assert!(ledger.check(&Resources::cpus(1.0).with_custom("tpu", 1.0)).is_err());
     }
 
     proptest! {

@@ -113,11 +113,7 @@ impl RunDir {
             fs::create_dir_all(&folder).at("create", &folder)?;
         }
         let info = RunInfo {
-            name: path
-                .file_name()
-                .unwrap_or_default()
-                .to_string_lossy()
-                .into_owned(),
+            name: Self { path: path.clone() }.name(),
             created: unix_time(),
             argv: std::env::args().collect(),
             cwd: std::env::current_dir().unwrap_or_default(),
@@ -131,6 +127,20 @@ impl RunDir {
         let run = Self { path };
         run.set_state(RunState::Running)?;
         Ok(run)
+    }
+
+    /// Opens the run `root/name` to go on with it, or creates it.
+    pub fn open_or_create(
+        root: impl AsRef<Path>,
+        name: &str,
+        seed: u64,
+        config: &impl Serialize,
+    ) -> Result<Self, Error> {
+        let path = root.as_ref().join(name);
+        match path.join("run.json").exists() {
+            true => Self::open(path),
+            false => Self::create_at(path, seed, config),
+        }
     }
 
     /// Opens an existing run.
@@ -158,6 +168,11 @@ impl RunDir {
         Ok(runs.into_iter().map(|(_, run)| run).collect())
     }
 
+    /// The run's name: its folder's.
+    pub fn name(&self) -> String {
+        self.path.file_name().unwrap_or_default().to_string_lossy().into_owned()
+    }
+
     /// The folder.
     pub fn path(&self) -> &Path {
         &self.path
@@ -180,11 +195,7 @@ impl RunDir {
 
     /// Records how the run stands.
     pub fn set_state(&self, state: RunState) -> Result<(), Error> {
-        let status = RunStatus {
-            state,
-            pid: std::process::id(),
-            changed: unix_time(),
-        };
+        let status = RunStatus { state, pid: std::process::id(), changed: unix_time() };
         let text = serde_json::to_vec(&status).map_err(Error::layer)?;
         write_atomically(&self.path.join("status.json"), &text)
     }
@@ -211,10 +222,7 @@ impl RunDir {
             return Ok(Vec::new());
         }
         let text = fs::read_to_string(&path).at("read", &path)?;
-        Ok(text
-            .lines()
-            .filter_map(|line| serde_json::from_str(line).ok())
-            .collect())
+        Ok(text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect())
     }
 }
 
@@ -265,10 +273,7 @@ impl MetricsWriter {
 fn whole_lines(file: &mut File) -> std::io::Result<u64> {
     let mut bytes = Vec::new();
     file.read_to_end(&mut bytes)?;
-    Ok(bytes
-        .iter()
-        .rposition(|b| *b == b'\n')
-        .map_or(0, |at| at as u64 + 1))
+    Ok(bytes.iter().rposition(|b| *b == b'\n').map_or(0, |at| at as u64 + 1))
 }
 
 fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T, Error> {
@@ -277,11 +282,31 @@ fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T, Error> {
         .map_err(|error| Error::codec("decode", path.display().to_string(), error))
 }
 
+/// `prefix-20261122-163000`: a name for a run that begins now (UTC).
+pub fn timestamped(prefix: &str) -> String {
+    let seconds = unix_time() as u64;
+    let (year, month, day) = civil_from_days((seconds / 86_400) as i64);
+    let (hour, minute, second) = (seconds / 3600 % 24, seconds / 60 % 60, seconds % 60);
+    format!("{prefix}-{year:04}{month:02}{day:02}-{hour:02}{minute:02}{second:02}")
+}
+
+/// Year, month and day of a number of days since 1970 (Hinnant, *chrono-Compatible Low-Level Date
+/// Algorithms*): a date library for one name would be too much.
+fn civil_from_days(days: i64) -> (i64, i64, i64) {
+    let shifted = days + 719_468;
+    let (era, day_of_era) = (shifted.div_euclid(146_097), shifted.rem_euclid(146_097));
+    let year_of_era =
+        (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
+    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
+    let shifted_month = (5 * day_of_year + 2) / 153;
+    let month = if shifted_month < 10 { shifted_month + 3 } else { shifted_month - 9 };
+    let day = day_of_year - (153 * shifted_month + 2) / 5 + 1;
+    (year_of_era + era * 400 + i64::from(month <= 2), month, day)
+}
+
 /// Seconds since 1970.
 pub fn unix_time() -> f64 {
-    SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .map_or(0.0, |d| d.as_secs_f64())
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |d| d.as_secs_f64())
 }
 
 fn git_revision() -> Option<String> {
@@ -308,25 +333,14 @@ mod tests {
     fn a_torn_line_is_never_read_and_never_glued_to_the_next() {
         let root = tempfile::tempdir().expect("temporary folder");
         let run = RunDir::create(root.path(), "r", 1, &()).expect("create");
-        run.metrics_writer()
-            .expect("open")
-            .log(1, &values(0.5))
-            .expect("log");
+        run.metrics_writer().expect("open").log(1, &values(0.5)).expect("log");
         let path = run.path().join("metrics.jsonl");
         let mut file = OpenOptions::new().append(true).open(&path).expect("open");
         file.write_all(b"{\"step\":2,\"ti").expect("a torn write");
         assert_eq!(run.metrics().expect("metrics").len(), 1);
 
-        run.metrics_writer()
-            .expect("open")
-            .log(3, &values(0.25))
-            .expect("log");
-        let steps: Vec<u64> = run
-            .metrics()
-            .expect("metrics")
-            .iter()
-            .map(|m| m.step)
-            .collect();
+        run.metrics_writer().expect("open").log(3, &values(0.25)).expect("log");
+        let steps: Vec<u64> = run.metrics().expect("metrics").iter().map(|m| m.step).collect();
         assert_eq!(steps, [1, 3]);
     }
 
@@ -334,17 +348,24 @@ mod tests {
     fn a_name_is_taken_once_and_listed() {
         let root = tempfile::tempdir().expect("temporary folder");
         RunDir::create(root.path(), "a", 1, &()).expect("create");
-        assert!(matches!(
-            RunDir::create(root.path(), "a", 1, &()),
-            Err(Error::RunExists { .. })
-        ));
+        assert!(matches!(RunDir::create(root.path(), "a", 1, &()), Err(Error::RunExists { .. })));
         fs::create_dir(root.path().join("not-a-run")).expect("create");
-        let names: Vec<_> = RunDir::list(root.path())
-            .expect("list")
-            .iter()
-            .map(|r| r.path().to_owned())
-            .collect();
+        let names: Vec<_> =
+            RunDir::list(root.path()).expect("list").iter().map(|r| r.path().to_owned()).collect();
         assert_eq!(names, [root.path().join("a")]);
+    }
+
+    #[test]
+    fn days_are_counted_as_the_calendar_does() {
+        let known = [
+            (0, (1970, 1, 1)),
+            (59, (1970, 3, 1)),
+            (11_016, (2000, 2, 29)),
+            (20_779, (2026, 11, 22)),
+        ];
+        for (days, date) in known {
+            assert_eq!(civil_from_days(days), date);
+        }
     }
 
     #[test]

@@ -81,17 +81,9 @@ impl Runtime {
     }
 
     pub(crate) fn with_host(total: Resources, host: Option<ProcessHost>) -> Self {
-        let scheduler = Scheduler {
-            ledger: Ledger::new(total),
-            waiting: VecDeque::new(),
-            closed: false,
-        };
-        Self {
-            inner: Arc::new(Inner {
-                scheduler: Mutex::new(scheduler),
-                host,
-            }),
-        }
+        let scheduler =
+            Scheduler { ledger: Ledger::new(total), waiting: VecDeque::new(), closed: false };
+        Self { inner: Arc::new(Inner { scheduler: Mutex::new(scheduler), host }) }
     }
 
     /// All resources of this runtime, free or taken.
@@ -147,10 +139,7 @@ impl Runtime {
             Ok(lease) => lease,
             Err(RecvTimeoutError::Disconnected) => Err(closed()),
             Err(RecvTimeoutError::Timeout) => Err(Error::Timeout {
-                what: format!(
-                    "placing {name} ({resources}; free: {})",
-                    self.free_resources()
-                ),
+                what: format!("placing {name} ({resources}; free: {})", self.free_resources()),
                 after: PLACEMENT_TIMEOUT,
             }),
         }
@@ -170,9 +159,7 @@ impl Runtime {
             .map_err(Error::layer)?;
         let thread = std::thread::Builder::new().name(name.to_owned());
         let spawned = thread.spawn(move || pool.install(work));
-        spawned
-            .map(drop)
-            .map_err(|source| Error::system("starting a thread", source))
+        spawned.map(drop).map_err(|source| Error::system("starting a thread", source))
     }
 
     fn start<T: Send + Sync + 'static>(&self, task: Task<T>, object: ObjectRef<T>, lease: Lease) {
@@ -226,9 +213,8 @@ impl Runtime {
     ) -> Result<T, Error> {
         let mut attempt = 0;
         loop {
-            let result = self
-                .host()?
-                .run_task(name, &options.resources, call, || object.is_cancelled());
+            let result =
+                self.host()?.run_task(name, &options.resources, call, || object.is_cancelled());
             match result {
                 Err(error) if error.is_retryable() && attempt < options.max_retries => attempt += 1,
                 other => return other,
@@ -279,15 +265,10 @@ impl Runtime {
     }
 
     fn scheduler(&self) -> MutexGuard<'_, Scheduler> {
-        self.inner
-            .scheduler
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
+        self.inner.scheduler.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 fn closed() -> Error {
-    Error::Cancelled {
-        task: "the task (the runtime is shutting down)".to_owned(),
-    }
+    Error::Cancelled { task: "the task (the runtime is shutting down)".to_owned() }
 }

@@ -19,6 +19,28 @@ pub enum Placement {
     Process,
 }
 
+/// Whether work that reports on itself goes on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[must_use = "work that is told to stop should return"]
+pub enum Flow {
+    /// Go on.
+    Continue,
+    /// Wind up and return `Ok`.
+    Stop,
+}
+
+impl Flow {
+    /// Stop if `stop`, else go on.
+    pub fn stop_if(stop: bool) -> Self {
+        if stop { Self::Stop } else { Self::Continue }
+    }
+
+    /// Whether this says stop.
+    pub fn is_stop(self) -> bool {
+        self == Self::Stop
+    }
+}
+
 /// How a task is placed and retried. Every default is here.
 #[derive(Clone, Debug)]
 pub struct TaskOptions {
@@ -33,11 +55,7 @@ pub struct TaskOptions {
 
 impl Default for TaskOptions {
     fn default() -> Self {
-        Self {
-            resources: Resources::cpus(1.0),
-            placement: Placement::Thread,
-            max_retries: 0,
-        }
+        Self { resources: Resources::cpus(1.0), placement: Placement::Thread, max_retries: 0 }
     }
 }
 
@@ -68,11 +86,7 @@ impl<T> Task<T> {
     }
 
     pub(crate) fn remote(name: impl Into<String>, call: RemoteCall<T>) -> Self {
-        Self {
-            name: name.into(),
-            options: TaskOptions::default(),
-            body: Body::Remote(call),
-        }
+        Self { name: name.into(), options: TaskOptions::default(), body: Body::Remote(call) }
     }
 
     /// The same task with these options.
@@ -101,9 +115,7 @@ pub struct ObjectRef<T> {
 
 impl<T> Clone for ObjectRef<T> {
     fn clone(&self) -> Self {
-        Self {
-            shared: Arc::clone(&self.shared),
-        }
+        Self { shared: Arc::clone(&self.shared) }
     }
 }
 
@@ -150,11 +162,7 @@ impl<T> ObjectRef<T> {
             if let Some(value) = self.shared.value.get() {
                 return value.clone();
             }
-            guard = self
-                .shared
-                .ready
-                .wait(guard)
-                .unwrap_or_else(PoisonError::into_inner);
+            guard = self.shared.ready.wait(guard).unwrap_or_else(PoisonError::into_inner);
         }
     }
 
@@ -168,10 +176,7 @@ impl<T> ObjectRef<T> {
             }
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                return Err(Error::Timeout {
-                    what: self.shared.task.clone(),
-                    after: timeout,
-                });
+                return Err(Error::Timeout { what: self.shared.task.clone(), after: timeout });
             }
             let waited = self.shared.ready.wait_timeout(guard, left);
             guard = waited.unwrap_or_else(PoisonError::into_inner).0;
@@ -187,16 +192,11 @@ impl<T> ObjectRef<T> {
     /// [`cancelled`] and stop by itself; its result, if it gives one, is discarded.
     pub fn cancel(&self) {
         self.shared.cancelled.store(true, Ordering::Release);
-        self.resolve(Err(Error::Cancelled {
-            task: self.shared.task.clone(),
-        }));
+        self.resolve(Err(Error::Cancelled { task: self.shared.task.clone() }));
     }
 
     fn guard(&self) -> MutexGuard<'_, ()> {
-        self.shared
-            .lock
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
+        self.shared.lock.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

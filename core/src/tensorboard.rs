@@ -21,11 +21,7 @@ impl EventWriter {
     /// Starts a new file in `dir`, named after the time in seconds since 1970 and the process.
     pub fn create(dir: &Path, time: f64) -> Result<Self, Error> {
         std::fs::create_dir_all(dir).at("create", dir)?;
-        let name = format!(
-            "events.out.tfevents.{}.{}",
-            (time * 1e3) as u64,
-            std::process::id()
-        );
+        let name = format!("events.out.tfevents.{}.{}", (time * 1e3) as u64, std::process::id());
         let path = dir.join(name);
         let file = File::create(&path).at("create", &path)?;
         let mut writer = Self { path, file };
@@ -104,9 +100,8 @@ fn masked_crc32c(data: &[u8]) -> u32 {
 /// CRC-32C (Castagnoli, reflected polynomial 0x82f63b78), bit by bit: events are small.
 fn crc32c(data: &[u8]) -> u32 {
     !data.iter().fold(!0u32, |crc, byte| {
-        (0..8).fold(crc ^ u32::from(*byte), |c, _| {
-            (c >> 1) ^ (0x82f6_3b78 & (c & 1).wrapping_neg())
-        })
+        (0..8)
+            .fold(crc ^ u32::from(*byte), |c, _| (c >> 1) ^ (0x82f6_3b78 & (c & 1).wrapping_neg()))
     })
 }
 
@@ -124,9 +119,7 @@ mod tests {
     fn records_are_framed_and_checksummed() {
         let dir = tempfile::tempdir().expect("temporary folder");
         let mut writer = EventWriter::create(dir.path(), 1.5).expect("create");
-        writer
-            .scalars(2.0, 300, &BTreeMap::from([("loss".to_owned(), 0.5)]))
-            .expect("write");
+        writer.scalars(2.0, 300, &BTreeMap::from([("loss".to_owned(), 0.5)])).expect("write");
         let data = std::fs::read(&writer.path).expect("read");
         let (mut at, mut events) = (0, Vec::new());
         while at < data.len() {

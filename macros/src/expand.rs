@@ -45,20 +45,14 @@ fn options(input: ParseStream<'_>) -> Result<TokenStream> {
             input.parse::<Token![,]>()?;
         }
     }
-    Ok(krate.map_or_else(
-        || quote!(::mobula),
-        |path| one_module_down(path.to_token_stream()),
-    ))
+    Ok(krate.map_or_else(|| quote!(::mobula), |path| one_module_down(path.to_token_stream())))
 }
 
 /// The module beside the function.
 fn module(krate: &TokenStream, function: &ItemFn, signature: &Signature) -> TokenStream {
     let (name, visibility) = (&function.sig.ident, &function.vis);
     // The module must come and go with the function.
-    let cfgs = function
-        .attrs
-        .iter()
-        .filter(|attribute| attribute.path().is_ident("cfg"));
+    let cfgs = function.attrs.iter().filter(|attribute| attribute.path().is_ident("cfg"));
     let describe = describe(krate, name, signature);
     let register = register(krate, name, signature);
     quote! {

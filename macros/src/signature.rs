@@ -43,9 +43,7 @@ impl Signature {
             .enumerate()
             .map(|(position, input)| argument(position, input))
             .collect::<Result<Vec<_>>>()?;
-        let is_member = arguments
-            .first()
-            .is_some_and(|(_, ty)| is_named(ty, "Member"));
+        let is_member = arguments.first().is_some_and(|(_, ty)| is_named(ty, "Member"));
         if is_member {
             arguments.remove(0);
         }
@@ -58,11 +56,7 @@ impl Signature {
                 ),
             ));
         }
-        Ok(Self {
-            is_member,
-            arguments,
-            output: output(&signature.output)?,
-        })
+        Ok(Self { is_member, arguments, output: output(&signature.output)? })
     }
 }
 
@@ -133,10 +127,9 @@ fn output(declared: &ReturnType) -> Result<Output> {
     }
     match first_generic(ty) {
         Some(value) => Ok(Output::Fallible(value)),
-        None => refuse(
-            ty.span(),
-            "cannot see what this `Result` holds: write it out as `Result<T, E>`",
-        ),
+        None => {
+            refuse(ty.span(), "cannot see what this `Result` holds: write it out as `Result<T, E>`")
+        }
     }
 }
 

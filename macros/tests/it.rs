@@ -35,10 +35,7 @@ mod fake_core {
                 F: FnOnce(A) -> Result<T, BoxError>,
             {
                 self.log.push("run");
-                let args = *self
-                    .args
-                    .downcast::<A>()
-                    .expect("the arguments of the task");
+                let args = *self.args.downcast::<A>().expect("the arguments of the task");
                 f(args).map(|value| Box::new(value) as Box<dyn Any>)
             }
         }
@@ -58,38 +55,20 @@ mod fake_core {
 
         impl RemoteFn {
             pub const fn new(name: &'static str, body: Plain) -> Self {
-                Self {
-                    name,
-                    body: Body::Plain(body),
-                }
+                Self { name, body: Body::Plain(body) }
             }
 
             pub const fn member(name: &'static str, body: Ranked) -> Self {
-                Self {
-                    name,
-                    body: Body::Member(body),
-                }
+                Self { name, body: Body::Member(body) }
             }
         }
 
         pub fn task<A: 'static, T>(name: &'static str, args: A) -> Task<T> {
-            Task(
-                Description {
-                    name,
-                    args: Box::new(args),
-                },
-                PhantomData,
-            )
+            Task(Description { name, args: Box::new(args) }, PhantomData)
         }
 
         pub fn group_task<A: 'static, T>(name: &'static str, args: A) -> GroupTask<T> {
-            GroupTask(
-                Description {
-                    name,
-                    args: Box::new(args),
-                },
-                PhantomData,
-            )
+            GroupTask(Description { name, args: Box::new(args) }, PhantomData)
         }
 
         pub mod inventory {
@@ -133,10 +112,7 @@ mod inner {
 fn work<T: 'static>(entry: &RemoteFn, task: Description) -> Result<T, BoxError> {
     assert_eq!(entry.name, task.name);
     let mut log = Vec::new();
-    let call = Call {
-        args: task.args,
-        log: &mut log,
-    };
+    let call = Call { args: task.args, log: &mut log };
     let value = match entry.body {
         Body::Plain(run) => run(call),
         Body::Member(run) => run(Member(3), call),
@@ -148,19 +124,13 @@ fn work<T: 'static>(entry: &RemoteFn, task: Description) -> Result<T, BoxError> 
 #[test]
 fn names_are_the_paths_of_the_functions() {
     assert_eq!(square::NAME, concat!(module_path!(), "::square"));
-    assert_eq!(
-        inner::double::NAME,
-        concat!(module_path!(), "::inner::double")
-    );
+    assert_eq!(inner::double::NAME, concat!(module_path!(), "::inner::double"));
 }
 
 #[test]
 fn a_described_call_runs_like_a_direct_one() {
     assert_eq!(square(7), Ok(49));
-    assert_eq!(
-        work::<i64>(&square::ENTRY, square::remote(7).0).expect("fits"),
-        49
-    );
+    assert_eq!(work::<i64>(&square::ENTRY, square::remote(7).0).expect("fits"), 49);
     work::<()>(&nothing::ENTRY, nothing::remote().0).expect("nothing fails");
     let task = inner::double::remote(inner::Settings(4));
     assert_eq!(work::<u8>(&inner::double::ENTRY, task.0).expect("small"), 8);

@@ -164,11 +164,7 @@ impl Error {
         expected: impl Into<String>,
         got: &[usize],
     ) -> Self {
-        Self::Shape {
-            what: what.into(),
-            expected: expected.into(),
-            got: got.to_vec(),
-        }
+        Self::Shape { what: what.into(), expected: expected.into(), got: got.to_vec() }
     }
 
     pub(crate) fn option(
@@ -176,11 +172,7 @@ impl Error {
         got: impl ToString,
         expected: impl Into<String>,
     ) -> Self {
-        Self::Option {
-            option,
-            got: got.to_string(),
-            expected: expected.into(),
-        }
+        Self::Option { option, got: got.to_string(), expected: expected.into() }
     }
 }
 

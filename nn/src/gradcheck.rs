@@ -29,10 +29,7 @@ const TOLERANCE: f64 = 1e-5;
 pub fn check(vars: &[(String, Var)], f: impl Fn() -> Result<Tensor>) -> Result<()> {
     let gradients = weighted(&f()?)?.backward()?;
     for (name, var) in vars {
-        let fail = |reason| Error::GradientCheck {
-            name: name.clone(),
-            reason,
-        };
+        let fail = |reason| Error::GradientCheck { name: name.clone(), reason };
         if var.dtype() != DType::F64 {
             return Err(fail("finite differences need f64"));
         }
@@ -62,12 +59,7 @@ fn check_one(
         let close = (got - expected).abs() <= TOLERANCE * expected.abs().max(1.0);
         if !close {
             set(var, values)?;
-            return Err(Error::WrongGradient {
-                name: name.to_owned(),
-                index,
-                expected,
-                got,
-            });
+            return Err(Error::WrongGradient { name: name.to_owned(), index, expected, got });
         }
     }
     set(var, values)

@@ -52,9 +52,7 @@ impl Init {
     /// What PyTorch gives the weights of `Linear` and `Conv2d`: Kaiming with a = √5, which is
     /// uniform within ±1/√fan_in.
     pub fn default_weight() -> Self {
-        Self::KaimingUniform {
-            negative_slope: 5f64.sqrt(),
-        }
+        Self::KaimingUniform { negative_slope: 5f64.sqrt() }
     }
 
     /// What PyTorch gives their biases: uniform within ±1/√fan_in of the weight.
@@ -94,10 +92,7 @@ impl Init {
     }
 
     fn symmetric(bound: f64) -> Self {
-        Self::Uniform {
-            low: -bound,
-            high: bound,
-        }
+        Self::Uniform { low: -bound, high: bound }
     }
 }
 

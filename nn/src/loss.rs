@@ -23,9 +23,7 @@ const OP: &str = "cross-entropy";
 pub fn cross_entropy(logits: &Tensor, labels: &Tensor) -> Result<Tensor> {
     let sum = cross_entropy_sum(logits, labels)?;
     match logits.dim(0)? {
-        0 => Err(Error::EmptyBatch {
-            what: "the mean loss",
-        }),
+        0 => Err(Error::EmptyBatch { what: "the mean loss" }),
         rows => Ok((sum / rows as f64)?),
     }
 }
@@ -39,9 +37,7 @@ pub fn cross_entropy(logits: &Tensor, labels: &Tensor) -> Result<Tensor> {
 pub fn cross_entropy_sum(logits: &Tensor, labels: &Tensor) -> Result<Tensor> {
     let classes = checked_labels(logits, labels)?;
     if logits.device().is_cpu() {
-        let op = CrossEntropy {
-            labels: classes.into(),
-        };
+        let op = CrossEntropy { labels: classes.into() };
         return Ok(logits.contiguous()?.apply_op1(op)?);
     }
     composed(logits, &classes)
@@ -67,11 +63,7 @@ pub(crate) fn checked_labels(logits: &Tensor, labels: &Tensor) -> Result<Vec<u32
     let out_of_range = |label: &i64| !(0..classes as i64).contains(label);
     if let Some(row) = labels.iter().position(out_of_range) {
         let label = labels[row];
-        return Err(Error::LabelOutOfRange {
-            label,
-            row,
-            classes,
-        });
+        return Err(Error::LabelOutOfRange { label, row, classes });
     }
     Ok(labels.into_iter().map(|label| label as u32).collect())
 }
@@ -112,12 +104,8 @@ impl CrossEntropy {
 impl CrossEntropyGrad {
     fn rows<T: WithDType>(&self, logits: &[T], classes: usize) -> Vec<T> {
         let mut grad = vec![T::zero(); logits.len()];
-        let rows = grad
-            .par_chunks_mut(classes.max(1))
-            .zip(logits.par_chunks(classes.max(1)));
-        let rows = rows
-            .zip(&self.labels[..])
-            .with_min_len(rows_per_task(classes));
+        let rows = grad.par_chunks_mut(classes.max(1)).zip(logits.par_chunks(classes.max(1)));
+        let rows = rows.zip(&self.labels[..]).with_min_len(rows_per_task(classes));
         rows.for_each(|((grad, row), label)| {
             let (max, log_sum) = log_sum_exp(row);
             for (class, (grad, logit)) in grad.iter_mut().zip(row).enumerate() {
@@ -132,17 +120,8 @@ impl CrossEntropyGrad {
 /// The row's maximum and log Σ exp(row − maximum). Kept apart: their sum would round the second
 /// away when logits are large.
 fn log_sum_exp<T: WithDType>(row: &[T]) -> (f64, f64) {
-    let max = row
-        .iter()
-        .map(|x| x.to_f64())
-        .fold(f64::NEG_INFINITY, f64::max);
-    (
-        max,
-        row.iter()
-            .map(|x| (x.to_f64() - max).exp())
-            .sum::<f64>()
-            .ln(),
-    )
+    let max = row.iter().map(|x| x.to_f64()).fold(f64::NEG_INFINITY, f64::max);
+    (max, row.iter().map(|x| (x.to_f64() - max).exp()).sum::<f64>().ln())
 }
 
 fn rows_per_task(classes: usize) -> usize {

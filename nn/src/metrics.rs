@@ -12,20 +12,14 @@ pub fn correct(logits: &Tensor, labels: &Tensor) -> Result<usize> {
         return Ok(0);
     }
     let predicted: Vec<u32> = logits.argmax(D::Minus1)?.to_vec1()?;
-    Ok(predicted
-        .iter()
-        .zip(&labels)
-        .filter(|(p, l)| p == l)
-        .count())
+    Ok(predicted.iter().zip(&labels).filter(|(p, l)| p == l).count())
 }
 
 /// The fraction of rows that [`correct`] counts. Errors for 0 rows, where it is undefined.
 pub fn accuracy(logits: &Tensor, labels: &Tensor) -> Result<f64> {
     let correct = correct(logits, labels)?;
     match logits.dim(0)? {
-        0 => Err(Error::EmptyBatch {
-            what: "the accuracy",
-        }),
+        0 => Err(Error::EmptyBatch { what: "the accuracy" }),
         rows => Ok(correct as f64 / rows as f64),
     }
 }

@@ -54,10 +54,8 @@ impl Model {
         std::fs::create_dir_all(dir).at("create", dir)?;
         self.params.save(dir.join(Self::WEIGHTS_FILE))?;
         let path = dir.join(Self::SPEC_FILE);
-        let text = serde_json::to_vec_pretty(&self.spec).map_err(|source| Error::Spec {
-            path: path.clone(),
-            source: source.into(),
-        })?;
+        let text = serde_json::to_vec_pretty(&self.spec)
+            .map_err(|source| Error::Spec { path: path.clone(), source: source.into() })?;
         Ok(write_atomically(&path, &text)?)
     }
 
@@ -101,11 +99,7 @@ impl Model {
             got => {
                 let what = format!("the input of the {:?} model", self.spec.architecture);
                 let sizes: Vec<String> = wanted.iter().map(usize::to_string).collect();
-                Err(Error::shape(
-                    what,
-                    format!("[rows, {}]", sizes.join(", ")),
-                    got,
-                ))
+                Err(Error::shape(what, format!("[rows, {}]", sizes.join(", ")), got))
             }
         }
     }
@@ -122,13 +116,8 @@ impl std::fmt::Debug for Model {
 
 /// Whether a row of shape `got` can only mean the row of shape `wanted`.
 fn fits(got: &[usize], wanted: &[usize]) -> bool {
-    let squeezed = |shape: &[usize]| {
-        shape
-            .iter()
-            .copied()
-            .filter(|size| *size != 1)
-            .collect::<Vec<_>>()
-    };
+    let squeezed =
+        |shape: &[usize]| shape.iter().copied().filter(|size| *size != 1).collect::<Vec<_>>();
     let flat = |shape: &[usize]| squeezed(shape).len() <= 1;
     let same_size = got.iter().product::<usize>() == wanted.iter().product::<usize>();
     same_size && (flat(got) || flat(wanted) || squeezed(got) == squeezed(wanted))

@@ -45,24 +45,13 @@ impl Params {
     /// The same with another type, such as `f64` for gradient checks. The values are drawn in
     /// `f64` and rounded, so they agree between types up to rounding.
     pub fn with_dtype(seed: u64, device: &Device, dtype: DType) -> Self {
-        let shared = Shared {
-            seed,
-            device: device.clone(),
-            dtype,
-            vars: Mutex::default(),
-        };
-        Self {
-            path: String::new(),
-            shared: Arc::new(shared),
-        }
+        let shared = Shared { seed, device: device.clone(), dtype, vars: Mutex::default() };
+        Self { path: String::new(), shared: Arc::new(shared) }
     }
 
     /// A handle whose names start with this one's path, then `name`, then a dot.
     pub fn scope(&self, name: &str) -> Self {
-        Self {
-            path: self.full_name(name),
-            shared: Arc::clone(&self.shared),
-        }
+        Self { path: self.full_name(name), shared: Arc::clone(&self.shared) }
     }
 
     /// This handle's path, such as `"encoder.fc1"`; empty at the root.
@@ -76,12 +65,7 @@ impl Params {
     /// when `init` needs more dimensions than `shape` has.
     pub fn get(&self, shape: impl Into<Shape>, name: &str, init: Init) -> Result<Tensor> {
         let (shape, name) = (shape.into(), self.full_name(name));
-        let Shared {
-            seed,
-            device,
-            dtype,
-            ..
-        } = &*self.shared;
+        let Shared { seed, device, dtype, .. } = &*self.shared;
         let values = init.values(*seed, &name, shape.dims())?;
         let values = Tensor::from_vec(values, shape, &Device::Cpu)?;
         let var = Var::from_tensor(&values.to_dtype(*dtype)?.to_device(device)?)?;
@@ -98,9 +82,7 @@ impl Params {
     pub fn vars(&self) -> Vec<(String, Var)> {
         let vars = self.lock();
         let under = vars.iter().filter(|(name, _)| self.holds(name));
-        under
-            .map(|(name, var)| (name.clone(), var.clone()))
-            .collect()
+        under.map(|(name, var)| (name.clone(), var.clone())).collect()
     }
 
     /// The full names of the parameters under this handle's path, sorted.
@@ -147,9 +129,6 @@ impl Params {
 
     fn lock(&self) -> MutexGuard<'_, BTreeMap<String, Var>> {
         // The map is whole whenever the lock is free, even after a panic elsewhere.
-        self.shared
-            .vars
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
+        self.shared.vars.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

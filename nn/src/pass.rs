@@ -39,23 +39,14 @@ impl Pass {
 
     /// The training step `step` of a run seeded with `seed`.
     pub fn train(seed: u64, step: u64) -> Self {
-        let training = Training {
-            seed,
-            step,
-            row_offset: 0,
-        };
-        Self {
-            training: Some(training),
-        }
+        let training = Training { seed, step, row_offset: 0 };
+        Self { training: Some(training) }
     }
 
     /// Says that the first row of this pass is row `rows` of the step's global batch. No effect
     /// in evaluation.
     pub fn with_row_offset(self, rows: u64) -> Self {
-        let training = self.training.map(|training| Training {
-            row_offset: rows,
-            ..training
-        });
+        let training = self.training.map(|training| Training { row_offset: rows, ..training });
         Self { training }
     }
 

@@ -94,9 +94,7 @@ impl Registry {
     /// `"mlp"` and `"cnn"`.
     pub fn builtin() -> Self {
         let known = BTreeMap::new();
-        Self { known }
-            .with::<MlpOptions>("mlp")
-            .with::<CnnOptions>("cnn")
+        Self { known }.with::<MlpOptions>("mlp").with::<CnnOptions>("cnn")
     }
 
     /// The same with the architecture `name`, whose options are an `A`. Replaces one of that name.
@@ -143,12 +141,7 @@ impl Registry {
     pub fn build_in(&self, spec: &ModelSpec, params: Params) -> Result<Model> {
         let architecture = self.resolve(spec)?;
         let module = architecture.build(&params)?;
-        Ok(Model::new(
-            spec.clone(),
-            architecture.as_ref(),
-            params,
-            module,
-        ))
+        Ok(Model::new(spec.clone(), architecture.as_ref(), params, module))
     }
 
     /// The model that [`Model::save`] wrote into `dir`.
@@ -156,10 +149,8 @@ impl Registry {
         let dir = dir.as_ref();
         let path = dir.join(Model::SPEC_FILE);
         let text = std::fs::read(&path).at("read", &path)?;
-        let spec: ModelSpec = serde_json::from_slice(&text).map_err(|source| Error::Spec {
-            path,
-            source: source.into(),
-        })?;
+        let spec: ModelSpec = serde_json::from_slice(&text)
+            .map_err(|source| Error::Spec { path, source: source.into() })?;
         let model = self.build(&spec, 0, device)?;
         model.params().load(dir.join(Model::WEIGHTS_FILE))?;
         Ok(model)
@@ -179,8 +170,5 @@ impl std::fmt::Debug for Registry {
 }
 
 fn options_error(architecture: &str, source: serde_json::Error) -> Error {
-    Error::Options {
-        architecture: architecture.to_owned(),
-        source: source.into(),
-    }
+    Error::Options { architecture: architecture.to_owned(), source: source.into() }
 }

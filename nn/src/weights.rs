@@ -33,10 +33,8 @@ impl Params {
         let path = path.as_ref();
         let bytes = std::fs::read(path).at("read", path)?;
         let read = candle_core::safetensors::load_buffer(&bytes, self.device());
-        let tensors = read.map_err(|source| Error::Weights {
-            path: path.to_owned(),
-            source: source.into(),
-        })?;
+        let tensors =
+            read.map_err(|source| Error::Weights { path: path.to_owned(), source: source.into() })?;
         self.load_tensors(&path.display().to_string(), &tensors)
     }
 

@@ -91,6 +91,14 @@ impl Server {
         Ok(self)
     }
 
+    /// [`Server::deploy`] for each of them.
+    pub fn deploy_all(
+        self,
+        deployments: impl IntoIterator<Item = Deployment>,
+    ) -> Result<Self, Error> {
+        deployments.into_iter().try_fold(self, Self::deploy)
+    }
+
     /// Listens on `addr`, `HOST:PORT`, and starts to serve. Port 0 takes a free one.
     pub fn bind(self, addr: &str) -> Result<RunningServer, Error> {
         let listener = listen(addr)?;

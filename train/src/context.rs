@@ -8,11 +8,10 @@ use crate::state::TrainState;
 use crate::{Error, Result};
 use candle_core::{DType, Device, Tensor};
 use mobula_core::checkpoint::{Checkpoint, CheckpointStore};
-use mobula_core::{Batch, BatchStream, BoxError, Member, Shard};
+use mobula_core::{Batch, BatchStream, BoxError, Flow, Member, Shard};
 use mobula_nn::{Model, Pass};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
-use std::ops::ControlFlow;
 use std::path::PathBuf;
 
 /// What the trainer tells its workers.
@@ -40,13 +39,11 @@ enum Place<'a> {
     Alone(Listener<'a>),
 }
 
-type Listener<'a> = Box<dyn FnMut(&EpochReport) -> Result<ControlFlow<()>, BoxError> + 'a>;
+type Listener<'a> = Box<dyn FnMut(&EpochReport) -> Result<Flow, BoxError> + 'a>;
 
 impl std::fmt::Debug for WorkerContext<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("WorkerContext")
-            .field("shard", &self.shard())
-            .finish_non_exhaustive()
+        f.debug_struct("WorkerContext").field("shard", &self.shard()).finish_non_exhaustive()
     }
 }
 
@@ -61,15 +58,9 @@ impl WorkerContext<'static> {
 
 impl<'a> WorkerContext<'a> {
     /// A world of one without checkpoints, for trials and tests. `on_epoch` hears of each epoch
-    /// and may break the training off.
-    pub fn alone(
-        on_epoch: impl FnMut(&EpochReport) -> Result<ControlFlow<()>, BoxError> + 'a,
-    ) -> Self {
-        Self::new(
-            Place::Alone(Box::new(on_epoch)),
-            Collective::Alone,
-            Setup::default(),
-        )
+    /// and may stop the training.
+    pub fn alone(on_epoch: impl FnMut(&EpochReport) -> Result<Flow, BoxError> + 'a) -> Self {
+        Self::new(Place::Alone(Box::new(on_epoch)), Collective::Alone, Setup::default())
     }
 
     fn new(place: Place<'a>, collective: Collective, setup: Setup) -> Self {
@@ -86,10 +77,7 @@ impl<'a> WorkerContext<'a> {
     /// This worker's share of a stream.
     pub fn shard(&self) -> Shard {
         match self.member() {
-            Some(member) => Shard {
-                rank: member.rank(),
-                world: member.world_size(),
-            },
+            Some(member) => Shard { rank: member.rank(), world: member.world_size() },
             None => Shard::ALL,
         }
     }
@@ -143,7 +131,7 @@ impl<'a> WorkerContext<'a> {
             let share = batch.rows() as f32 / batch.global_rows().max(1) as f32;
             backward(&loss, share, state, &mut gradients)?;
         }
-        self.reduce(gradients.to_reduce())?;
+        self.reduce(gradients.as_reduced_mut())?;
         let loss = check_finite(&gradients, state.step())?;
         state.optimizer.step(state.model.params(), &gradients)?;
         state.count_step();
@@ -178,18 +166,16 @@ impl<'a> WorkerContext<'a> {
     }
 
     /// Ends an epoch: counts it, commits a checkpoint when one is due, reports the metrics and
-    /// the mean loss. `Break` when the training is to stop here, on all ranks alike.
+    /// the mean loss. `Stop` when the training is to stop here, on all ranks alike.
     pub fn end_epoch(
         &mut self,
         state: &mut TrainState,
         stream: &dyn BatchStream,
         metrics: &[(&str, f64)],
-    ) -> Result<ControlFlow<()>> {
+    ) -> Result<Flow> {
         state.count_epoch();
-        let mut metrics: BTreeMap<String, f64> = metrics
-            .iter()
-            .map(|(name, value)| ((*name).to_owned(), *value))
-            .collect();
+        let mut metrics: BTreeMap<String, f64> =
+            metrics.iter().map(|(name, value)| ((*name).to_owned(), *value)).collect();
         metrics.extend(self.meter.end_epoch());
         self.checkpoint_if_due(state, stream, &metrics)?;
         let report = EpochReport {
@@ -198,28 +184,19 @@ impl<'a> WorkerContext<'a> {
             step: state.step(),
             metrics,
         };
-        let mut stop = [f64::from(u8::from(self.tell_epoch(report)?.is_break()))];
+        let mut stop = [f64::from(u8::from(self.tell_epoch(report)?.is_stop()))];
         self.reduce(&mut stop)?;
-        Ok(if stop[0] > 0.0 {
-            ControlFlow::Break(())
-        } else {
-            ControlFlow::Continue(())
-        })
+        Ok(Flow::stop_if(stop[0] > 0.0))
     }
 
-    fn tell_epoch(&mut self, report: EpochReport) -> Result<ControlFlow<()>> {
+    fn tell_epoch(&mut self, report: EpochReport) -> Result<Flow> {
         match &mut self.place {
             Place::Alone(listener) => listener(&report).map_err(Error::program),
             Place::Member(member) => {
                 if member.rank() == 0 {
                     member.report(&WorkerReport::Epoch(report))?;
                 }
-                let stop = member.stop_requested();
-                Ok(if stop {
-                    ControlFlow::Break(())
-                } else {
-                    ControlFlow::Continue(())
-                })
+                Ok(Flow::stop_if(member.stop_requested()))
             }
         }
     }
@@ -231,7 +208,8 @@ impl<'a> WorkerContext<'a> {
         stream: &dyn BatchStream,
         metrics: &BTreeMap<String, f64>,
     ) -> Result<()> {
-        let due = state.is_finished() || state.epoch() % self.setup.every_epochs.max(1) == 0;
+        let due =
+            state.is_finished() || state.epoch().is_multiple_of(self.setup.every_epochs.max(1));
         let Some(dir) = self.setup.checkpoints.clone().filter(|_| due) else {
             return Ok(());
         };
@@ -239,9 +217,7 @@ impl<'a> WorkerContext<'a> {
             let store = CheckpointStore::new(dir, self.setup.keep);
             let files = &self.files;
             store.save(state.step(), |dir| {
-                state
-                    .save(dir, stream, metrics)
-                    .map_err(mobula_core::Error::layer)?;
+                state.save(dir, stream, metrics).map_err(mobula_core::Error::layer)?;
                 for (name, content) in files {
                     std::fs::write(dir.join(name), content).map_err(mobula_core::Error::layer)?;
                 }
@@ -280,9 +256,7 @@ impl<'a> WorkerContext<'a> {
 /// Loss and gradients of this rank's rows, scaled by its share of all rows.
 fn backward(loss: &Tensor, share: f32, state: &TrainState, into: &mut Gradients) -> Result<()> {
     if loss.elem_count() != 1 {
-        return Err(Error::LossShape {
-            shape: loss.dims().to_vec(),
-        });
+        return Err(Error::LossShape { shape: loss.dims().to_vec() });
     }
     let value = loss.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
     // The gradients of a loss that is no number are none either; the sum will tell all ranks.
@@ -299,10 +273,7 @@ fn check_finite(gradients: &Gradients, step: u64) -> Result<f64> {
         return Err(Error::NonFiniteLoss { step, loss });
     }
     match gradients.first_non_finite() {
-        Some(name) => Err(Error::NonFiniteGradient {
-            parameter: name.to_owned(),
-            step,
-        }),
+        Some(name) => Err(Error::NonFiniteGradient { parameter: name.to_owned(), step }),
         None => Ok(loss),
     }
 }

@@ -25,10 +25,7 @@ impl Gradients {
             (name, start..end)
         };
         let places: Vec<_> = params.vars().into_iter().map(place).collect();
-        Self {
-            values: vec![0.0; end + 1],
-            places,
-        }
+        Self { values: vec![0.0; end + 1], places }
     }
 
     /// Overwrites them with `scale` times the gradients of a backward pass. Errors with the names
@@ -68,7 +65,7 @@ impl Gradients {
     }
 
     /// Gradients and loss, to be summed over the ranks in place.
-    pub(crate) fn to_reduce(&mut self) -> &mut [f32] {
+    pub(crate) fn as_reduced_mut(&mut self) -> &mut [f32] {
         &mut self.values
     }
 

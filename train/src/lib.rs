@@ -6,15 +6,14 @@
 //!
 //! ```
 //! use candle_core::{Device, Tensor};
-//! use mobula_core::Batch;
+//! use mobula_core::{Batch, Flow};
 //! use mobula_nn::{Model, ModelSpec, loss::cross_entropy, models::MlpOptions};
 //! use mobula_train::{AdamW, AdamWOptions, TrainState, WorkerContext};
-//! use std::ops::ControlFlow;
 //!
 //! let spec = ModelSpec::new("mlp", &MlpOptions::new(2, [8], 2))?;
 //! let model = Model::build(&spec, 7, &Device::Cpu)?;
 //! let mut state = TrainState::new(model, AdamW::new(AdamWOptions::default())?, 7, 1);
-//! let mut context = WorkerContext::alone(|_| Ok(ControlFlow::Continue(())));
+//! let mut context = WorkerContext::alone(|_| Ok(Flow::Continue));
 //!
 //! let x = Tensor::new(&[[0f32, 1.], [1., 0.]], &Device::Cpu)?;
 //! let y = Tensor::new(&[0u32, 1], &Device::Cpu)?;

@@ -31,13 +31,7 @@ pub struct AdamWOptions {
 
 impl Default for AdamWOptions {
     fn default() -> Self {
-        Self {
-            lr: 1e-3,
-            beta1: 0.9,
-            beta2: 0.999,
-            eps: 1e-8,
-            weight_decay: 0.01,
-        }
+        Self { lr: 1e-3, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.01 }
     }
 }
 
@@ -45,37 +39,13 @@ impl AdamWOptions {
     fn validate(&self) -> Result<()> {
         let check = |option, value: f64, good: bool, expected| match good {
             true => Ok(()),
-            false => Err(Error::Option {
-                option,
-                got: value.to_string(),
-                expected,
-            }),
+            false => Err(Error::Option { option, got: value.to_string(), expected }),
         };
         let positive = "a finite number above 0";
-        check(
-            "lr",
-            self.lr,
-            self.lr.is_finite() && self.lr > 0.0,
-            positive,
-        )?;
-        check(
-            "beta1",
-            self.beta1,
-            (0.0..1.0).contains(&self.beta1),
-            "from 0 to below 1",
-        )?;
-        check(
-            "beta2",
-            self.beta2,
-            (0.0..1.0).contains(&self.beta2),
-            "from 0 to below 1",
-        )?;
-        check(
-            "eps",
-            self.eps,
-            self.eps.is_finite() && self.eps > 0.0,
-            positive,
-        )?;
+        check("lr", self.lr, self.lr.is_finite() && self.lr > 0.0, positive)?;
+        check("beta1", self.beta1, (0.0..1.0).contains(&self.beta1), "from 0 to below 1")?;
+        check("beta2", self.beta2, (0.0..1.0).contains(&self.beta2), "from 0 to below 1")?;
+        check("eps", self.eps, self.eps.is_finite() && self.eps > 0.0, positive)?;
         let decay = self.weight_decay;
         check(
             "weight_decay",
@@ -101,12 +71,7 @@ impl AdamW {
     /// A fresh optimizer. Errors when an option is out of its range.
     pub fn new(options: AdamWOptions) -> Result<Self> {
         options.validate()?;
-        Ok(Self {
-            options,
-            step: 0,
-            exp_avg: Vec::new(),
-            exp_avg_sq: Vec::new(),
-        })
+        Ok(Self { options, step: 0, exp_avg: Vec::new(), exp_avg_sq: Vec::new() })
     }
 
     /// The settings.
@@ -178,54 +143,31 @@ impl AdamW {
     /// Reads what [`AdamW::save`] wrote for the same parameters. The settings stay those given to
     /// [`AdamW::new`].
     pub fn load(&mut self, params: &Params, path: &Path) -> Result<()> {
-        let bad = |reason: String| Error::OptimizerState {
-            path: path.to_owned(),
-            reason,
-        };
+        let bad = |reason: String| Error::OptimizerState { path: path.to_owned(), reason };
         let bytes = std::fs::read(path).map_err(|error| bad(error.to_string()))?;
         let (_, header) =
             safetensors::SafeTensors::read_metadata(&bytes).map_err(|e| bad(e.to_string()))?;
-        let step = header
-            .metadata()
-            .as_ref()
-            .and_then(|m| m.get("step")?.parse().ok());
+        let step = header.metadata().as_ref().and_then(|m| m.get("step")?.parse().ok());
         let step = step.ok_or_else(|| bad("it has no step count".to_owned()))?;
         let tensors = candle_core::safetensors::load_buffer(&bytes, &candle_core::Device::Cpu)?;
         let gradients = Gradients::zeros(params);
-        let len = if step == 0 {
-            0
-        } else {
-            gradients.values().len()
-        };
+        let len = if step == 0 { 0 } else { gradients.values().len() };
         let mut moments = [vec![0.0; len], vec![0.0; len]];
         // Before the first step there are no moments, in memory and in the file.
-        let saved = gradients
-            .places()
-            .iter()
-            .zip(params.vars())
-            .filter(|_| len > 0);
+        let saved = gradients.places().iter().zip(params.vars()).filter(|_| len > 0);
         for ((name, range), (_, var)) in saved {
             for (kind, into) in ["exp_avg", "exp_avg_sq"].iter().zip(&mut moments) {
                 let key = format!("{name}.{kind}");
-                let tensor = tensors
-                    .get(&key)
-                    .ok_or_else(|| bad(format!("{key} is missing")))?;
+                let tensor = tensors.get(&key).ok_or_else(|| bad(format!("{key} is missing")))?;
                 if tensor.shape() != var.shape() {
                     let (expected, got) = (var.dims(), tensor.dims());
-                    return Err(bad(format!(
-                        "{key} has shape {got:?}, expected {expected:?}"
-                    )));
+                    return Err(bad(format!("{key} has shape {got:?}, expected {expected:?}")));
                 }
                 into[range.clone()].copy_from_slice(&tensor.flatten_all()?.to_vec1::<f32>()?);
             }
         }
         let [exp_avg, exp_avg_sq] = moments;
-        *self = Self {
-            options: self.options,
-            step,
-            exp_avg,
-            exp_avg_sq,
-        };
+        *self = Self { options: self.options, step, exp_avg, exp_avg_sq };
         Ok(())
     }
 }
@@ -236,8 +178,9 @@ struct Factors {
     decay: f32,
     step_size: f32,
     sqrt_correction2: f32,
-    beta1: f32,
+    one_minus_beta1: f32,
     beta2: f32,
+    one_minus_beta2: f32,
     eps: f32,
 }
 
@@ -248,8 +191,10 @@ impl Factors {
             decay: (1.0 - options.lr * options.weight_decay) as f32,
             step_size: (options.lr / (1.0 - options.beta1.powf(t))) as f32,
             sqrt_correction2: (1.0 - options.beta2.powf(t)).sqrt() as f32,
-            beta1: options.beta1 as f32,
+            // Rounded once each: 1 − β₂ taken from the rounded β₂ would be off by 1e-5.
+            one_minus_beta1: (1.0 - options.beta1) as f32,
             beta2: options.beta2 as f32,
+            one_minus_beta2: (1.0 - options.beta2) as f32,
             eps: options.eps as f32,
         }
     }
@@ -257,8 +202,8 @@ impl Factors {
     /// One pass over everything: gradient, both moments, parameter.
     fn apply(&self, p: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32]) {
         for (((p, g), m), v) in p.iter_mut().zip(g).zip(m).zip(v) {
-            *m += (g - *m) * (1.0 - self.beta1);
-            *v = *v * self.beta2 + g * g * (1.0 - self.beta2);
+            *m += (g - *m) * self.one_minus_beta1;
+            *v = *v * self.beta2 + g * g * self.one_minus_beta2;
             let denominator = v.sqrt() / self.sqrt_correction2 + self.eps;
             *p = *p * self.decay - self.step_size * (*m / denominator);
         }
@@ -291,9 +236,7 @@ impl InplaceOp1 for Update<'_> {
             factors.apply(p, self.gradient, m, v);
         } else {
             let chunks = p.par_chunks_mut(CHUNK).zip(self.gradient.par_chunks(CHUNK));
-            let chunks = chunks
-                .zip(m.par_chunks_mut(CHUNK))
-                .zip(v.par_chunks_mut(CHUNK));
+            let chunks = chunks.zip(m.par_chunks_mut(CHUNK)).zip(v.par_chunks_mut(CHUNK));
             chunks.for_each(|(((p, g), m), v)| factors.apply(p, g, m, v));
         }
         Ok(())
@@ -314,45 +257,28 @@ mod tests {
     }
 
     fn gradients(params: &Params, var: &Var, slope: f64) -> Gradients {
-        let loss = (var.as_tensor() * slope)
-            .and_then(|t| t.sum_all())
-            .expect("loss");
+        let loss = (var.as_tensor() * slope).and_then(|t| t.sum_all()).expect("loss");
         let mut gradients = Gradients::zeros(params);
-        gradients
-            .fill(params, &loss.backward().expect("backward"), 1.0)
-            .expect("gradients");
+        gradients.fill(params, &loss.backward().expect("backward"), 1.0).expect("gradients");
         gradients
     }
 
     /// The paper's update written out in f64, three steps with changing gradients.
     #[test]
     fn steps_match_the_formula() {
-        let options = AdamWOptions {
-            lr: 0.1,
-            weight_decay: 0.2,
-            ..Default::default()
-        };
+        let options = AdamWOptions { lr: 0.1, weight_decay: 0.2, ..Default::default() };
         let (params, var) = one_parameter(1.0);
         let mut adamw = AdamW::new(options).expect("options");
         let (mut p, mut m, mut v) = (1.0f64, 0.0f64, 0.0f64);
         for (t, g) in [(1, 0.5f64), (2, -1.5), (3, 2.0)] {
-            adamw
-                .step(&params, &gradients(&params, &var, g))
-                .expect("step");
+            adamw.step(&params, &gradients(&params, &var, g)).expect("step");
             m = 0.9 * m + 0.1 * g;
             v = 0.999 * v + 0.001 * g * g;
             let (m_hat, v_hat) = (m / (1.0 - 0.9f64.powi(t)), v / (1.0 - 0.999f64.powi(t)));
             p -= 0.1 * 0.2 * p;
             p -= 0.1 * m_hat / (v_hat.sqrt() + 1e-8);
-            let got = var
-                .to_dtype(DType::F64)
-                .expect("cast")
-                .to_vec1::<f64>()
-                .expect("values");
-            assert!(
-                got.iter().all(|x| (x - p).abs() < 1e-5),
-                "step {t}: {got:?}, expected {p}"
-            );
+            let got = var.to_dtype(DType::F64).expect("cast").to_vec1::<f64>().expect("values");
+            assert!(got.iter().all(|x| (x - p).abs() < 1e-5), "step {t}: {got:?}, expected {p}");
         }
     }
 
@@ -362,9 +288,7 @@ mod tests {
         let path = dir.path().join("optimizer.safetensors");
         let (params, var) = one_parameter(1.0);
         let mut adamw = AdamW::new(AdamWOptions::default()).expect("options");
-        adamw
-            .step(&params, &gradients(&params, &var, 0.3))
-            .expect("step");
+        adamw.step(&params, &gradients(&params, &var, 0.3)).expect("step");
         adamw.save(&params, &path).expect("save");
         let mut restored = AdamW::new(AdamWOptions::default()).expect("options");
         restored.load(&params, &path).expect("load");
@@ -373,14 +297,8 @@ mod tests {
 
         let other = Params::new(0, &Device::Cpu);
         other.get(3, "w", Init::Zeros).expect("parameter");
-        let error = restored
-            .load(&other, &path)
-            .expect_err("another shape")
-            .to_string();
-        assert!(
-            error.contains("w.exp_avg has shape [2], expected [3]"),
-            "{error}"
-        );
+        let error = restored.load(&other, &path).expect_err("another shape").to_string();
+        assert!(error.contains("w.exp_avg has shape [2], expected [3]"), "{error}");
     }
 
     #[test]
@@ -389,18 +307,13 @@ mod tests {
         params.get(2, "unused", Init::Zeros).expect("parameter");
         let loss = var.sum_all().expect("loss");
         let store = loss.backward().expect("backward");
-        let error = Gradients::zeros(&params)
-            .fill(&params, &store, 1.0)
-            .expect_err("unused");
+        let error = Gradients::zeros(&params).fill(&params, &store, 1.0).expect_err("unused");
         assert!(matches!(error, Error::NoGradient { names } if names == ["unused"]));
     }
 
     #[test]
     fn options_out_of_range_are_refused() {
-        let options = AdamWOptions {
-            lr: -1.0,
-            ..Default::default()
-        };
+        let options = AdamWOptions { lr: -1.0, ..Default::default() };
         let error = AdamW::new(options).expect_err("negative").to_string();
         assert_eq!(error, "option lr is -1, expected a finite number above 0");
     }

@@ -55,11 +55,7 @@ struct Window {
 
 impl Default for Window {
     fn default() -> Self {
-        Self {
-            begun: Instant::now(),
-            rows: 0,
-            weighted_loss: 0.0,
-        }
+        Self { begun: Instant::now(), rows: 0, weighted_loss: 0.0 }
     }
 }
 
@@ -76,11 +72,7 @@ impl Window {
 
 impl Default for Meter {
     fn default() -> Self {
-        Self {
-            epoch: Window::default(),
-            recent: Window::default(),
-            last_loss: f64::NAN,
-        }
+        Self { epoch: Window::default(), recent: Window::default(), last_loss: f64::NAN }
     }
 }
 

@@ -46,14 +46,7 @@ pub struct SavedState {
 impl TrainState {
     /// A run at its start, to go on for so many epochs.
     pub fn new(model: Model, optimizer: AdamW, seed: u64, epochs: u64) -> Self {
-        Self {
-            model,
-            optimizer,
-            seed,
-            step: 0,
-            epoch: 0,
-            epochs,
-        }
+        Self { model, optimizer, seed, step: 0, epoch: 0, epochs }
     }
 
     /// Global steps done.
@@ -97,8 +90,7 @@ impl TrainState {
         metrics: &BTreeMap<String, f64>,
     ) -> Result<()> {
         self.model.save(dir)?;
-        self.optimizer
-            .save(self.model.params(), &dir.join(OPTIMIZER))?;
+        self.optimizer.save(self.model.params(), &dir.join(OPTIMIZER))?;
         let saved = SavedState {
             step: self.step,
             epoch: self.epoch,
@@ -120,8 +112,7 @@ impl TrainState {
     ) -> Result<()> {
         let saved: SavedState = from.json(STATE)?;
         self.model.params().load(from.file(MODEL))?;
-        self.optimizer
-            .load(self.model.params(), &from.file(OPTIMIZER))?;
+        self.optimizer.load(self.model.params(), &from.file(OPTIMIZER))?;
         stream.restore(&saved.stream)?;
         (self.step, self.epoch, self.seed) = (saved.step, saved.epoch, saved.seed);
         Ok(())

@@ -35,10 +35,7 @@ impl Default for ScalingConfig {
 impl ScalingConfig {
     /// So many worker processes with 1 CPU each.
     pub fn workers(num_workers: usize) -> Self {
-        Self {
-            num_workers,
-            ..Self::default()
-        }
+        Self { num_workers, ..Self::default() }
     }
 }
 
@@ -67,10 +64,7 @@ pub struct CheckpointConfig {
 
 impl Default for CheckpointConfig {
     fn default() -> Self {
-        Self {
-            every_epochs: 1,
-            keep: 2,
-        }
+        Self { every_epochs: 1, keep: 2 }
     }
 }
 
@@ -137,10 +131,7 @@ impl<T> Trainer<T> {
     /// Writes metrics, logs and checkpoints into this run, and continues from its newest
     /// checkpoint if it has one.
     pub fn with_run(mut self, run: &RunDir) -> Self {
-        self.name = run
-            .path()
-            .file_name()
-            .map_or(self.name, |n| n.to_string_lossy().into_owned());
+        self.name = run.path().file_name().map_or(self.name, |n| n.to_string_lossy().into_owned());
         self.run = Some(run.clone());
         self
     }
@@ -150,15 +141,10 @@ impl<T> Trainer<T> {
         self.set_state(RunState::Running)?;
         let run = self.run.clone();
         let _interrupted = mobula_core::on_interrupt(move || {
-            run.and_then(|run| run.set_state(RunState::Interrupted).err())
-                .map(|e| e.to_string())
+            run.and_then(|run| run.set_state(RunState::Interrupted).err()).map(|e| e.to_string())
         });
         let result = self.fit_with_restarts(runtime);
-        let state = if result.is_ok() {
-            RunState::Finished
-        } else {
-            RunState::Failed
-        };
+        let state = if result.is_ok() { RunState::Finished } else { RunState::Failed };
         self.set_state(state)?;
         result
     }
@@ -174,11 +160,7 @@ impl<T> Trainer<T> {
                     console::note(format!("{error}; restart {restarts} of {allowed}"));
                 }
                 Err(Error::Core(source)) if source.is_retryable() => {
-                    return Err(Error::TooManyFailures {
-                        failures: restarts + 1,
-                        allowed,
-                        source,
-                    });
+                    return Err(Error::TooManyFailures { failures: restarts + 1, allowed, source });
                 }
                 Err(error) => return Err(error),
             }
@@ -201,20 +183,13 @@ impl<T> Trainer<T> {
     }
 
     fn group_options(&self, generation: u32) -> Result<GroupOptions> {
-        let checkpoints = self
-            .run
-            .as_ref()
-            .map(|run| run.checkpoints(self.checkpoint.keep));
+        let checkpoints = self.run.as_ref().map(|run| run.checkpoints(self.checkpoint.keep));
         let resume_from = match &checkpoints {
             Some(store) => store.latest()?,
             None => None,
         };
         if let Some(checkpoint) = &resume_from {
-            console::note(format!(
-                "{}: continuing from step {}",
-                self.name,
-                checkpoint.step()
-            ));
+            console::note(format!("{}: continuing from step {}", self.name, checkpoint.step()));
         }
         let setup = Setup {
             checkpoints: checkpoints.map(|store| store.dir().to_owned()),
@@ -238,19 +213,11 @@ impl<T> Trainer<T> {
             Some(run) => run.checkpoints(self.checkpoint.keep).latest()?,
             None => None,
         };
-        Ok(TrainingResult {
-            metrics: journal.last,
-            checkpoint,
-            restarts,
-            values,
-        })
+        Ok(TrainingResult { metrics: journal.last, checkpoint, restarts, values })
     }
 
     fn set_state(&self, state: RunState) -> Result<()> {
-        Ok(self
-            .run
-            .as_ref()
-            .map_or(Ok(()), |run| run.set_state(state))?)
+        Ok(self.run.as_ref().map_or(Ok(()), |run| run.set_state(state))?)
     }
 }
 
@@ -290,13 +257,7 @@ impl Journal {
     }
 
     fn progress(&mut self, progress: &Progress) -> Result<()> {
-        let Progress {
-            step,
-            epoch,
-            epochs,
-            loss,
-            samples_per_second,
-        } = progress;
+        let Progress { step, epoch, epochs, loss, samples_per_second } = progress;
         self.show(*epoch, *epochs, *step, *loss, *samples_per_second);
         let values = [("loss", *loss), ("samples_per_second", *samples_per_second)];
         let values = values.map(|(name, value)| (format!("step/{name}"), value));
@@ -314,29 +275,18 @@ impl Journal {
     }
 
     fn show(&mut self, epoch: u64, epochs: u64, step: u64, loss: f64, rate: f64) {
-        let bar = self
-            .bar
-            .get_or_insert_with(|| Bar::new(format!("{} epoch", self.name), epochs));
-        bar.update(
-            epoch,
-            format!("step {step}  loss {loss:.4}  {rate:.0} samples/s"),
-        );
+        let bar = self.bar.get_or_insert_with(|| Bar::new(format!("{} epoch", self.name), epochs));
+        bar.update(epoch, format!("step {step}  loss {loss:.4}  {rate:.0} samples/s"));
     }
 
     fn log(&mut self, step: u64, values: &BTreeMap<String, f64>) -> Result<()> {
-        Ok(self
-            .metrics
-            .as_mut()
-            .map_or(Ok(()), |metrics| metrics.log(step, values))?)
+        Ok(self.metrics.as_mut().map_or(Ok(()), |metrics| metrics.log(step, values))?)
     }
 }
 
 /// The last epoch of a run that was resumed after it had finished.
 fn last_metrics(run: &RunDir) -> BTreeMap<String, f64> {
     let lines = run.metrics().unwrap_or_default();
-    let last = lines
-        .into_iter()
-        .rev()
-        .find(|line| line.values.contains_key("epoch"));
+    let last = lines.into_iter().rev().find(|line| line.values.contains_key("epoch"));
     last.map(|line| line.values).unwrap_or_default()
 }

@@ -24,9 +24,7 @@ const GOODBYE_TIMEOUT: Duration = Duration::from_secs(10);
 /// Serves the control stream until the driver says, or its silence tells, that all is done.
 /// Returns the exit code.
 pub(crate) fn serve(control: StdUnixStream) -> i32 {
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let served = match runtime {
         Ok(runtime) => runtime.block_on(session(control)),
         Err(error) => Err(error.into()),
@@ -42,11 +40,7 @@ pub(crate) fn serve(control: StdUnixStream) -> i32 {
 
 async fn session(control: StdUnixStream) -> Result<(), BoxError> {
     let (outbound, frames) = mpsc::channel(256);
-    outbound
-        .send(FromWorker::Hello {
-            build: super::build_id(),
-        })
-        .await?;
+    outbound.send(FromWorker::Hello { build: super::build_id() }).await?;
     let mut inbound = connect(control, frames).await?;
     let inbox = Arc::new(Inbox::default());
     let mut beat = tokio::time::interval(BEAT_INTERVAL);
@@ -76,10 +70,7 @@ async fn connect(
     control.set_nonblocking(true)?;
     let control = Mutex::new(Some(tokio::net::UnixStream::from_std(control)?));
     let connector = tower::service_fn(move |_| {
-        let stream = control
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take();
+        let stream = control.lock().unwrap_or_else(PoisonError::into_inner).take();
         let lost = || std::io::Error::other("the control stream was lost");
         std::future::ready(stream.map(TokioIo::new).ok_or_else(lost))
     });
@@ -90,9 +81,7 @@ async fn connect(
     grpc.ready().await?;
     let codec = Frames::<FromWorker, ToWorker>::default();
     let method = http::uri::PathAndQuery::from_static(METHOD);
-    let response = grpc
-        .streaming(Request::new(ReceiverStream::new(frames)), method, codec)
-        .await?;
+    let response = grpc.streaming(Request::new(ReceiverStream::new(frames)), method, codec).await?;
     Ok(response.into_inner())
 }
 
@@ -105,12 +94,8 @@ fn start(
     inbox: &Arc<Inbox>,
 ) -> Result<(), BoxError> {
     let (outbound, inbox) = (outbound.clone(), Arc::clone(inbox));
-    let name = spec
-        .as_ref()
-        .map_or_else(|| function.clone(), |s| format!("rank {}", s.rank));
-    let thread = std::thread::Builder::new()
-        .name(name)
-        .stack_size(STACK_BYTES);
+    let name = spec.as_ref().map_or_else(|| function.clone(), |s| format!("rank {}", s.rank));
+    let thread = std::thread::Builder::new().name(name).stack_size(STACK_BYTES);
     thread.spawn(move || {
         let frames = outbound.clone();
         let member = spec.map(|spec| {
@@ -128,13 +113,11 @@ pub(crate) fn run(function: &str, args: &[u8], member: Option<Member>) -> Outcom
     let result = panics::catch(function, || RemoteFn::find(function)?.run(member, args));
     match result {
         Ok(value) => Outcome::Value(value),
-        Err(Error::TaskPanicked {
-            message, location, ..
-        }) => Outcome::Panicked { message, location },
+        Err(Error::TaskPanicked { message, location, .. }) => {
+            Outcome::Panicked { message, location }
+        }
         Err(Error::TaskFailed { message, .. }) => Outcome::Failed { message },
-        Err(other) => Outcome::Failed {
-            message: other.to_string(),
-        },
+        Err(other) => Outcome::Failed { message: other.to_string() },
     }
 }
 

@@ -60,12 +60,7 @@ impl WorkerLink {
             .map_err(|e| Error::system("opening a control stream", e))?;
         let control = UnixStream::from_std(started.control)
             .map_err(|e| Error::system("opening a control stream", e))?;
-        let session = Session {
-            events,
-            process: Arc::clone(&process),
-            drained,
-            log,
-        };
+        let session = Session { events, process: Arc::clone(&process), drained, log };
         tokio.spawn(session.serve(control, outbound));
         Ok(Self { frames, process })
     }
@@ -132,11 +127,8 @@ impl Process {
             if status.is_some() || left.is_zero() {
                 return *status;
             }
-            status = self
-                .ended
-                .wait_timeout(status, left)
-                .unwrap_or_else(PoisonError::into_inner)
-                .0;
+            status =
+                self.ended.wait_timeout(status, left).unwrap_or_else(PoisonError::into_inner).0;
         }
     }
 
@@ -192,9 +184,7 @@ fn watch(
         let _ = done.send(());
     };
     thread("mobula-log").spawn(copy).map_err(failed)?;
-    thread("mobula-wait")
-        .spawn(move || process.reap())
-        .map_err(failed)?;
+    thread("mobula-wait").spawn(move || process.reap()).map_err(failed)?;
     Ok(drained)
 }
 
@@ -209,10 +199,7 @@ struct Session {
 impl Session {
     async fn serve(self, control: UnixStream, outbound: mpsc::Receiver<ToWorker>) {
         let (opened, mut inbound) = mpsc::channel(1);
-        let service = Connect {
-            outbound: Arc::new(Mutex::new(Some(outbound))),
-            opened,
-        };
+        let service = Connect { outbound: Arc::new(Mutex::new(Some(outbound))), opened };
         let incoming = stream::once(async { Ok::<_, Infallible>(control) });
         // The incoming "listener" never ends by itself, or the server would stop accepting.
         let incoming = incoming.chain(stream::pending());

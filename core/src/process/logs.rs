@@ -25,10 +25,7 @@ pub(crate) fn pump(output: PipeReader, target: &LogTarget) {
             let _ = file.write_all(&line);
         }
         if let Some(prefix) = &target.prefix {
-            console::note(format!(
-                "{prefix} {}",
-                String::from_utf8_lossy(&line).trim_end()
-            ));
+            console::note(format!("{prefix} {}", String::from_utf8_lossy(&line).trim_end()));
         }
         line.clear();
     }
@@ -36,6 +33,5 @@ pub(crate) fn pump(output: PipeReader, target: &LogTarget) {
 
 fn open(path: &PathBuf) -> Option<File> {
     let file = OpenOptions::new().create(true).append(true).open(path);
-    file.map_err(|error| tracing::warn!("cannot log to {}: {error}", path.display()))
-        .ok()
+    file.map_err(|error| tracing::warn!("cannot log to {}: {error}", path.display())).ok()
 }

@@ -32,11 +32,7 @@ pub(crate) struct ProcessHost {
 
 impl ProcessHost {
     pub(crate) fn new(tokio: tokio::runtime::Handle) -> Result<Self, Error> {
-        Ok(Self {
-            tokio,
-            spawner: Spawner::start()?,
-            alive: Arc::default(),
-        })
+        Ok(Self { tokio, spawner: Spawner::start()?, alive: Arc::default() })
     }
 
     pub(crate) fn tokio(&self) -> &tokio::runtime::Handle {
@@ -70,22 +66,13 @@ impl ProcessHost {
     ) -> Result<T, Error> {
         let args = call.args.clone()?;
         let (events, mut inbox) = mpsc::channel(EVENTS);
-        let log = LogTarget {
-            prefix: Some(format!("[{task}]")),
-            file: None,
-        };
+        let log = LogTarget { prefix: Some(format!("[{task}]")), file: None };
         let link = self.start(resources, log, events)?;
         let function = call.name.to_owned();
-        link.send(ToWorker::Run {
-            function,
-            args,
-            member: None,
-        });
+        link.send(ToWorker::Run { function, args, member: None });
         loop {
             if cancelled() {
-                return Err(Error::Cancelled {
-                    task: task.to_owned(),
-                });
+                return Err(Error::Cancelled { task: task.to_owned() });
             }
             match self.next(&mut inbox, CANCEL_POLL) {
                 None => {}
@@ -109,11 +96,8 @@ impl ProcessHost {
 
     /// Kills every worker and waits for them to be gone.
     pub(crate) fn shutdown(&self) {
-        let alive: Vec<_> = self
-            .alive()
-            .drain(..)
-            .filter_map(|process| process.upgrade())
-            .collect();
+        let alive: Vec<_> =
+            self.alive().drain(..).filter_map(|process| process.upgrade()).collect();
         alive.iter().for_each(|process| process.kill());
         for process in alive {
             process.wait(SHUTDOWN_GRACE);
@@ -130,10 +114,7 @@ pub(crate) fn build_id() -> String {
     let Ok(meta) = std::fs::metadata("/proc/self/exe") else {
         return "unknown".to_owned();
     };
-    let modified = meta
-        .modified()
-        .ok()
-        .and_then(|t| t.duration_since(std::time::UNIX_EPOCH).ok());
+    let modified = meta.modified().ok().and_then(|t| t.duration_since(std::time::UNIX_EPOCH).ok());
     format!(
         "{}-{:x}-{:x}",
         env!("CARGO_PKG_VERSION"),
@@ -147,10 +128,7 @@ pub(crate) fn check_build(got: &str) -> Result<(), Error> {
     if got == expected {
         return Ok(());
     }
-    Err(Error::BuildMismatch {
-        expected,
-        got: got.to_owned(),
-    })
+    Err(Error::BuildMismatch { expected, got: got.to_owned() })
 }
 
 pub(crate) fn into_result(task: &str, outcome: Outcome) -> Result<bytes::Bytes, Error> {
@@ -158,17 +136,12 @@ pub(crate) fn into_result(task: &str, outcome: Outcome) -> Result<bytes::Bytes, 
     match outcome {
         Outcome::Value(value) => Ok(value),
         Outcome::Failed { message } => Err(Error::TaskFailed { task, message }),
-        Outcome::Panicked { message, location } => Err(Error::TaskPanicked {
-            task,
-            message,
-            location,
-        }),
+        Outcome::Panicked { message, location } => {
+            Err(Error::TaskPanicked { task, message, location })
+        }
     }
 }
 
 pub(crate) fn lost(task: &str, reason: String) -> Error {
-    Error::WorkerLost {
-        task: task.to_owned(),
-        reason,
-    }
+    Error::WorkerLost { task: task.to_owned(), reason }
 }

@@ -57,9 +57,7 @@ impl Spawner {
     pub(crate) fn spawn(&self, environment: Vec<(String, String)>) -> Result<Started, Error> {
         let (reply, answer) = channel();
         let gone = || Error::Internal("the spawner thread has ended".to_owned());
-        self.requests
-            .send((environment, reply))
-            .map_err(|_| gone())?;
+        self.requests.send((environment, reply)).map_err(|_| gone())?;
         answer.recv().map_err(|_| gone())?
     }
 }
@@ -68,9 +66,7 @@ fn spawn(environment: &[(String, String)]) -> Result<Started, Error> {
     let (control, worker_end) =
         UnixStream::pair().map_err(|e| Error::system("creating a socket pair", e))?;
     let (output, input) = std::io::pipe().map_err(|e| Error::system("creating a pipe", e))?;
-    let stderr = input
-        .try_clone()
-        .map_err(|e| Error::system("duplicating a pipe", e))?;
+    let stderr = input.try_clone().map_err(|e| Error::system("duplicating a pipe", e))?;
     let mut command = Command::new("/proc/self/exe");
     if let Some(name) = std::env::args_os().next() {
         command.arg0(name);
@@ -85,14 +81,8 @@ fn spawn(environment: &[(String, String)]) -> Result<Started, Error> {
         .stderr(stderr)
         .process_group(0);
     prepare(&mut command, worker_end.as_raw_fd());
-    let child = command
-        .spawn()
-        .map_err(|e| Error::system("starting a worker process", e))?;
-    Ok(Started {
-        child,
-        control,
-        output,
-    })
+    let child = command.spawn().map_err(|e| Error::system("starting a worker process", e))?;
+    Ok(Started { child, control, output })
 }
 
 /// Has the child, between fork and exec, ask to die with its parent and keep its control stream.

@@ -7,18 +7,9 @@ use std::sync::mpsc::channel;
 pub(crate) const TESTS: &[Test] = &[
     ("actors::messages_of_one_sender_keep_their_order", order),
     ("actors::a_full_mailbox_refuses", full_mailbox),
-    (
-        "actors::a_panic_is_the_callers_and_the_state_is_rebuilt",
-        rebuilt_after_panic,
-    ),
-    (
-        "actors::a_constructor_that_fails_is_an_error",
-        failing_constructor,
-    ),
-    (
-        "actors::the_last_handle_gives_the_resources_back",
-        resources_come_back,
-    ),
+    ("actors::a_panic_is_the_callers_and_the_state_is_rebuilt", rebuilt_after_panic),
+    ("actors::a_constructor_that_fails_is_an_error", failing_constructor),
+    ("actors::the_last_handle_gives_the_resources_back", resources_come_back),
 ];
 
 fn local() -> Runtime {
@@ -26,15 +17,9 @@ fn local() -> Runtime {
 }
 
 fn order(_: &Runtime) {
-    let actor = local()
-        .spawn_actor(ActorOptions::new("list"), || Ok(Vec::new()))
-        .expect("spawn");
+    let actor = local().spawn_actor(ActorOptions::new("list"), || Ok(Vec::new())).expect("spawn");
     let replies: Vec<_> = (0..100)
-        .map(|i| {
-            actor
-                .try_call(move |list: &mut Vec<i32>| list.push(i))
-                .expect("room")
-        })
+        .map(|i| actor.try_call(move |list: &mut Vec<i32>| list.push(i)).expect("room"))
         .collect();
     let list = actor.call_blocking(|list| list.clone()).expect("call");
     assert_eq!(list, (0..100).collect::<Vec<_>>());
@@ -64,16 +49,9 @@ fn rebuilt_after_panic(_: &Runtime) {
         built += 1;
         Ok(built)
     };
-    let actor = local()
-        .spawn_actor(ActorOptions::new("fragile"), build)
-        .expect("spawn");
-    let error = actor
-        .call_blocking(|_: &mut i32| panic!("broken"))
-        .expect_err("panics");
-    assert!(
-        matches!(&error, Error::TaskPanicked { task, .. } if task == "fragile"),
-        "{error}"
-    );
+    let actor = local().spawn_actor(ActorOptions::new("fragile"), build).expect("spawn");
+    let error = actor.call_blocking(|_: &mut i32| panic!("broken")).expect_err("panics");
+    assert!(matches!(&error, Error::TaskPanicked { task, .. } if task == "fragile"), "{error}");
     assert_eq!(actor.call_blocking(|n| *n).expect("alive"), 2);
 }
 
@@ -86,13 +64,9 @@ fn failing_constructor(_: &Runtime) {
 
 fn resources_come_back(_: &Runtime) {
     let runtime = local();
-    let first = runtime
-        .spawn_actor(ActorOptions::new("first"), || Ok(()))
-        .expect("spawn");
+    let first = runtime.spawn_actor(ActorOptions::new("first"), || Ok(())).expect("spawn");
     assert_eq!(runtime.free_resources().cpus, 0.0);
     drop(first);
     // Waits until the first actor's thread has ended.
-    runtime
-        .spawn_actor(ActorOptions::new("second"), || Ok(()))
-        .expect("spawn");
+    runtime.spawn_actor(ActorOptions::new("second"), || Ok(())).expect("spawn");
 }

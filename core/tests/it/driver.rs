@@ -12,15 +12,9 @@ const LONG: Duration = Duration::from_secs(60);
 
 pub(crate) const TESTS: &[Test] = &[
     ("driver::a_killed_driver_leaves_no_child", killed),
-    (
-        "driver::an_interrupted_driver_leaves_no_child_and_says_how_to_resume",
-        interrupted,
-    ),
+    ("driver::an_interrupted_driver_leaves_no_child_and_says_how_to_resume", interrupted),
     ("driver::a_driver_that_returns_leaves_no_child", returned),
-    (
-        "driver::a_program_that_forgot_init_stops_and_forks_no_further",
-        forgotten,
-    ),
+    ("driver::a_program_that_forgot_init_stops_and_forks_no_further", forgotten),
 ];
 
 /// Whether this process was started by a test of this module.
@@ -69,10 +63,7 @@ fn start(mode: &str, dir: &Path) -> Child {
     let exe = std::env::current_exe().expect("this binary");
     let mut command = Command::new(exe);
     command.env(MODE, mode).env("MOBULA_TEST_DIR", dir);
-    command
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(Stdio::piped());
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
     command.spawn().expect("start the driver")
 }
 
@@ -97,17 +88,10 @@ fn interrupted(_: &Runtime) {
     let begun = Instant::now();
     rustix::process::kill_process(pid, rustix::process::Signal::INT).expect("interrupt");
     let status = wait(&mut driver);
-    assert!(
-        begun.elapsed() < Duration::from_secs(2),
-        "took {:?}",
-        begun.elapsed()
-    );
+    assert!(begun.elapsed() < Duration::from_secs(2), "took {:?}", begun.elapsed());
     assert_eq!(status.code(), Some(130));
     let said = std::io::read_to_string(driver.stderr.take().expect("piped")).expect("read");
-    assert!(
-        said.contains("Interrupted") && said.contains("Resume with: again"),
-        "{said}"
-    );
+    assert!(said.contains("Interrupted") && said.contains("Resume with: again"), "{said}");
     workers.iter().for_each(|pid| assert_gone(pid));
 }
 
@@ -126,10 +110,7 @@ fn forgotten(_: &Runtime) {
     let said = std::io::read_to_string(driver.stderr.take().expect("piped")).expect("read");
     assert!(said.contains("did not call mobula::init() first"), "{said}");
     assert!(said.contains("exited with code 2"), "{said}");
-    assert!(
-        !dir.path().join("0").exists(),
-        "the function must not have run"
-    );
+    assert!(!dir.path().join("0").exists(), "the function must not have run");
 }
 
 fn wait(driver: &mut Child) -> ExitStatus {
@@ -150,11 +131,7 @@ pub(crate) fn wait_for_file(path: &Path) -> String {
         if let Ok(text) = std::fs::read_to_string(path) {
             return text;
         }
-        assert!(
-            Instant::now() < deadline,
-            "{} does not appear",
-            path.display()
-        );
+        assert!(Instant::now() < deadline, "{} does not appear", path.display());
         std::thread::yield_now();
     }
 }

@@ -17,10 +17,7 @@ pub(crate) const TESTS: &[Test] = &[
     ("groups::output_is_captured_per_rank", logs),
     ("groups::a_world_that_never_fits_is_refused", never_fits),
     ("groups::without_init_no_process_is_started", without_init),
-    (
-        "groups::a_member_that_waits_in_vain_times_out",
-        gather_timeout,
-    ),
+    ("groups::a_member_that_waits_in_vain_times_out", gather_timeout),
 ];
 
 #[remote(crate = mobula_core)]
@@ -63,27 +60,20 @@ fn only_rank_0_gathers(member: Member) -> Result<(), BoxError> {
 }
 
 fn options(placement: Placement, size: usize) -> GroupOptions {
-    GroupOptions {
-        placement,
-        show_logs: false,
-        ..GroupOptions::new("test", size)
-    }
+    GroupOptions { placement, show_logs: false, ..GroupOptions::new("test", size) }
 }
 
 fn gather(runtime: &Runtime) {
     for placement in [Placement::Thread, Placement::Process] {
-        let group = runtime
-            .group(&options(placement, 2), &meet::remote(10))
-            .expect("group");
+        let group = runtime.group(&options(placement, 2), &meet::remote(10)).expect("group");
         let values = group.join(LONG).expect("join");
         assert_eq!(values, [[10, 11], [10, 11]], "{placement:?}");
     }
 }
 
 fn reports(runtime: &Runtime) {
-    let mut group = runtime
-        .group(&options(Placement::Process, 2), &report_thrice::remote())
-        .expect("group");
+    let mut group =
+        runtime.group(&options(Placement::Process, 2), &report_thrice::remote()).expect("group");
     let (mut seen, mut finished) = (vec![Vec::new(); 2], 0);
     while finished < 2 {
         match group.next_event(LONG).expect("an event in time") {
@@ -101,32 +91,20 @@ fn reports(runtime: &Runtime) {
 
 fn stop(runtime: &Runtime) {
     for placement in [Placement::Thread, Placement::Process] {
-        let mut group = runtime
-            .group(&options(placement, 1), &until_stopped::remote())
-            .expect("group");
-        assert!(matches!(
-            group.next_event(LONG),
-            Some(GroupEvent::Report { .. })
-        ));
+        let mut group =
+            runtime.group(&options(placement, 1), &until_stopped::remote()).expect("group");
+        assert!(matches!(group.next_event(LONG), Some(GroupEvent::Report { .. })));
         group.stop();
-        assert_eq!(
-            group.join(LONG).expect("join"),
-            ["stopped"],
-            "{placement:?}"
-        );
+        assert_eq!(group.join(LONG).expect("join"), ["stopped"], "{placement:?}");
     }
 }
 
 fn killed_member(runtime: &Runtime) {
-    let mut group = runtime
-        .group(&options(Placement::Process, 2), &until_stopped::remote())
-        .expect("group");
+    let mut group =
+        runtime.group(&options(Placement::Process, 2), &until_stopped::remote()).expect("group");
     let mut running = 0;
     while running < 2 {
-        running += usize::from(matches!(
-            group.next_event(LONG),
-            Some(GroupEvent::Report { .. })
-        ));
+        running += usize::from(matches!(group.next_event(LONG), Some(GroupEvent::Report { .. })));
     }
     let pid = group.pids()[1].expect("a process");
     let pid = rustix::process::Pid::from_raw(pid as i32).expect("a process id");
@@ -134,10 +112,7 @@ fn killed_member(runtime: &Runtime) {
     let Some(GroupEvent::Failed { rank: 1, error }) = group.next_event(LONG) else {
         panic!("expected the loss of rank 1");
     };
-    assert!(
-        error.is_retryable() && error.to_string().contains("test rank 1 was lost"),
-        "{error}"
-    );
+    assert!(error.is_retryable() && error.to_string().contains("test rank 1 was lost"), "{error}");
     let survivor = group.pids()[0].expect("a process");
     drop(group);
     crate::driver::assert_gone(&survivor.to_string());
@@ -145,15 +120,9 @@ fn killed_member(runtime: &Runtime) {
 
 fn logs(runtime: &Runtime) {
     let dir = tempfile::tempdir().expect("temporary folder");
-    let options = GroupOptions {
-        log_dir: Some(dir.path().to_owned()),
-        ..options(Placement::Process, 2)
-    };
-    runtime
-        .group(&options, &print_rank::remote())
-        .expect("group")
-        .join(LONG)
-        .expect("join");
+    let options =
+        GroupOptions { log_dir: Some(dir.path().to_owned()), ..options(Placement::Process, 2) };
+    runtime.group(&options, &print_rank::remote()).expect("group").join(LONG).expect("join");
     for rank in 0..2 {
         let expected = format!("out of {rank}\nerr of {rank}\n");
         crate::driver::wait_for_text(&dir.path().join(format!("rank-{rank}.log")), &expected);
@@ -161,40 +130,25 @@ fn logs(runtime: &Runtime) {
 }
 
 fn never_fits(runtime: &Runtime) {
-    let options = GroupOptions {
-        resources: Resources::cpus(16.0),
-        ..options(Placement::Process, 4)
-    };
-    let error = runtime
-        .group(&options, &meet::remote(0))
-        .expect_err("64 > 4")
-        .to_string();
-    assert!(
-        error.contains("cannot place 64 CPU: this machine has 4 CPU"),
-        "{error}"
-    );
+    let options =
+        GroupOptions { resources: Resources::cpus(16.0), ..options(Placement::Process, 4) };
+    let error = runtime.group(&options, &meet::remote(0)).expect_err("64 > 4").to_string();
+    assert!(error.contains("cannot place 64 CPU: this machine has 4 CPU"), "{error}");
 }
 
 fn without_init(_: &Runtime) {
     let runtime = Runtime::local(Resources::cpus(2.0)).expect("runtime");
     let error = runtime.group(&options(Placement::Process, 2), &meet::remote(0));
     assert!(matches!(error, Err(Error::InitMissing)));
-    let error = runtime
-        .submit(crate::tasks::hypotenuse::remote(1.0, 1.0).on(Placement::Process))
-        .get();
+    let error =
+        runtime.submit(crate::tasks::hypotenuse::remote(1.0, 1.0).on(Placement::Process)).get();
     assert!(matches!(error, Err(Error::InitMissing)));
 }
 
 fn gather_timeout(runtime: &Runtime) {
     let group = runtime
-        .group(
-            &options(Placement::Thread, 2),
-            &only_rank_0_gathers::remote(),
-        )
+        .group(&options(Placement::Thread, 2), &only_rank_0_gathers::remote())
         .expect("group");
     let error = group.join(LONG).expect_err("nobody else comes").to_string();
-    assert!(
-        error.contains("rank 0 waiting for all members at \"alone\""),
-        "{error}"
-    );
+    assert!(error.contains("rank 0 waiting for all members at \"alone\""), "{error}");
 }

@@ -6,26 +6,14 @@ use std::sync::mpsc::channel;
 use std::time::Duration;
 
 pub(crate) const TESTS: &[Test] = &[
-    (
-        "tasks::a_result_is_the_same_in_a_thread_and_in_a_process",
-        same_everywhere,
-    ),
+    ("tasks::a_result_is_the_same_in_a_thread_and_in_a_process", same_everywhere),
     ("tasks::errors_and_panics_name_the_task", errors_and_panics),
-    (
-        "tasks::a_lost_process_is_an_error_and_is_retried_if_asked",
-        lost_process,
-    ),
+    ("tasks::a_lost_process_is_an_error_and_is_retried_if_asked", lost_process),
     ("tasks::what_never_fits_is_refused", never_fits),
     ("tasks::what_does_not_fit_yet_waits", waits_for_room),
     ("tasks::a_queued_task_is_cancelled_at_once", cancel_queued),
-    (
-        "tasks::a_running_process_is_killed_when_cancelled",
-        cancel_process,
-    ),
-    (
-        "tasks::a_process_has_the_threads_it_asked_for",
-        threads_of_a_process,
-    ),
+    ("tasks::a_running_process_is_killed_when_cancelled", cancel_process),
+    ("tasks::a_process_has_the_threads_it_asked_for", threads_of_a_process),
     ("tasks::closures_stay_in_process", closures_stay),
     ("tasks::a_result_can_be_awaited", awaited),
 ];
@@ -43,10 +31,7 @@ fn fail(how: String) -> Result<u32, String> {
 
 #[remote(crate = mobula_core)]
 fn process_and_threads() -> (u32, String) {
-    (
-        std::process::id(),
-        std::env::var("RAYON_NUM_THREADS").unwrap_or_default(),
-    )
+    (std::process::id(), std::env::var("RAYON_NUM_THREADS").unwrap_or_default())
 }
 
 /// Kills its own process the first time; a file remembers that there was a first time.
@@ -80,24 +65,14 @@ fn same_everywhere(runtime: &Runtime) {
 
 fn errors_and_panics(runtime: &Runtime) {
     for placement in [Placement::Thread, Placement::Process] {
-        let error = runtime
-            .submit(fail::remote("fail".into()).on(placement))
-            .get();
+        let error = runtime.submit(fail::remote("fail".into()).on(placement)).get();
         let text = error.expect_err("must fail").to_string();
         assert!(text.contains("fail failed: asked to fail"), "{text}");
-        let error = runtime
-            .submit(fail::remote("panic".into()).on(placement))
-            .get();
-        let Err(Error::TaskPanicked {
-            location, message, ..
-        }) = error
-        else {
+        let error = runtime.submit(fail::remote("panic".into()).on(placement)).get();
+        let Err(Error::TaskPanicked { location, message, .. }) = error else {
             panic!("expected a panic as a value");
         };
-        assert!(
-            location.contains("tasks.rs") && message.contains("asked to panic"),
-            "{message}"
-        );
+        assert!(location.contains("tasks.rs") && message.contains("asked to panic"), "{message}");
     }
 }
 
@@ -105,26 +80,14 @@ fn lost_process(runtime: &Runtime) {
     let dir = tempfile::tempdir().expect("temporary folder");
     let marker = dir.path().join("marker");
     let task = || die_once::remote(marker.clone()).on(Placement::Process);
-    let error = runtime
-        .submit(task())
-        .get()
-        .expect_err("the process aborts");
-    assert!(
-        error.is_retryable() && error.to_string().contains("signal 6"),
-        "{error}"
-    );
+    let error = runtime.submit(task()).get().expect_err("the process aborts");
+    assert!(error.is_retryable() && error.to_string().contains("signal 6"), "{error}");
 
     std::fs::remove_file(&marker).expect("remove");
-    let options = TaskOptions {
-        placement: Placement::Process,
-        max_retries: 1,
-        ..Default::default()
-    };
+    let options =
+        TaskOptions { placement: Placement::Process, max_retries: 1, ..Default::default() };
     let object = runtime.submit(task().with_options(options));
-    assert_eq!(
-        *object.get().expect("the second attempt survives"),
-        "survived"
-    );
+    assert_eq!(*object.get().expect("the second attempt survives"), "survived");
 }
 
 fn never_fits(runtime: &Runtime) {
@@ -153,17 +116,12 @@ fn cancel_queued(_: &Runtime) {
     let runtime = Runtime::local(Resources::cpus(1.0)).expect("runtime");
     let (release, gate) = channel::<()>();
     let first = runtime.submit(Task::new("first", move || gate.recv()));
-    let second = runtime.submit(Task::new("second", || -> Result<(), Error> {
-        panic!("ran")
-    }));
+    let second = runtime.submit(Task::new("second", || -> Result<(), Error> { panic!("ran") }));
     second.cancel();
     assert!(matches!(second.get(), Err(Error::Cancelled { .. })));
     release.send(()).expect("the first task waits");
     first.get().expect("first");
-    runtime
-        .submit(Task::new("third", || Ok::<_, Error>(())))
-        .get()
-        .expect("the slot is free");
+    runtime.submit(Task::new("third", || Ok::<_, Error>(()))).get().expect("the slot is free");
 }
 
 fn cancel_process(runtime: &Runtime) {
@@ -186,27 +144,16 @@ fn threads_of_a_process(runtime: &Runtime) {
 
 fn closures_stay(runtime: &Runtime) {
     let task = Task::new("a closure", || Ok::<_, Error>(1)).on(Placement::Process);
-    let error = runtime
-        .submit(task)
-        .get()
-        .expect_err("closures cannot travel")
-        .to_string();
-    assert!(
-        error.contains("a closure") && error.contains("hypotenuse"),
-        "{error}"
-    );
+    let error = runtime.submit(task).get().expect_err("closures cannot travel").to_string();
+    assert!(error.contains("a closure") && error.contains("hypotenuse"), "{error}");
 }
 
 fn awaited(runtime: &Runtime) {
     let object = runtime.submit(Task::new("answer", || Ok::<_, Error>(42)));
-    let tokio = tokio::runtime::Builder::new_current_thread()
-        .build()
-        .expect("tokio");
+    let tokio = tokio::runtime::Builder::new_current_thread().build().expect("tokio");
     assert_eq!(*tokio.block_on(async { object.await }).expect("result"), 42);
     // An answer that was there before the wait.
     let object = runtime.submit(Task::new("answer", || Ok::<_, Error>(43)));
-    object
-        .get_timeout(Duration::from_secs(30))
-        .expect("in time");
+    object.get_timeout(Duration::from_secs(30)).expect("in time");
     assert_eq!(*tokio.block_on(async { object.await }).expect("result"), 43);
 }

@@ -11,9 +11,7 @@ fn expanded(attribute: TokenStream, item: TokenStream) -> String {
 // feature of proc-macro2 that adds them would rebuild every derive macro for `cargo test`.
 fn refused(attribute: TokenStream, item: &str) -> String {
     let item = item.parse().expect("tokens");
-    expand(attribute, item)
-        .expect_err("must be refused")
-        .to_string()
+    expand(attribute, item).expect_err("must be refused").to_string()
 }
 
 #[test]
@@ -63,10 +61,7 @@ fn results_convert_their_errors() {
         ),
     ] {
         let text = expanded(quote!(), item);
-        assert!(
-            text.contains(&quote!(-> ::mobula::Task<u8>).to_string()),
-            "{text}"
-        );
+        assert!(text.contains(&quote!(-> ::mobula::Task<u8>).to_string()), "{text}");
         assert!(text.contains("map_err (super :: f ()"), "{text}");
     }
 }
@@ -140,22 +135,10 @@ fn what_cannot_be_remote_is_refused() {
         ("unsafe fn f() {}", "cannot be unsafe"),
         ("fn f(&self) {}", "cannot take self"),
         ("fn f(x: &str) {}", "takes owned values, not references"),
-        (
-            "fn f(x: Option<&'static str>) {}",
-            "takes owned values, not references",
-        ),
-        (
-            "fn f(x: u8, y: Vec<impl Copy>) {}",
-            "takes concrete types, not `impl Trait`",
-        ),
-        (
-            "fn f() -> &'static str { text }",
-            "returns owned values, not references",
-        ),
-        (
-            "fn f() -> impl Copy {}",
-            "returns concrete types, not `impl Trait`",
-        ),
+        ("fn f(x: Option<&'static str>) {}", "takes owned values, not references"),
+        ("fn f(x: u8, y: Vec<impl Copy>) {}", "takes concrete types, not `impl Trait`"),
+        ("fn f() -> &'static str { text }", "returns owned values, not references"),
+        ("fn f() -> impl Copy {}", "returns concrete types, not `impl Trait`"),
         ("fn f() -> ! { loop {} }", "must return"),
         ("fn f() -> Result { Ok }", "write it out as `Result<T, E>`"),
         ("struct S;", "#[remote] goes on a function"),
@@ -173,19 +156,13 @@ fn twelve_arguments_pass_and_a_thirteenth_is_refused() {
     };
     expanded(quote!(), with(12).parse().expect("tokens"));
     let got = refused(quote!(), &with(13));
-    assert!(
-        got.contains("at most 12 arguments, this one has 13"),
-        "{got}"
-    );
+    assert!(got.contains("at most 12 arguments, this one has 13"), "{got}");
 }
 
 #[test]
 fn unknown_options_are_refused() {
     for (attribute, message) in [
-        (
-            quote!(cpus = 2),
-            "unknown option `cpus`, expected `crate = path`",
-        ),
+        (quote!(cpus = 2), "unknown option `cpus`, expected `crate = path`"),
         (quote!(crate = a, crate = b), "`crate` is given twice"),
         (quote!(crate), "expected `=`"),
         (quote!(crate = "mobula"), "expected"),

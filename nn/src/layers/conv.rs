@@ -15,10 +15,7 @@ pub struct Conv2dOptions {
 
 impl Default for Conv2dOptions {
     fn default() -> Self {
-        Self {
-            stride: 1,
-            padding: 0,
-        }
+        Self { stride: 1, padding: 0 }
     }
 }
 
@@ -109,25 +106,13 @@ mod tests {
     /// Two implementations, one answer: for outputs and for every gradient.
     #[test]
     fn the_kernel_agrees_with_candles_operations() {
-        let cases = [
-            (3, 1, 1, 5, 6),
-            (3, 1, 0, 5, 6),
-            (2, 2, 0, 6, 7),
-            (3, 2, 1, 5, 6),
-            (5, 3, 4, 3, 2),
-        ];
+        let cases =
+            [(3, 1, 1, 5, 6), (3, 1, 0, 5, 6), (2, 2, 0, 6, 7), (3, 2, 1, 5, 6), (5, 3, 4, 3, 2)];
         for (kernel, stride, padding, height, width) in cases {
             let params = Params::with_dtype(1, &Device::Cpu, DType::F64);
             let options = Conv2dOptions { stride, padding };
             let layer = Conv2d::new(&params, 3, 4, kernel, options).expect("layer");
-            let x = params.get(
-                (9, 3, height, width),
-                "x",
-                Init::Normal {
-                    mean: 0.0,
-                    std: 1.0,
-                },
-            );
+            let x = params.get((9, 3, height, width), "x", Init::Normal { mean: 0.0, std: 1.0 });
             let x = x.expect("input");
             let ours = layer.forward(&x, &Pass::eval()).expect("kernel");
             let theirs = layer.composed(&x).expect("composed");
@@ -137,10 +122,7 @@ mod tests {
                 |y: Tensor| (y * &weights).and_then(|y| y.backward()).expect("backward");
             let (ours, theirs) = (gradients(ours), gradients(theirs));
             for (_, var) in params.vars() {
-                assert_close(
-                    ours.get(&var).expect("ours"),
-                    theirs.get(&var).expect("theirs"),
-                );
+                assert_close(ours.get(&var).expect("ours"), theirs.get(&var).expect("theirs"));
             }
         }
     }

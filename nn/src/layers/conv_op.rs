@@ -41,23 +41,14 @@ impl Convolution {
         grad: &Tensor,
     ) -> Result<Gradients> {
         let geometry = self.geometry(x.shape(), weight.shape())?;
-        let matrix = weight
-            .detach()
-            .reshape((geometry.outputs, geometry.taps()))?;
+        let matrix = weight.detach().reshape((geometry.outputs, geometry.taps()))?;
         // The images themselves rarely need a gradient; then its product is not computed.
         let mut sums = Sums::<T>::new(&geometry, x.track_op().then_some(x.elem_count()))?;
         with_elements(x, |x: &[T]| {
             with_elements(grad, |grad: &[T]| sums.add_all(&matrix, x, grad))
         })?;
-        let Sums {
-            x: dx,
-            weight: dw,
-            bias: db,
-            ..
-        } = sums;
-        let dx = dx
-            .map(|dx| Tensor::from_vec(dx, x.shape(), &Device::Cpu))
-            .transpose()?;
+        let Sums { x: dx, weight: dw, bias: db, .. } = sums;
+        let dx = dx.map(|dx| Tensor::from_vec(dx, x.shape(), &Device::Cpu)).transpose()?;
         let db = db.into_iter().map(T::from_f64).collect();
         let db = Tensor::from_vec(db, geometry.outputs, &Device::Cpu)?;
         Ok((dx, Some(dw.reshape(weight.shape())?), Some(db)))
@@ -103,10 +94,7 @@ impl<'a, T: WithDType> Sums<'a, T> {
     fn add_all(&mut self, weight: &Tensor, x: &[T], grad: &[T]) -> Result<()> {
         let (images, geometry) = (self.geometry.images_at_once(), self.geometry);
         let parts = x.chunks(images * geometry.image());
-        for (part, (x, grad)) in parts
-            .zip(grad.chunks(images * geometry.out_image()))
-            .enumerate()
-        {
+        for (part, (x, grad)) in parts.zip(grad.chunks(images * geometry.out_image())).enumerate() {
             let grad = geometry.outputs_first(grad);
             add_row_sums(&grad, &mut self.bias);
             let grad = as_matrix(grad, geometry.outputs)?;
@@ -142,10 +130,7 @@ fn lane_sum<T: WithDType>(row: &[T]) -> f64 {
     let (chunks, rest) = row.as_chunks::<8>();
     let mut lanes = [0.0; 8];
     for chunk in chunks {
-        lanes
-            .iter_mut()
-            .zip(chunk)
-            .for_each(|(lane, value)| *lane += value.to_f64());
+        lanes.iter_mut().zip(chunk).for_each(|(lane, value)| *lane += value.to_f64());
     }
     lanes.iter().sum::<f64>() + rest.iter().map(|value| value.to_f64()).sum::<f64>()
 }
@@ -188,12 +173,7 @@ impl CustomOp3 for Convolution {
             other => return Err(Error::UnsupportedDTypeForOp(other.dtype(), OP).bt()),
         };
         let rows = x_layout.dims()[0];
-        let shape = (
-            rows,
-            geometry.outputs,
-            geometry.out_height(),
-            geometry.out_width(),
-        );
+        let shape = (rows, geometry.outputs, geometry.out_height(), geometry.out_width());
         Ok((y, shape.into()))
     }
 

@@ -29,10 +29,7 @@ impl Dropout {
         if !(0.0..1.0).contains(&rate) {
             return Err(Error::option("dropout", rate, "at least 0 and less than 1"));
         }
-        Ok(Self {
-            rate,
-            name: params.path().to_owned(),
-        })
+        Ok(Self { rate, name: params.path().to_owned() })
     }
 }
 
@@ -78,8 +75,7 @@ impl Mask {
         }
         let rows = out.par_chunks_mut(features).zip(x.par_chunks(features));
         let rows = rows.with_min_len((TASK_ELEMENTS / features).max(1));
-        rows.enumerate()
-            .for_each(|(row, (out, x))| self.apply_row(row, x, out));
+        rows.enumerate().for_each(|(row, (out, x))| self.apply_row(row, x, out));
         out
     }
 
@@ -88,12 +84,7 @@ impl Mask {
         let row = self.first_row.wrapping_add(row as u32);
         let scale = T::from_f64(self.scale);
         for (block, (out, x)) in out.chunks_mut(4).zip(x.chunks(4)).enumerate() {
-            let counter = [
-                block as u32,
-                row,
-                self.step as u32,
-                (self.step >> 32) as u32,
-            ];
+            let counter = [block as u32, row, self.step as u32, (self.step >> 32) as u32];
             let words = philox4x32_10(counter, self.key);
             for ((out, x), word) in out.iter_mut().zip(x).zip(words) {
                 if word >= self.threshold {

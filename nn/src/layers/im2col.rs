@@ -76,9 +76,7 @@ impl Geometry {
             let tap = self.tap(tap);
             for (out, image) in row.chunks_mut(self.out_area()).zip(x.chunks(self.image())) {
                 let plane = &image[tap.channel * area..][..area];
-                self.runs(&tap, |pixels, start| {
-                    self.gather(&mut out[pixels], &plane[start..])
-                });
+                self.runs(&tap, |pixels, start| self.gather(&mut out[pixels], &plane[start..]));
             }
         });
         matrix
@@ -89,9 +87,8 @@ impl Geometry {
         let (images, area) = (x.len() / self.image(), self.height * self.width);
         let (out_area, per_channel) = (self.out_area(), self.kernel * self.kernel);
         let planes = x.par_chunks_mut(area).enumerate();
-        planes
-            .with_min_len((TASK_ELEMENTS / area / per_channel).max(1))
-            .for_each(|(index, plane)| {
+        planes.with_min_len((TASK_ELEMENTS / area / per_channel).max(1)).for_each(
+            |(index, plane)| {
                 let (image, channel) = (index / self.channels, index % self.channels);
                 for tap in channel * per_channel..(channel + 1) * per_channel {
                     let row = &matrix[(tap * images + image) * out_area..][..out_area];
@@ -99,36 +96,30 @@ impl Geometry {
                         self.scatter(&row[pixels], &mut plane[start..])
                     });
                 }
-            });
+            },
+        );
     }
 
     /// `[outputs, images · out_area]` plus a bias to `[images, outputs, out_area]`.
     pub(super) fn images_first<T: WithDType>(&self, matrix: &[T], bias: &[T], y: &mut [T]) {
         let (images, out_area) = (y.len() / self.out_image(), self.out_area());
-        y.par_chunks_mut(self.out_image())
-            .enumerate()
-            .for_each(|(image, y)| {
-                for (output, (y, bias)) in y.chunks_mut(out_area).zip(bias).enumerate() {
-                    let run = &matrix[(output * images + image) * out_area..][..out_area];
-                    y.iter_mut()
-                        .zip(run)
-                        .for_each(|(y, value)| *y = *value + *bias);
-                }
-            });
+        y.par_chunks_mut(self.out_image()).enumerate().for_each(|(image, y)| {
+            for (output, (y, bias)) in y.chunks_mut(out_area).zip(bias).enumerate() {
+                let run = &matrix[(output * images + image) * out_area..][..out_area];
+                y.iter_mut().zip(run).for_each(|(y, value)| *y = *value + *bias);
+            }
+        });
     }
 
     /// `[images, outputs, out_area]` to `[outputs, images · out_area]`.
     pub(super) fn outputs_first<T: WithDType>(&self, y: &[T]) -> Vec<T> {
         let mut matrix = vec![T::zero(); y.len()];
         let (images, out_area) = (y.len() / self.out_image(), self.out_area());
-        matrix
-            .par_chunks_mut(images * out_area)
-            .enumerate()
-            .for_each(|(output, row)| {
-                for (run, image) in row.chunks_mut(out_area).zip(y.chunks(self.out_image())) {
-                    run.copy_from_slice(&image[output * out_area..][..out_area]);
-                }
-            });
+        matrix.par_chunks_mut(images * out_area).enumerate().for_each(|(output, row)| {
+            for (run, image) in row.chunks_mut(out_area).zip(y.chunks(self.out_image())) {
+                run.copy_from_slice(&image[output * out_area..][..out_area]);
+            }
+        });
         matrix
     }
 
@@ -151,19 +142,14 @@ impl Geometry {
             let y = row * self.stride + tap.y - self.padding;
             let x = columns.start * self.stride + tap.x - self.padding;
             let first = row * self.out_width();
-            run(
-                first + columns.start..first + columns.end,
-                y * self.width + x,
-            );
+            run(first + columns.start..first + columns.end, y * self.width + x);
         }
     }
 
     /// The output positions whose input position, `position · stride + tap − padding`, is one.
     fn reached(&self, tap: usize, size: usize, out: usize) -> Range<usize> {
         let start = self.padding.saturating_sub(tap).div_ceil(self.stride);
-        let end = (size + self.padding)
-            .saturating_sub(tap)
-            .div_ceil(self.stride);
+        let end = (size + self.padding).saturating_sub(tap).div_ceil(self.stride);
         start..end.min(out)
     }
 
@@ -172,19 +158,14 @@ impl Geometry {
             1 => out.copy_from_slice(&plane[..out.len()]),
             stride => {
                 let pixels = plane.iter().step_by(stride);
-                out.iter_mut()
-                    .zip(pixels)
-                    .for_each(|(out, pixel)| *out = *pixel);
+                out.iter_mut().zip(pixels).for_each(|(out, pixel)| *out = *pixel);
             }
         }
     }
 
     fn scatter<T: WithDType>(&self, row: &[T], plane: &mut [T]) {
         match self.stride {
-            1 => plane
-                .iter_mut()
-                .zip(row)
-                .for_each(|(pixel, value)| *pixel += *value),
+            1 => plane.iter_mut().zip(row).for_each(|(pixel, value)| *pixel += *value),
             stride => {
                 let pixels = plane.iter_mut().step_by(stride);
                 pixels.zip(row).for_each(|(pixel, value)| *pixel += *value);

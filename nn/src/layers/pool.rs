@@ -93,19 +93,15 @@ impl Planes {
 
     fn forward<T: WithDType>(&self, x: &[T]) -> Vec<T> {
         let mut out = vec![T::zero(); x.len() / self.area * self.out_area];
-        let planes = out
-            .par_chunks_mut(self.out_area)
-            .zip(x.par_chunks(self.area));
-        planes
-            .with_min_len(self.planes_per_task())
-            .for_each(|(out, plane)| {
-                let mut out = out.iter_mut();
-                self.each_max(plane, |max, _| {
-                    if let Some(out) = out.next() {
-                        *out = max;
-                    }
-                });
+        let planes = out.par_chunks_mut(self.out_area).zip(x.par_chunks(self.area));
+        planes.with_min_len(self.planes_per_task()).for_each(|(out, plane)| {
+            let mut out = out.iter_mut();
+            self.each_max(plane, |max, _| {
+                if let Some(out) = out.next() {
+                    *out = max;
+                }
             });
+        });
         out
     }
 
@@ -113,17 +109,15 @@ impl Planes {
         let mut out = vec![T::zero(); x.len()];
         let planes = out.par_chunks_mut(self.area).zip(x.par_chunks(self.area));
         let planes = planes.zip(grad.par_chunks(self.out_area));
-        planes
-            .with_min_len(self.planes_per_task())
-            .for_each(|((out, plane), grad)| {
-                // Windows do not overlap, so each input is written at most once.
-                let mut grad = grad.iter();
-                self.each_max(plane, |_, best| {
-                    if let Some(grad) = grad.next() {
-                        out[best] = *grad;
-                    }
-                });
+        planes.with_min_len(self.planes_per_task()).for_each(|((out, plane), grad)| {
+            // Windows do not overlap, so each input is written at most once.
+            let mut grad = grad.iter();
+            self.each_max(plane, |_, best| {
+                if let Some(grad) = grad.next() {
+                    out[best] = *grad;
+                }
             });
+        });
         out
     }
 

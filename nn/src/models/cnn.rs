@@ -54,16 +54,8 @@ impl Default for CnnOptions {
 
 impl CnnOptions {
     fn check(&self) -> Result<()> {
-        positive(&[
-            ("channels", self.channels),
-            ("height", self.height),
-            ("width", self.width),
-        ])?;
-        positive(&[
-            ("pool", self.pool),
-            ("hidden", self.hidden),
-            ("outputs", self.outputs),
-        ])?;
+        positive(&[("channels", self.channels), ("height", self.height), ("width", self.width)])?;
+        positive(&[("pool", self.pool), ("hidden", self.hidden), ("outputs", self.outputs)])?;
         if self.kernel.is_multiple_of(2) {
             return Err(Error::option("kernel", self.kernel, "an odd number"));
         }
@@ -109,20 +101,11 @@ impl Cnn {
     /// Creates the layers in `params`.
     pub fn new(options: &CnnOptions, params: &Params) -> Result<Self> {
         options.check()?;
-        let same_size = Conv2dOptions {
-            padding: options.kernel / 2,
-            ..Conv2dOptions::default()
-        };
+        let same_size = Conv2dOptions { padding: options.kernel / 2, ..Conv2dOptions::default() };
         let (mut convolutions, mut inputs) = (Vec::new(), options.channels);
         for (index, &outputs) in options.conv.iter().enumerate() {
             let scope = params.scope(&format!("conv{}", index + 1));
-            convolutions.push(Conv2d::new(
-                &scope,
-                inputs,
-                outputs,
-                options.kernel,
-                same_size,
-            )?);
+            convolutions.push(Conv2d::new(&scope, inputs, outputs, options.kernel, same_size)?);
             inputs = outputs;
         }
         Ok(Self {

@@ -6,10 +6,7 @@ use mobula_nn::layers::{Activation, Conv2d, Conv2dOptions, Dropout, Linear, max_
 use mobula_nn::{Error, Module, Params, Pass, Registry, gradcheck, loss};
 
 fn input(shape: &[usize]) -> (String, Var) {
-    (
-        "x".to_owned(),
-        Var::from_tensor(&normal("input", shape)).expect("var"),
-    )
+    ("x".to_owned(), Var::from_tensor(&normal("input", shape)).expect("var"))
 }
 
 fn params() -> Params {
@@ -35,14 +32,9 @@ fn linear() {
 
 #[test]
 fn convolutions() {
-    for (kernel, stride, padding) in [
-        (3, 1, 1),
-        (3, 1, 0),
-        (2, 2, 0),
-        (3, 2, 1),
-        (1, 1, 0),
-        (3, 3, 2),
-    ] {
+    for (kernel, stride, padding) in
+        [(3, 1, 1), (3, 1, 0), (2, 2, 0), (3, 2, 1), (1, 1, 0), (3, 3, 2)]
+    {
         let params = params();
         let options = Conv2dOptions { stride, padding };
         let layer = Conv2d::new(&params, 2, 3, kernel, options).expect("layer");
@@ -82,9 +74,7 @@ fn losses() {
 #[test]
 fn whole_models() {
     for (json, shape) in [(MLP, [3, 6].as_slice()), (CNN, &[2, 2, 7, 6])] {
-        let model = Registry::builtin()
-            .build_in(&spec(json), params())
-            .expect("model");
+        let model = Registry::builtin().build_in(&spec(json), params()).expect("model");
         let (_, x) = input(shape);
         let pass = Pass::train(5, 2);
         gradcheck::check(&model.params().vars(), || model.forward(&x, &pass)).expect("gradients");
@@ -99,16 +89,8 @@ fn every_parameter_of_a_model_gets_a_gradient() {
         let y = model.forward(&x, &Pass::train(5, 2)).expect("forward");
         let gradients = y.sum_all().expect("sum").backward().expect("backward");
         assert_eq!(model.params().without_gradient(&gradients), [""; 0]);
-        let cut = y
-            .detach()
-            .sum_all()
-            .expect("sum")
-            .backward()
-            .expect("backward");
-        assert_eq!(
-            model.params().without_gradient(&cut),
-            model.params().names()
-        );
+        let cut = y.detach().sum_all().expect("sum").backward().expect("backward");
+        assert_eq!(model.params().without_gradient(&cut), model.params().names());
     }
 }
 
@@ -145,10 +127,7 @@ fn the_checker_refuses_wrong_gradients() {
         |factor, drops| gradcheck::check(&vars, || Ok(x.apply_op1(Square { factor, drops })?));
     check(1.0, false).expect("the right one passes");
     for factor in [1.0001, 0.5, 0.0, -1.0, f64::NAN] {
-        assert!(
-            matches!(check(factor, false), Err(Error::WrongGradient { .. })),
-            "{factor}"
-        );
+        assert!(matches!(check(factor, false), Err(Error::WrongGradient { .. })), "{factor}");
     }
     assert!(matches!(check(1.0, true), Err(Error::GradientCheck { .. })));
 }
@@ -168,23 +147,13 @@ fn pooling_gives_ties_to_the_first() {
     let y = max_pool2d(&x, 2).expect("pool");
     assert_eq!(y.dims(), [1, 1, 1, 1]);
     let gradients = (y * 3.0).expect("scale").backward().expect("backward");
-    let gradient = gradients
-        .get(x.as_tensor())
-        .expect("gradient")
-        .flatten_all()
-        .expect("flat");
-    assert_eq!(
-        gradient.to_vec1::<f32>().expect("values"),
-        [3.0, 0.0, 0.0, 0.0, 0.0, 0.0]
-    );
+    let gradient = gradients.get(x.as_tensor()).expect("gradient").flatten_all().expect("flat");
+    assert_eq!(gradient.to_vec1::<f32>().expect("values"), [3.0, 0.0, 0.0, 0.0, 0.0, 0.0]);
 }
 
 #[test]
 fn pooling_does_not_hide_a_nan() {
     let x = Tensor::new(&[[[[1f32, f32::NAN], [9.0, 1.0]]]], &CPU).expect("tensor");
-    let y = max_pool2d(&x, 2)
-        .expect("pool")
-        .flatten_all()
-        .expect("flat");
+    let y = max_pool2d(&x, 2).expect("pool").flatten_all().expect("flat");
     assert!(y.to_vec1::<f32>().expect("values")[0].is_nan());
 }

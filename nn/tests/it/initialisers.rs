@@ -6,17 +6,12 @@ use mobula_nn::layers::{Conv2d, Conv2dOptions, Linear};
 use mobula_nn::{Error, Init, Params};
 
 fn create(seed: u64, name: &str, init: Init) -> Tensor {
-    Params::new(seed, &CPU)
-        .get((200, 100), name, init)
-        .expect("parameter")
+    Params::new(seed, &CPU).get((200, 100), name, init).expect("parameter")
 }
 
 /// Mean, standard deviation, least and greatest value.
 fn statistics(tensor: &Tensor) -> [f64; 4] {
-    let tensor = tensor
-        .flatten_all()
-        .and_then(|t| t.to_dtype(DType::F64))
-        .expect("f64");
+    let tensor = tensor.flatten_all().and_then(|t| t.to_dtype(DType::F64)).expect("f64");
     let values: Vec<f64> = tensor.to_vec1().expect("values");
     let n = values.len() as f64;
     let mean = values.iter().sum::<f64>() / n;
@@ -31,65 +26,24 @@ fn assert_uniform(tensor: &Tensor, bound: f64) {
     let [mean, std, least, greatest] = statistics(tensor);
     let error = 6.0 * bound / 3f64.sqrt() / (tensor.elem_count() as f64).sqrt();
     assert!(mean.abs() < error, "mean {mean}");
-    assert!(
-        (std - bound / 3f64.sqrt()).abs() < error,
-        "std {std}, bound {bound}"
-    );
+    assert!((std - bound / 3f64.sqrt()).abs() < error, "std {std}, bound {bound}");
     assert!(
         least >= -bound * 1.000001 && greatest <= bound * 1.000001,
         "{least} {greatest} {bound}"
     );
-    assert!(
-        least < -0.95 * bound && greatest > 0.95 * bound,
-        "{least} {greatest} {bound}"
-    );
+    assert!(least < -0.95 * bound && greatest > 0.95 * bound, "{least} {greatest} {bound}");
 }
 
 #[test]
 fn distributions() {
     assert_eq!(statistics(&create(1, "w", Init::Zeros)), [0.0; 4]);
-    assert_eq!(
-        statistics(&create(1, "w", Init::Ones)),
-        [1.0, 0.0, 1.0, 1.0]
-    );
+    assert_eq!(statistics(&create(1, "w", Init::Ones)), [1.0, 0.0, 1.0, 1.0]);
     assert_eq!(statistics(&create(1, "w", Init::Const(0.5)))[0], 0.5);
-    assert_uniform(
-        &create(
-            1,
-            "w",
-            Init::Uniform {
-                low: -2.0,
-                high: 2.0,
-            },
-        ),
-        2.0,
-    );
-    assert_uniform(
-        &create(
-            1,
-            "w",
-            Init::KaimingUniform {
-                negative_slope: 0.0,
-            },
-        ),
-        0.06f64.sqrt(),
-    );
-    assert_uniform(
-        &create(1, "w", Init::XavierUniform { gain: 2.0 }),
-        2.0 * 0.02f64.sqrt(),
-    );
-    let [mean, std, ..] = statistics(&create(
-        1,
-        "w",
-        Init::Normal {
-            mean: 3.0,
-            std: 2.0,
-        },
-    ));
-    assert!(
-        (mean - 3.0).abs() < 0.08 && (std - 2.0).abs() < 0.06,
-        "{mean} {std}"
-    );
+    assert_uniform(&create(1, "w", Init::Uniform { low: -2.0, high: 2.0 }), 2.0);
+    assert_uniform(&create(1, "w", Init::KaimingUniform { negative_slope: 0.0 }), 0.06f64.sqrt());
+    assert_uniform(&create(1, "w", Init::XavierUniform { gain: 2.0 }), 2.0 * 0.02f64.sqrt());
+    let [mean, std, ..] = statistics(&create(1, "w", Init::Normal { mean: 3.0, std: 2.0 }));
+    assert!((mean - 3.0).abs() < 0.08 && (std - 2.0).abs() < 0.06, "{mean} {std}");
 }
 
 /// PyTorch's `Linear` and `Conv2d`: all within ±1/√fan_in.
@@ -115,17 +69,9 @@ fn values_depend_on_seed_and_name_alone() {
     assert_ne!(one, bits(&create(1, "v", init)));
     let params = Params::new(1, &CPU);
     params.get(7, "something before", init).expect_err("no fan");
-    params
-        .get((7, 3), "something before", init)
-        .expect("parameter");
-    assert_eq!(
-        one,
-        bits(&params.get((200, 100), "w", init).expect("parameter"))
-    );
-    let scoped = params
-        .scope("w")
-        .get((200, 100), "w", init)
-        .expect("parameter");
+    params.get((7, 3), "something before", init).expect("parameter");
+    assert_eq!(one, bits(&params.get((200, 100), "w", init).expect("parameter")));
+    let scoped = params.scope("w").get((200, 100), "w", init).expect("parameter");
     assert_ne!(one, bits(&scoped));
 }
 
@@ -133,9 +79,7 @@ fn values_depend_on_seed_and_name_alone() {
 #[test]
 fn values_are_pinned() {
     let params = Params::with_dtype(7, &CPU, DType::F64);
-    let values = params
-        .get((1, 3), "fc1.weight", Init::default_weight())
-        .expect("parameter");
+    let values = params.get((1, 3), "fc1.weight", Init::default_weight()).expect("parameter");
     let values: Vec<Vec<f64>> = values.to_vec2().expect("values");
     let expected = [0.5760904859589251, 0.5326384341155403, 0.24636634986384776];
     for (value, expected) in values[0].iter().zip(expected) {
@@ -147,19 +91,10 @@ fn values_are_pinned() {
 fn names_are_sorted_scoped_and_unique() {
     let params = Params::new(1, &CPU);
     let encoder = params.scope("encoder");
-    encoder
-        .scope("b")
-        .get(2, "bias", Init::Zeros)
-        .expect("parameter");
-    encoder
-        .scope("a")
-        .get((2, 3), "weight", Init::Zeros)
-        .expect("parameter");
+    encoder.scope("b").get(2, "bias", Init::Zeros).expect("parameter");
+    encoder.scope("a").get((2, 3), "weight", Init::Zeros).expect("parameter");
     params.get(1, "encoder2", Init::Zeros).expect("parameter");
-    assert_eq!(
-        params.names(),
-        ["encoder.a.weight", "encoder.b.bias", "encoder2"]
-    );
+    assert_eq!(params.names(), ["encoder.a.weight", "encoder.b.bias", "encoder2"]);
     assert_eq!(encoder.names(), ["encoder.a.weight", "encoder.b.bias"]);
     assert_eq!((params.num_elements(), encoder.num_elements()), (9, 8));
     let again = encoder.scope("b").get(2, "bias", Init::Zeros);
@@ -185,9 +120,6 @@ fn updates_reach_the_layers() {
     for (_, var) in params.vars() {
         var.set(&var.ones_like().expect("ones")).expect("set");
     }
-    assert_eq!(
-        layer.weight().to_vec2::<f32>().expect("values"),
-        [[1.0, 1.0]]
-    );
+    assert_eq!(layer.weight().to_vec2::<f32>().expect("values"), [[1.0, 1.0]]);
     assert_eq!(layer.bias().to_vec1::<f32>().expect("values"), [1.0]);
 }

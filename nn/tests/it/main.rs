@@ -17,17 +17,13 @@ const CPU: Device = Device::Cpu;
 /// Standard normal numbers, the same for the same purpose.
 fn normal(purpose: &str, shape: &[usize]) -> Tensor {
     let mut draws = Stream::new(1, purpose).at(0, 0);
-    let values: Vec<f64> = (0..shape.iter().product())
-        .map(|_| draws.normal())
-        .collect();
+    let values: Vec<f64> = (0..shape.iter().product()).map(|_| draws.normal()).collect();
     Tensor::from_vec(values, shape, &CPU).expect("tensor")
 }
 
 /// The same in `f32`.
 fn normal_f32(purpose: &str, shape: &[usize]) -> Tensor {
-    normal(purpose, shape)
-        .to_dtype(candle_core::DType::F32)
-        .expect("cast")
+    normal(purpose, shape).to_dtype(candle_core::DType::F32).expect("cast")
 }
 
 fn bits(tensor: &Tensor) -> Vec<u32> {

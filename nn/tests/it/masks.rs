@@ -29,10 +29,7 @@ fn keeps_the_right_share_at_the_right_scale() {
         assert!(values.iter().all(|v| *v == 0.0 || *v == scale));
         let kept = values.iter().filter(|v| **v != 0.0).count() as f64 / values.len() as f64;
         let error = 5.0 * (rate * (1.0 - rate) / values.len() as f64).sqrt();
-        assert!(
-            (kept - (1.0 - rate)).abs() < error,
-            "rate {rate}: kept {kept}"
-        );
+        assert!((kept - (1.0 - rate)).abs() < error, "rate {rate}: kept {kept}");
     }
 }
 
@@ -44,30 +41,18 @@ fn depends_on_seed_step_name_row_and_feature() {
     assert_ne!(first, bits(&mask(&d, 4, 33, Pass::train(2, 1))));
     assert_ne!(first, bits(&mask(&d, 4, 33, Pass::train(1, 2))));
     assert_ne!(first, bits(&mask(&d, 4, 33, Pass::train(1, 1 + (1 << 32)))));
-    assert_ne!(
-        first,
-        bits(&mask(&layer("e", 0.5), 4, 33, Pass::train(1, 1)))
-    );
+    assert_ne!(first, bits(&mask(&layer("e", 0.5), 4, 33, Pass::train(1, 1))));
     for row in 1..4 {
         assert_ne!(first[..33], first[33 * row..33 * (row + 1)]);
     }
-    let columns = |feature: usize| {
-        (0..4)
-            .map(|row| first[33 * row + feature])
-            .collect::<Vec<_>>()
-    };
+    let columns = |feature: usize| (0..4).map(|row| first[33 * row + feature]).collect::<Vec<_>>();
     assert!((1..33).any(|feature| columns(feature) != columns(0)));
 }
 
 /// A kernel elsewhere may rely on it: word `feature` of `Stream::at(step, row)`.
 #[test]
 fn draws_the_documented_words() {
-    let mask = values(&mask(
-        &layer("d", 0.3),
-        3,
-        10,
-        Pass::train(9, 4).with_row_offset(7),
-    ));
+    let mask = values(&mask(&layer("d", 0.3), 3, 10, Pass::train(9, 4).with_row_offset(7)));
     for row in 0..3u32 {
         let mut draws = Stream::new(9, "dropout d").at(4, 7 + row);
         for feature in 0..10 {
@@ -101,12 +86,7 @@ fn large_masks_equal_small_ones() {
     let d = layer("d", 0.4);
     let whole = bits(&mask(&d, 300, 1000, Pass::train(3, 8)));
     for row in [0, 1, 150, 299] {
-        let one = bits(&mask(
-            &d,
-            1,
-            1000,
-            Pass::train(3, 8).with_row_offset(row as u64),
-        ));
+        let one = bits(&mask(&d, 1, 1000, Pass::train(3, 8).with_row_offset(row as u64)));
         assert_eq!(whole[row * 1000..(row + 1) * 1000], one);
     }
 }
@@ -114,13 +94,9 @@ fn large_masks_equal_small_ones() {
 #[test]
 fn the_identity_in_evaluation_and_at_rate_0() {
     let x = normal_f32("x", &[3, 4]);
-    let y = layer("d", 0.5)
-        .forward(&x, &Pass::eval().with_row_offset(3))
-        .expect("forward");
+    let y = layer("d", 0.5).forward(&x, &Pass::eval().with_row_offset(3)).expect("forward");
     assert_eq!(bits(&x), bits(&y));
-    let y = layer("d", 0.0)
-        .forward(&x, &Pass::train(1, 1))
-        .expect("forward");
+    let y = layer("d", 0.0).forward(&x, &Pass::train(1, 1)).expect("forward");
     assert_eq!(bits(&x), bits(&y));
 }
 
@@ -128,16 +104,7 @@ fn the_identity_in_evaluation_and_at_rate_0() {
 fn rates_that_make_no_sense_are_refused() {
     for rate in [-0.1, 1.0, 2.0, f64::NAN] {
         let refused = Dropout::new(&Params::new(0, &CPU), rate);
-        assert!(
-            matches!(
-                refused,
-                Err(Error::Option {
-                    option: "dropout",
-                    ..
-                })
-            ),
-            "{rate}"
-        );
+        assert!(matches!(refused, Err(Error::Option { option: "dropout", .. })), "{rate}");
     }
 }
 

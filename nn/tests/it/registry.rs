@@ -12,10 +12,7 @@ fn refusal(json: &str) -> String {
 #[test]
 fn an_unknown_architecture_lists_the_known_ones() {
     let text = refusal(r#"{"architecture": "mpl"}"#);
-    assert!(
-        text.contains("no architecture \"mpl\"; known: cnn, mlp"),
-        "{text}"
-    );
+    assert!(text.contains("no architecture \"mpl\"; known: cnn, mlp"), "{text}");
     let more = Registry::builtin().with::<MlpOptions>("twin");
     assert_eq!(more.names(), ["cnn", "mlp", "twin"]);
 }
@@ -23,33 +20,16 @@ fn an_unknown_architecture_lists_the_known_ones() {
 #[test]
 fn bad_options_are_named() {
     let cases = [
-        (
-            r#"{"inputs": 4, "outputs": 2, "hiden": [3]}"#,
-            "unknown field `hiden`",
-        ),
+        (r#"{"inputs": 4, "outputs": 2, "hiden": [3]}"#, "unknown field `hiden`"),
         (r#"{"inputs": 4}"#, "missing field `outputs`"),
         (r#"{"inputs": -4, "outputs": 2}"#, "invalid value"),
-        (
-            r#"{"inputs": 0, "outputs": 2}"#,
-            "option inputs is 0, expected at least 1",
-        ),
-        (
-            r#"{"inputs": 4, "outputs": 2, "hidden": [3, 0]}"#,
-            "option hidden is 0",
-        ),
-        (
-            r#"{"inputs": 4, "outputs": 2, "hidden": [3], "dropout": 1.0}"#,
-            "option dropout is 1",
-        ),
-        (
-            r#"{"inputs": 4, "outputs": 2, "activation": "rlu"}"#,
-            "unknown variant `rlu`",
-        ),
+        (r#"{"inputs": 0, "outputs": 2}"#, "option inputs is 0, expected at least 1"),
+        (r#"{"inputs": 4, "outputs": 2, "hidden": [3, 0]}"#, "option hidden is 0"),
+        (r#"{"inputs": 4, "outputs": 2, "hidden": [3], "dropout": 1.0}"#, "option dropout is 1"),
+        (r#"{"inputs": 4, "outputs": 2, "activation": "rlu"}"#, "unknown variant `rlu`"),
     ];
     for (options, expected) in cases {
-        let text = refusal(&format!(
-            r#"{{"architecture": "mlp", "options": {options}}}"#
-        ));
+        let text = refusal(&format!(r#"{{"architecture": "mlp", "options": {options}}}"#));
         assert!(text.contains(expected), "{text}");
     }
 }
@@ -57,15 +37,9 @@ fn bad_options_are_named() {
 #[test]
 fn an_image_too_small_for_its_poolings_is_refused() {
     let text = refusal(r#"{"architecture": "cnn", "options": {"height": 4, "conv": [8, 8, 8]}}"#);
-    assert!(
-        text.contains("4×28 pixels") && text.contains("2×2 pooling"),
-        "{text}"
-    );
+    assert!(text.contains("4×28 pixels") && text.contains("2×2 pooling"), "{text}");
     let even = refusal(r#"{"architecture": "cnn", "options": {"kernel": 4}}"#);
-    assert!(
-        even.contains("option kernel is 4, expected an odd number"),
-        "{even}"
-    );
+    assert!(even.contains("option kernel is 4, expected an odd number"), "{even}");
     assert!(refusal(r#"{"architecture": "cnn", "options": {"conv": [8, 0]}}"#).contains("[8, 0]"));
 }
 
@@ -73,10 +47,7 @@ fn an_image_too_small_for_its_poolings_is_refused() {
 fn a_description_reads_from_toml() {
     let text = "architecture = \"mlp\"\n[options]\ninputs = 64\nhidden = [32]\noutputs = 10\ndropout = 0.5\n";
     let spec: ModelSpec = toml::from_str(text).expect("toml");
-    let options = MlpOptions {
-        dropout: 0.5,
-        ..MlpOptions::new(64, [32], 10)
-    };
+    let options = MlpOptions { dropout: 0.5, ..MlpOptions::new(64, [32], 10) };
     assert!(Model::build(&spec, 1, &CPU).is_ok());
     let same = ModelSpec::new("mlp", &options).expect("spec");
     assert_eq!(spec.options["inputs"], same.options["inputs"]);
@@ -87,10 +58,7 @@ fn a_description_reads_from_toml() {
 fn a_description_survives_json() {
     let spec = ModelSpec::new("cnn", &CnnOptions::default()).expect("spec");
     let text = serde_json::to_string(&spec).expect("json");
-    assert_eq!(
-        serde_json::from_str::<ModelSpec>(&text).expect("spec"),
-        spec
-    );
+    assert_eq!(serde_json::from_str::<ModelSpec>(&text).expect("spec"), spec);
     assert!(ModelSpec::new("cnn", &3).is_err());
 }
 
@@ -102,10 +70,7 @@ fn the_default_cnn_is_for_fashion_mnist() {
     assert_eq!(model.output_shape(), [10]);
     let names = ["conv1.bias", "conv1.weight", "conv2.bias", "conv2.weight"];
     assert_eq!(model.params().names()[..4], names);
-    assert_eq!(
-        model.params().num_elements(),
-        320 + 18_496 + 401_536 + 1_290
-    );
+    assert_eq!(model.params().num_elements(), 320 + 18_496 + 401_536 + 1_290);
 }
 
 #[test]
@@ -122,10 +87,7 @@ fn rows_are_taken_flat_or_shaped_and_refused_otherwise() {
     for shape in [[8, 196].as_slice(), &[2, 14, 56], &[1568]] {
         let refused = model.forward(&x.reshape(shape).expect("reshape"), &Pass::eval());
         let text = refused.expect_err("refused").to_string();
-        assert!(
-            text.contains("\"cnn\" model must have shape [rows, 1, 28, 28], got"),
-            "{text}"
-        );
+        assert!(text.contains("\"cnn\" model must have shape [rows, 1, 28, 28], got"), "{text}");
     }
 }
 
@@ -152,10 +114,7 @@ fn no_rows_go_through_a_model() {
             let Some(gradient) = gradients.get(&var) else {
                 continue;
             };
-            let values = gradient
-                .flatten_all()
-                .and_then(|g| g.to_vec1::<f32>())
-                .expect("values");
+            let values = gradient.flatten_all().and_then(|g| g.to_vec1::<f32>()).expect("values");
             assert!(values.iter().all(|v| *v == 0.0), "{name}: {values:?}");
         }
     }

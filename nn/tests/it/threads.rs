@@ -28,42 +28,19 @@ fn digest_with(threads: &str) -> String {
     let test = "threads::bits_do_not_depend_on_the_number_of_threads";
     let mut child = Command::new(std::env::current_exe().expect("this binary"));
     child.args(["--exact", test, "--nocapture"]);
-    let output = child
-        .env(CHILD, "1")
-        .env("RAYON_NUM_THREADS", threads)
-        .output()
-        .expect("run");
+    let output = child.env(CHILD, "1").env("RAYON_NUM_THREADS", threads).output().expect("run");
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
     let digest = text.lines().find_map(|line| line.split(MARK).nth(1));
-    digest
-        .unwrap_or_else(|| panic!("no digest in {text:?}"))
-        .to_owned()
+    digest.unwrap_or_else(|| panic!("no digest in {text:?}")).to_owned()
 }
 
 /// Over the outputs, the loss and every gradient of both models, at sizes that get split.
 fn digest() -> u64 {
-    let mlp = ModelSpec::new(
-        "mlp",
-        &MlpOptions {
-            dropout: 0.2,
-            ..MlpOptions::new(784, [300, 200], 10)
-        },
-    );
-    let cnn = ModelSpec::new(
-        "cnn",
-        &CnnOptions {
-            dropout: 0.2,
-            ..CnnOptions::default()
-        },
-    );
+    let mlp =
+        ModelSpec::new("mlp", &MlpOptions { dropout: 0.2, ..MlpOptions::new(784, [300, 200], 10) });
+    let cnn = ModelSpec::new("cnn", &CnnOptions { dropout: 0.2, ..CnnOptions::default() });
     let (mlp, cnn) = (mlp.expect("mlp"), cnn.expect("cnn"));
-    let all = [
-        step(&mlp, 1),
-        step(&mlp, 33),
-        step(&mlp, 256),
-        step(&cnn, 20),
-    ]
-    .concat();
+    let all = [step(&mlp, 1), step(&mlp, 33), step(&mlp, 256), step(&cnn, 20)].concat();
     all.iter().fold(0xcbf2_9ce4_8422_2325, |hash: u64, bits| {
         (hash ^ u64::from(*bits)).wrapping_mul(0x0000_0100_0000_01b3)
     })

@@ -9,16 +9,7 @@ use std::path::Path;
 fn params(shapes: &[(&str, &[usize])]) -> Params {
     let params = Params::new(1, &CPU);
     for (name, shape) in shapes {
-        params
-            .get(
-                *shape,
-                name,
-                Init::Normal {
-                    mean: 0.0,
-                    std: 1.0,
-                },
-            )
-            .expect("parameter");
+        params.get(*shape, name, Init::Normal { mean: 0.0, std: 1.0 }).expect("parameter");
     }
     params
 }
@@ -47,9 +38,7 @@ fn a_model_comes_back_bit_for_bit() {
 fn the_file_is_plain_safetensors() {
     let dir = tempfile::tempdir().expect("folder");
     let path = dir.path().join("model.safetensors");
-    params(&[("b", &[2]), ("a", &[2, 3])])
-        .save(&path)
-        .expect("save");
+    params(&[("b", &[2]), ("a", &[2, 3])]).save(&path).expect("save");
     let bytes = std::fs::read(&path).expect("read");
     let header = u64::from_le_bytes(bytes[..8].try_into().expect("8 bytes")) as usize;
     let json: serde_json::Value = serde_json::from_slice(&bytes[8..8 + header]).expect("header");
@@ -75,24 +64,15 @@ fn load_error(saved: &[(&str, &[usize])], model: &[(&str, &[usize])]) -> String 
 
 #[test]
 fn weights_that_do_not_fit_are_explained() {
-    let shape = load_error(
-        &[("a", &[2]), ("w", &[2, 3])],
-        &[("a", &[2]), ("w", &[3, 2])],
-    );
+    let shape = load_error(&[("a", &[2]), ("w", &[2, 3])], &[("a", &[2]), ("w", &[3, 2])]);
     assert!(
         shape.contains("\"w\"") && shape.contains("[2, 3], the model expects [3, 2]"),
         "{shape}"
     );
     let missing = load_error(&[("a", &[2])], &[("a", &[2]), ("w", &[2]), ("z", &[2])]);
-    assert!(
-        missing.contains("lacks parameters of the model: w, z"),
-        "{missing}"
-    );
+    assert!(missing.contains("lacks parameters of the model: w, z"), "{missing}");
     let extra = load_error(&[("a", &[2]), ("w", &[2])], &[("a", &[2])]);
-    assert!(
-        extra.contains("has parameters that the model does not: w"),
-        "{extra}"
-    );
+    assert!(extra.contains("has parameters that the model does not: w"), "{extra}");
 }
 
 #[test]
@@ -100,23 +80,15 @@ fn other_float_types_are_converted() {
     let params = params(&[("a", &[2])]);
     let half = Tensor::new(&[0.5f64, 2.0], &CPU).expect("tensor");
     let half = half.to_dtype(candle_core::DType::BF16).expect("cast");
-    params
-        .load_tensors("a test", &HashMap::from([("a".to_owned(), half)]))
-        .expect("load");
-    assert_eq!(
-        params.vars()[0].1.to_vec1::<f32>().expect("values"),
-        [0.5, 2.0]
-    );
+    params.load_tensors("a test", &HashMap::from([("a".to_owned(), half)])).expect("load");
+    assert_eq!(params.vars()[0].1.to_vec1::<f32>().expect("values"), [0.5, 2.0]);
 }
 
 fn break_and_load(harm: impl Fn(&Path)) -> String {
     let dir = tempfile::tempdir().expect("folder");
     build(MLP).expect("model").save(dir.path()).expect("save");
     harm(dir.path());
-    Model::load(dir.path(), &CPU)
-        .map(drop)
-        .expect_err("broken")
-        .to_string()
+    Model::load(dir.path(), &CPU).map(drop).expect_err("broken").to_string()
 }
 
 #[test]
@@ -129,23 +101,14 @@ fn broken_folders_are_explained() {
     assert!(cut.contains("model.safetensors as safetensors"), "{cut}");
     let empty =
         break_and_load(|dir| std::fs::write(dir.join(Model::WEIGHTS_FILE), b"").expect("write"));
-    assert!(
-        empty.contains("model.safetensors as safetensors"),
-        "{empty}"
-    );
+    assert!(empty.contains("model.safetensors as safetensors"), "{empty}");
     let missing =
         break_and_load(|dir| std::fs::remove_file(dir.join(Model::WEIGHTS_FILE)).expect("remove"));
-    assert!(
-        missing.contains("cannot read") && missing.contains("model.safetensors"),
-        "{missing}"
-    );
+    assert!(missing.contains("cannot read") && missing.contains("model.safetensors"), "{missing}");
     let no_spec =
         break_and_load(|dir| std::fs::remove_file(dir.join(Model::SPEC_FILE)).expect("remove"));
     assert!(no_spec.contains("model.json"), "{no_spec}");
     let bad_spec =
         break_and_load(|dir| std::fs::write(dir.join(Model::SPEC_FILE), b"{").expect("write"));
-    assert!(
-        bad_spec.contains("model.json is not a model description"),
-        "{bad_spec}"
-    );
+    assert!(bad_spec.contains("model.json is not a model description"), "{bad_spec}");
 }

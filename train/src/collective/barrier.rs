@@ -23,9 +23,7 @@ pub(crate) fn wait(
     operation: &'static str,
     timeout: Duration,
 ) -> Result<()> {
-    region
-        .counter(rank, ARRIVALS)
-        .store(turn, Ordering::Release);
+    region.counter(rank, ARRIVALS).store(turn, Ordering::Release);
     let is_late = |other: &usize| region.counter(*other, ARRIVALS).load(Ordering::Acquire) < turn;
     let begun = Instant::now();
     for other in 0..world {
@@ -34,12 +32,7 @@ pub(crate) fn wait(
             pause(&mut looks);
             if looks > SPINS && begun.elapsed() > timeout {
                 let late = (0..world).filter(is_late).collect();
-                return Err(Error::Straggler {
-                    operation,
-                    rank,
-                    late,
-                    after: timeout,
-                });
+                return Err(Error::Straggler { operation, rank, late, after: timeout });
             }
         }
     }

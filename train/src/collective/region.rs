@@ -57,11 +57,7 @@ impl Region {
         let capacity = capacity.next_multiple_of(LINE);
         let bytes = Self::bytes(world, capacity);
         let file = File::options().read(true).write(true).open(path);
-        Self::map(
-            file.map_err(|e| shared_memory("open", bytes, e))?,
-            world,
-            capacity,
-        )
+        Self::map(file.map_err(|e| shared_memory("open", bytes, e))?, world, capacity)
     }
 
     fn map(file: File, world: usize, capacity: usize) -> Result<Self> {
@@ -82,19 +78,10 @@ impl Region {
 
     /// Counter `index` (below 8) of a rank.
     pub(crate) fn counter(&self, rank: usize, index: usize) -> &AtomicU64 {
-        assert!(
-            rank < self.world && index < LINE / 8,
-            "counter {index} of rank {rank}"
-        );
+        assert!(rank < self.world && index < LINE / 8, "counter {index} of rank {rank}");
         // SAFETY: inside the mapping by the assertion, 8-byte aligned since the mapping is page
         // aligned, zeroed by the kernel at first, and only ever accessed as an atomic.
-        unsafe {
-            &*self
-                .map
-                .as_mut_ptr()
-                .add(rank * LINE + index * 8)
-                .cast::<AtomicU64>()
-        }
+        unsafe { &*self.map.as_mut_ptr().add(rank * LINE + index * 8).cast::<AtomicU64>() }
     }
 
     /// Copies a rank's values into its slot.
@@ -107,10 +94,7 @@ impl Region {
 
     /// Adds up the slots of all ranks, in rank order, for the elements of `range` of the sum.
     pub(crate) fn reduce<T: Element>(&self, range: std::ops::Range<usize>, len: usize) {
-        assert!(
-            range.start <= range.end && range.end <= len,
-            "{range:?} of {len}"
-        );
+        assert!(range.start <= range.end && range.end <= len, "{range:?} of {len}");
         let count = range.len();
         let part = |slot: usize| {
             // SAFETY: `slot` has room for `len` values and the range lies within.
@@ -124,10 +108,7 @@ impl Region {
             let given = unsafe { std::slice::from_raw_parts(part(rank).cast_const(), count) };
             match rank {
                 0 => sum.copy_from_slice(given),
-                _ => sum
-                    .iter_mut()
-                    .zip(given)
-                    .for_each(|(total, value)| *total += *value),
+                _ => sum.iter_mut().zip(given).for_each(|(total, value)| *total += *value),
             }
         }
     }
@@ -141,24 +122,12 @@ impl Region {
 
     /// The start of a slot that must hold `len` values; slot `world` is the sum.
     fn slot<T: Element>(&self, slot: usize, len: usize) -> *mut T {
-        assert!(
-            slot <= self.world && len * size_of::<T>() <= self.capacity,
-            "slot {slot}"
-        );
+        assert!(slot <= self.world && len * size_of::<T>() <= self.capacity, "slot {slot}");
         // SAFETY: inside the mapping, by the assertion and the layout.
-        unsafe {
-            self.map
-                .as_mut_ptr()
-                .add(self.world * LINE + slot * self.capacity)
-                .cast()
-        }
+        unsafe { self.map.as_mut_ptr().add(self.world * LINE + slot * self.capacity).cast() }
     }
 }
 
 fn shared_memory(action: &'static str, bytes: usize, source: std::io::Error) -> Error {
-    Error::SharedMemory {
-        action,
-        bytes,
-        source,
-    }
+    Error::SharedMemory { action, bytes, source }
 }

@@ -28,13 +28,7 @@ pub(crate) struct SharedMemory {
 
 impl SharedMemory {
     pub(crate) fn new(rank: usize, world: usize) -> Self {
-        Self {
-            rank,
-            world,
-            region: None,
-            regions: 0,
-            turn: 0,
-        }
+        Self { rank, world, region: None, regions: 0, turn: 0 }
     }
 
     pub(crate) fn all_reduce<T: Element>(
@@ -47,8 +41,7 @@ impl SharedMemory {
         self.region()?.give(self.rank, values);
         self.meet("all_reduce")?;
         self.check_lengths(values.len() as u64)?;
-        self.region()?
-            .reduce::<T>(self.chunk(values.len()), values.len());
+        self.region()?.reduce::<T>(self.chunk(values.len()), values.len());
         self.meet("all_reduce")?;
         self.region()?.take(values);
         // No third barrier: a rank can give again only into its own slot, which nobody reads
@@ -59,11 +52,7 @@ impl SharedMemory {
     /// Makes sure of a region with slots of so many bytes. All ranks come here with the same
     /// lengths, so all decide the same.
     fn reserve(&mut self, member: &Member, bytes: usize) -> Result<()> {
-        if self
-            .region
-            .as_ref()
-            .is_some_and(|region| region.capacity() >= bytes)
-        {
+        if self.region.as_ref().is_some_and(|region| region.capacity() >= bytes) {
             return Ok(());
         }
         self.regions += 1;
@@ -84,9 +73,7 @@ impl SharedMemory {
     }
 
     fn publish(&self, len: u64) -> Result<()> {
-        self.region()?
-            .counter(self.rank, LENGTH)
-            .store(len, Ordering::Relaxed);
+        self.region()?.counter(self.rank, LENGTH).store(len, Ordering::Relaxed);
         Ok(())
     }
 
@@ -96,12 +83,7 @@ impl SharedMemory {
             let other_len = region.counter(other, LENGTH).load(Ordering::Relaxed);
             if other_len != len {
                 let (len, other_len) = (len as usize, other_len as usize);
-                return Err(Error::CollectiveLength {
-                    rank: self.rank,
-                    len,
-                    other,
-                    other_len,
-                });
+                return Err(Error::CollectiveLength { rank: self.rank, len, other, other_len });
             }
         }
         Ok(())
@@ -109,14 +91,7 @@ impl SharedMemory {
 
     fn meet(&mut self, operation: &'static str) -> Result<()> {
         self.turn += 1;
-        barrier::wait(
-            self.region()?,
-            self.rank,
-            self.world,
-            self.turn,
-            operation,
-            TIMEOUT,
-        )
+        barrier::wait(self.region()?, self.rank, self.world, self.turn, operation, TIMEOUT)
     }
 
     /// The part of the sum that this rank adds up.

@@ -8,15 +8,9 @@ use std::time::Duration;
 const LONG: Duration = Duration::from_secs(120);
 
 pub(crate) const TESTS: &[Test] = &[
-    (
-        "collectives::sums_are_exact_for_all_lengths_and_worlds",
-        sums,
-    ),
+    ("collectives::sums_are_exact_for_all_lengths_and_worlds", sums),
     ("collectives::every_rank_gets_the_same_bits", same_bits),
-    (
-        "collectives::different_lengths_are_an_error_on_every_rank",
-        lengths_differ,
-    ),
+    ("collectives::different_lengths_are_an_error_on_every_rank", lengths_differ),
 ];
 
 /// Rank r gives i + r·1000 at index i, for each length.
@@ -52,11 +46,7 @@ fn sum_different(member: Member) -> Result<(), BoxError> {
 }
 
 fn options(placement: Placement, size: usize) -> GroupOptions {
-    let options = GroupOptions {
-        placement,
-        show_logs: false,
-        ..GroupOptions::new("sum", size)
-    };
+    let options = GroupOptions { placement, show_logs: false, ..GroupOptions::new("sum", size) };
     // A trainer gives its setup to its workers; this is the empty one.
     let setup =
         serde_json::json!({"checkpoints": null, "keep": 1, "every_epochs": 1, "resume_from": null});
@@ -66,15 +56,10 @@ fn options(placement: Placement, size: usize) -> GroupOptions {
 fn sums(runtime: &Runtime) {
     // Growing and shrinking, around the chunk borders, none at all.
     let lengths = vec![1, 7, 64, 5, 10_000, 3, 0, 20_001];
-    for (placement, world) in [
-        (Placement::Thread, 3),
-        (Placement::Process, 2),
-        (Placement::Process, 4),
-    ] {
-        let group = runtime.group(
-            &options(placement, world),
-            &sum_counts::remote(lengths.clone()),
-        );
+    for (placement, world) in
+        [(Placement::Thread, 3), (Placement::Process, 2), (Placement::Process, 4)]
+    {
+        let group = runtime.group(&options(placement, world), &sum_counts::remote(lengths.clone()));
         let ranks = group.expect("group").join(LONG).expect("join");
         let offsets: f32 = (0..world).map(|rank| rank as f32 * 1000.0).sum();
         for result in ranks {
@@ -107,12 +92,8 @@ fn same_bits(runtime: &Runtime) {
 }
 
 fn lengths_differ(runtime: &Runtime) {
-    let group = runtime
-        .group(&options(Placement::Thread, 2), &sum_different::remote())
-        .expect("group");
+    let group =
+        runtime.group(&options(Placement::Thread, 2), &sum_different::remote()).expect("group");
     let error = group.join(LONG).expect_err("lengths differ").to_string();
-    assert!(
-        error.contains("do all ranks build the same model?"),
-        "{error}"
-    );
+    assert!(error.contains("do all ranks build the same model?"), "{error}");
 }

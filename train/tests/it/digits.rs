@@ -49,12 +49,7 @@ pub(crate) enum Harm {
 
 impl Config {
     pub(crate) fn new(epochs: u64) -> Self {
-        Self {
-            epochs,
-            batch_size: 16,
-            lr: 0.02,
-            harm: Harm::None,
-        }
+        Self { epochs, batch_size: 16, lr: 0.02, harm: Harm::None }
     }
 }
 
@@ -63,10 +58,7 @@ fn row(index: usize) -> ([f32; FEATURES], u32) {
     let mut rng = Stream::new(1, "rows").at(0, index as u32);
     let class = index % CLASSES;
     let value = |i| if i % CLASSES == class { 1.0 } else { 0.0 };
-    (
-        std::array::from_fn(|i| value(i) + 0.3 * rng.normal() as f32),
-        class as u32,
-    )
+    (std::array::from_fn(|i| value(i) + 0.3 * rng.normal() as f32), class as u32)
 }
 
 /// Global batches of consecutive rows in an order that changes with the epoch; each rank takes
@@ -81,12 +73,7 @@ pub(crate) struct Rows {
 
 impl Rows {
     pub(crate) fn open(shard: Shard, batch_size: usize) -> Self {
-        Self {
-            shard,
-            batch_size,
-            epoch: 0,
-            step: 0,
-        }
+        Self { shard, batch_size, epoch: 0, step: 0 }
     }
 }
 
@@ -99,9 +86,7 @@ impl BatchStream for Rows {
         }
         let last = (first + self.batch_size).min(ROWS);
         let mine = (first..last).filter(|i| i % self.shard.world == self.shard.rank);
-        let rows: Vec<_> = mine
-            .map(|i| row((i * 7 + self.epoch as usize) % ROWS))
-            .collect();
+        let rows: Vec<_> = mine.map(|i| row((i * 7 + self.epoch as usize) % ROWS)).collect();
         let x: Vec<f32> = rows.iter().flat_map(|(x, _)| *x).collect();
         let y: Vec<u32> = rows.iter().map(|(_, y)| *y).collect();
         self.step += 1;
@@ -113,13 +98,7 @@ impl BatchStream for Rows {
 
     fn state(&self) -> StreamState {
         let (epoch, step) = (self.epoch, self.step);
-        StreamState {
-            manifest: "rows".into(),
-            version: 1,
-            seed: 0,
-            epoch,
-            step,
-        }
+        StreamState { manifest: "rows".into(), version: 1, seed: 0, epoch, step }
     }
 
     fn restore(&mut self, state: &StreamState) -> Result<(), Error> {
@@ -149,10 +128,7 @@ pub(crate) fn learn(
     // Masks differ between world sizes; without dropout all worlds agree.
     options.dropout = 0.0;
     let model = Model::build(&ModelSpec::new("mlp", &options)?, 5, &Device::Cpu)?;
-    let optimizer = AdamW::new(AdamWOptions {
-        lr: config.lr,
-        ..Default::default()
-    })?;
+    let optimizer = AdamW::new(AdamWOptions { lr: config.lr, ..Default::default() })?;
     let mut state = TrainState::new(model, optimizer, 5, config.epochs);
     context.restore(&mut state, &mut stream)?;
     let mut accuracy = f64::NAN;
@@ -175,10 +151,7 @@ pub(crate) fn learn(
             let logits = state.model.forward(batch.get("x")?, &Pass::eval())?;
             Ok(metrics::correct(&logits, batch.get("y")?)? as f64)
         })?;
-        if context
-            .end_epoch(&mut state, &stream, &[("accuracy", accuracy)])?
-            .is_break()
-        {
+        if context.end_epoch(&mut state, &stream, &[("accuracy", accuracy)])?.is_stop() {
             break;
         }
     }

@@ -7,18 +7,9 @@ use mobula_core::{Resources, RunDir, Runtime};
 use mobula_train::{Error, FailureConfig, ScalingConfig, Trainer, TrainingResult};
 
 pub(crate) const TESTS: &[Test] = &[
-    (
-        "faults::a_killed_worker_costs_nothing_but_time",
-        killed_once,
-    ),
-    (
-        "faults::a_worker_that_always_dies_ends_the_training",
-        killed_always,
-    ),
-    (
-        "faults::a_damaged_checkpoint_falls_back_to_the_one_before",
-        damaged_checkpoint,
-    ),
+    ("faults::a_killed_worker_costs_nothing_but_time", killed_once),
+    ("faults::a_worker_that_always_dies_ends_the_training", killed_always),
+    ("faults::a_damaged_checkpoint_falls_back_to_the_one_before", damaged_checkpoint),
     ("faults::a_nan_loss_is_named", nan),
     ("faults::a_bad_label_is_named_with_its_rank", bad_label),
     ("faults::a_world_that_never_fits_is_refused", never_fits),
@@ -32,10 +23,7 @@ fn fit(runtime: &Runtime, config: Config, run: Option<&RunDir>) -> Outcome {
         trainer = trainer.with_run(run);
     }
     let failure = FailureConfig { max_failures: 2 };
-    trainer
-        .with_scaling(ScalingConfig::workers(2))
-        .with_failure(failure)
-        .fit(runtime)
+    trainer.with_scaling(ScalingConfig::workers(2)).with_failure(failure).fit(runtime)
 }
 
 /// INV-RECOVER: after a real `kill -9` in the middle of an epoch the weights are, bit by bit,
@@ -43,19 +31,8 @@ fn fit(runtime: &Runtime, config: Config, run: Option<&RunDir>) -> Outcome {
 fn killed_once(runtime: &Runtime) {
     let root = tempfile::tempdir().expect("temporary folder");
     let run = RunDir::create(root.path(), "r", 5, &()).expect("run");
-    let harm = Harm::KillOnce {
-        at_step: 15,
-        marker: root.path().join("marker"),
-    };
-    let killed = fit(
-        runtime,
-        Config {
-            harm,
-            ..Config::new(5)
-        },
-        Some(&run),
-    )
-    .expect("recovers");
+    let harm = Harm::KillOnce { at_step: 15, marker: root.path().join("marker") };
+    let killed = fit(runtime, Config { harm, ..Config::new(5) }, Some(&run)).expect("recovers");
     let undisturbed = fit(runtime, Config::new(5), None).expect("fit");
     assert_eq!(killed.restarts, 1);
     assert_eq!(killed.values[0].0, undisturbed.values[0].0);
@@ -65,43 +42,20 @@ fn killed_once(runtime: &Runtime) {
 
 fn killed_always(runtime: &Runtime) {
     let harm = Harm::KillAlways { at_step: 3 };
-    let error = fit(
-        runtime,
-        Config {
-            harm,
-            ..Config::new(5)
-        },
-        None,
-    )
-    .expect_err("dies thrice");
+    let error = fit(runtime, Config { harm, ..Config::new(5) }, None).expect_err("dies thrice");
     let text = error.to_string();
-    assert!(
-        text.starts_with("training failed 3 time(s), 2 allowed"),
-        "{text}"
-    );
-    assert!(
-        text.contains("rank 1 was lost") && text.contains("signal 9"),
-        "{text}"
-    );
+    assert!(text.starts_with("training failed 3 time(s), 2 allowed"), "{text}");
+    assert!(text.contains("rank 1 was lost") && text.contains("signal 9"), "{text}");
 }
 
 fn damaged_checkpoint(runtime: &Runtime) {
     let root = tempfile::tempdir().expect("temporary folder");
     let run = RunDir::create(root.path(), "r", 5, &()).expect("run");
     fit(runtime, Config::new(3), Some(&run)).expect("fit");
-    let newest = run
-        .checkpoints(2)
-        .paths()
-        .expect("paths")
-        .pop()
-        .expect("a checkpoint");
+    let newest = run.checkpoints(2).paths().expect("paths").pop().expect("a checkpoint");
     let weights = newest.join("model.safetensors");
     let half = std::fs::metadata(&weights).expect("metadata").len() / 2;
-    std::fs::File::options()
-        .write(true)
-        .open(&weights)
-        .and_then(|f| f.set_len(half))
-        .expect("cut");
+    std::fs::File::options().write(true).open(&weights).and_then(|f| f.set_len(half)).expect("cut");
 
     let resumed = fit(runtime, Config::new(4), Some(&run)).expect("falls back");
     let undisturbed = fit(runtime, Config::new(4), None).expect("fit");
@@ -110,57 +64,27 @@ fn damaged_checkpoint(runtime: &Runtime) {
 
 fn nan(runtime: &Runtime) {
     let cases = [
-        (
-            Harm::NanLoss { at_step: 4 },
-            "the loss at step 4 is NaN: lower the learning rate",
-        ),
+        (Harm::NanLoss { at_step: 4 }, "the loss at step 4 is NaN: lower the learning rate"),
         // ReLU makes numbers of NaNs: the loss stays finite, the gradients do not.
-        (
-            Harm::NanInputs { at_step: 4 },
-            "the gradient of \"fc1.weight\" at step 4 is not finite",
-        ),
+        (Harm::NanInputs { at_step: 4 }, "the gradient of \"fc1.weight\" at step 4 is not finite"),
     ];
     for (harm, expected) in cases {
-        let error = fit(
-            runtime,
-            Config {
-                harm,
-                ..Config::new(2)
-            },
-            None,
-        )
-        .expect_err("NaN")
-        .to_string();
-        assert!(
-            error.contains(expected) && error.contains("check the inputs for NaN"),
-            "{error}"
-        );
+        let error =
+            fit(runtime, Config { harm, ..Config::new(2) }, None).expect_err("NaN").to_string();
+        assert!(error.contains(expected) && error.contains("check the inputs for NaN"), "{error}");
     }
 }
 
 fn bad_label(runtime: &Runtime) {
-    let config = Config {
-        harm: Harm::BadLabel,
-        ..Config::new(1)
-    };
-    let error = fit(runtime, config, None)
-        .expect_err("bad label")
-        .to_string();
-    assert!(
-        error.contains("train rank 1 failed: label 12 in row 0 is out of range"),
-        "{error}"
-    );
+    let config = Config { harm: Harm::BadLabel, ..Config::new(1) };
+    let error = fit(runtime, config, None).expect_err("bad label").to_string();
+    assert!(error.contains("train rank 1 failed: label 12 in row 0 is out of range"), "{error}");
 }
 
 fn never_fits(runtime: &Runtime) {
-    let scaling = ScalingConfig {
-        resources_per_worker: Resources::cpus(32.0),
-        ..ScalingConfig::workers(2)
-    };
+    let scaling =
+        ScalingConfig { resources_per_worker: Resources::cpus(32.0), ..ScalingConfig::workers(2) };
     let trainer = Trainer::new(train::remote(Config::new(1))).with_scaling(scaling);
     let error = trainer.fit(runtime).expect_err("64 CPUs").to_string();
-    assert!(
-        error.contains("cannot place 64 CPU: this machine has 4 CPU"),
-        "{error}"
-    );
+    assert!(error.contains("cannot place 64 CPU: this machine has 4 CPU"), "{error}");
 }
