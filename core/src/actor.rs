@@ -2,11 +2,12 @@
 
 use crate::panics;
 use crate::runtime::{Lease, Runtime};
-use crate::{BoxError, Error, Resources};
+use crate::{BoxError, Error, Resources, console};
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
+use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
 
 /// How an actor is placed. Every default is here.
@@ -18,12 +19,19 @@ pub struct ActorOptions {
     pub resources: Resources,
     /// Messages that may wait; a sender waits for room, or is refused. Default: 1024.
     pub mailbox: usize,
+    /// How long to wait for resources that others hold. Default: 10 minutes.
+    pub placement_timeout: Duration,
 }
 
 impl ActorOptions {
     /// The defaults under this name.
     pub fn new(name: impl Into<String>) -> Self {
-        Self { name: name.into(), resources: Resources::cpus(1.0), mailbox: 1024 }
+        Self {
+            name: name.into(),
+            resources: Resources::cpus(1.0),
+            mailbox: 1024,
+            placement_timeout: Duration::from_secs(600),
+        }
     }
 
     /// The same holding these resources.
@@ -144,7 +152,7 @@ impl Runtime {
         options: ActorOptions,
         build: impl FnMut() -> Result<S, BoxError> + Send + 'static,
     ) -> Result<ActorHandle<S>, Error> {
-        let lease = self.lease(&options.name, &options.resources)?;
+        let lease = self.lease(&options.name, &options.resources, options.placement_timeout)?;
         let (mailbox, inbox) = mpsc::channel(options.mailbox);
         let (started, start) = std::sync::mpsc::sync_channel(1);
         let name: Arc<str> = options.name.as_str().into();
@@ -176,7 +184,9 @@ impl<S: 'static> Running<S> {
             }
             match panics::catch(&self.name, || (self.build)()) {
                 Ok(fresh) => state = fresh,
-                Err(error) => return tracing::error!("{} cannot be rebuilt: {error}", self.name),
+                Err(error) => {
+                    return console::note(format!("{} cannot be rebuilt: {error}", self.name));
+                }
             }
         }
     }

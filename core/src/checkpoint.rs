@@ -4,8 +4,8 @@
 //! per file, renames the folder and fsyncs its parent. A reader trusts a folder only if every
 //! file matches the manifest; an invalid newest one falls back to the one before it.
 
-use crate::Error;
 use crate::error::AtPath;
+use crate::{Error, console};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -94,15 +94,20 @@ impl CheckpointStore {
         Ok(Checkpoint { path, step })
     }
 
-    /// The newest valid checkpoint. Warns about each invalid one that it passes over.
+    /// The newest valid checkpoint. Notes each invalid one that it passes over on stderr; errors
+    /// when there are some and none is valid.
     pub fn latest(&self) -> Result<Option<Checkpoint>, Error> {
-        for path in self.paths()?.into_iter().rev() {
-            match Checkpoint::open(&path) {
+        let paths = self.paths()?;
+        for path in paths.iter().rev() {
+            match Checkpoint::open(path) {
                 Ok(checkpoint) => return Ok(Some(checkpoint)),
-                Err(error) => tracing::warn!("{error}; falling back to the checkpoint before it"),
+                Err(error) => console::note(format!("{error}; trying the one before it")),
             }
         }
-        Ok(None)
+        match paths.len() {
+            0 => Ok(None),
+            found => Err(Error::NoCheckpoint { path: self.dir.clone(), found }),
+        }
     }
 
     /// The folders of all checkpoints, oldest first, valid or not.
@@ -202,7 +207,8 @@ pub fn write_atomically(path: &Path, bytes: &[u8]) -> Result<(), Error> {
     let temporary = path.with_file_name(format!("{TEMPORARY}{}", file_name(path)));
     write_synced(&temporary, bytes)?;
     fs::rename(&temporary, path).at("rename", &temporary)?;
-    sync(path.parent().unwrap_or(Path::new(".")))
+    let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
+    sync(parent.unwrap_or(Path::new(".")))
 }
 
 fn write_synced(path: &Path, bytes: &[u8]) -> Result<(), Error> {
@@ -270,6 +276,15 @@ mod tests {
             let latest = store.latest().expect("latest").expect("some");
             assert_eq!(latest.step(), 1, "{what}");
         }
+    }
+
+    #[test]
+    fn checkpoints_that_are_all_damaged_are_an_error_not_a_fresh_start() {
+        let (_dir, store) = store_with(&[1, 2], 5);
+        for path in store.paths().expect("paths") {
+            fs::write(path.join("model.bin"), b"").expect("write");
+        }
+        assert!(matches!(store.latest(), Err(Error::NoCheckpoint { found: 2, .. })));
     }
 
     #[test]

@@ -23,12 +23,17 @@ pub fn is_terminal() -> bool {
 
 /// Prints a line to stderr above any progress bars.
 pub fn note(line: impl AsRef<str>) {
-    BARS.suspend(|| eprintln!("{}", line.as_ref()));
+    BARS.suspend(|| put(std::io::stderr(), line.as_ref()));
 }
 
 /// Prints a line to stdout above any progress bars.
 pub fn line(line: impl AsRef<str>) {
-    BARS.suspend(|| println!("{}", line.as_ref()));
+    BARS.suspend(|| put(std::io::stdout(), line.as_ref()));
+}
+
+/// A reader that has gone, as in `program | head`, is no reason to end.
+fn put(mut to: impl std::io::Write, line: &str) {
+    let _ = writeln!(to, "{line}");
 }
 
 /// Progress of a long piece of work: a bar on a terminal; otherwise a plain line at most every two
@@ -90,7 +95,7 @@ impl Progress {
 impl Lines {
     fn print(&mut self) {
         if let Some(line) = self.waiting.take() {
-            eprintln!("{line}");
+            put(std::io::stderr(), &line);
             self.printed = Some(Instant::now());
         }
     }

@@ -54,9 +54,46 @@ pub enum Error {
     )]
     Unplaceable {
         /// What was asked for.
-        asked: Resources,
+        asked: Box<Resources>,
         /// What there is, all in all.
-        total: Resources,
+        total: Box<Resources>,
+    },
+    /// Resources that others held all the time.
+    #[error(
+        "{name} waited {after:?} for {asked}; free: {free}; end what holds the rest, or ask for less"
+    )]
+    NotPlaced {
+        /// Who waited.
+        name: String,
+        /// What it asked for.
+        asked: Box<Resources>,
+        /// What was free at the end.
+        free: Box<Resources>,
+        /// How long it waited.
+        after: Duration,
+    },
+    /// An amount that is none.
+    #[error("cannot ask for {asked}: amounts must be finite and not negative")]
+    InvalidResources {
+        /// What was asked for.
+        asked: Box<Resources>,
+    },
+    /// A metric named like a field that every line has.
+    #[error("a metric cannot be named {name:?}: every line of metrics has a field of that name")]
+    ReservedMetric {
+        /// The name.
+        name: String,
+    },
+    /// `init()` was called before.
+    #[error("mobula::init() was called twice in one process; pass its Runtime on instead")]
+    InitTwice,
+    /// Another program works on the run.
+    #[error("the run {} is in use by process {pid}; wait for its end, or choose another name", path.display())]
+    RunBusy {
+        /// The run.
+        path: PathBuf,
+        /// The other program.
+        pid: u32,
     },
     /// Process workers were asked for in a program that never called `init()`.
     #[error(
@@ -146,11 +183,13 @@ pub enum Error {
         /// Which file, and what is wrong with it.
         reason: String,
     },
-    /// No valid checkpoint where one is needed.
-    #[error("there is no valid checkpoint in {}", path.display())]
+    /// Checkpoints, but none that can be trusted.
+    #[error("none of the {found} checkpoints in {} is valid; remove them to start afresh", path.display())]
     NoCheckpoint {
         /// The folder that was searched.
         path: PathBuf,
+        /// How many invalid ones there are.
+        found: usize,
     },
     /// A new run has the name of an existing one.
     #[error("a run exists at {}; resume it, or choose another name", path.display())]

@@ -33,6 +33,8 @@ pub struct GroupOptions {
     pub resources: Resources,
     /// Where the members run. Default: each in a process of its own.
     pub placement: Placement,
+    /// How long to wait for resources that others hold. Default: 10 minutes.
+    pub placement_timeout: Duration,
     /// Which incarnation this is; a restart counts it up. Default: 0.
     pub generation: u64,
     /// What [`Member::context`] gives to every member: the business of the layer that makes the
@@ -59,6 +61,7 @@ impl GroupOptions {
             size,
             resources: Resources::cpus(1.0),
             placement: Placement::Process,
+            placement_timeout: Duration::from_secs(600),
             generation: 0,
             context: Bytes::new(),
             log_dir: None,
@@ -89,7 +92,7 @@ pub enum GroupEvent<T> {
     Report {
         /// Who.
         rank: usize,
-        /// Decode with [`GroupEvent::decode`].
+        /// Decode with [`decode_report`].
         payload: Bytes,
     },
     /// A member's function returned.
@@ -121,7 +124,7 @@ pub struct Group<T> {
     members: Vec<Port>,
     gathering: HashMap<String, Vec<Option<Bytes>>>,
     decode: fn(&[u8]) -> Result<T, Error>,
-    _lease: Lease,
+    lease: Arc<Lease>,
 }
 
 /// The driver's way to one member.
@@ -144,7 +147,8 @@ impl Route {
             (Self::Thread(inbox), ToWorker::Gathered { key, values }) => {
                 inbox.gathered(key, values)
             }
-            (Self::Thread(inbox), ToWorker::Stop | ToWorker::Shutdown) => inbox.stop(),
+            (Self::Thread(inbox), ToWorker::Stop) => inbox.stop(),
+            (Self::Thread(inbox), ToWorker::Shutdown) => inbox.close(),
             (Self::Thread(_), ToWorker::Run { .. }) => {}
         }
     }
@@ -158,27 +162,32 @@ impl Runtime {
         if options.placement == Placement::Process {
             self.host()?;
         }
-        let lease = self.lease(&options.name, &options.resources.times(options.size))?;
+        let resources = options.resources.times(options.size);
+        let lease = self.lease(&options.name, &resources, options.placement_timeout)?;
         let (sender, events) = sync_channel(EVENTS);
-        let mut members = Vec::with_capacity(options.size);
+        let mut group = Group {
+            name: options.name.clone(),
+            events,
+            members: Vec::with_capacity(options.size),
+            gathering: HashMap::new(),
+            decode: task.decode,
+            lease: Arc::new(lease),
+        };
+        // An error half-way drops the group, which ends the members that have started.
         for rank in 0..options.size {
             let spec = options.member(rank);
             let route = match options.placement {
-                Placement::Thread => self.start_thread(spec, task.function, &args, &sender)?,
+                Placement::Thread => {
+                    let lease = Arc::clone(&group.lease);
+                    self.start_thread(spec, task.function, &args, &sender, lease)?
+                }
                 Placement::Process => {
                     self.start_process(options, spec, task.function, &args, &sender)?
                 }
             };
-            members.push(Port { route, done: false });
+            group.members.push(Port { route, done: false });
         }
-        Ok(Group {
-            name: options.name.clone(),
-            events,
-            members,
-            gathering: HashMap::new(),
-            decode: task.decode,
-            _lease: lease,
-        })
+        Ok(group)
     }
 
     fn start_thread(
@@ -187,6 +196,7 @@ impl Runtime {
         function: &'static str,
         args: &Bytes,
         events: &SyncSender<(usize, WorkerEvent)>,
+        lease: Arc<Lease>,
     ) -> Result<Route, Error> {
         let (inbox, args, rank) = (Arc::new(Inbox::default()), args.clone(), spec.rank);
         let (name, threads) = (format!("{} rank {rank}", spec.group), spec.threads);
@@ -199,6 +209,8 @@ impl Runtime {
             let member = Member::new(spec, Box::new(send), port);
             let outcome = child::run(function, &args, Some(member));
             let _ = events.send((rank, WorkerEvent::Frame(FromWorker::Done(outcome))));
+            // A thread cannot be killed: the CPUs stay taken until the last one has ended.
+            drop(lease);
         })?;
         Ok(Route::Thread(inbox))
     }
@@ -461,6 +473,7 @@ impl Member {
 #[derive(Debug, Default)]
 pub(crate) struct Inbox {
     stop: AtomicBool,
+    closed: AtomicBool,
     gathered: Mutex<HashMap<String, Vec<Bytes>>>,
     arrived: Condvar,
 }
@@ -475,9 +488,20 @@ impl Inbox {
         self.arrived.notify_all();
     }
 
+    /// Nobody will send any more: whoever waits is woken.
+    fn close(&self) {
+        let _gathered = self.gathered.lock().unwrap_or_else(PoisonError::into_inner);
+        self.closed.store(true, Ordering::Release);
+        self.stop();
+        self.arrived.notify_all();
+    }
+
     fn take(&self, key: &str, timeout: Duration) -> Option<Vec<Bytes>> {
         let gathered = self.gathered.lock().unwrap_or_else(PoisonError::into_inner);
-        let waited = self.arrived.wait_timeout_while(gathered, timeout, |g| !g.contains_key(key));
+        let waits = |gathered: &mut HashMap<_, _>| {
+            !gathered.contains_key(key) && !self.closed.load(Ordering::Acquire)
+        };
+        let waited = self.arrived.wait_timeout_while(gathered, timeout, waits);
         waited.unwrap_or_else(PoisonError::into_inner).0.remove(key)
     }
 }

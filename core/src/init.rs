@@ -1,7 +1,8 @@
 //! The first line of `main`: the driver gets its runtime, a worker never returns.
 
 use crate::process::{ProcessHost, child, spawn};
-use crate::{Error, Resources, Runtime, interrupt};
+use crate::{Error, Resources, Runtime, interrupt, panics};
+use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 static INITIALISED: AtomicBool = AtomicBool::new(false);
@@ -25,9 +26,11 @@ pub fn init() -> Result<Runtime, Error> {
 
 /// [`init`] for a driver that is to account for these resources instead of all of the machine's.
 pub fn init_with(total: Resources) -> Result<Runtime, Error> {
-    INITIALISED.store(true, Ordering::SeqCst);
-    if let Ok(fd) = std::env::var(spawn::WORKER_VARIABLE) {
-        std::process::exit(work(&fd));
+    if INITIALISED.swap(true, Ordering::SeqCst) {
+        return Err(Error::InitTwice);
+    }
+    if let Some(control) = spawn::inherited_control()? {
+        std::process::exit(work(control));
     }
     let tokio = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(1)
@@ -43,26 +46,22 @@ pub fn init_with(total: Resources) -> Result<Runtime, Error> {
 }
 
 /// The life of a worker process; gives its exit code.
-fn work(fd: &str) -> i32 {
-    let driver = std::env::var(spawn::DRIVER_VARIABLE).ok().and_then(|pid| pid.parse::<u32>().ok());
+fn work(control: UnixStream) -> i32 {
+    let driver = std::env::var(spawn::DRIVER_VARIABLE).ok().and_then(|pid| pid.parse().ok());
     if driver != Some(std::os::unix::process::parent_id()) {
-        // The driver ended before PR_SET_PDEATHSIG was set.
+        eprintln!("worker {}: its driver ended before it began", std::process::id());
         return 1;
     }
-    let control = fd.parse().map_err(|_| Error::Internal(format!("bad file descriptor {fd:?}")));
-    match control.and_then(spawn::inherited_control) {
-        Ok(control) => child::serve(control),
-        Err(error) => {
-            eprintln!("worker {}: {error}", std::process::id());
-            1
-        }
-    }
+    // The pool that candle and rayon share in this process works for the worker's one function.
+    let pool = rayon::ThreadPoolBuilder::new().start_handler(|_| panics::keep_quiet_here());
+    let _ = pool.build_global();
+    child::serve(control)
 }
 
 /// A process that was started as a worker but reaches a runtime without `init()` would start
 /// workers of its own, and those more: it stops here.
 pub(crate) fn refuse_uninitialised_worker() {
-    let is_worker = std::env::var_os(spawn::WORKER_VARIABLE).is_some();
+    let is_worker = spawn::is_worker();
     if is_worker && !INITIALISED.load(Ordering::SeqCst) {
         eprintln!(
             "this process was started as a Mobula worker, but its main() did not call \

@@ -2,6 +2,7 @@
 
 use crate::console;
 use crate::process::ProcessHost;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -11,6 +12,7 @@ const DEADLINE: Duration = Duration::from_millis(1500);
 
 type Hook = Box<dyn FnOnce() -> Option<String> + Send>;
 
+static UNDER_WAY: AtomicBool = AtomicBool::new(false);
 static HOOKS: Mutex<Vec<(u64, Hook)>> = Mutex::new(Vec::new());
 
 /// Registers what to do when the program is interrupted: record the state of a run, and say in
@@ -35,12 +37,25 @@ impl Drop for InterruptGuard {
     }
 }
 
+/// Whether the program is being ended by a signal: what happens to its workers now is no news.
+pub(crate) fn is_under_way() -> bool {
+    UNDER_WAY.load(Ordering::SeqCst)
+}
+
+/// Whether the signal was ignored when the program started, as `nohup` has it: then it stays so.
+fn is_ignored(kind: SignalKind) -> bool {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    let mask = mask.and_then(|hex| u64::from_str_radix(hex.trim(), 16).ok()).unwrap_or(0);
+    mask & (1 << (kind.as_raw_value() - 1)) != 0
+}
+
 /// Listens for SIGINT, SIGTERM and SIGHUP from now on.
 pub(crate) fn listen(host: ProcessHost) -> std::io::Result<()> {
     let tokio = host.tokio().clone();
     let _entered = tokio.enter();
     let kinds = [SignalKind::interrupt(), SignalKind::terminate(), SignalKind::hangup()];
-    for kind in kinds {
+    for kind in kinds.into_iter().filter(|kind| !is_ignored(*kind)) {
         tokio.spawn(end_on(signal(kind)?, kind, host.clone()));
     }
     Ok(())
@@ -54,9 +69,11 @@ async fn end_on(mut signal: Signal, kind: SignalKind, host: ProcessHost) {
         std::process::exit(code);
     });
     std::thread::spawn(move || {
+        UNDER_WAY.store(true, Ordering::SeqCst);
         console::note("Interrupted: stopping.");
-        host.shutdown();
+        host.kill_all();
         run_hooks();
+        host.shutdown();
         std::process::exit(code);
     });
 }

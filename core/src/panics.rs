@@ -3,9 +3,10 @@
 
 use crate::error::chain;
 use crate::{BoxError, Error};
-use std::cell::RefCell;
+use std::any::Any;
+use std::cell::{Cell, RefCell};
 use std::panic::{AssertUnwindSafe, PanicHookInfo, catch_unwind};
-use std::sync::Once;
+use std::sync::{Mutex, Once, PoisonError};
 
 /// Message and location of the last panic on this thread, while [`catch`] is running.
 struct Caught {
@@ -13,7 +14,11 @@ struct Caught {
     location: String,
 }
 
+/// The last panic on a thread of a pool.
+static IN_POOL: Mutex<Option<Caught>> = Mutex::new(None);
+
 thread_local! {
+    static POOL_THREAD: Cell<bool> = const { Cell::new(false) };
     static CATCHING: RefCell<Option<Option<Caught>>> = const { RefCell::new(None) };
 }
 
@@ -26,25 +31,27 @@ pub(crate) fn catch<T>(task: &str, body: impl FnOnce() -> Result<T, BoxError>) -
     match outcome {
         Ok(Ok(value)) => Ok(value),
         Ok(Err(error)) => Err(failed(task, error)),
-        Err(_) => Err(panicked(task, caught)),
+        Err(payload) => Err(panicked(task, caught, &*payload)),
     }
 }
 
-/// The error of a task; one that already is a task's error keeps its own words.
 fn failed(task: &str, error: BoxError) -> Error {
     Error::TaskFailed { task: task.to_owned(), message: chain(&*error) }
 }
 
-fn panicked(task: &str, caught: Option<Caught>) -> Error {
-    let caught = caught.unwrap_or_else(|| Caught {
-        message: "unknown panic".to_owned(),
-        location: "an unknown place".to_owned(),
-    });
-    Error::TaskPanicked {
-        task: task.to_owned(),
-        message: caught.message,
-        location: caught.location,
-    }
+/// What was caught on this thread; else, for a panic that a thread of the pool handed on, what
+/// was last caught there, if it is the same.
+fn panicked(task: &str, caught: Option<Caught>, payload: &(dyn Any + Send)) -> Error {
+    let message = text(payload);
+    let elsewhere = || IN_POOL.lock().unwrap_or_else(PoisonError::into_inner).take();
+    let caught = caught.or_else(|| elsewhere().filter(|caught| caught.message == message));
+    let location = caught.map_or_else(|| "an unknown place".to_owned(), |c| c.location);
+    Error::TaskPanicked { task: task.to_owned(), message, location }
+}
+
+/// Marks this thread as one of a pool that works for tasks: a panic on it is theirs to report.
+pub(crate) fn keep_quiet_here() {
+    POOL_THREAD.set(true);
 }
 
 fn install_hook() {
@@ -59,22 +66,26 @@ fn install_hook() {
     });
 }
 
-/// Keeps the panic if this thread is inside [`catch`].
+/// Keeps the panic if this thread is inside [`catch`], or works for one that is.
 fn record(info: &PanicHookInfo<'_>) -> bool {
-    CATCHING.with_borrow_mut(|slot| match slot {
-        Some(caught) => {
-            *caught = Some(Caught {
-                message: message(info),
-                location: info.location().map_or_else(String::new, ToString::to_string),
-            });
+    let caught = || Caught {
+        message: text(info.payload()),
+        location: info.location().map_or_else(String::new, ToString::to_string),
+    };
+    let here = CATCHING.with_borrow_mut(|slot| match slot {
+        Some(slot) => {
+            *slot = Some(caught());
             true
         }
         None => false,
-    })
+    });
+    if !here && POOL_THREAD.get() {
+        *IN_POOL.lock().unwrap_or_else(PoisonError::into_inner) = Some(caught());
+    }
+    here || POOL_THREAD.get()
 }
 
-fn message(info: &PanicHookInfo<'_>) -> String {
-    let payload = info.payload();
+fn text(payload: &(dyn Any + Send)) -> String {
     let text = payload.downcast_ref::<&str>().map(|s| (*s).to_owned());
     text.or_else(|| payload.downcast_ref::<String>().cloned())
         .unwrap_or_else(|| "a value that is not text".to_owned())

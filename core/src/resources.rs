@@ -82,6 +82,11 @@ impl Resources {
             })
     }
 
+    fn is_valid(&self) -> bool {
+        let amounts = [self.cpus, self.gpus].into_iter().chain(self.custom.values().copied());
+        amounts.into_iter().all(|amount| amount.is_finite() && amount >= 0.0)
+    }
+
     /// Threads that a worker with these resources computes on: the CPUs rounded up, at least 1.
     pub fn threads(&self) -> usize {
         (self.cpus.ceil() as usize).max(1)
@@ -136,10 +141,16 @@ impl Ledger {
 
     /// Refuses what could never fit, however long one waits.
     pub fn check(&self, asked: &Resources) -> Result<(), Error> {
+        if !asked.is_valid() {
+            return Err(Error::InvalidResources { asked: Box::new(asked.clone()) });
+        }
         if asked.fits(&self.total) {
             return Ok(());
         }
-        Err(Error::Unplaceable { asked: asked.clone(), total: self.total.clone() })
+        Err(Error::Unplaceable {
+            asked: Box::new(asked.clone()),
+            total: Box::new(self.total.clone()),
+        })
     }
 
     /// Takes the resources if they are free now.
@@ -159,7 +170,9 @@ impl Ledger {
 
 fn visible_gpus() -> usize {
     if let Ok(list) = std::env::var("CUDA_VISIBLE_DEVICES") {
-        return list.split(',').filter(|id| !id.trim().is_empty()).count();
+        // As CUDA reads it: an invalid index, such as -1, hides itself and all after it.
+        let ids = list.split(',').map(str::trim);
+        return ids.take_while(|id| !id.is_empty() && !id.starts_with('-')).count();
     }
     (0..64).take_while(|i| std::path::Path::new(&format!("/dev/nvidia{i}")).exists()).count()
 }

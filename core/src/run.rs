@@ -215,6 +215,31 @@ impl RunDir {
         MetricsWriter::open(&self.path)
     }
 
+    /// Takes the run for this process. Errors when another one that is alive works on it.
+    pub fn claim(&self) -> Result<(), Error> {
+        if let Ok(status) = self.status()
+            && status.state == RunState::Running
+            && status.pid != std::process::id()
+        {
+            return Err(Error::RunBusy { path: self.path.clone(), pid: status.pid });
+        }
+        self.set_state(RunState::Running)
+    }
+
+    /// Drops the metrics of steps after `step`, which are about to be made again.
+    pub fn rewind_metrics(&self, step: u64) -> Result<(), Error> {
+        let lines = self.metrics()?;
+        if lines.iter().all(|line| line.step <= step) {
+            return Ok(());
+        }
+        let mut text = Vec::new();
+        for line in lines.iter().filter(|line| line.step <= step) {
+            text.extend(serde_json::to_vec(line).map_err(Error::layer)?);
+            text.push(b'\n');
+        }
+        write_atomically(&self.path.join("metrics.jsonl"), &text)
+    }
+
     /// Every whole line of `metrics.jsonl`.
     pub fn metrics(&self) -> Result<Vec<MetricsLine>, Error> {
         let path = self.path.join("metrics.jsonl");
@@ -253,6 +278,9 @@ impl MetricsWriter {
 
     /// Appends one line. JSON has no NaN or infinity: such values are left out of the line.
     pub fn log(&mut self, step: u64, values: &BTreeMap<String, f64>) -> Result<(), Error> {
+        if let Some(name) = ["step", "time"].into_iter().find(|name| values.contains_key(*name)) {
+            return Err(Error::ReservedMetric { name: name.to_owned() });
+        }
         let line = MetricsLine {
             step,
             time: unix_time(),
@@ -342,6 +370,35 @@ mod tests {
         run.metrics_writer().expect("open").log(3, &values(0.25)).expect("log");
         let steps: Vec<u64> = run.metrics().expect("metrics").iter().map(|m| m.step).collect();
         assert_eq!(steps, [1, 3]);
+    }
+
+    #[test]
+    fn what_is_made_again_is_not_there_twice() {
+        let root = tempfile::tempdir().expect("temporary folder");
+        let run = RunDir::create(root.path(), "r", 1, &()).expect("create");
+        let mut writer = run.metrics_writer().expect("open");
+        (1..=4).for_each(|step| writer.log(step, &values(0.5)).expect("log"));
+        run.rewind_metrics(2).expect("rewind");
+        run.metrics_writer().expect("open").log(3, &values(0.25)).expect("log");
+        let steps: Vec<u64> = run.metrics().expect("metrics").iter().map(|m| m.step).collect();
+        assert_eq!(steps, [1, 2, 3]);
+
+        let reserved = BTreeMap::from([("time".to_owned(), 1.0)]);
+        let error = run.metrics_writer().expect("open").log(5, &reserved).expect_err("reserved");
+        assert!(matches!(error, Error::ReservedMetric { .. }), "{error}");
+    }
+
+    #[test]
+    fn a_run_has_one_driver() {
+        let root = tempfile::tempdir().expect("temporary folder");
+        let run = RunDir::create(root.path(), "r", 1, &()).expect("create");
+        run.claim().expect("our own");
+        let other = format!(
+            r#"{{"state":"running","pid":{},"changed":0.0}}"#,
+            std::os::unix::process::parent_id()
+        );
+        fs::write(run.path().join("status.json"), other).expect("write");
+        assert!(matches!(run.claim(), Err(Error::RunBusy { .. })));
     }
 
     #[test]

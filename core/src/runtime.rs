@@ -2,7 +2,7 @@
 
 use crate::process::ProcessHost;
 use crate::task::{Body, ObjectRef, Placement, Task, TaskOptions, run_here};
-use crate::{Error, Ledger, Resources};
+use crate::{Error, Ledger, Resources, console, panics};
 use std::collections::VecDeque;
 use std::sync::mpsc::{RecvTimeoutError, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -12,8 +12,8 @@ use std::time::Duration;
 /// address space, not memory, until it is used.
 pub(crate) const STACK_BYTES: usize = 256 << 20;
 
-/// How long an actor or a group waits for resources that others hold.
-const PLACEMENT_TIMEOUT: Duration = Duration::from_secs(60);
+/// After this, who waits for resources that others hold is told so.
+const PLACEMENT_NOTE: Duration = Duration::from_secs(5);
 
 /// Places tasks, actors and groups on this machine. Clones share one account of resources.
 ///
@@ -45,8 +45,13 @@ struct Scheduler {
 
 struct Waiting {
     resources: Resources,
-    start: Box<dyn FnOnce(Result<Lease, Error>) + Send>,
+    /// Whether somebody still waits for it: what was cancelled or given up blocks nobody.
+    wanted: Box<dyn Fn() -> bool + Send>,
+    start: Start,
 }
+
+/// What to do with the lease, or with the reason why there is none.
+type Start = Box<dyn FnOnce(Result<Lease, Error>) + Send>;
 
 impl std::fmt::Debug for Scheduler {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -102,11 +107,12 @@ impl Runtime {
         let object = ObjectRef::pending(&task.name);
         let (resources, runtime, promise) =
             (task.options.resources.clone(), self.clone(), object.clone());
-        self.enqueue(resources, move |lease| match lease {
-            Ok(lease) if !promise.is_cancelled() => runtime.start(task, promise, lease),
-            Ok(_) => {}
+        let queued = object.clone();
+        let start = move |lease| match lease {
+            Ok(lease) => runtime.start(task, promise, lease),
             Err(error) => promise.resolve(Err(error)),
-        });
+        };
+        self.enqueue(resources, move || !queued.is_cancelled(), start);
         object
     }
 
@@ -132,15 +138,33 @@ impl Runtime {
     }
 
     /// Waits for resources on behalf of an actor or a group.
-    pub(crate) fn lease(&self, name: &str, resources: &Resources) -> Result<Lease, Error> {
+    pub(crate) fn lease(
+        &self,
+        name: &str,
+        resources: &Resources,
+        timeout: Duration,
+    ) -> Result<Lease, Error> {
         let (sender, receiver) = sync_channel(1);
-        self.enqueue(resources.clone(), move |lease| drop(sender.send(lease)));
-        match receiver.recv_timeout(PLACEMENT_TIMEOUT) {
+        // Lives as long as this call: who has given up must not block the queue.
+        let waiting = Arc::new(());
+        let still_waits = Arc::downgrade(&waiting);
+        let start = move |lease| drop(sender.send(lease));
+        self.enqueue(resources.clone(), move || still_waits.strong_count() > 0, start);
+        let note = timeout.min(PLACEMENT_NOTE);
+        let mut answer = receiver.recv_timeout(note);
+        if matches!(answer, Err(RecvTimeoutError::Timeout)) && note < timeout {
+            let free = self.free_resources();
+            console::note(format!("{name} waits for {resources}; free now: {free}"));
+            answer = receiver.recv_timeout(timeout - note);
+        }
+        match answer {
             Ok(lease) => lease,
             Err(RecvTimeoutError::Disconnected) => Err(closed()),
-            Err(RecvTimeoutError::Timeout) => Err(Error::Timeout {
-                what: format!("placing {name} ({resources}; free: {})", self.free_resources()),
-                after: PLACEMENT_TIMEOUT,
+            Err(RecvTimeoutError::Timeout) => Err(Error::NotPlaced {
+                name: name.to_owned(),
+                asked: Box::new(resources.clone()),
+                free: Box::new(self.free_resources()),
+                after: timeout,
             }),
         }
     }
@@ -155,6 +179,7 @@ impl Runtime {
         let pool = rayon::ThreadPoolBuilder::new()
             .num_threads(threads)
             .stack_size(STACK_BYTES)
+            .start_handler(|_| panics::keep_quiet_here())
             .build()
             .map_err(Error::layer)?;
         let thread = std::thread::Builder::new().name(name.to_owned());
@@ -170,8 +195,9 @@ impl Runtime {
             Placement::Process => 1,
         };
         let name = task.name.clone();
-        let spawned = self.spawn_thread(&name, threads, move || {
-            let result = runtime.run(task, &promise);
+        let spawned = self.spawn_thread(&task.name.clone(), threads, move || {
+            let result = panics::catch(&name, || Ok(runtime.run(task, &promise)));
+            let result = result.and_then(|result| result);
             // The resources are free before the result is seen: who waits may submit the next.
             drop(lease);
             promise.resolve(result);
@@ -225,6 +251,7 @@ impl Runtime {
     fn enqueue(
         &self,
         resources: Resources,
+        wanted: impl Fn() -> bool + Send + 'static,
         start: impl FnOnce(Result<Lease, Error>) + Send + 'static,
     ) {
         let refusal = {
@@ -233,8 +260,8 @@ impl Runtime {
                 Ok(()) if scheduler.closed => Some((closed(), start)),
                 Err(error) => Some((error, start)),
                 Ok(()) => {
-                    let start = Box::new(start);
-                    scheduler.waiting.push_back(Waiting { resources, start });
+                    let (wanted, start) = (Box::new(wanted), Box::new(start));
+                    scheduler.waiting.push_back(Waiting { resources, wanted, start });
                     None
                 }
             }
@@ -253,9 +280,11 @@ impl Runtime {
         }
     }
 
-    #[allow(clippy::type_complexity)]
-    fn next_that_fits(&self) -> Option<(Box<dyn FnOnce(Result<Lease, Error>) + Send>, Resources)> {
+    fn next_that_fits(&self) -> Option<(Start, Resources)> {
         let mut scheduler = self.scheduler();
+        while scheduler.waiting.front().is_some_and(|head| !(head.wanted)()) {
+            scheduler.waiting.pop_front();
+        }
         let asked = scheduler.waiting.front()?.resources.clone();
         if !scheduler.ledger.take(&asked) {
             return None;

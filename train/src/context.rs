@@ -28,7 +28,6 @@ pub struct WorkerContext<'a> {
     place: Place<'a>,
     collective: Collective,
     setup: Setup,
-    gradients: Option<Gradients>,
     files: BTreeMap<String, Vec<u8>>,
     meter: Meter,
 }
@@ -64,14 +63,7 @@ impl<'a> WorkerContext<'a> {
     }
 
     fn new(place: Place<'a>, collective: Collective, setup: Setup) -> Self {
-        Self {
-            place,
-            collective,
-            setup,
-            gradients: None,
-            files: BTreeMap::new(),
-            meter: Meter::default(),
-        }
+        Self { place, collective, setup, files: BTreeMap::new(), meter: Meter::default() }
     }
 
     /// This worker's share of a stream.
@@ -103,6 +95,7 @@ impl<'a> WorkerContext<'a> {
             return Ok(false);
         };
         state.restore(checkpoint, stream)?;
+        self.meter.restart_clock();
         Ok(true)
     }
 
@@ -117,25 +110,19 @@ impl<'a> WorkerContext<'a> {
         batch: &Batch,
         loss: impl FnOnce(&Model, &Pass) -> Result<Tensor, E>,
     ) -> Result<f64> {
-        let shard = self.shard();
-        let mut gradients = match self.gradients.take() {
-            Some(gradients) => gradients,
-            None => Gradients::zeros(state.model.params()),
-        };
-        gradients.clear();
+        state.gradients_mut().1.clear();
         if batch.rows() > 0 {
-            // Ranks draw from disjoint rows of one large global batch.
-            let first_row = (shard.rank as u64) << 32;
+            // Ranks draw as if their rows lay one after the other in the global batch.
+            let first_row = self.shard().rank as u64 * batch.global_rows() as u64;
             let pass = Pass::train(state.seed(), state.step()).with_row_offset(first_row);
             let loss = loss(&state.model, &pass).map_err(Error::program)?;
             let share = batch.rows() as f32 / batch.global_rows().max(1) as f32;
-            backward(&loss, share, state, &mut gradients)?;
+            backward(&loss, share, state)?;
         }
-        self.reduce(gradients.as_reduced_mut())?;
-        let loss = check_finite(&gradients, state.step())?;
-        state.optimizer.step(state.model.params(), &gradients)?;
+        self.reduce(state.gradients_mut().1.as_reduced_mut())?;
+        let loss = check_finite(state.gradients(), state.step())?;
+        state.update()?;
         state.count_step();
-        self.gradients = Some(gradients);
         self.meter.count(batch.global_rows(), loss);
         self.report_progress(state)?;
         Ok(loss)
@@ -156,6 +143,7 @@ impl<'a> WorkerContext<'a> {
             }
         }
         self.all_reduce_sum(&mut sums)?;
+        self.meter.restart_clock();
         Ok(sums[0] / sums[1])
     }
 
@@ -174,9 +162,9 @@ impl<'a> WorkerContext<'a> {
         metrics: &[(&str, f64)],
     ) -> Result<Flow> {
         state.count_epoch();
-        let mut metrics: BTreeMap<String, f64> =
-            metrics.iter().map(|(name, value)| ((*name).to_owned(), *value)).collect();
-        metrics.extend(self.meter.end_epoch());
+        let mut all = self.meter.end_epoch();
+        all.extend(metrics.iter().map(|(name, value)| ((*name).to_owned(), *value)));
+        let metrics = all;
         self.checkpoint_if_due(state, stream, &metrics)?;
         let report = EpochReport {
             epoch: state.epoch(),
@@ -186,6 +174,7 @@ impl<'a> WorkerContext<'a> {
         };
         let mut stop = [f64::from(u8::from(self.tell_epoch(report)?.is_stop()))];
         self.reduce(&mut stop)?;
+        self.meter.restart_clock();
         Ok(Flow::stop_if(stop[0] > 0.0))
     }
 
@@ -254,15 +243,16 @@ impl<'a> WorkerContext<'a> {
 }
 
 /// Loss and gradients of this rank's rows, scaled by its share of all rows.
-fn backward(loss: &Tensor, share: f32, state: &TrainState, into: &mut Gradients) -> Result<()> {
+fn backward(loss: &Tensor, share: f32, state: &mut TrainState) -> Result<()> {
     if loss.elem_count() != 1 {
         return Err(Error::LossShape { shape: loss.dims().to_vec() });
     }
     let value = loss.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
     // The gradients of a loss that is no number are none either; the sum will tell all ranks.
     let store = loss.backward()?;
-    into.fill(state.model.params(), &store, share)?;
-    into.set_loss(value[0] * share);
+    let (model, gradients) = state.gradients_mut();
+    gradients.fill(model.params(), &store, share)?;
+    gradients.set_loss(value[0] * share);
     Ok(())
 }
 

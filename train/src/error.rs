@@ -70,17 +70,19 @@ pub enum Error {
     },
     /// Ranks called a collective with buffers of different lengths.
     #[error(
-        "rank {rank} reduces {len} elements, rank {other} {other_len}: do all ranks build the same model?"
+        "rank {rank} reduces {len} {unit}, rank {other} {other_len}: do all ranks build the same model?"
     )]
     CollectiveLength {
         /// Who noticed.
         rank: usize,
-        /// Its elements.
+        /// How much it brings.
         len: usize,
         /// Another rank.
         other: usize,
-        /// That one's elements.
+        /// How much that one brings.
         other_len: usize,
+        /// Of what.
+        unit: &'static str,
     },
     /// Shared memory could not be made or opened.
     #[error("cannot {action} {bytes} bytes of shared memory: {source}")]
@@ -91,6 +93,16 @@ pub enum Error {
         bytes: usize,
         /// What the system said.
         source: std::io::Error,
+    },
+    /// An optimizer that has stepped another model.
+    #[error(
+        "the optimizer holds moments of {expected} values, the model has {got}: each model needs its own optimizer"
+    )]
+    OptimizerModel {
+        /// Values that the optimizer has moments for.
+        expected: usize,
+        /// Values of the model.
+        got: usize,
     },
     /// Saved optimizer state that does not fit the model.
     #[error("the optimizer state in {} does not fit the model: {reason}", path.display())]

@@ -97,6 +97,10 @@ impl AdamW {
 
     /// Updates the parameters in place.
     pub fn step(&mut self, params: &Params, gradients: &Gradients) -> Result<()> {
+        let (expected, got) = (self.exp_avg.len(), gradients.values().len());
+        if self.step > 0 && expected != got {
+            return Err(Error::OptimizerModel { expected, got });
+        }
         self.exp_avg.resize(gradients.values().len(), 0.0);
         self.exp_avg_sq.resize(gradients.values().len(), 0.0);
         self.step += 1;

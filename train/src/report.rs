@@ -38,56 +38,69 @@ pub struct EpochReport {
     pub metrics: BTreeMap<String, f64>,
 }
 
-/// Counts rows, losses and time.
+/// Counts rows, losses and the time of training steps, from the end of one to the end of the next:
+/// evaluations and checkpoints between them are not counted.
 #[derive(Debug)]
 pub(crate) struct Meter {
     epoch: Window,
     recent: Window,
     last_loss: f64,
+    clock: Instant,
+    reported: Instant,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct Window {
-    begun: Instant,
+    elapsed: Duration,
     rows: usize,
     weighted_loss: f64,
 }
 
-impl Default for Window {
-    fn default() -> Self {
-        Self { begun: Instant::now(), rows: 0, weighted_loss: 0.0 }
-    }
-}
-
 impl Window {
-    fn count(&mut self, rows: usize, loss: f64) {
+    fn count(&mut self, rows: usize, loss: f64, elapsed: Duration) {
         self.rows += rows;
         self.weighted_loss += loss * rows as f64;
+        self.elapsed += elapsed;
     }
 
     fn rows_per_second(&self) -> f64 {
-        self.rows as f64 / self.begun.elapsed().as_secs_f64().max(1e-9)
+        self.rows as f64 / self.elapsed.as_secs_f64().max(1e-9)
     }
 }
 
 impl Default for Meter {
     fn default() -> Self {
-        Self { epoch: Window::default(), recent: Window::default(), last_loss: f64::NAN }
+        let now = Instant::now();
+        Self {
+            epoch: Window::default(),
+            recent: Window::default(),
+            last_loss: f64::NAN,
+            clock: now,
+            reported: now,
+        }
     }
 }
 
 impl Meter {
     pub(crate) fn count(&mut self, rows: usize, loss: f64) {
-        self.epoch.count(rows, loss);
-        self.recent.count(rows, loss);
+        let elapsed = self.clock.elapsed();
+        self.restart_clock();
+        self.epoch.count(rows, loss, elapsed);
+        self.recent.count(rows, loss, elapsed);
         self.last_loss = loss;
+    }
+
+    /// Leaves out the time since the last step.
+    pub(crate) fn restart_clock(&mut self) {
+        self.clock = Instant::now();
     }
 
     /// The progress since the last report, if one is due.
     pub(crate) fn progress(&mut self, state: &TrainState) -> Option<Progress> {
-        if self.recent.begun.elapsed() < PROGRESS_INTERVAL {
+        if self.reported.elapsed() < PROGRESS_INTERVAL {
             return None;
         }
+        self.reported = Instant::now();
         let recent = std::mem::take(&mut self.recent);
         Some(Progress {
             step: state.step(),
@@ -98,8 +111,7 @@ impl Meter {
         })
     }
 
-    /// Mean loss over the rows of the epoch, and rows a second of its training steps and what lay
-    /// between them.
+    /// Mean loss over the rows of the epoch, and rows a second of its training steps.
     pub(crate) fn end_epoch(&mut self) -> BTreeMap<String, f64> {
         let epoch = std::mem::take(&mut self.epoch);
         BTreeMap::from([

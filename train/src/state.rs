@@ -1,5 +1,6 @@
 //! What a training run carries from step to step, and its checkpoint.
 
+use crate::gradients::Gradients;
 use crate::optim::AdamW;
 use crate::{Error, Result};
 use candle_core::Device;
@@ -10,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::path::Path;
 
-const STATE: &str = "state.json";
+pub(crate) const STATE: &str = "state.json";
 const MODEL: &str = "model.safetensors";
 const OPTIMIZER: &str = "optimizer.safetensors";
 
@@ -22,6 +23,7 @@ pub struct TrainState {
     pub model: Model,
     /// The optimizer.
     pub optimizer: AdamW,
+    gradients: Gradients,
     seed: u64,
     step: u64,
     epoch: u64,
@@ -46,7 +48,8 @@ pub struct SavedState {
 impl TrainState {
     /// A run at its start, to go on for so many epochs.
     pub fn new(model: Model, optimizer: AdamW, seed: u64, epochs: u64) -> Self {
-        Self { model, optimizer, seed, step: 0, epoch: 0, epochs }
+        let gradients = Gradients::zeros(model.params());
+        Self { model, optimizer, gradients, seed, step: 0, epoch: 0, epochs }
     }
 
     /// Global steps done.
@@ -72,6 +75,21 @@ impl TrainState {
     /// The seed of everything random in a step.
     pub fn seed(&self) -> u64 {
         self.seed
+    }
+
+    /// The buffer of gradients, and what they are of.
+    pub(crate) fn gradients_mut(&mut self) -> (&Model, &mut Gradients) {
+        (&self.model, &mut self.gradients)
+    }
+
+    /// The gradients of the last step.
+    pub fn gradients(&self) -> &Gradients {
+        &self.gradients
+    }
+
+    /// Updates the model by its gradients.
+    pub(crate) fn update(&mut self) -> Result<()> {
+        self.optimizer.step(self.model.params(), &self.gradients)
     }
 
     pub(crate) fn count_step(&mut self) {

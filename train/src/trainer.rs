@@ -2,6 +2,7 @@
 
 use crate::context::Setup;
 use crate::report::{EpochReport, Progress, WorkerReport};
+use crate::state::{STATE, SavedState};
 use crate::{Error, Result};
 use mobula_core::checkpoint::Checkpoint;
 use mobula_core::console::{self, Progress as Bar};
@@ -138,14 +139,21 @@ impl<T> Trainer<T> {
 
     /// Trains until the function has returned on every rank.
     pub fn fit(&self, runtime: &Runtime) -> Result<TrainingResult<T>> {
-        self.set_state(RunState::Running)?;
+        if self.scaling.num_workers == 0 {
+            let (option, got) = ("num_workers", "0".to_owned());
+            return Err(Error::Option { option, got, expected: "at least 1" });
+        }
+        self.run.as_ref().map_or(Ok(()), RunDir::claim)?;
         let run = self.run.clone();
         let _interrupted = mobula_core::on_interrupt(move || {
             run.and_then(|run| run.set_state(RunState::Interrupted).err()).map(|e| e.to_string())
         });
         let result = self.fit_with_restarts(runtime);
         let state = if result.is_ok() { RunState::Finished } else { RunState::Failed };
-        self.set_state(state)?;
+        // A status that cannot be written must not hide how the training ended.
+        if let Some(Err(error)) = self.run.as_ref().map(|run| run.set_state(state)) {
+            console::note(error.to_string());
+        }
         result
     }
 
@@ -169,7 +177,9 @@ impl<T> Trainer<T> {
 
     /// One life of the group.
     fn attempt(&self, runtime: &Runtime, generation: u32, journal: &mut Journal) -> Result<Vec<T>> {
-        let options = self.group_options(generation)?;
+        let resume_from = self.newest_checkpoint()?;
+        journal.resume(resume_from.as_ref(), self.run.as_ref())?;
+        let options = self.group_options(generation, resume_from)?;
         let mut group = runtime.group(&options, &self.task)?;
         let mut values: Vec<Option<T>> = (0..self.scaling.num_workers).map(|_| None).collect();
         while values.iter().any(Option::is_none) {
@@ -182,15 +192,19 @@ impl<T> Trainer<T> {
         Ok(values.into_iter().flatten().collect())
     }
 
-    fn group_options(&self, generation: u32) -> Result<GroupOptions> {
-        let checkpoints = self.run.as_ref().map(|run| run.checkpoints(self.checkpoint.keep));
-        let resume_from = match &checkpoints {
-            Some(store) => store.latest()?,
-            None => None,
+    fn newest_checkpoint(&self) -> Result<Option<Checkpoint>> {
+        let Some(run) = &self.run else {
+            return Ok(None);
         };
-        if let Some(checkpoint) = &resume_from {
-            console::note(format!("{}: continuing from step {}", self.name, checkpoint.step()));
-        }
+        Ok(run.checkpoints(self.checkpoint.keep).latest()?)
+    }
+
+    fn group_options(
+        &self,
+        generation: u32,
+        resume_from: Option<Checkpoint>,
+    ) -> Result<GroupOptions> {
+        let checkpoints = self.run.as_ref().map(|run| run.checkpoints(self.checkpoint.keep));
         let setup = Setup {
             checkpoints: checkpoints.map(|store| store.dir().to_owned()),
             keep: self.checkpoint.keep,
@@ -209,20 +223,14 @@ impl<T> Trainer<T> {
     }
 
     fn result(&self, values: Vec<T>, restarts: u32, journal: Journal) -> Result<TrainingResult<T>> {
-        let checkpoint = match &self.run {
-            Some(run) => run.checkpoints(self.checkpoint.keep).latest()?,
-            None => None,
-        };
+        let checkpoint = self.newest_checkpoint()?;
         Ok(TrainingResult { metrics: journal.last, checkpoint, restarts, values })
-    }
-
-    fn set_state(&self, state: RunState) -> Result<()> {
-        Ok(self.run.as_ref().map_or(Ok(()), |run| run.set_state(state))?)
     }
 }
 
-/// Workers that hang are found by their heartbeats and by the deadlines of their collectives;
-/// each ends in an event, so waiting for one never hangs.
+/// A process that hangs is found by its missing heartbeats, and a rank that others wait for by the
+/// deadline of their collective; each ends in an event. A training function that computes forever
+/// on all ranks is waited for: it may be right to.
 fn next<T>(group: &mut Group<T>) -> GroupEvent<T> {
     loop {
         if let Some(event) = group.next_event(Duration::from_secs(1)) {
@@ -245,8 +253,20 @@ impl Journal {
             bar: None,
             name: name.to_owned(),
             metrics: run.map(RunDir::metrics_writer).transpose()?,
-            last: run.map(last_metrics).unwrap_or_default(),
+            last: BTreeMap::new(),
         })
+    }
+
+    /// Goes back to where the checkpoint was taken: what comes after it will be made again.
+    fn resume(&mut self, from: Option<&Checkpoint>, run: Option<&RunDir>) -> Result<()> {
+        let (Some(checkpoint), Some(run)) = (from, run) else {
+            return Ok(());
+        };
+        console::note(format!("{}: continuing from step {}", self.name, checkpoint.step()));
+        self.last = checkpoint.json::<SavedState>(STATE)?.metrics;
+        run.rewind_metrics(checkpoint.step())?;
+        self.metrics = Some(run.metrics_writer()?);
+        Ok(())
     }
 
     fn record(&mut self, report: WorkerReport) -> Result<()> {
@@ -282,11 +302,4 @@ impl Journal {
     fn log(&mut self, step: u64, values: &BTreeMap<String, f64>) -> Result<()> {
         Ok(self.metrics.as_mut().map_or(Ok(()), |metrics| metrics.log(step, values))?)
     }
-}
-
-/// The last epoch of a run that was resumed after it had finished.
-fn last_metrics(run: &RunDir) -> BTreeMap<String, f64> {
-    let lines = run.metrics().unwrap_or_default();
-    let last = lines.into_iter().rev().find(|line| line.values.contains_key("epoch"));
-    last.map(|line| line.values).unwrap_or_default()
 }

@@ -18,8 +18,7 @@ use tonic::codec::Streaming;
 use tonic::transport::{Channel, Endpoint};
 
 const BEAT_INTERVAL: Duration = Duration::from_secs(1);
-/// How long a worker that has delivered its result waits to be sent home.
-const GOODBYE_TIMEOUT: Duration = Duration::from_secs(10);
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Serves the control stream until the driver says, or its silence tells, that all is done.
 /// Returns the exit code.
@@ -75,7 +74,7 @@ async fn connect(
         std::future::ready(stream.map(TokioIo::new).ok_or_else(lost))
     });
     // The address is never looked up: the connector hands out the inherited socket.
-    let endpoint = Endpoint::from_static("http://driver").connect_timeout(GOODBYE_TIMEOUT);
+    let endpoint = Endpoint::from_static("http://driver").connect_timeout(CONNECT_TIMEOUT);
     let channel: Channel = endpoint.connect_with_connector(connector).await?;
     let mut grpc = tonic::client::Grpc::new(channel).max_decoding_message_size(MAX_FRAME_BYTES);
     grpc.ready().await?;
@@ -112,6 +111,9 @@ fn start(
 pub(crate) fn run(function: &str, args: &[u8], member: Option<Member>) -> Outcome {
     let result = panics::catch(function, || RemoteFn::find(function)?.run(member, args));
     match result {
+        Ok(value) if value.len() >= MAX_FRAME_BYTES => Outcome::Failed {
+            message: format!("its result has {} bytes, at most {MAX_FRAME_BYTES} fit", value.len()),
+        },
         Ok(value) => Outcome::Value(value),
         Err(Error::TaskPanicked { message, location, .. }) => {
             Outcome::Panicked { message, location }

@@ -3,7 +3,7 @@
 use super::logs::{LogTarget, pump};
 use super::spawn::Started;
 use super::wire::{Frames, FromWorker, MAX_FRAME_BYTES, ToWorker};
-use crate::Error;
+use crate::{Error, interrupt};
 use futures::stream::{self, StreamExt};
 use std::convert::Infallible;
 use std::os::unix::process::ExitStatusExt;
@@ -19,6 +19,8 @@ use tonic::{Request, Response, Status};
 
 /// A worker that says nothing for so long is taken for dead, and killed.
 const HEARTBEAT_TIMEOUT: Duration = Duration::from_secs(15);
+/// Then it is listened to once more.
+const SECOND_LOOK: Duration = Duration::from_secs(1);
 /// A worker that has not said hello by then never will.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long the output of a process that has ended is waited for.
@@ -138,6 +140,9 @@ impl Process {
         // Look without reaping first: `kill` must not be locked out while this waits.
         let options = WaitIdOptions::EXITED | WaitIdOptions::NOWAIT;
         while let Err(rustix::io::Errno::INTR) = waitid(WaitId::Pid(self.pid), options) {}
+        // What the worker had started is of its process group, whose id cannot be reused as long
+        // as the worker has not been reaped.
+        let _ = rustix::process::kill_process_group(self.pid, rustix::process::Signal::KILL);
         let status = lock(&self.child).wait().ok();
         *lock(&self.status) = status;
         self.ended.notify_all();
@@ -217,6 +222,10 @@ impl Session {
             () = session => {}
         }
         self.process.kill();
+        if interrupt::is_under_way() {
+            // The program is about to end; to its main thread nothing has happened.
+            return std::future::pending().await;
+        }
         // Its last words come before the news of its end.
         let _ = tokio::time::timeout(LAST_WORDS, self.drained).await;
         let (process, log) = (self.process, self.log);
@@ -225,27 +234,40 @@ impl Session {
         let _ = self.events.send(end).await;
     }
 
-    /// Passes frames on until the stream closes or falls silent.
+    /// Passes frames on until the stream closes, breaks or falls silent.
     async fn forward(&self, mut frames: Streaming<FromWorker>) {
         loop {
-            match tokio::time::timeout(HEARTBEAT_TIMEOUT, frames.message()).await {
-                Ok(Ok(Some(FromWorker::Beat))) => {}
-                Ok(Ok(Some(frame))) => {
+            let frame = match tokio::time::timeout(HEARTBEAT_TIMEOUT, frames.message()).await {
+                Ok(frame) => frame,
+                // A driver that was stopped itself (Ctrl-Z) has beats to read before it judges.
+                Err(_) => match tokio::time::timeout(SECOND_LOOK, frames.message()).await {
+                    Ok(frame) => frame,
+                    Err(_) => return self.process.kill_because(silent()),
+                },
+            };
+            match frame {
+                Ok(Some(FromWorker::Beat)) => {}
+                Ok(Some(frame)) => {
                     if self.events.send(WorkerEvent::Frame(frame)).await.is_err() {
                         return;
                     }
                 }
-                Ok(Ok(None) | Err(_)) => return self.leave_to_end().await,
-                Err(_) => return self.process.kill_because(silent()),
+                Ok(None) => return self.leave_to_end("its control stream closed").await,
+                Err(status) => {
+                    let reason = format!("its control stream broke: {}", status.message());
+                    return self.leave_to_end(&reason).await;
+                }
             }
         }
     }
 
-    /// The stream closed first: give the process a moment to say by its exit code why.
-    async fn leave_to_end(&self) {
+    /// The stream ended first: give the process a moment to say by its exit code why.
+    async fn leave_to_end(&self, reason: &str) {
         let process = Arc::clone(&self.process);
-        let wait = move || process.wait(Duration::from_secs(2));
-        let _ = tokio::task::spawn_blocking(wait).await;
+        let wait = move || process.wait(Duration::from_secs(2)).is_some();
+        if !tokio::task::spawn_blocking(wait).await.unwrap_or(false) {
+            self.process.kill_because(reason.to_owned());
+        }
     }
 }
 

@@ -2,8 +2,10 @@
 
 use crate::console;
 use std::fs::{File, OpenOptions};
-use std::io::{BufRead, BufReader, PipeReader, Write};
+use std::io::{BufRead, BufReader, PipeReader, Read, Write};
 use std::path::PathBuf;
+
+const MAX_LINE: u64 = 64 << 10;
 
 /// Where the output of one worker goes.
 #[derive(Clone, Debug, Default)]
@@ -20,7 +22,8 @@ pub(crate) fn pump(output: PipeReader, target: &LogTarget) {
     let mut file = target.file.as_ref().and_then(open);
     let mut reader = BufReader::new(output);
     let mut line = Vec::new();
-    while matches!(reader.read_until(b'\n', &mut line), Ok(n) if n > 0) {
+    // A line without end, such as another program's progress bar, is passed on in pieces.
+    while matches!(reader.by_ref().take(MAX_LINE).read_until(b'\n', &mut line), Ok(n) if n > 0) {
         if let Some(file) = &mut file {
             let _ = file.write_all(&line);
         }
@@ -33,5 +36,5 @@ pub(crate) fn pump(output: PipeReader, target: &LogTarget) {
 
 fn open(path: &PathBuf) -> Option<File> {
     let file = OpenOptions::new().create(true).append(true).open(path);
-    file.map_err(|error| tracing::warn!("cannot log to {}: {error}", path.display())).ok()
+    file.map_err(|error| console::note(format!("cannot log to {}: {error}", path.display()))).ok()
 }

@@ -13,7 +13,7 @@ use crate::remote::RemoteCall;
 use crate::{Error, Resources};
 use spawn::Spawner;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
 use wire::{FromWorker, Outcome, ToWorker};
 
@@ -27,7 +27,14 @@ const CANCEL_POLL: Duration = Duration::from_millis(50);
 pub(crate) struct ProcessHost {
     tokio: tokio::runtime::Handle,
     spawner: Spawner,
-    alive: Arc<Mutex<Vec<Weak<link::Process>>>>,
+    alive: Arc<Mutex<Alive>>,
+}
+
+/// The processes that are to end with the driver.
+#[derive(Debug, Default)]
+struct Alive {
+    processes: Vec<Weak<link::Process>>,
+    closing: bool,
 }
 
 impl ProcessHost {
@@ -51,8 +58,12 @@ impl ProcessHost {
         let started = self.spawner.spawn(environment)?;
         let link = WorkerLink::new(started, log, events, &self.tokio)?;
         let mut alive = self.alive();
-        alive.retain(|process| process.strong_count() > 0);
-        alive.push(Arc::downgrade(link.process()));
+        if alive.closing {
+            // The link is dropped, and its process ends.
+            return Err(Error::Cancelled { task: "starting a worker process".to_owned() });
+        }
+        alive.processes.retain(|process| process.strong_count() > 0);
+        alive.processes.push(Arc::downgrade(link.process()));
         Ok(link)
     }
 
@@ -94,17 +105,24 @@ impl ProcessHost {
         self.tokio.block_on(next).ok().flatten()
     }
 
-    /// Kills every worker and waits for them to be gone.
+    /// Kills every worker, starts no more, and waits for them to be gone.
     pub(crate) fn shutdown(&self) {
-        let alive: Vec<_> =
-            self.alive().drain(..).filter_map(|process| process.upgrade()).collect();
-        alive.iter().for_each(|process| process.kill());
-        for process in alive {
-            process.wait(SHUTDOWN_GRACE);
+        let deadline = Instant::now() + SHUTDOWN_GRACE;
+        for process in self.kill_all() {
+            process.wait(deadline.saturating_duration_since(Instant::now()));
         }
     }
 
-    fn alive(&self) -> MutexGuard<'_, Vec<Weak<link::Process>>> {
+    /// Kills every worker and starts no more.
+    pub(crate) fn kill_all(&self) -> Vec<Arc<link::Process>> {
+        let mut alive = self.alive();
+        alive.closing = true;
+        let processes: Vec<_> = alive.processes.drain(..).filter_map(|p| p.upgrade()).collect();
+        processes.iter().for_each(|process| process.kill());
+        processes
+    }
+
+    fn alive(&self) -> MutexGuard<'_, Alive> {
         self.alive.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -100,12 +100,29 @@ fn prepare(command: &mut Command, control: RawFd) {
     unsafe { command.pre_exec(in_child) };
 }
 
-/// Takes over the control stream that the driver left open under this number.
-pub(crate) fn inherited_control(fd: RawFd) -> Result<UnixStream, Error> {
-    // SAFETY: called once, by `init()` in a worker, with the number that the driver put into the
-    // environment of this process for this purpose; nothing else in the process owns it.
+/// Whether this process was started as a worker: it has the variable, and the descriptor. A
+/// program that a worker starts inherits only the variable, and is a driver of its own.
+pub(crate) fn is_worker() -> bool {
+    worker_fd().is_some()
+}
+
+fn worker_fd() -> Option<RawFd> {
+    let fd: RawFd = std::env::var(WORKER_VARIABLE).ok()?.parse().ok().filter(|fd| *fd > 2)?;
+    let target = std::fs::read_link(format!("/proc/self/fd/{fd}")).ok()?;
+    target.to_string_lossy().starts_with("socket:").then_some(fd)
+}
+
+/// Takes over the control stream that the driver left open for this process, if it is a worker.
+/// To be called once.
+pub(crate) fn inherited_control() -> Result<Option<UnixStream>, Error> {
+    let Some(fd) = worker_fd() else {
+        return Ok(None);
+    };
+    // SAFETY: `init()` calls this once, which it checks; the descriptor is open, and the number in
+    // the environment is the one that the driver left to this process for this purpose, so
+    // nothing else in the process owns it.
     let fd = unsafe { OwnedFd::from_raw_fd(fd) };
-    fcntl_setfd(&fd, FdFlags::CLOEXEC)
-        .map_err(|e| Error::system("taking over the control stream", e))?;
-    Ok(UnixStream::from(fd))
+    let failed = |e| Error::system("taking over the control stream", e);
+    fcntl_setfd(&fd, FdFlags::CLOEXEC).map_err(failed)?;
+    Ok(Some(UnixStream::from(fd)))
 }

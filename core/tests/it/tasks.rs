@@ -1,7 +1,7 @@
 //! Tasks in threads and processes: results, errors, panics, losses, limits.
 
 use crate::Test;
-use mobula_core::{Error, Placement, Resources, Runtime, Task, TaskOptions, remote};
+use mobula_core::{ActorOptions, Error, Placement, Resources, Runtime, Task, TaskOptions, remote};
 use std::sync::mpsc::channel;
 use std::time::Duration;
 
@@ -12,6 +12,8 @@ pub(crate) const TESTS: &[Test] = &[
     ("tasks::what_never_fits_is_refused", never_fits),
     ("tasks::what_does_not_fit_yet_waits", waits_for_room),
     ("tasks::a_queued_task_is_cancelled_at_once", cancel_queued),
+    ("tasks::who_gave_up_blocks_nobody", gave_up),
+    ("tasks::a_panic_in_the_pool_keeps_its_words", pool_panic),
     ("tasks::a_running_process_is_killed_when_cancelled", cancel_process),
     ("tasks::a_process_has_the_threads_it_asked_for", threads_of_a_process),
     ("tasks::closures_stay_in_process", closures_stay),
@@ -156,4 +158,38 @@ fn awaited(runtime: &Runtime) {
     let object = runtime.submit(Task::new("answer", || Ok::<_, Error>(43)));
     object.get_timeout(Duration::from_secs(30)).expect("in time");
     assert_eq!(*tokio.block_on(async { object.await }).expect("result"), 43);
+}
+
+fn gave_up(_: &Runtime) {
+    let runtime = Runtime::local(Resources::cpus(2.0)).expect("runtime");
+    let (release, gate) = channel::<()>();
+    let first = runtime.submit(Task::new("first", move || gate.recv()));
+    let options = ActorOptions {
+        placement_timeout: Duration::from_millis(1),
+        ..ActorOptions::new("large").with_resources(Resources::cpus(2.0))
+    };
+    let error = runtime.spawn_actor(options, || Ok(())).expect_err("one CPU is taken");
+    assert!(matches!(&error, Error::NotPlaced { .. }) && !error.is_retryable(), "{error}");
+    let cancelled =
+        Task::new("cancelled", || Ok::<_, Error>(())).with_resources(Resources::cpus(2.0));
+    runtime.submit(cancelled).cancel();
+    let small = runtime.submit(Task::new("small", || Ok::<_, Error>(1)));
+    assert_eq!(*small.get_timeout(Duration::from_secs(60)).expect("a CPU is free"), 1);
+    release.send(()).expect("the first task waits");
+    first.get().expect("first");
+}
+
+#[remote(crate = mobula_core)]
+fn panic_in_pool() {
+    rayon::join(|| (), || panic!("in the pool"));
+}
+
+fn pool_panic(runtime: &Runtime) {
+    for placement in [Placement::Thread, Placement::Process] {
+        let task = panic_in_pool::remote().on(placement).with_resources(Resources::cpus(2.0));
+        let Err(Error::TaskPanicked { message, .. }) = runtime.submit(task).get() else {
+            panic!("expected a panic as a value");
+        };
+        assert_eq!(message, "in the pool", "{placement:?}");
+    }
 }

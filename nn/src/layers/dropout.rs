@@ -44,7 +44,10 @@ impl Module for Dropout {
         let mask = Mask {
             key: Stream::new(training.seed, &format!("dropout {}", self.name)).key(),
             step: training.step,
-            first_row: training.row_offset as u32,
+            first_row: u32::try_from(training.row_offset).map_err(|_| {
+                let expected = "less than 2^32, the rows that a step may have";
+                Error::option("row_offset", training.row_offset, expected)
+            })?,
             threshold: (self.rate * (1u64 << 32) as f64) as u32,
             scale: 1.0 / (1.0 - self.rate),
         };

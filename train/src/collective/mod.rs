@@ -12,8 +12,16 @@ use std::time::Duration;
 /// How long a rank waits for the others before it names who is late.
 pub(crate) const TIMEOUT: Duration = Duration::from_secs(60);
 
-/// What can be summed: plain numbers without padding.
-pub trait Element: Copy + Default + std::ops::AddAssign + Send + Sync + 'static {}
+/// What can be summed: `f32` and `f64`. Sealed: shared memory relies on every bit pattern being a
+/// value.
+pub trait Element: sealed::Number {}
+
+mod sealed {
+    /// Plain numbers without padding, for which every bit pattern is a value.
+    pub trait Number: Copy + Default + std::ops::AddAssign + Send + Sync + 'static {}
+    impl Number for f32 {}
+    impl Number for f64 {}
+}
 
 impl Element for f32 {}
 impl Element for f64 {}

@@ -62,6 +62,12 @@ impl Region {
 
     fn map(file: File, world: usize, capacity: usize) -> Result<Self> {
         let bytes = Self::bytes(world, capacity);
+        let has = file.metadata().map_err(|e| shared_memory("open", bytes, e))?.len();
+        if has < bytes as u64 {
+            // Memory behind the end of the file would be a bus error.
+            let short = std::io::Error::other(format!("the file has {has}"));
+            return Err(shared_memory("map", bytes, short));
+        }
         let map = MmapOptions::new().len(bytes).map_raw(&file);
         Ok(Self {
             map: map.map_err(|e| shared_memory("map", bytes, e))?,

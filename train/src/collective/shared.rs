@@ -49,27 +49,43 @@ impl SharedMemory {
         Ok(())
     }
 
-    /// Makes sure of a region with slots of so many bytes. All ranks come here with the same
-    /// lengths, so all decide the same.
+    /// Makes sure of a region with slots of so many bytes. Whether ranks that differ in length
+    /// come here together or not, each finds out: by what the others say here, by the lengths
+    /// that they publish, or by the deadline.
     fn reserve(&mut self, member: &Member, bytes: usize) -> Result<()> {
         if self.region.as_ref().is_some_and(|region| region.capacity() >= bytes) {
             return Ok(());
         }
         self.regions += 1;
-        let key = format!("shared-memory-{}", self.regions);
         let made = match self.rank {
             0 => Some(Region::create(self.world, bytes)?),
             _ => None,
         };
-        let mine = made.as_ref().map_or("", |(_, path)| path).as_bytes();
-        let paths = member.all_gather(&key, mine, TIMEOUT)?;
-        let path = String::from_utf8_lossy(&paths[0]).into_owned();
+        let path = self.agree(member, bytes, made.as_ref().map_or("", |(_, path)| path))?;
         self.region = Some(match made {
             Some((region, _)) => region,
             None => Region::open(Path::new(&path), self.world, bytes)?,
         });
         self.turn = 0;
         Ok(())
+    }
+
+    /// Compares the sizes that all ranks ask for; gives the path of rank 0's region.
+    fn agree(&self, member: &Member, bytes: usize, path: &str) -> Result<String> {
+        let key = format!("shared-memory-{}", self.regions);
+        let all = member.all_gather(&key, format!("{bytes} {path}").as_bytes(), TIMEOUT)?;
+        let mut paths = Vec::with_capacity(all.len());
+        for (other, said) in all.iter().enumerate() {
+            let said = String::from_utf8_lossy(said).into_owned();
+            let (size, path) = said.split_once(' ').unwrap_or((&said, ""));
+            let other_len = size.parse().unwrap_or(0);
+            if other_len != bytes {
+                let (rank, len) = (self.rank, bytes);
+                return Err(Error::CollectiveLength { rank, len, other, other_len, unit: "bytes" });
+            }
+            paths.push(path.to_owned());
+        }
+        Ok(paths.swap_remove(0))
     }
 
     fn publish(&self, len: u64) -> Result<()> {
@@ -83,7 +99,14 @@ impl SharedMemory {
             let other_len = region.counter(other, LENGTH).load(Ordering::Relaxed);
             if other_len != len {
                 let (len, other_len) = (len as usize, other_len as usize);
-                return Err(Error::CollectiveLength { rank: self.rank, len, other, other_len });
+                let rank = self.rank;
+                return Err(Error::CollectiveLength {
+                    rank,
+                    len,
+                    other,
+                    other_len,
+                    unit: "elements",
+                });
             }
         }
         Ok(())

@@ -1,7 +1,7 @@
 //! The all-reduce, in threads and across processes.
 
 use crate::Test;
-use mobula_core::{BoxError, GroupOptions, Member, Placement, Runtime, remote};
+use mobula_core::{BoxError, GroupEvent, GroupOptions, Member, Placement, Runtime, remote};
 use mobula_train::WorkerContext;
 use std::time::Duration;
 
@@ -38,19 +38,21 @@ fn sum_awkward(member: Member) -> Result<Vec<u32>, BoxError> {
 }
 
 #[remote(crate = mobula_core)]
-fn sum_different(member: Member) -> Result<(), BoxError> {
-    let len = 10 + member.rank();
+fn sum_different(member: Member, lengths: Vec<usize>) -> Result<(), BoxError> {
+    let len = lengths[member.rank()];
     let mut context = WorkerContext::join(member)?;
     context.all_reduce_sum(&mut vec![0.0f32; len])?;
     Ok(())
 }
 
+/// What a trainer without a run directory gives to its workers.
+pub(crate) fn no_setup() -> serde_json::Value {
+    serde_json::json!({"checkpoints": null, "keep": 1, "every_epochs": 1, "resume_from": null})
+}
+
 fn options(placement: Placement, size: usize) -> GroupOptions {
     let options = GroupOptions { placement, show_logs: false, ..GroupOptions::new("sum", size) };
-    // A trainer gives its setup to its workers; this is the empty one.
-    let setup =
-        serde_json::json!({"checkpoints": null, "keep": 1, "every_epochs": 1, "resume_from": null});
-    options.with_context(&setup).expect("context")
+    options.with_context(&no_setup()).expect("context")
 }
 
 fn sums(runtime: &Runtime) {
@@ -92,8 +94,16 @@ fn same_bits(runtime: &Runtime) {
 }
 
 fn lengths_differ(runtime: &Runtime) {
-    let group =
-        runtime.group(&options(Placement::Thread, 2), &sum_different::remote()).expect("group");
-    let error = group.join(LONG).expect_err("lengths differ").to_string();
-    assert!(error.contains("do all ranks build the same model?"), "{error}");
+    // Within one slot, and far apart, either rank bringing more.
+    for lengths in [[10, 11], [10, 100_000], [100_000, 10]] {
+        let task = sum_different::remote(lengths.to_vec());
+        let mut group = runtime.group(&options(Placement::Process, 2), &task).expect("group");
+        for _ in 0..2 {
+            let Some(GroupEvent::Failed { error, .. }) = group.next_event(LONG) else {
+                panic!("{lengths:?}: every rank must fail");
+            };
+            let text = error.to_string();
+            assert!(text.contains("do all ranks build the same model?"), "{lengths:?}: {text}");
+        }
+    }
 }

@@ -111,18 +111,24 @@ impl BatchStream for Rows {
     }
 }
 
-/// Trains and gives the final weights of this rank, and its accuracy.
+/// What a rank has at the end.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct Outcome {
+    pub(crate) weights: Vec<f32>,
+    pub(crate) accuracy: f64,
+    /// The step that the rank began at: above 0 if it was restored from a checkpoint.
+    pub(crate) began_at: u64,
+}
+
+/// Trains, and gives what this rank has at the end.
 #[remote(crate = mobula_core)]
-pub(crate) fn train(member: Member, config: Config) -> Result<(Vec<f32>, f64), BoxError> {
+pub(crate) fn train(member: Member, config: Config) -> Result<Outcome, BoxError> {
     let generation = member.generation();
     println!("generation {generation}");
     learn(&mut WorkerContext::join(member)?, &config)
 }
 
-pub(crate) fn learn(
-    context: &mut WorkerContext<'_>,
-    config: &Config,
-) -> Result<(Vec<f32>, f64), BoxError> {
+pub(crate) fn learn(context: &mut WorkerContext<'_>, config: &Config) -> Result<Outcome, BoxError> {
     let mut stream = Rows::open(context.shard(), config.batch_size);
     let mut options = MlpOptions::new(FEATURES, [16], CLASSES);
     // Masks differ between world sizes; without dropout all worlds agree.
@@ -130,7 +136,9 @@ pub(crate) fn learn(
     let model = Model::build(&ModelSpec::new("mlp", &options)?, 5, &Device::Cpu)?;
     let optimizer = AdamW::new(AdamWOptions { lr: config.lr, ..Default::default() })?;
     let mut state = TrainState::new(model, optimizer, 5, config.epochs);
-    context.restore(&mut state, &mut stream)?;
+    let restored = context.restore(&mut state, &mut stream)?;
+    let began_at = state.step();
+    assert_eq!(restored, began_at > 0);
     let mut accuracy = f64::NAN;
     while !state.is_finished() {
         while let Some(batch) = stream.next_batch()? {
@@ -159,7 +167,7 @@ pub(crate) fn learn(
     for (_, var) in state.model.params().vars() {
         weights.extend(var.flatten_all()?.to_vec1::<f32>()?);
     }
-    Ok((weights, accuracy))
+    Ok(Outcome { weights, accuracy, began_at })
 }
 
 fn do_harm(harm: &Harm, rank: usize, step: u64) {

@@ -2,7 +2,7 @@
 //! nothing.
 
 use crate::Test;
-use crate::digits::{Config, Harm, train};
+use crate::digits::{Config, Harm, Outcome, train};
 use mobula_core::{Resources, RunDir, Runtime};
 use mobula_train::{Error, FailureConfig, ScalingConfig, Trainer, TrainingResult};
 
@@ -15,9 +15,9 @@ pub(crate) const TESTS: &[Test] = &[
     ("faults::a_world_that_never_fits_is_refused", never_fits),
 ];
 
-type Outcome = Result<TrainingResult<(Vec<f32>, f64)>, Error>;
+type Fit = Result<TrainingResult<Outcome>, Error>;
 
-fn fit(runtime: &Runtime, config: Config, run: Option<&RunDir>) -> Outcome {
+fn fit(runtime: &Runtime, config: Config, run: Option<&RunDir>) -> Fit {
     let mut trainer = Trainer::new(train::remote(config)).with_logs_shown(false);
     if let Some(run) = run {
         trainer = trainer.with_run(run);
@@ -35,7 +35,8 @@ fn killed_once(runtime: &Runtime) {
     let killed = fit(runtime, Config { harm, ..Config::new(5) }, Some(&run)).expect("recovers");
     let undisturbed = fit(runtime, Config::new(5), None).expect("fit");
     assert_eq!(killed.restarts, 1);
-    assert_eq!(killed.values[0].0, undisturbed.values[0].0);
+    assert!(killed.values.iter().all(|rank| rank.began_at == 12), "restored, not begun anew");
+    assert_eq!(killed.values[0].weights, undisturbed.values[0].weights);
     let log = std::fs::read_to_string(run.log_path(0)).expect("log");
     assert_eq!(log, "generation 0\ngeneration 1\n");
 }
@@ -58,8 +59,9 @@ fn damaged_checkpoint(runtime: &Runtime) {
     std::fs::File::options().write(true).open(&weights).and_then(|f| f.set_len(half)).expect("cut");
 
     let resumed = fit(runtime, Config::new(4), Some(&run)).expect("falls back");
+    assert_eq!(resumed.values[0].began_at, 12, "the one before it was taken at step 12");
     let undisturbed = fit(runtime, Config::new(4), None).expect("fit");
-    assert_eq!(resumed.values[0].0, undisturbed.values[0].0);
+    assert_eq!(resumed.values[0].weights, undisturbed.values[0].weights);
 }
 
 fn nan(runtime: &Runtime) {

@@ -1,10 +1,16 @@
 //! Training on one and several workers: same numbers, uneven shares, resumption.
 
 use crate::Test;
-use crate::digits::{Config, ROWS, learn, train};
-use mobula_core::{Flow, RunDir, Runtime};
+use crate::digits::{Config, Outcome, ROWS, learn, train};
+use candle_core::{DType, Device, Tensor};
+use mobula_core::{
+    Batch, BoxError, Flow, GroupOptions, Member, Placement, RunDir, Runtime, remote,
+};
+use mobula_nn::models::MlpOptions;
+use mobula_nn::{Model, ModelSpec};
 use mobula_train::{
-    CheckpointConfig, ScalingConfig, Trainer, TrainingResult, WorkerContext, load_model,
+    AdamW, AdamWOptions, CheckpointConfig, ScalingConfig, TrainState, Trainer, TrainingResult,
+    WorkerContext, load_model,
 };
 
 pub(crate) const TESTS: &[Test] = &[
@@ -13,12 +19,14 @@ pub(crate) const TESTS: &[Test] = &[
     ("training::a_run_records_metrics_logs_and_checkpoints", records),
     ("training::a_stopped_run_resumes_to_the_same_bits", resumes),
     ("training::a_finished_run_is_not_trained_again", finished),
+    ("training::ranks_draw_different_dropout_masks", masks_differ),
+    ("training::no_workers_are_refused", no_workers),
     ("training::a_listener_ends_the_training", breaks_off),
 ];
 
-type Outcome = TrainingResult<(Vec<f32>, f64)>;
+type Fit = TrainingResult<Outcome>;
 
-fn fit(runtime: &Runtime, workers: usize, config: Config) -> Outcome {
+fn fit(runtime: &Runtime, workers: usize, config: Config) -> Fit {
     let trainer = Trainer::new(train::remote(config)).with_logs_shown(false);
     trainer.with_scaling(ScalingConfig::workers(workers)).fit(runtime).expect("fit")
 }
@@ -31,13 +39,13 @@ fn max_difference(a: &[f32], b: &[f32]) -> f32 {
 fn worlds_agree(runtime: &Runtime) {
     let one = fit(runtime, 1, Config::new(6));
     let two = fit(runtime, 2, Config::new(6));
-    assert_eq!(two.values[0].0, two.values[1].0, "ranks must hold the same weights");
-    let difference = max_difference(&one.values[0].0, &two.values[0].0);
+    assert_eq!(two.values[0].weights, two.values[1].weights, "ranks must hold the same weights");
+    let difference = max_difference(&one.values[0].weights, &two.values[0].weights);
     assert!(difference < 1e-4, "weights differ by {difference}");
     assert!(one.metrics["accuracy"] > 0.9 && two.metrics["accuracy"] > 0.9, "{:?}", two.metrics);
     // The control: another learning rate does move the weights by more than the tolerance.
     let other = fit(runtime, 1, Config { lr: 0.021, ..Config::new(6) });
-    assert!(max_difference(&one.values[0].0, &other.values[0].0) > 1e-3);
+    assert!(max_difference(&one.values[0].weights, &other.values[0].weights) > 1e-3);
 }
 
 /// 90 rows in batches of 89: the last step has one row, on one rank only.
@@ -45,7 +53,7 @@ fn uneven(runtime: &Runtime) {
     let config = Config { batch_size: ROWS - 1, ..Config::new(4) };
     let one = fit(runtime, 1, config.clone());
     let three = fit(runtime, 3, config);
-    let difference = max_difference(&one.values[0].0, &three.values[0].0);
+    let difference = max_difference(&one.values[0].weights, &three.values[0].weights);
     assert!(difference < 1e-4, "weights differ by {difference}");
 }
 
@@ -72,23 +80,31 @@ fn records(runtime: &Runtime) {
     for (_, var) in load_model(&checkpoint).expect("model").params().vars() {
         saved.extend(var.flatten_all().and_then(|t| t.to_vec1::<f32>()).expect("values"));
     }
-    assert_eq!(saved, result.values[0].0);
+    assert_eq!(saved, result.values[0].weights);
 }
 
-/// Trains 2 of 5 epochs, then goes on with another number of workers; and without a stop.
+/// Trains 2 of 5 epochs, then goes on, with as many workers and with fewer.
 fn resumes(runtime: &Runtime) {
-    let root = tempfile::tempdir().expect("temporary folder");
-    let run = RunDir::create(root.path(), "stopped", 5, &()).expect("run");
-    let fit = |epochs, workers| {
-        let trainer = Trainer::new(train::remote(Config::new(epochs))).with_run(&run);
-        let trainer = trainer.with_checkpoints(CheckpointConfig { every_epochs: 2, keep: 2 });
-        let trainer = trainer.with_scaling(ScalingConfig::workers(workers)).with_logs_shown(false);
-        trainer.fit(runtime).expect("fit")
-    };
-    fit(2, 2);
-    let resumed = fit(5, 2);
-    let whole = self::fit(runtime, 2, Config::new(5));
-    assert_eq!(resumed.values[0].0, whole.values[0].0);
+    let whole = fit(runtime, 2, Config::new(5));
+    for workers in [2, 1] {
+        let root = tempfile::tempdir().expect("temporary folder");
+        let run = RunDir::create(root.path(), "stopped", 5, &()).expect("run");
+        let fit = |epochs, workers| {
+            let trainer = Trainer::new(train::remote(Config::new(epochs))).with_run(&run);
+            let trainer = trainer.with_checkpoints(CheckpointConfig { every_epochs: 2, keep: 2 });
+            let trainer = trainer.with_scaling(ScalingConfig::workers(workers));
+            trainer.with_logs_shown(false).fit(runtime).expect("fit")
+        };
+        fit(2, 2);
+        let resumed = fit(5, workers);
+        assert!(resumed.values.iter().all(|rank| rank.began_at == 12), "{workers} workers");
+        let difference = max_difference(&resumed.values[0].weights, &whole.values[0].weights);
+        // As many workers add in the same order: the same bits.
+        assert!(difference <= if workers == 2 { 0.0 } else { 1e-4 }, "{difference}");
+        let epochs = run.metrics().expect("metrics");
+        let epochs = epochs.iter().filter_map(|line| line.values.get("epoch").copied());
+        assert_eq!(epochs.collect::<Vec<_>>(), [1.0, 2.0, 3.0, 4.0, 5.0]);
+    }
 }
 
 fn finished(runtime: &Runtime) {
@@ -98,7 +114,8 @@ fn finished(runtime: &Runtime) {
         || Trainer::new(train::remote(Config::new(2))).with_run(&run).with_logs_shown(false);
     let first = trainer().fit(runtime).expect("fit");
     let again = trainer().fit(runtime).expect("fit");
-    assert_eq!(first.values[0].0, again.values[0].0);
+    assert_eq!(first.values[0].weights, again.values[0].weights);
+    assert_eq!(again.values[0].began_at, 12, "there was nothing left to do");
     assert_eq!(first.metrics["accuracy"], again.metrics["accuracy"]);
 }
 
@@ -111,4 +128,35 @@ fn breaks_off(_: &Runtime) {
     learn(&mut WorkerContext::alone(listener), &Config::new(10)).expect("learn");
     assert_eq!(epochs.len(), 2);
     assert!(epochs[1].1 < epochs[0].1, "the loss falls: {epochs:?}");
+}
+
+/// Steps once on two ranks and gives the row that each one's dropout starts at.
+#[remote(crate = mobula_core)]
+fn first_row(member: Member) -> Result<u64, BoxError> {
+    let mut context = WorkerContext::join(member)?;
+    let spec = ModelSpec::new("mlp", &MlpOptions::new(2, [4], 2))?;
+    let model = Model::build(&spec, 1, &Device::Cpu)?;
+    let mut state = TrainState::new(model, AdamW::new(AdamWOptions::default())?, 1, 1);
+    let x = Tensor::ones((3, 2), DType::F32, &Device::Cpu)?;
+    let batch = Batch::new(vec![("x".into(), x.clone())])?.with_global_rows(6);
+    let mut offset = None;
+    context.step(&mut state, &batch, |model, pass| {
+        offset = pass.training().map(|training| training.row_offset);
+        model.forward(&x, pass)?.sum_all().map_err(BoxError::from)
+    })?;
+    offset.ok_or_else(|| "a step is a training pass".into())
+}
+
+fn masks_differ(runtime: &Runtime) {
+    let options = GroupOptions { placement: Placement::Thread, ..GroupOptions::new("masks", 2) };
+    let options = options.with_context(&crate::collectives::no_setup()).expect("context");
+    let group = runtime.group(&options, &first_row::remote()).expect("group");
+    let offsets = group.join(std::time::Duration::from_secs(60)).expect("join");
+    assert_eq!(offsets, [0, 6], "disjoint rows of one step");
+}
+
+fn no_workers(runtime: &Runtime) {
+    let trainer = Trainer::new(train::remote(Config::new(1)));
+    let error = trainer.with_scaling(ScalingConfig::workers(0)).fit(runtime).expect_err("none");
+    assert_eq!(error.to_string(), "option num_workers is 0, expected at least 1");
 }
