@@ -1,1 +1,50 @@
-//! Placeholder while the dependencies build.
+//! Lazy datasets on DataFusion: read, transform, split, and stream as tensors.
+//!
+//! A [`Dataset`] is a description of rows. It is cheap to clone and to send; worker processes open
+//! it and read the blocks of their shard. A [`Preprocessor`] is fitted on the training rows and
+//! applied, from one definition, in training and in serving.
+//!
+//! ```
+//! use mobula_core::{BatchSource, Shard};
+//! use mobula_data::{Dataset, StandardScaler, StreamOptions};
+//!
+//! # std::env::set_current_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/..")).unwrap();
+//! let digits = Dataset::read_parquet("examples/data/digits-*.parquet")?;
+//! let (train, _test) = digits.train_test_split(0.2, 7)?;
+//! let scaler = StandardScaler::fit(&train, ["image"])?;
+//! let options = StreamOptions::new(["image"], "label").with_batch_size(64).with_shuffle(7);
+//! let source = train.preprocess(&scaler)?.stream(options)?;
+//!
+//! let mut stream = source.open(Shard::ALL)?;
+//! let batch = stream.next_batch()?.expect("a first step");
+//! assert_eq!(batch.get("image")?.dims(), [64, 64]);
+//! assert_eq!(batch.get("label")?.dims(), [64]);
+//! # Ok::<(), mobula_core::Error>(())
+//! ```
+//!
+//! What it will not do: shuffle by holding a buffer and losing its place, drop the last rows of an
+//! epoch, or give ranks other batches because there are more of them. It does not distribute
+//! queries: [`Dataset::sql`] runs in one process and keeps its result in memory.
+
+mod batch_fn;
+mod dataset;
+mod error;
+mod plan;
+mod preprocess;
+mod runtime;
+mod scan;
+mod source;
+mod split;
+mod stream;
+
+pub use batch_fn::BatchFn;
+pub use dataset::Dataset;
+pub use error::{Error, Result};
+/// For registering a [`BatchFn`].
+pub use inventory;
+pub use preprocess::{
+    Chain, Concatenator, Fill, LabelEncoder, MinMaxScaler, OneHotEncoder, OrdinalEncoder,
+    Preprocessor, SimpleImputer, StandardScaler, Step, Unknown, Value,
+};
+pub use source::csv::CsvOptions;
+pub use stream::{StreamOptions, TensorSource};

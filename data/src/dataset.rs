@@ -1,0 +1,294 @@
+//! The lazy dataset: a description of rows, opened where they are needed.
+
+use crate::error::{Error, Result};
+use crate::plan::{self, Compiled};
+use crate::preprocess::Preprocessor;
+use crate::runtime::{block_on, threads};
+use crate::source::csv::CsvOptions;
+use crate::source::memory::MemoryTable;
+use crate::source::{OpenSource, Source, paths};
+use crate::split::{Side, Split};
+use crate::stream::{StreamOptions, TensorSource};
+use arrow::compute::concat_batches;
+use arrow::datatypes::SchemaRef;
+use arrow::record_batch::RecordBatch;
+use arrow::util::pretty::pretty_format_batches;
+use futures::{StreamExt, TryStreamExt, stream};
+use mobula_core::{Batch, BatchSource, Shard};
+use serde::{Deserialize, Serialize};
+use std::path::Path;
+use std::sync::{Arc, OnceLock};
+
+/// Rows of named columns: where they come from, and what is done to them.
+///
+/// A dataset is a description. Making one reads schemas and footers, so that mistakes show where
+/// they are made, but no rows; cloning one, or sending it to a worker process, is cheap. Rows are
+/// read by `count`, `collect`, `head`, `show`, by fitting a preprocessor, and by a stream.
+///
+/// All operations but [`sql`](Self::sql) work row by row and keep the order of the source.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Dataset {
+    source: Source,
+    ops: Vec<Op>,
+    /// Shared by everything derived from the same source, which is opened once.
+    #[serde(skip)]
+    opened: Arc<OnceLock<Arc<OpenSource>>>,
+    #[serde(skip)]
+    schema: OnceLock<SchemaRef>,
+}
+
+/// What is done to rows.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) enum Op {
+    Select { columns: Vec<String> },
+    Filter { predicate: String },
+    WithColumn { name: String, expression: String },
+    Split(Split),
+    Preprocess(Preprocessor),
+    MapBatches { function: String },
+}
+
+impl Op {
+    fn keeps_every_row(&self) -> bool {
+        matches!(self, Self::Select { .. } | Self::WithColumn { .. } | Self::Preprocess(_))
+    }
+}
+
+/// Where datasets come from.
+impl Dataset {
+    /// Parquet files: a path, a folder, or a pattern such as `data/part-*.parquet`, which are
+    /// read in alphabetical order. Errors when no file matches, when one is not Parquet, and when
+    /// their columns differ.
+    pub fn read_parquet(pattern: impl AsRef<str>) -> Result<Self> {
+        let files = paths::expand(pattern.as_ref(), "parquet")?;
+        Self::from_source(Source::Parquet { files })
+    }
+
+    /// CSV files: a path, a folder or a pattern. Types are inferred from all rows; the rows are
+    /// kept in memory.
+    pub fn read_csv(pattern: impl AsRef<str>, options: CsvOptions) -> Result<Self> {
+        let files = paths::expand(pattern.as_ref(), "csv")?;
+        Self::from_source(Source::Csv { files, options })
+    }
+
+    /// A pair of IDX files as MNIST and Fashion-MNIST have them, gzipped or not. Columns: `image`
+    /// (a list of `height * width` bytes) and `label` (a byte). The rows are kept in memory.
+    pub fn read_idx(images: impl AsRef<Path>, labels: impl AsRef<Path>) -> Result<Self> {
+        let (images, labels) =
+            (paths::existing(images.as_ref())?, paths::existing(labels.as_ref())?);
+        Self::from_source(Source::Idx { images, labels })
+    }
+
+    /// Record batches of one schema. They travel with the description: for small data.
+    pub fn from_batches(batches: impl IntoIterator<Item = RecordBatch>) -> Result<Self> {
+        let table = MemoryTable::new(batches.into_iter().collect())?;
+        Self::from_source(Source::Memory(table))
+    }
+
+    fn from_source(source: Source) -> Result<Self> {
+        let dataset = Self::unopened(source);
+        dataset.open()?;
+        Ok(dataset)
+    }
+
+    fn unopened(source: Source) -> Self {
+        Self { source, ops: Vec::new(), opened: Arc::default(), schema: OnceLock::new() }
+    }
+}
+
+/// What can be done to the rows. Errors come at once, not when the rows are read.
+impl Dataset {
+    /// Keeps the given columns, in this order.
+    pub fn select<S: Into<String>>(&self, columns: impl IntoIterator<Item = S>) -> Result<Self> {
+        self.with_op(Op::Select { columns: columns.into_iter().map(Into::into).collect() })
+    }
+
+    /// Keeps the rows for which a SQL predicate is true, such as `"label < 5"`.
+    pub fn filter(&self, predicate: impl Into<String>) -> Result<Self> {
+        self.with_op(Op::Filter { predicate: predicate.into() })
+    }
+
+    /// Adds a column, or replaces it, with the value of a SQL expression.
+    pub fn with_column(
+        &self,
+        name: impl Into<String>,
+        expression: impl Into<String>,
+    ) -> Result<Self> {
+        self.with_op(Op::WithColumn { name: name.into(), expression: expression.into() })
+    }
+
+    /// The result of a query over this dataset, which it calls `dataset`:
+    /// `"SELECT species, count(*) AS n FROM dataset GROUP BY species ORDER BY species"`.
+    ///
+    /// The query runs once in every process that reads the result, which stays in memory there:
+    /// for a large dataset use the row by row operations where they will do.
+    pub fn sql(&self, query: impl Into<String>) -> Result<Self> {
+        let query = query.into();
+        let schema = plan::query_schema(self.schema()?, &query)?;
+        let result = Self::unopened(Source::Query { input: Box::new(self.clone()), query });
+        result.schema.get_or_init(|| schema);
+        Ok(result)
+    }
+
+    /// Parts the rows into a training and a test dataset: no row is in both, each is in one.
+    ///
+    /// Every row goes to the test side with probability `test_fraction`, by a draw from `seed`
+    /// and its position in the source alone. The sides are the same in every process, they do not
+    /// change when rows are appended, and their sizes are near the fraction, not exactly on it.
+    pub fn train_test_split(&self, test_fraction: f64, seed: u64) -> Result<(Self, Self)> {
+        if !(0.0..=1.0).contains(&test_fraction) {
+            return Err(Error::InvalidOption {
+                option: "test_fraction",
+                expected: "a number from 0 to 1".to_owned(),
+                got: test_fraction.to_string(),
+            });
+        }
+        let depth = self.ops.iter().filter(|op| matches!(op, Op::Split(_))).count() as u64;
+        let side = |side| self.with_op(Op::Split(Split { test_fraction, seed, depth, side }));
+        Ok((side(Side::Train)?, side(Side::Test)?))
+    }
+
+    /// Applies a fitted preprocessor.
+    pub fn preprocess(&self, preprocessor: &Preprocessor) -> Result<Self> {
+        self.with_op(Op::Preprocess(preprocessor.clone()))
+    }
+
+    /// Passes every batch through the [`BatchFn`](crate::BatchFn) of this name, which may add,
+    /// drop or change columns and rows. How rows are grouped into batches is not defined.
+    pub fn map_batches(&self, function: impl Into<String>) -> Result<Self> {
+        self.with_op(Op::MapBatches { function: function.into() })
+    }
+
+    fn with_op(&self, op: Op) -> Result<Self> {
+        let schema = Compiled::schema_of(self.schema()?, std::slice::from_ref(&op))?;
+        let mut ops = self.ops.clone();
+        ops.push(op);
+        let (source, opened) = (self.source.clone(), self.opened.clone());
+        Ok(Self { source, ops, opened, schema: schema.into() })
+    }
+}
+
+/// What reads rows.
+impl Dataset {
+    /// Names and types of the columns.
+    pub fn schema(&self) -> Result<SchemaRef> {
+        if let Some(schema) = self.schema.get() {
+            return Ok(schema.clone());
+        }
+        let schema = Compiled::schema_of(self.open()?.schema().clone(), &self.ops)?;
+        Ok(self.schema.get_or_init(|| schema).clone())
+    }
+
+    /// Number of rows. Reads nothing if no operation drops or adds rows.
+    pub fn count(&self) -> Result<u64> {
+        Ok(self.count_blocks()?.iter().sum())
+    }
+
+    /// All rows, in order, in memory, as one batch.
+    pub fn collect(&self) -> Result<RecordBatch> {
+        let compiled = self.compile()?;
+        let schema = compiled.schema();
+        let blocks = map_blocks(compiled, |_, batches| Ok(batches))?;
+        Ok(concat_batches(&schema, blocks.iter().flatten())?)
+    }
+
+    /// The first `rows` rows. Reads no block after the one that has the last of them.
+    pub fn head(&self, rows: usize) -> Result<RecordBatch> {
+        let compiled = self.compile()?;
+        let (schema, mut batches, mut have) = (compiled.schema(), Vec::new(), 0);
+        for block in 0..compiled.blocks() {
+            if have >= rows {
+                break;
+            }
+            let compiled = compiled.clone();
+            for batch in block_on(async move { compiled.execute(block).await })? {
+                have += batch.num_rows();
+                batches.push(batch);
+            }
+        }
+        let whole = concat_batches(&schema, &batches)?;
+        Ok(whole.slice(0, rows.min(whole.num_rows())))
+    }
+
+    /// Prints the first `rows` rows as a table to stdout.
+    pub fn show(&self, rows: usize) -> Result<()> {
+        let table = pretty_format_batches(&[self.head(rows)?])?;
+        mobula_core::console::line(table.to_string());
+        Ok(())
+    }
+
+    /// All rows at once, as the tensors that [`Dataset::stream`] would give in steps: for data
+    /// that fits into memory, such as a test part.
+    pub fn to_batch<S: Into<String>>(
+        &self,
+        features: impl IntoIterator<Item = S>,
+        label: impl Into<String>,
+    ) -> Result<Batch> {
+        let rows = usize::try_from(self.count()?).unwrap_or(usize::MAX).max(1);
+        let options = StreamOptions::new(features, label).with_batch_size(rows).with_lanes(1);
+        let mut stream = self.stream(options)?.open(Shard::ALL)?;
+        Ok(stream.next_batch()?.unwrap_or_default())
+    }
+
+    /// A stream of tensor batches for training: counts the rows now, reads them where it is
+    /// opened.
+    pub fn stream(&self, options: StreamOptions) -> Result<TensorSource> {
+        TensorSource::new(self, options)
+    }
+}
+
+/// For the rest of the crate.
+impl Dataset {
+    pub(crate) fn open(&self) -> Result<Arc<OpenSource>> {
+        if let Some(source) = self.opened.get() {
+            return Ok(source.clone());
+        }
+        let source = Arc::new(self.source.open()?);
+        Ok(self.opened.get_or_init(|| source).clone())
+    }
+
+    pub(crate) fn compile(&self) -> Result<Compiled> {
+        Compiled::new(self.open()?, &self.ops)
+    }
+
+    pub(crate) fn ops(&self) -> &[Op] {
+        &self.ops
+    }
+
+    /// Rows of every block after all operations.
+    pub(crate) fn count_blocks(&self) -> Result<Vec<u64>> {
+        let source = self.open()?;
+        let needed = self.ops.iter().rposition(|op| !op.keeps_every_row());
+        let Some(last) = needed else {
+            return Ok(source.blocks().iter().map(|block| block.rows).collect());
+        };
+        let compiled = Compiled::for_counting(source, &self.ops[..=last])?;
+        map_blocks(compiled, |_, batches| {
+            Ok(batches.iter().map(|batch| batch.num_rows() as u64).sum())
+        })
+    }
+
+    /// Computes `function(block, rows)` for every block, several at a time; results in order.
+    pub(crate) fn map_blocks<T: Send + 'static>(
+        &self,
+        function: impl Fn(usize, Vec<RecordBatch>) -> Result<T> + Send + Sync + 'static,
+    ) -> Result<Vec<T>> {
+        map_blocks(self.compile()?, function)
+    }
+}
+
+fn map_blocks<T: Send + 'static>(
+    compiled: Compiled,
+    function: impl Fn(usize, Vec<RecordBatch>) -> Result<T> + Send + Sync + 'static,
+) -> Result<Vec<T>> {
+    let function = Arc::new(function);
+    block_on(async move {
+        let run = |block| {
+            let (compiled, function) = (compiled.clone(), function.clone());
+            tokio::spawn(async move { function(block, compiled.execute(block).await?) })
+        };
+        let failed = |error: tokio::task::JoinError| Error::Internal(error.to_string());
+        let results = stream::iter(0..compiled.blocks()).map(run).buffered(threads());
+        results.map(|result| result.map_err(failed)?).try_collect().await
+    })
+}

@@ -1,0 +1,275 @@
+//! The errors of this crate: what, where, expected, got, way out.
+
+use mobula_core::BoxError;
+use std::path::PathBuf;
+
+/// The result of this crate's functions.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// What can go wrong in reading, transforming and streaming data.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// An error of the layer below: a file that cannot be read, a stream that cannot be resumed.
+    #[error(transparent)]
+    Core(#[from] mobula_core::Error),
+    /// No file is at a path, or matches a pattern.
+    #[error("no file matches {}; check the path (relative ones start at the current folder)", pattern.display())]
+    NoFiles {
+        /// The pattern, made absolute.
+        pattern: PathBuf,
+    },
+    /// A file whose content is not what its format says.
+    #[error("{} is not a valid {format} file: {reason}", path.display())]
+    Corrupt {
+        /// The file.
+        path: PathBuf,
+        /// The format that was expected.
+        format: &'static str,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// The files of one data set have different columns.
+    #[error("{} has the columns [{got}], expected [{expected}] as the first file has", path.display())]
+    SchemaDiffers {
+        /// The file that differs.
+        path: PathBuf,
+        /// Columns of the first file.
+        expected: String,
+        /// Columns of this file.
+        got: String,
+    },
+    /// A column that the data does not have.
+    #[error("there is no column {column:?}; available: {}", available.join(", "))]
+    NoSuchColumn {
+        /// The name asked for.
+        column: String,
+        /// The names there are.
+        available: Vec<String>,
+    },
+    /// A column of a type that an operation cannot take.
+    #[error("column {column:?} is {got}, expected {expected}{hint}")]
+    ColumnType {
+        /// The column.
+        column: String,
+        /// What the operation takes.
+        expected: &'static str,
+        /// The column's Arrow type.
+        got: String,
+        /// The way out, as a clause that starts with `; `, or nothing.
+        hint: &'static str,
+    },
+    /// A column or tensor whose rows are wider or narrower than what was fitted.
+    #[error(
+        "column {column:?} has {got} values a row, expected {expected} as in the data it was fitted on"
+    )]
+    Width {
+        /// The column.
+        column: String,
+        /// Values a row when fitted.
+        expected: usize,
+        /// Values a row now.
+        got: usize,
+    },
+    /// Missing values where none can be represented.
+    #[error(
+        "column {column:?} has {rows} missing values in {place}; fill them with SimpleImputer or drop the rows with filter(\"{column} IS NOT NULL\")"
+    )]
+    Nulls {
+        /// The column.
+        column: String,
+        /// How many rows have none.
+        rows: usize,
+        /// Which part of the data.
+        place: String,
+    },
+    /// A statistic that the data does not define.
+    #[error("cannot fit column {column:?}: {reason}")]
+    CannotFit {
+        /// The column.
+        column: String,
+        /// Why: no rows, only missing values, values that are not finite.
+        reason: String,
+    },
+    /// SQL that cannot be planned.
+    #[error("in {sql:?}: {source}")]
+    Sql {
+        /// The query or expression as given.
+        sql: String,
+        /// What the planner said.
+        source: BoxError,
+    },
+    /// A function whose value differs from one evaluation to the next.
+    #[error(
+        "{sql:?} calls {function}(), which gives every worker another answer; use a seeded operation instead"
+    )]
+    NotDeterministic {
+        /// The query or expression as given.
+        sql: String,
+        /// The function.
+        function: String,
+    },
+    /// A value that was not there when the encoder was fitted.
+    #[error("column {column:?} has the value {value}, which was not there when the encoder was fitted; known: {}", known.join(", "))]
+    UnknownCategory {
+        /// The column.
+        column: String,
+        /// The value.
+        value: String,
+        /// The categories that were fitted.
+        known: Vec<String>,
+    },
+    /// A class label that cannot be one.
+    #[error(
+        "label column {column:?} has the value {value}, expected a class number from 0 to 4294967295"
+    )]
+    LabelRange {
+        /// The column.
+        column: String,
+        /// The first such value.
+        value: i64,
+    },
+    /// An option that makes no sense.
+    #[error("{option} is {got}, expected {expected}")]
+    InvalidOption {
+        /// The option.
+        option: &'static str,
+        /// What would be right.
+        expected: String,
+        /// What was given.
+        got: String,
+    },
+    /// A batch function that this binary does not register.
+    #[error("no batch function is named {name:?}; registered: {}; register it with mobula_data::inventory::submit! {{ BatchFn::new({name:?}, function) }}", registered.join(", "))]
+    NotRegistered {
+        /// The name asked for.
+        name: String,
+        /// What this binary registers.
+        registered: Vec<String>,
+    },
+    /// A batch function returned an error.
+    #[error("batch function {name:?} failed: {source}")]
+    BatchFn {
+        /// The function.
+        name: String,
+        /// Its error.
+        source: BoxError,
+    },
+    /// A batch function that waits for the threads it runs on.
+    #[error(
+        "a batch function called an action of a Dataset, which would wait for itself; compute on the batch only"
+    )]
+    Reentrant,
+    /// Nothing is left to read.
+    #[error("the dataset has no rows{after}")]
+    Empty {
+        /// " after its filters and splits", or nothing.
+        after: &'static str,
+    },
+    /// A file changed under an open dataset.
+    #[error(
+        "{place} has {got} rows, it had {expected} when the stream was made; make the stream again"
+    )]
+    Changed {
+        /// Which part of the data.
+        place: String,
+        /// Rows when the stream was made.
+        expected: u64,
+        /// Rows now.
+        got: u64,
+    },
+    /// An error of the query engine or the tensor library.
+    #[error("cannot {action}: {source}")]
+    Engine {
+        /// What was attempted.
+        action: &'static str,
+        /// What the engine said.
+        source: BoxError,
+    },
+    /// A bug in Mobula.
+    #[error("internal error, please report it: {0}")]
+    Internal(String),
+}
+
+impl Error {
+    pub(crate) fn no_such_column(column: &str, schema: &arrow::datatypes::Schema) -> Self {
+        Self::NoSuchColumn {
+            column: column.to_owned(),
+            available: schema.fields().iter().map(|f| f.name().clone()).collect(),
+        }
+    }
+
+    pub(crate) fn engine(
+        action: &'static str,
+    ) -> impl Fn(datafusion::error::DataFusionError) -> Self {
+        move |error| {
+            recover(error).unwrap_or_else(|error| Self::Engine { action, source: error.into() })
+        }
+    }
+
+    pub(crate) fn sql(sql: &str) -> impl Fn(datafusion::error::DataFusionError) -> Self + '_ {
+        move |error| {
+            recover(error)
+                .unwrap_or_else(|error| Self::Sql { sql: sql.to_owned(), source: error.into() })
+        }
+    }
+}
+
+/// Takes our own error out of the engine's wrapping, and names the columns there are.
+fn recover(
+    error: datafusion::error::DataFusionError,
+) -> Result<Error, datafusion::error::DataFusionError> {
+    use datafusion::common::SchemaError;
+    use datafusion::error::DataFusionError as Engine;
+    match error {
+        Engine::External(inner) => {
+            inner.downcast::<Error>().map(|ours| *ours).map_err(Engine::External)
+        }
+        Engine::Context(text, inner) => recover(*inner).map_err(|inner| inner.context(text)),
+        Engine::Diagnostic(diagnostic, inner) => {
+            recover(*inner).map_err(|inner| Engine::Diagnostic(diagnostic, Box::new(inner)))
+        }
+        Engine::ArrowError(inner, backtrace) => match *inner {
+            arrow::error::ArrowError::ExternalError(inner) => match inner.downcast::<Error>() {
+                Ok(ours) => Ok(*ours),
+                Err(inner) => Err(Engine::External(inner)),
+            },
+            inner => Err(Engine::ArrowError(Box::new(inner), backtrace)),
+        },
+        Engine::SchemaError(inner, backtrace) => match *inner {
+            SchemaError::FieldNotFound { field, valid_fields } => Ok(Error::NoSuchColumn {
+                column: field.name().to_owned(),
+                available: valid_fields.iter().map(|f| f.name().to_owned()).collect(),
+            }),
+            inner => Err(Engine::SchemaError(Box::new(inner), backtrace)),
+        },
+        error => Err(error),
+    }
+}
+
+impl From<arrow::error::ArrowError> for Error {
+    fn from(error: arrow::error::ArrowError) -> Self {
+        Self::Engine { action: "compute on Arrow data", source: error.into() }
+    }
+}
+
+impl From<candle_core::Error> for Error {
+    fn from(error: candle_core::Error) -> Self {
+        Self::Engine { action: "make a tensor", source: error.into() }
+    }
+}
+
+impl From<Error> for mobula_core::Error {
+    fn from(error: Error) -> Self {
+        match error {
+            Error::Core(error) => error,
+            error => Self::layer(error),
+        }
+    }
+}
+
+impl From<Error> for datafusion::error::DataFusionError {
+    fn from(error: Error) -> Self {
+        Self::External(error.into())
+    }
+}

@@ -1,0 +1,240 @@
+//! From a source and a chain of operations to one DataFusion plan with a partition per block.
+//!
+//! Operations work row by row, so partition `i` of the plan is what becomes of block `i`, however
+//! many threads or processes there are. It can be computed alone, and again. Two things that
+//! DataFusion does by default would break that, and are off: file scans that steal work from
+//! each other's partitions (a partition on its own then returns the whole table), and filters
+//! that one partition pushes into another at run time.
+
+use crate::Dataset;
+use crate::dataset::Op;
+use crate::error::{Error, Result};
+use crate::runtime::block_on;
+use crate::scan::{self, MapStream, SourceTable};
+use crate::source::OpenSource;
+use crate::source::memory::MemorySource;
+use arrow::datatypes::SchemaRef;
+use arrow::record_batch::RecordBatch;
+use datafusion::catalog::streaming::StreamingTable;
+use datafusion::common::Column;
+use datafusion::common::tree_node::{TreeNode, TreeNodeRecursion};
+use datafusion::execution::context::SQLOptions;
+use datafusion::logical_expr::{Expr, LogicalPlan, Volatility};
+use datafusion::physical_plan::{ExecutionPlan, ExecutionPlanProperties};
+use datafusion::prelude::{DataFrame, SessionConfig, SessionContext, lit};
+use futures::TryStreamExt;
+use std::sync::{Arc, LazyLock};
+
+/// The name that queries use for the dataset they are asked of.
+const TABLE: &str = "dataset";
+
+static SESSION: LazyLock<SessionContext> = LazyLock::new(new_session);
+
+pub(crate) fn session() -> &'static SessionContext {
+    &SESSION
+}
+
+fn new_session() -> SessionContext {
+    let off = false;
+    let config = SessionConfig::new()
+        // One partition of a query's result is one order of its rows.
+        .with_target_partitions(1)
+        .with_round_robin_repartition(off)
+        .set_bool("datafusion.execution.enable_file_stream_work_stealing", off)
+        .set_bool("datafusion.optimizer.enable_dynamic_filter_pushdown", off)
+        .set_bool("datafusion.sql_parser.map_string_types_to_utf8view", off);
+    SessionContext::new_with_config(config)
+}
+
+/// An executable plan: partition `i` is block `i` of the source after all operations.
+#[derive(Clone, Debug)]
+pub(crate) struct Compiled {
+    plan: Arc<dyn ExecutionPlan>,
+    source: Arc<OpenSource>,
+}
+
+impl Compiled {
+    pub(crate) fn new(source: Arc<OpenSource>, ops: &[Op]) -> Result<Self> {
+        Self::build(source, ops, Ok)
+    }
+
+    /// The plan without its columns: as many rows, and nothing read that is not needed to know it.
+    pub(crate) fn for_counting(source: Arc<OpenSource>, ops: &[Op]) -> Result<Self> {
+        Self::build(source, ops, |frame| {
+            frame.select([lit(1u8).alias("row")]).map_err(Error::engine("count"))
+        })
+    }
+
+    fn build(
+        source: Arc<OpenSource>,
+        ops: &[Op],
+        last: fn(DataFrame) -> Result<DataFrame>,
+    ) -> Result<Self> {
+        let ops = ops.to_vec();
+        block_on(async move {
+            let frame = last(frame(&source, &ops).await?)?;
+            let plan = frame.create_physical_plan().await.map_err(Error::engine("plan"))?;
+            let (got, expected) =
+                (plan.output_partitioning().partition_count(), source.blocks().len());
+            if got != expected {
+                return Err(Error::Internal(format!(
+                    "a plan has {got} partitions for {expected} blocks"
+                )));
+            }
+            Ok(Self { plan, source })
+        })
+    }
+
+    /// What the operations make of a schema; a clear error if they do not fit it.
+    pub(crate) fn schema_of(schema: SchemaRef, ops: &[Op]) -> Result<SchemaRef> {
+        let (source, ops) = (Arc::new(OpenSource::empty(schema)), ops.to_vec());
+        block_on(async move {
+            let frame = frame(&source, &ops).await?;
+            Ok(Arc::new(frame.schema().as_arrow().clone()))
+        })
+    }
+
+    pub(crate) fn schema(&self) -> SchemaRef {
+        self.plan.schema()
+    }
+
+    pub(crate) fn blocks(&self) -> usize {
+        self.source.blocks().len()
+    }
+
+    pub(crate) fn source(&self) -> &OpenSource {
+        &self.source
+    }
+
+    /// The rows of one block, in order. Runs on the crate's threads.
+    pub(crate) async fn execute(&self, block: usize) -> Result<Vec<RecordBatch>> {
+        let stream =
+            self.plan.execute(block, session().task_ctx()).map_err(Error::engine("run"))?;
+        stream.try_collect().await.map_err(Error::engine("read rows"))
+    }
+}
+
+async fn frame(source: &Arc<OpenSource>, ops: &[Op]) -> Result<DataFrame> {
+    let table = SourceTable::new(source.clone(), ops);
+    let mut frame = session().read_table(Arc::new(table)).map_err(Error::engine("plan"))?;
+    for op in ops {
+        frame = apply(frame, op).await?;
+    }
+    Ok(frame)
+}
+
+async fn apply(frame: DataFrame, op: &Op) -> Result<DataFrame> {
+    match op {
+        Op::Select { columns } => select(frame, columns),
+        Op::Filter { predicate } => {
+            let expression = parse(&frame, predicate)?;
+            frame.filter(expression).map_err(Error::sql(predicate))
+        }
+        Op::WithColumn { name, expression } => {
+            let parsed = parse(&frame, expression)?;
+            frame.with_column(name, parsed).map_err(Error::sql(expression))
+        }
+        // Part of the scan: a function of the position in the source, not of the values.
+        Op::Split(_) => Ok(frame),
+        Op::Preprocess(preprocessor) => {
+            let preprocessor = preprocessor.clone();
+            map(frame, Arc::new(move |batch| preprocessor.transform(batch))).await
+        }
+        Op::MapBatches { function } => map(frame, crate::batch_fn::lookup(function)?).await,
+    }
+}
+
+fn select(frame: DataFrame, columns: &[String]) -> Result<DataFrame> {
+    let schema = frame.schema().as_arrow();
+    for column in columns {
+        schema.field_with_name(column).map_err(|_| Error::no_such_column(column, schema))?;
+    }
+    // Not `col(name)`, which would take "a.b" apart and lower the case of "A".
+    let expressions = columns.iter().map(|c| Expr::Column(Column::new_unqualified(c)));
+    frame.select(expressions.collect::<Vec<_>>()).map_err(Error::engine("select columns"))
+}
+
+fn parse(frame: &DataFrame, sql: &str) -> Result<Expr> {
+    let expression = frame.parse_sql_expr(sql).map_err(Error::sql(sql))?;
+    must_be_deterministic(&expression, sql)?;
+    Ok(expression)
+}
+
+/// Passes every batch of a plan through a function.
+async fn map(frame: DataFrame, function: scan::BatchMap) -> Result<DataFrame> {
+    let plan = frame.create_physical_plan().await.map_err(Error::engine("plan"))?;
+    let streams = MapStream::all(plan, function)?;
+    let schema = streams.schema;
+    let table =
+        StreamingTable::try_new(schema, streams.partitions).map_err(Error::engine("plan"))?;
+    session().read_table(Arc::new(table)).map_err(Error::engine("plan"))
+}
+
+/// The columns of a query's result, without running it.
+pub(crate) fn query_schema(input: SchemaRef, query: &str) -> Result<SchemaRef> {
+    let table = SourceTable::new(Arc::new(OpenSource::empty(input)), &[]);
+    let query = query.to_owned();
+    block_on(async move {
+        let frame = query_frame(table, &query).await?;
+        Ok(Arc::new(frame.schema().as_arrow().clone()))
+    })
+}
+
+/// Runs a query over a dataset. Its input is read in order and the engine is given one partition,
+/// so that every worker that runs it gets the same rows in the same order.
+pub(crate) fn run_query(input: &Dataset, query: &str) -> Result<MemorySource> {
+    let compiled = input.compile()?;
+    let query = query.to_owned();
+    block_on(async move {
+        let table = SourceTable::in_order(compiled);
+        let frame = query_frame(table, &query).await?;
+        let schema = Arc::new(frame.schema().as_arrow().clone());
+        let batches = frame.collect().await.map_err(Error::sql(&query))?;
+        let schema = batches.first().map_or(schema, RecordBatch::schema);
+        MemorySource::from_whole(schema, batches)
+    })
+}
+
+async fn query_frame(table: SourceTable, query: &str) -> Result<DataFrame> {
+    let session = new_session();
+    session.register_table(TABLE, Arc::new(table)).map_err(Error::engine("plan"))?;
+    let read_only =
+        SQLOptions::new().with_allow_ddl(false).with_allow_dml(false).with_allow_statements(false);
+    let frame = session.sql_with_options(query, read_only).await.map_err(Error::sql(query))?;
+    plan_must_be_deterministic(frame.logical_plan(), query)?;
+    Ok(frame)
+}
+
+fn plan_must_be_deterministic(plan: &LogicalPlan, sql: &str) -> Result<()> {
+    let mut result = Ok(());
+    let visited = plan.apply_with_subqueries(|node| {
+        node.apply_expressions(|expression| {
+            result = must_be_deterministic(expression, sql);
+            Ok(if result.is_ok() { TreeNodeRecursion::Continue } else { TreeNodeRecursion::Stop })
+        })
+    });
+    visited.map_err(Error::sql(sql))?;
+    result
+}
+
+/// Functions that are constant in one query, but not from one worker to the next.
+const CLOCKS: [&str; 4] = ["now", "current_date", "current_time", "today"];
+
+fn must_be_deterministic(expression: &Expr, sql: &str) -> Result<()> {
+    let mut culprit = None;
+    let visited = expression.apply(|node| {
+        if let Expr::ScalarFunction(call) = node {
+            let volatile = call.func.signature().volatility == Volatility::Volatile;
+            if volatile || CLOCKS.contains(&call.func.name()) {
+                culprit = Some(call.func.name().to_owned());
+                return Ok(TreeNodeRecursion::Stop);
+            }
+        }
+        Ok(TreeNodeRecursion::Continue)
+    });
+    visited.map_err(Error::sql(sql))?;
+    match culprit {
+        Some(function) => Err(Error::NotDeterministic { sql: sql.to_owned(), function }),
+        None => Ok(()),
+    }
+}

@@ -1,0 +1,155 @@
+//! Scalers: `(x - offset) / scale`, element by element.
+
+use super::PerColumn;
+use super::numbers::Numbers;
+use super::statistic::{Statistic, compute};
+use crate::Dataset;
+use crate::error::{Error, Result};
+use arrow::array::ArrayRef;
+use serde::{Deserialize, Serialize};
+
+/// A fitted scaler of one column.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(super) struct Affine {
+    column: String,
+    offset: Vec<f64>,
+    scale: Vec<f64>,
+}
+
+impl PerColumn for Affine {
+    fn column(&self) -> &str {
+        &self.column
+    }
+
+    fn apply(&self, array: &ArrayRef) -> Result<ArrayRef> {
+        let numbers = Numbers::of(&self.column, array)?;
+        if numbers.width != self.offset.len() {
+            let (expected, got) = (self.offset.len(), numbers.width);
+            return Err(Error::Width { column: self.column.clone(), expected, got });
+        }
+        numbers.map(|i, x| (x - self.offset[i]) / self.scale[i])
+    }
+}
+
+pub(super) fn standard(dataset: &Dataset, columns: &[String]) -> Result<Vec<Affine>> {
+    let moments: Vec<Moments> = compute(dataset, columns)?;
+    let fit = |(column, moments): (&String, Moments)| {
+        must_have_values(column, moments.count, moments.mean.iter().chain(&moments.squares))?;
+        let deviation = |squares: &f64| or_one((squares / moments.count).sqrt());
+        let scale = moments.squares.iter().map(deviation).collect();
+        Ok(Affine { column: column.clone(), offset: moments.mean, scale })
+    };
+    columns.iter().zip(moments).map(fit).collect()
+}
+
+pub(super) fn min_max(dataset: &Dataset, columns: &[String]) -> Result<Vec<Affine>> {
+    let ranges: Vec<Range> = compute(dataset, columns)?;
+    let fit = |(column, range): (&String, Range)| {
+        must_have_values(column, range.count, range.least.iter().chain(&range.most))?;
+        let scale = range.least.iter().zip(&range.most).map(|(a, b)| or_one(b - a)).collect();
+        Ok(Affine { column: column.clone(), offset: range.least, scale })
+    };
+    columns.iter().zip(ranges).map(fit).collect()
+}
+
+/// A constant has no spread to divide by.
+fn or_one(spread: f64) -> f64 {
+    if spread > 0.0 { spread } else { 1.0 }
+}
+
+fn must_have_values<'a>(
+    column: &str,
+    count: f64,
+    mut values: impl Iterator<Item = &'a f64>,
+) -> Result<()> {
+    let reason = match (count > 0.0, values.all(|v| v.is_finite())) {
+        (true, true) => return Ok(()),
+        (false, _) => "it has no values",
+        (true, false) => "it has values that are infinite or not a number",
+    };
+    Err(Error::CannotFit { column: column.to_owned(), reason: reason.to_owned() })
+}
+
+/// Count, mean and sum of squared deviations. Rows with a missing value do not count.
+#[derive(Default)]
+pub(super) struct Moments {
+    pub(super) count: f64,
+    pub(super) mean: Vec<f64>,
+    squares: Vec<f64>,
+}
+
+impl Statistic for Moments {
+    /// Two passes over a batch: no cancellation.
+    fn add(&mut self, column: &str, array: &ArrayRef) -> Result<()> {
+        let numbers = Numbers::of(column, array)?;
+        let (mut mean, mut squares) = (vec![0.0; numbers.width], vec![0.0; numbers.width]);
+        let mut count = 0.0;
+        for row in numbers.complete() {
+            count += 1.0;
+            mean.iter_mut().zip(row).for_each(|(sum, x)| *sum += x);
+        }
+        if count == 0.0 {
+            return Ok(());
+        }
+        mean.iter_mut().for_each(|sum| *sum /= count);
+        for row in numbers.complete() {
+            let deviations = row.iter().zip(&mean).map(|(x, m)| x - m);
+            squares.iter_mut().zip(deviations).for_each(|(sum, d)| *sum += d * d);
+        }
+        self.merge(Self { count, mean, squares });
+        Ok(())
+    }
+
+    /// Chan, Golub and LeVeque 1979.
+    fn merge(&mut self, later: Self) {
+        if self.count == 0.0 {
+            *self = later;
+            return;
+        }
+        if later.count == 0.0 {
+            return;
+        }
+        let count = self.count + later.count;
+        for i in 0..self.mean.len() {
+            let delta = later.mean[i] - self.mean[i];
+            self.mean[i] += delta * later.count / count;
+            self.squares[i] += later.squares[i] + delta * delta * self.count * later.count / count;
+        }
+        self.count = count;
+    }
+}
+
+#[derive(Default)]
+struct Range {
+    count: f64,
+    least: Vec<f64>,
+    most: Vec<f64>,
+}
+
+impl Statistic for Range {
+    fn add(&mut self, column: &str, array: &ArrayRef) -> Result<()> {
+        for row in Numbers::of(column, array)?.complete() {
+            self.widen(1.0, row, row);
+        }
+        Ok(())
+    }
+
+    fn merge(&mut self, later: Self) {
+        self.widen(later.count, &later.least, &later.most);
+    }
+}
+
+impl Range {
+    fn widen(&mut self, count: f64, least: &[f64], most: &[f64]) {
+        if self.count == 0.0 {
+            *self = Self { count, least: least.to_vec(), most: most.to_vec() };
+            return;
+        }
+        self.count += count;
+        // Not f64::min, which would pass over a NaN in silence.
+        let lower = |a: &mut f64, b: f64| *a = if b < *a || b.is_nan() { b } else { *a };
+        let raise = |a: &mut f64, b: f64| *a = if b > *a || b.is_nan() { b } else { *a };
+        self.least.iter_mut().zip(least).for_each(|(a, b)| lower(a, *b));
+        self.most.iter_mut().zip(most).for_each(|(a, b)| raise(a, *b));
+    }
+}

@@ -1,0 +1,43 @@
+//! The crate's own async runtime, hidden behind a synchronous interface.
+
+use crate::error::{Error, Result};
+use std::cell::Cell;
+use std::sync::{LazyLock, mpsc};
+use tokio::runtime::{Builder, Runtime};
+
+thread_local! {
+    static OURS: Cell<bool> = const { Cell::new(false) };
+}
+
+static RUNTIME: LazyLock<std::io::Result<Runtime>> = LazyLock::new(|| {
+    Builder::new_multi_thread()
+        .worker_threads(threads())
+        .thread_name("mobula-data")
+        .on_thread_start(|| OURS.set(true))
+        .build()
+});
+
+/// Blocks that are worked on at the same time.
+pub(crate) fn threads() -> usize {
+    std::thread::available_parallelism().map_or(1, |n| n.get())
+}
+
+/// Runs `future` on the crate's own threads and waits for it.
+///
+/// The caller may be a thread of another tokio runtime, where `Runtime::block_on` would panic:
+/// the wait is on a plain channel.
+pub(crate) fn block_on<T: Send + 'static>(
+    future: impl Future<Output = Result<T>> + Send + 'static,
+) -> Result<T> {
+    if OURS.get() {
+        return Err(Error::Reentrant);
+    }
+    let runtime = RUNTIME.as_ref().map_err(|error| Error::Internal(error.to_string()))?;
+    let (sender, receiver) = mpsc::sync_channel(1);
+    runtime.spawn(async move {
+        // The receiver is gone only if the waiting thread is.
+        let _ = sender.send(future.await);
+    });
+    // A panic drops the sender, so this wait always ends.
+    receiver.recv().unwrap_or_else(|_| Err(Error::Internal("reading data panicked".to_owned())))
+}

@@ -1,0 +1,229 @@
+//! The leaves of a plan: blocks of a source, cut down to one side of its splits.
+
+use crate::dataset::Op;
+use crate::error::{Error, Result};
+use crate::plan::Compiled;
+use crate::source::{Block, OpenSource};
+use crate::split::{Split, mask};
+use arrow::compute::filter_record_batch;
+use arrow::datatypes::SchemaRef;
+use arrow::record_batch::RecordBatch;
+use async_trait::async_trait;
+use datafusion::catalog::{Session, TableProvider};
+use datafusion::common::Result as EngineResult;
+use datafusion::error::DataFusionError;
+use datafusion::execution::{SendableRecordBatchStream, TaskContext};
+use datafusion::logical_expr::{Expr, TableType};
+use datafusion::physical_plan::stream::RecordBatchStreamAdapter;
+use datafusion::physical_plan::streaming::{PartitionStream, StreamingTableExec};
+use datafusion::physical_plan::{ExecutionPlan, ExecutionPlanProperties};
+use futures::{StreamExt, stream};
+use std::fmt;
+use std::sync::Arc;
+
+/// A source as a table.
+#[derive(Debug)]
+pub(crate) enum SourceTable {
+    /// One partition a block.
+    Blocks { source: Arc<OpenSource>, splits: Arc<[Split]> },
+    /// One partition: the blocks of a plan, one after another.
+    InOrder(Compiled),
+}
+
+impl SourceTable {
+    /// The blocks of `source` with the rows that the splits among `ops` leave.
+    pub(crate) fn new(source: Arc<OpenSource>, ops: &[Op]) -> Self {
+        let split = |op: &Op| {
+            if let Op::Split(split) = op { Some(split.clone()) } else { None }
+        };
+        let splits = ops.iter().filter_map(split).collect();
+        Self::Blocks { source, splits }
+    }
+
+    pub(crate) fn in_order(plan: Compiled) -> Self {
+        Self::InOrder(plan)
+    }
+
+    fn partitions(&self, projection: &[usize]) -> EngineResult<Vec<Arc<dyn PartitionStream>>> {
+        let schema = Arc::new(self.schema().project(projection)?);
+        let projection: Arc<[usize]> = projection.into();
+        Ok(match self {
+            Self::Blocks { source, splits } => (0..source.blocks().len())
+                .map(|block| {
+                    let (source, splits) = (source.clone(), splits.clone());
+                    let (schema, projection) = (schema.clone(), projection.clone());
+                    Arc::new(BlockStream { source, block, projection, splits, schema }) as _
+                })
+                .collect(),
+            Self::InOrder(plan) => {
+                vec![Arc::new(ChainStream { plan: plan.clone(), projection, schema })]
+            }
+        })
+    }
+}
+
+#[async_trait]
+impl TableProvider for SourceTable {
+    fn schema(&self) -> SchemaRef {
+        match self {
+            Self::Blocks { source, .. } => source.schema().clone(),
+            Self::InOrder(plan) => plan.schema(),
+        }
+    }
+
+    fn table_type(&self) -> TableType {
+        TableType::Base
+    }
+
+    async fn scan(
+        &self,
+        _state: &dyn Session,
+        projection: Option<&Vec<usize>>,
+        _filters: &[Expr],
+        limit: Option<usize>,
+    ) -> EngineResult<Arc<dyn ExecutionPlan>> {
+        let all = || (0..self.schema().fields().len()).collect();
+        let projection: Vec<usize> = projection.cloned().unwrap_or_else(all);
+        let schema = Arc::new(self.schema().project(&projection)?);
+        let partitions = self.partitions(&projection)?;
+        let plan = StreamingTableExec::try_new(schema, partitions, None, [], false, limit)?;
+        Ok(Arc::new(plan))
+    }
+}
+
+/// One block of a source.
+#[derive(Debug)]
+struct BlockStream {
+    source: Arc<OpenSource>,
+    block: usize,
+    projection: Arc<[usize]>,
+    splits: Arc<[Split]>,
+    schema: SchemaRef,
+}
+
+impl BlockStream {
+    fn read(&self) -> Result<impl Iterator<Item = Result<RecordBatch>> + Send + use<>> {
+        let Block { start: mut position, .. } = self.source.blocks()[self.block];
+        let splits = self.splits.clone();
+        let batches = self.source.read(self.block, &self.projection)?;
+        Ok(batches.map(move |batch| {
+            let batch = batch?;
+            let first = position;
+            position += batch.num_rows() as u64;
+            if splits.is_empty() {
+                return Ok(batch);
+            }
+            Ok(filter_record_batch(&batch, &mask(&splits, first..position))?)
+        }))
+    }
+}
+
+impl PartitionStream for BlockStream {
+    fn schema(&self) -> &SchemaRef {
+        &self.schema
+    }
+
+    fn execute(&self, _context: Arc<TaskContext>) -> SendableRecordBatchStream {
+        let batches = match self.read() {
+            Ok(batches) => stream::iter(batches).map(|b| b.map_err(Into::into)).boxed(),
+            Err(error) => stream::once(async { Err(error.into()) }).boxed(),
+        };
+        Box::pin(RecordBatchStreamAdapter::new(self.schema.clone(), batches))
+    }
+}
+
+/// All blocks of a plan, in order.
+#[derive(Debug)]
+struct ChainStream {
+    plan: Compiled,
+    projection: Arc<[usize]>,
+    schema: SchemaRef,
+}
+
+impl PartitionStream for ChainStream {
+    fn schema(&self) -> &SchemaRef {
+        &self.schema
+    }
+
+    fn execute(&self, _context: Arc<TaskContext>) -> SendableRecordBatchStream {
+        let (plan, projection) = (self.plan.clone(), self.projection.clone());
+        let batches = stream::iter(0..plan.blocks()).then(move |block| {
+            let (plan, projection) = (plan.clone(), projection.clone());
+            async move {
+                let batches = plan.execute(block).await.map_err(DataFusionError::from)?;
+                let cut = move |batch: RecordBatch| Ok(batch.project(&projection)?);
+                Ok::<_, DataFusionError>(stream::iter(batches).map(cut))
+            }
+        });
+        let batches = futures::TryStreamExt::try_flatten(batches);
+        Box::pin(RecordBatchStreamAdapter::new(self.schema.clone(), batches))
+    }
+}
+
+/// A function from a batch to a batch.
+pub(crate) type BatchMap = Arc<dyn Fn(&RecordBatch) -> Result<RecordBatch> + Send + Sync>;
+
+/// One partition of a plan, passed through a function.
+pub(crate) struct MapStream {
+    input: Arc<dyn ExecutionPlan>,
+    partition: usize,
+    function: BatchMap,
+    schema: SchemaRef,
+}
+
+/// All partitions of a plan, passed through a function, with the schema that it makes.
+pub(crate) struct MapStreams {
+    pub(crate) schema: SchemaRef,
+    pub(crate) partitions: Vec<Arc<dyn PartitionStream>>,
+}
+
+impl MapStream {
+    pub(crate) fn all(input: Arc<dyn ExecutionPlan>, function: BatchMap) -> Result<MapStreams> {
+        let schema = function(&RecordBatch::new_empty(input.schema()))?.schema();
+        let stream = |partition| {
+            let (input, function) = (input.clone(), function.clone());
+            Arc::new(Self { input, partition, function, schema: schema.clone() }) as _
+        };
+        let count = input.output_partitioning().partition_count();
+        let partitions = (0..count).map(stream).collect();
+        Ok(MapStreams { schema, partitions })
+    }
+}
+
+impl PartitionStream for MapStream {
+    fn schema(&self) -> &SchemaRef {
+        &self.schema
+    }
+
+    fn execute(&self, context: Arc<TaskContext>) -> SendableRecordBatchStream {
+        let (function, schema) = (self.function.clone(), self.schema.clone());
+        let apply = move |batch: EngineResult<RecordBatch>| -> EngineResult<RecordBatch> {
+            let batch = function(&batch?)?;
+            same_columns(&batch, &schema)?;
+            Ok(batch)
+        };
+        let batches = match self.input.execute(self.partition, context) {
+            Ok(batches) => batches.map(apply).boxed(),
+            Err(error) => stream::once(async { Err(error) }).boxed(),
+        };
+        Box::pin(RecordBatchStreamAdapter::new(self.schema.clone(), batches))
+    }
+}
+
+fn same_columns(batch: &RecordBatch, schema: &SchemaRef) -> Result<()> {
+    if batch.schema() == *schema {
+        return Ok(());
+    }
+    let columns = crate::source::memory::columns;
+    Err(Error::SchemaDiffers {
+        path: "a batch from a batch function".into(),
+        expected: columns(schema),
+        got: columns(&batch.schema()),
+    })
+}
+
+impl fmt::Debug for MapStream {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "MapStream(partition {})", self.partition)
+    }
+}

@@ -1,0 +1,151 @@
+//! Parquet files: a block is a row group.
+
+use super::memory::columns;
+use super::{BatchIter, Block, hash};
+use crate::error::{Error, Result};
+use arrow::datatypes::{Schema, SchemaRef};
+use arrow::record_batch::RecordBatch;
+use datafusion::parquet::arrow::ProjectionMask;
+use datafusion::parquet::arrow::arrow_reader::{
+    ArrowReaderMetadata, ArrowReaderOptions, ParquetRecordBatchReaderBuilder,
+};
+use mobula_core::error::AtPath;
+use std::fmt::Display;
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+const BATCH_ROWS: usize = 8192;
+
+/// Files with their footers read.
+#[derive(Debug)]
+pub(crate) struct ParquetSource {
+    schema: SchemaRef,
+    files: Vec<ParquetFile>,
+    blocks: Vec<Block>,
+    /// File and row group of each block.
+    groups: Vec<(usize, usize)>,
+    fingerprint: String,
+}
+
+#[derive(Debug)]
+struct ParquetFile {
+    path: PathBuf,
+    metadata: ArrowReaderMetadata,
+    /// Length of the file and checksum of its footer, which has the statistics and offsets.
+    identity: String,
+}
+
+impl ParquetSource {
+    pub(crate) fn open(paths: &[PathBuf]) -> Result<Self> {
+        let files = paths.iter().map(|path| ParquetFile::open(path)).collect::<Result<Vec<_>>>()?;
+        let first = files.first().ok_or(Error::Empty { after: "" })?;
+        let schema = first.schema();
+        files.iter().try_for_each(|file| file.must_have(&schema))?;
+
+        let groups_of = |(i, file): (usize, &ParquetFile)| {
+            (0..file.metadata.metadata().num_row_groups()).map(move |group| (i, group))
+        };
+        let groups: Vec<_> = files.iter().enumerate().flat_map(groups_of).collect();
+        let rows = |&(file, group): &(usize, usize)| files[file].rows(group);
+        let blocks = Block::sequence(groups.iter().map(rows));
+        let fingerprint = hash(files.iter().map(|file| file.identity.as_bytes()));
+        Ok(Self { schema, files, blocks, groups, fingerprint })
+    }
+
+    pub(crate) fn schema(&self) -> &SchemaRef {
+        &self.schema
+    }
+
+    pub(crate) fn blocks(&self) -> &[Block] {
+        &self.blocks
+    }
+
+    pub(crate) fn fingerprint(&self) -> &str {
+        &self.fingerprint
+    }
+
+    pub(crate) fn name(&self, block: usize) -> String {
+        let (file, group) = self.groups[block];
+        format!("{} (row group {group})", self.files[file].path.display())
+    }
+
+    pub(crate) fn read(&self, block: usize, projection: &[usize]) -> Result<BatchIter> {
+        let (file, group) = self.groups[block];
+        self.files[file].read(group, projection, &self.schema)
+    }
+}
+
+impl ParquetFile {
+    fn open(path: &Path) -> Result<Self> {
+        let mut file = File::open(path).at("open", path)?;
+        let metadata = ArrowReaderMetadata::load(&file, ArrowReaderOptions::new())
+            .map_err(|error| corrupt(path, error))?;
+        let identity = identity(&mut file).at("read", path)?;
+        Ok(Self { path: path.to_owned(), metadata, identity })
+    }
+
+    /// The columns, without the key-value metadata that writers add.
+    fn schema(&self) -> SchemaRef {
+        Arc::new(Schema::new(self.metadata.schema().fields().clone()))
+    }
+
+    fn must_have(&self, expected: &SchemaRef) -> Result<()> {
+        let got = self.schema();
+        if got == *expected {
+            return Ok(());
+        }
+        let (expected, got) = (columns(expected), columns(&got));
+        Err(Error::SchemaDiffers { path: self.path.clone(), expected, got })
+    }
+
+    fn rows(&self, group: usize) -> u64 {
+        // A negative count is a corrupt footer: the reader will say so when it reads the group.
+        self.metadata.metadata().row_group(group).num_rows().try_into().unwrap_or(0)
+    }
+
+    fn read(&self, group: usize, projection: &[usize], schema: &SchemaRef) -> Result<BatchIter> {
+        let file = File::open(&self.path).at("open", &self.path)?;
+        let mask =
+            ProjectionMask::roots(self.metadata.parquet_schema(), projection.iter().copied());
+        let reader =
+            ParquetRecordBatchReaderBuilder::new_with_metadata(file, self.metadata.clone())
+                .with_row_groups(vec![group])
+                .with_projection(mask)
+                .with_batch_size(BATCH_ROWS)
+                .build()
+                .map_err(|error| corrupt(&self.path, error))?;
+        let (path, reorder) = (self.path.clone(), reorder(projection));
+        let schema = Arc::new(schema.project(projection)?);
+        Ok(Box::new(reader.map(move |batch| {
+            let batch = batch.map_err(|error| corrupt(&path, error))?;
+            let batch = batch.project(&reorder)?;
+            let options =
+                arrow::array::RecordBatchOptions::new().with_row_count(Some(batch.num_rows()));
+            let columns = batch.columns().to_vec();
+            Ok(RecordBatch::try_new_with_options(schema.clone(), columns, &options)?)
+        })))
+    }
+}
+
+/// The reader gives columns in the file's order: where to find them in the order asked for.
+fn reorder(projection: &[usize]) -> Vec<usize> {
+    let rank = |column: &usize| projection.iter().filter(|other| *other < column).count();
+    projection.iter().map(rank).collect()
+}
+
+fn identity(file: &mut File) -> std::io::Result<String> {
+    let mut tail = [0; 8];
+    let length = file.seek(SeekFrom::End(-8))? + 8;
+    file.read_exact(&mut tail)?;
+    let footer = u32::from_le_bytes([tail[0], tail[1], tail[2], tail[3]]);
+    file.seek(SeekFrom::End(-8 - i64::from(footer)))?;
+    let mut bytes = vec![0; footer as usize];
+    file.read_exact(&mut bytes)?;
+    Ok(format!("{length}-{:08x}", crc32fast::hash(&bytes)))
+}
+
+fn corrupt(path: &Path, reason: impl Display) -> Error {
+    Error::Corrupt { path: path.to_owned(), format: "Parquet", reason: reason.to_string() }
+}

@@ -1,0 +1,221 @@
+//! Which row is where in an epoch: a pure function of the seed, the epoch and the blocks' sizes.
+
+use mobula_core::random::Stream;
+use serde::{Deserialize, Serialize};
+use std::ops::Range;
+
+/// Changes whenever the same seed gives another order.
+pub(super) const VERSION: u32 = 1;
+
+/// Neighbouring blocks of a lane whose rows are mixed.
+pub(super) const GROUP_BLOCKS: usize = 4;
+
+const ROUNDS: u32 = 6;
+
+/// How a step is cut: `lanes` pieces of `per_lane` rows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Shape {
+    pub(super) lanes: usize,
+    pub(super) per_lane: usize,
+}
+
+impl Shape {
+    pub(super) fn steps(&self, rows: u64) -> u64 {
+        rows.div_ceil((self.lanes * self.per_lane) as u64)
+    }
+}
+
+/// A row of a block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct RowAt {
+    pub(super) block: usize,
+    pub(super) row: usize,
+}
+
+/// The order of one epoch. Memory: two words a block.
+#[derive(Debug)]
+pub(super) struct EpochOrder {
+    shape: Shape,
+    /// The blocks, as this epoch goes through them.
+    blocks: Vec<usize>,
+    /// Where each of them starts in the epoch, and at the end how many rows there are.
+    starts: Vec<u64>,
+    shuffle: Option<Stream>,
+}
+
+impl EpochOrder {
+    pub(super) fn new(rows: &[u64], shape: Shape, seed: Option<u64>, epoch: u64) -> Self {
+        let mut blocks: Vec<usize> = (0..rows.len()).filter(|block| rows[*block] > 0).collect();
+        let shuffle = seed.map(|seed| Stream::new(seed, "shuffle").child(epoch));
+        if let Some(seed) = seed {
+            let mut rng = Stream::new(seed, "shuffle-blocks").at(epoch, 0);
+            for i in (1..blocks.len()).rev() {
+                blocks.swap(i, rng.below(i as u64 + 1) as usize);
+            }
+        }
+        let mut starts = vec![0];
+        let mut end = 0;
+        starts.extend(blocks.iter().map(|block| {
+            end += rows[*block];
+            end
+        }));
+        Self { shape, blocks, starts, shuffle }
+    }
+
+    /// Rows of `step`, lane by lane, for the lanes given.
+    pub(super) fn step(&self, step: u64, lanes: impl Iterator<Item = usize>) -> Vec<RowAt> {
+        let rows = |lane| self.step_of_lane(step, lane).map(move |place| self.row(lane, place));
+        lanes.flat_map(rows).collect()
+    }
+
+    /// Rows of `step` over all lanes.
+    pub(super) fn step_rows(&self, step: u64) -> usize {
+        let rows = |lane| self.step_of_lane(step, lane);
+        (0..self.shape.lanes).map(rows).map(|r| (r.end - r.start) as usize).sum()
+    }
+
+    fn total(&self) -> u64 {
+        self.starts[self.blocks.len()]
+    }
+
+    /// The places in the epoch from which a lane's rows come: without a shuffle the lane's piece
+    /// of the step, with one the lane's piece of the epoch.
+    fn step_of_lane(&self, step: u64, lane: usize) -> Range<u64> {
+        let (lanes, per_lane) = (self.shape.lanes as u64, self.shape.per_lane as u64);
+        let (first, end) = match self.shuffle {
+            None => ((step * lanes + lane as u64) * per_lane, self.total()),
+            Some(_) => {
+                let lane = self.lane(lane);
+                (lane.start + step * per_lane, lane.end)
+            }
+        };
+        first.min(end)..(first + per_lane).min(end)
+    }
+
+    fn lane(&self, lane: usize) -> Range<u64> {
+        let cut =
+            |lane| (u128::from(self.total()) * lane as u128 / self.shape.lanes as u128) as u64;
+        cut(lane)..cut(lane + 1)
+    }
+
+    /// The row that a lane has at a place.
+    fn row(&self, lane: usize, place: u64) -> RowAt {
+        let place = match &self.shuffle {
+            None => place,
+            Some(stream) => self.mixed(stream, lane, place),
+        };
+        let at = self.block_at(place);
+        RowAt { block: self.blocks[at], row: (place - self.starts[at]) as usize }
+    }
+
+    /// The place whose row is at `place` once the rows of a group of blocks are mixed. Groups are
+    /// counted from the lane's first block and end where the lane ends.
+    fn mixed(&self, stream: &Stream, lane: usize, place: u64) -> u64 {
+        let bounds = self.lane(lane);
+        let first = self.block_at(bounds.start);
+        let group = (self.block_at(place) - first) / GROUP_BLOCKS;
+        let begin = first + group * GROUP_BLOCKS;
+        let end = (begin + GROUP_BLOCKS).min(self.blocks.len());
+        let begin = self.starts[begin].max(bounds.start);
+        let length = self.starts[end].min(bounds.end) - begin;
+        let mut words = stream.at(group as u64, lane as u32);
+        let keys = std::array::from_fn(|_| words.word());
+        begin + permute(place - begin, length, keys)
+    }
+
+    /// Index of the block that has `place`.
+    fn block_at(&self, place: u64) -> usize {
+        self.starts.partition_point(|start| *start <= place) - 1
+    }
+}
+
+/// A keyed permutation of `0..length`: a balanced Feistel network (Luby and Rackoff 1988) on the
+/// next even number of bits, walked until it lands inside (Black and Rogaway 2002).
+fn permute(index: u64, length: u64, keys: [u32; ROUNDS as usize]) -> u64 {
+    let bits = u64::BITS - (length - 1).leading_zeros();
+    let half = bits.div_ceil(2).max(1);
+    let mask = (1u64 << half) - 1;
+    let mut value = index;
+    loop {
+        let (mut left, mut right) = (value >> half, value & mask);
+        for key in keys {
+            (left, right) = (right, left ^ (scramble(right, key) & mask));
+        }
+        value = left << half | right;
+        if value < length {
+            return value;
+        }
+    }
+}
+
+/// MurmurHash3's 64-bit finaliser of a half and a round key.
+fn scramble(half: u64, key: u32) -> u64 {
+    let mut x = half ^ (u64::from(key) << 32 | u64::from(!key));
+    x = (x ^ (x >> 33)).wrapping_mul(0xff51_afd7_ed55_8ccd);
+    x = (x ^ (x >> 33)).wrapping_mul(0xc4ce_b9fe_1a85_ec53);
+    x ^ (x >> 33)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        /// INV-ONCE: every row of an epoch is in exactly one step, for any sizes and any cut.
+        #[test]
+        fn every_row_once(
+            rows in prop::collection::vec(0u64..40, 1..20),
+            lanes in 1usize..9,
+            per_lane in 1usize..6,
+            seed in prop::option::of(any::<u64>()),
+            epoch in 0u64..3,
+        ) {
+            let shape = Shape { lanes, per_lane };
+            let order = EpochOrder::new(&rows, shape, seed, epoch);
+            let steps = 0..shape.steps(rows.iter().sum());
+            let mut seen: Vec<RowAt> = steps.flat_map(|step| order.step(step, 0..lanes)).collect();
+            if seed.is_some() {
+                seen.sort();
+            }
+            let all: Vec<RowAt> = (0..rows.len())
+                .flat_map(|block| (0..rows[block] as usize).map(move |row| RowAt { block, row }))
+                .collect();
+            prop_assert_eq!(seen, all, "and without a shuffle in the order of the data");
+        }
+
+        #[test]
+        fn permute_is_a_permutation(length in 1u64..3000, keys in any::<[u32; 6]>()) {
+            let mut image: Vec<u64> = (0..length).map(|i| permute(i, length, keys)).collect();
+            image.sort_unstable();
+            prop_assert!(image.into_iter().eq(0..length));
+        }
+    }
+
+    /// Each row is about equally often in each tenth of an epoch.
+    #[test]
+    fn a_shuffle_is_fair() {
+        let (rows, shape) = ([100; 10], Shape { lanes: 4, per_lane: 25 });
+        let mut hits = [[0u32; 10]; 10];
+        for epoch in 0..400 {
+            let order = EpochOrder::new(&rows, shape, Some(1), epoch);
+            for step in 0..10 {
+                order.step(step, 0..4).iter().for_each(|at| hits[at.block][step as usize] += 1);
+            }
+        }
+        // Block by step: 4,000 expected, and the blocks of a lane come and go together.
+        let (low, high) = (hits.iter().flatten().min(), hits.iter().flatten().max());
+        assert!(low > Some(&3300) && high < Some(&4700), "{low:?} {high:?}");
+    }
+
+    #[test]
+    fn epochs_and_seeds_differ() {
+        let order = |seed, epoch| {
+            let shape = Shape { lanes: 4, per_lane: 25 };
+            EpochOrder::new(&[100; 10], shape, Some(seed), epoch).step(0, 0..4)
+        };
+        assert_eq!(order(1, 0), order(1, 0));
+        assert_ne!(order(1, 0), order(1, 1));
+        assert_ne!(order(1, 0), order(2, 0));
+    }
+}

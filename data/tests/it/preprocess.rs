@@ -1,0 +1,268 @@
+//! Preprocessors against numbers worked out by hand, on columns and on tensors.
+
+use crate::{batch, digits, example, failure, lists, message, numbered};
+use arrow::array::{Array, ArrayRef, AsArray, Float64Array, Int64Array, StringArray};
+use arrow::datatypes::{DataType, Float32Type, Float64Type, UInt32Type};
+use arrow::record_batch::RecordBatch;
+use candle_core::{Device, Tensor};
+use mobula_core::{Batch, BatchSource, Shard};
+use mobula_data::{
+    Chain, Concatenator, CsvOptions, Dataset, Error, LabelEncoder, MinMaxScaler, OneHotEncoder,
+    OrdinalEncoder, Preprocessor, SimpleImputer, StandardScaler, StreamOptions, Unknown,
+};
+use std::sync::Arc;
+
+fn dataset<const N: usize>(columns: [(&str, ArrayRef); N]) -> Dataset {
+    Dataset::from_batches([batch(columns)]).expect("dataset")
+}
+
+fn floats(values: impl Into<Vec<Option<f64>>>) -> ArrayRef {
+    Arc::new(Float64Array::from(values.into()))
+}
+
+fn text(values: &[Option<&str>]) -> ArrayRef {
+    Arc::new(StringArray::from(values.to_vec()))
+}
+
+fn apply(preprocessor: &Preprocessor, dataset: &Dataset) -> RecordBatch {
+    dataset.preprocess(preprocessor).and_then(|d| d.collect()).expect("rows")
+}
+
+fn f32s(array: &dyn Array) -> Vec<f32> {
+    let values = match array.data_type() {
+        DataType::FixedSizeList(..) => array.as_fixed_size_list().values().as_ref(),
+        _ => array,
+    };
+    values.as_primitive::<Float32Type>().values().to_vec()
+}
+
+#[test]
+fn standard_scaler_by_hand() {
+    // Element 0: 2, 4, 9 (mean 5, variance 26/3); element 1: always 3.
+    let image = lists(2, vec![2, 3, 4, 3, 9, 3]);
+    let x = floats([Some(1.0), None, Some(3.0)]);
+    let data = dataset([("image", image), ("x", x)]);
+    let scaler = StandardScaler::fit(&data, ["image", "x"]).expect("fit");
+    let rows = apply(&scaler, &data);
+    let deviation = (26.0f64 / 3.0).sqrt();
+    let expected = [-3.0, -1.0, 4.0].map(|d| (d / deviation) as f32);
+    let image = f32s(rows.column(0));
+    assert_eq!(image, [expected[0], 0.0, expected[1], 0.0, expected[2], 0.0]);
+    let x = rows.column(1).as_primitive::<Float32Type>();
+    assert_eq!((x.value(0), x.is_null(1), x.value(2)), (-1.0, true, 1.0));
+}
+
+#[test]
+fn min_max_scaler_by_hand() {
+    let data = dataset([("x", floats([Some(-1.0), Some(3.0), Some(0.0)]))]);
+    let scaler = MinMaxScaler::fit(&data, ["x"]).expect("fit");
+    assert_eq!(f32s(apply(&scaler, &data).column(0)), [0.0, 1.0, 0.25]);
+}
+
+/// INV-FIT: what is fitted does not depend on how the rows are cut.
+#[test]
+fn fitting_does_not_depend_on_the_blocks() {
+    let fit = |sizes: &[i64]| {
+        let irregular = "(id * id * id) % 1009 + 1000000.25";
+        let data = numbered(3000, sizes).with_column("x", irregular).expect("column");
+        let fitted = StandardScaler::fit(&data, ["x"]).expect("fit");
+        let json = serde_json::to_value(&fitted).expect("JSON")["Affine"][0].clone();
+        [&json["offset"][0], &json["scale"][0]].map(|v| v.as_f64().expect("a number"))
+    };
+    let whole = fit(&[3000]);
+    for cut in [fit(&[1]), fit(&[7, 500]), fit(&[1000])] {
+        for (a, b) in whole.iter().zip(cut) {
+            assert!(((a - b) / a).abs() < 1e-12, "{a} {b}");
+        }
+    }
+    assert_eq!(fit(&[1]), fit(&[1]), "and the same cut gives the same bits");
+}
+
+#[test]
+fn scalers_say_what_they_cannot_fit() {
+    let data = dataset([
+        ("none", floats([None, None])),
+        ("nan", floats([Some(1.0), Some(f64::NAN)])),
+        ("name", text(&[Some("a"), Some("b")])),
+    ]);
+    let fit = |column: &str| message(StandardScaler::fit(&data, [column]));
+    assert_eq!(fit("none"), "cannot fit column \"none\": it has no values");
+    assert!(fit("nan").contains("infinite or not a number"));
+    assert!(
+        fit("name").contains("is Utf8, expected a number") && fit("name").contains("OneHotEncoder")
+    );
+    assert!(fit("nam").contains("available: none, nan, name"));
+    assert!(message(MinMaxScaler::fit(&data, ["nan"])).contains("not a number"));
+    let scaler = StandardScaler::fit(&digits(), ["image"]).expect("fit");
+    let narrow = dataset([("image", lists(2, vec![1, 2]))]);
+    assert!(message(narrow.preprocess(&scaler)).contains("has 2 values a row, expected 64"));
+}
+
+#[test]
+fn imputers_fill_what_is_missing() {
+    let years: ArrayRef = Arc::new(Int64Array::from(vec![Some(1), None, Some(4)]));
+    let data = dataset([
+        ("x", floats([Some(1.0), None, Some(4.0)])),
+        ("year", years),
+        ("sex", text(&[Some("m"), None, Some("f")])),
+        ("island", text(&[Some("b"), Some("b"), None])),
+    ]);
+    let chain = Chain::fit(
+        [
+            SimpleImputer::mean(["x", "year"]),
+            SimpleImputer::most_frequent(["island"]),
+            SimpleImputer::constant(["sex"], "unknown"),
+        ],
+        &data,
+    );
+    let rows = apply(&chain.expect("fit"), &data);
+    for column in ["x", "year"] {
+        let values = rows.column_by_name(column).expect(column).as_primitive::<Float64Type>();
+        assert_eq!(values.values()[..], [1.0, 2.5, 4.0]);
+    }
+    let sex: Vec<_> = rows.column(2).as_string::<i32>().iter().flatten().collect();
+    let island: Vec<_> = rows.column(3).as_string::<i32>().iter().flatten().collect();
+    assert_eq!((sex, island), (vec!["m", "unknown", "f"], vec!["b", "b", "b"]));
+    let wrong = SimpleImputer::constant(["x"], "text").fit(&data);
+    assert!(message(wrong).contains("column \"x\" is Float64"));
+    let tie = SimpleImputer::most_frequent(["sex"]).fit(&data).expect("fit");
+    assert_eq!(apply(&tie, &data).column(2).as_string::<i32>().value(1), "f");
+}
+
+#[test]
+fn encoders_number_the_categories() {
+    let numbers: ArrayRef = Arc::new(Int64Array::from(vec![10, 9, 10]));
+    let data = dataset([("name", text(&[Some("b"), Some("a"), Some("b")])), ("n", numbers)]);
+    let one_hot = OneHotEncoder::fit(&data, ["name"]).expect("fit");
+    assert_eq!(f32s(apply(&one_hot, &data).column(0)), [0., 1., 1., 0., 0., 1.]);
+    let ordinal = OrdinalEncoder::fit(&data, ["name", "n"]).expect("fit");
+    let codes = apply(&ordinal, &data);
+    assert_eq!(codes.column(0).as_primitive::<UInt32Type>().values()[..], [1, 0, 1]);
+    assert_eq!(codes.column(1).as_primitive::<UInt32Type>().values()[..], [1, 0, 1]);
+    assert_eq!(ordinal.classes("n"), Some(vec!["9".to_owned(), "10".to_owned()]));
+
+    let other = dataset([("name", text(&[Some("c"), None]))]);
+    let unknown = failure(
+        other.preprocess(&one_hot).and_then(|d| d.select(["name"])?.filter("true")?.collect()),
+    );
+    assert!(matches!(unknown, Error::Nulls { .. }), "{unknown}");
+    let other = dataset([("name", text(&[Some("c")]))]);
+    let unknown = message(other.preprocess(&one_hot).and_then(|d| d.collect()));
+    assert!(unknown.contains("\"c\"") && unknown.contains("known: a, b"), "{unknown}");
+
+    let nulls = dataset([("name", text(&[Some("c"), None, Some("a")]))]);
+    let lenient =
+        OneHotEncoder::of(["name"]).with_unknown(Unknown::Ignore).fit(&data).expect("fit");
+    assert_eq!(f32s(apply(&lenient, &nulls).column(0)), [0., 0., 0., 0., 1., 0.]);
+    let lenient =
+        OrdinalEncoder::of(["name"]).with_unknown(Unknown::Ignore).fit(&data).expect("fit");
+    let codes = apply(&lenient, &nulls);
+    assert_eq!(codes.column(0).as_primitive::<UInt32Type>().values()[..], [2, 2, 0]);
+}
+
+/// A scaler fitted on the training rows must not have seen the others.
+#[test]
+fn a_fit_sees_the_dataset_it_is_given() {
+    let (train, test) = numbered(200, &[200]).train_test_split(0.5, 3).expect("split");
+    let fit = |data: &Dataset| StandardScaler::fit(data, ["id"]).expect("fit");
+    assert_ne!(fit(&train), fit(&test));
+    let rows = train.collect().expect("rows");
+    assert_eq!(fit(&train), fit(&Dataset::from_batches([rows]).expect("dataset")));
+}
+
+/// INV-SERVE: tensors in serving get what rows got in training, to the bit, also after a file.
+#[test]
+fn tensors_and_columns_get_the_same_numbers() {
+    let digits = digits();
+    let fitted = StandardScaler::fit(&digits, ["image"]).expect("fit");
+    let file = tempfile::NamedTempFile::new().expect("file");
+    fitted.save(file.path()).expect("save");
+    let loaded = Preprocessor::load(file.path()).expect("load");
+    assert_eq!(loaded, fitted);
+
+    let stream = |data: &Dataset| {
+        let options = StreamOptions::new(["image"], "label").with_batch_size(50);
+        let mut stream = data.stream(options).and_then(|s| Ok(s.open(Shard::ALL)?)).expect("open");
+        stream.next_batch().expect("read").expect("a batch")
+    };
+    let expected = stream(&digits.preprocess(&fitted).expect("preprocess"));
+    let got = loaded.transform_batch(&stream(&digits)).expect("transform");
+    let image =
+        |batch: &Batch| batch.get("image").and_then(|t| Ok(t.to_vec2::<f32>()?)).expect("image");
+    assert_eq!(image(&got), image(&expected));
+    assert_eq!(got.get("label").expect("label").dims(), [50]);
+
+    // [rows, 8, 8] keeps its dimensions; what is not named passes.
+    let cube =
+        stream(&digits).get("image").and_then(|t| Ok(t.reshape((50, 8, 8))?)).expect("image");
+    let batch = Batch::new(vec![("image".to_owned(), cube)]).expect("batch");
+    let scaled = loaded.transform_batch(&batch).expect("transform");
+    assert_eq!(scaled.get("image").expect("image").dims(), [50, 8, 8]);
+}
+
+#[test]
+fn tensors_of_the_wrong_shape_are_refused() {
+    let fitted = StandardScaler::fit(&digits(), ["image"]).expect("fit");
+    let serve = |name: &str, width: usize| {
+        let tensor = Tensor::zeros((2, width), candle_core::DType::F32, &Device::Cpu);
+        let batch = Batch::new(vec![(name.to_owned(), tensor.expect("tensor"))]).expect("batch");
+        fitted.transform_batch(&batch)
+    };
+    assert_eq!(serve("image", 64).expect("transform").rows(), 2);
+    assert!(message(serve("image", 63)).contains("has 63 values a row, expected 64"));
+    assert!(message(serve("picture", 64)).contains("no column \"image\"; available: picture"));
+}
+
+#[test]
+fn a_broken_file_is_named() {
+    let file = tempfile::NamedTempFile::new().expect("file");
+    std::fs::write(file.path(), "{\"Affine\": [").expect("write");
+    assert!(message(Preprocessor::load(file.path())).contains("is not a valid preprocessor file"));
+    assert!(message(Preprocessor::load("absent.json")).contains("cannot read absent.json"));
+}
+
+/// Mixed columns of real data, from CSV to tensors and to serving without the label.
+#[test]
+fn penguins_become_features_and_classes() {
+    let penguins =
+        Dataset::read_csv(example("penguins.csv"), CsvOptions::default()).expect("penguins");
+    let (train, test) = penguins.train_test_split(0.25, 5).expect("split");
+    let numeric = ["bill_length_mm", "bill_depth_mm", "flipper_length_mm", "body_mass_g"];
+    let chain = Chain::fit(
+        [
+            SimpleImputer::mean(numeric),
+            StandardScaler::of(numeric),
+            SimpleImputer::most_frequent(["sex"]),
+            OneHotEncoder::of(["sex", "island"]),
+            Concatenator::of([&numeric[..], &["sex", "island"]].concat(), "features"),
+            LabelEncoder::of("species"),
+        ],
+        &train,
+    )
+    .expect("fit");
+    let source = test
+        .preprocess(&chain)
+        .and_then(|d| d.stream(StreamOptions::new(["features"], "species").with_batch_size(16)))
+        .expect("stream");
+    let mut stream = source.open(Shard::ALL).expect("open");
+    let batch = stream.next_batch().expect("read").expect("a batch");
+    assert_eq!(batch.get("features").expect("features").dims(), [16, 4 + 2 + 3]);
+    assert_eq!(batch.get("species").expect("species").dims(), [16]);
+    let classes = chain.classes("species").expect("classes");
+    assert_eq!(classes, ["Adelie", "Chinstrap", "Gentoo"]);
+
+    let request = test.sql("SELECT * EXCEPT (species) FROM dataset").expect("query");
+    let served = apply(&chain.without("species"), &request);
+    let rows = apply(&chain, &test);
+    assert_eq!(served.column_by_name("features"), rows.column_by_name("features"));
+    assert!(message(request.preprocess(&chain)).contains("no column \"species\""));
+}
+
+#[test]
+fn streams_refuse_missing_values_and_say_how_many() {
+    let data = dataset([("x", floats([Some(1.0), None, None]))]);
+    let source = data.stream(StreamOptions::unlabelled(["x"])).expect("stream");
+    let text = message(source.open(Shard::ALL).and_then(|mut s| s.next_batch()));
+    assert!(text.contains("column \"x\" has 2 missing values in rows 0 to 2"), "{text}");
+    assert!(text.contains("SimpleImputer") && text.contains("filter(\"x IS NOT NULL\")"), "{text}");
+}
