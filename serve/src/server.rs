@@ -82,6 +82,7 @@ impl Server {
         let (asked, total) =
             (deployment.resources.times(deployment.replicas), self.runtime.resources());
         if !asked.fits(&total) {
+            let (asked, total) = (Box::new(asked), Box::new(total));
             return Err(mobula_core::Error::Unplaceable { asked, total }.into());
         }
         let replicas = (0..deployment.replicas)
