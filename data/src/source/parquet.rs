@@ -149,3 +149,20 @@ fn identity(file: &mut File) -> std::io::Result<String> {
 fn corrupt(path: &Path, reason: impl Display) -> Error {
     Error::Corrupt { path: path.to_owned(), format: "Parquet", reason: reason.to_string() }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn columns_come_in_the_order_asked_for() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../examples/data/digits-0.parquet");
+        let source = ParquetSource::open(&[path.into()]).expect("open");
+        let mut batches = source.read(0, &[1, 0]).expect("read");
+        let batch = batches.next().expect("a batch").expect("rows");
+        assert_eq!(batch.schema().field(0).name(), "label");
+        assert_eq!(batch.column(0).data_type(), batch.schema().field(0).data_type());
+        let mut none = source.read(0, &[]).expect("read");
+        assert_eq!(none.next().expect("a batch").expect("rows").num_rows(), 120);
+    }
+}

@@ -94,7 +94,7 @@ fn csv_has_types_and_missing_values() {
         .expect("query");
     assert_eq!(heaviest.column(0).as_string::<i32>().value(0), "Gentoo");
     let mass = heaviest.column(1).as_primitive::<Float64Type>().value(0);
-    assert!((mass - 5484.836_065_573_77).abs() < 1e-9, "{mass}");
+    assert!((mass - 5_484.836_065_573_77).abs() < 1e-9, "{mass}");
 }
 
 #[test]

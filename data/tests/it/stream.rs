@@ -122,6 +122,25 @@ fn epochs_are_shuffled_and_seeds_differ() {
 }
 
 #[test]
+fn a_stream_resumes_in_a_later_epoch() {
+    let source = source(100, &[20], by_id().with_batch_size(10).with_shuffle(1));
+    let mut whole = open(&source, 1);
+    let (_, second) = (epoch(&mut whole), epoch(&mut whole));
+    let mut ranks = open(&source, 1);
+    epoch(&mut ranks);
+    for expected in &second[..4] {
+        assert_eq!(global_step(&mut ranks).as_ref(), Some(expected));
+    }
+    let state = ranks[0].state();
+    assert_eq!((state.epoch, state.step), (1, 4));
+    let mut resumed = open(&source, 2);
+    for rank in &mut resumed {
+        rank.restore(&state).expect("restore");
+    }
+    assert_eq!(epoch(&mut resumed), second[4..]);
+}
+
+#[test]
 fn without_a_shuffle_the_order_is_that_of_the_rows() {
     let mut ranks = open(&source(23, &[4, 9], by_id().with_batch_size(6)), 1);
     let rows: Vec<u32> =
