@@ -20,7 +20,7 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 const SEED: u64 = 7;
 
 /// data → tune → train → serve, on the UCI optical digits.
-#[derive(Parser)]
+#[derive(Parser, Serialize)]
 struct Args {
     /// Name of the run, in runs/. A run that exists is resumed.
     #[arg(long)]
@@ -75,10 +75,7 @@ fn learn(context: &mut WorkerContext<'_>, config: &Config) -> anyhow::Result<()>
             let logits = state.model.forward(batch.get("image")?, &Pass::eval())?;
             Ok(metrics::correct(&logits, batch.get("label")?)? as f64)
         })?;
-        let metrics = [("accuracy", accuracy)];
-        if context.end_epoch(&mut state, batches.as_ref(), &metrics)?.is_stop() {
-            break;
-        }
+        context.end_epoch(&mut state, batches.as_ref(), &[("accuracy", accuracy)])?;
     }
     Ok(())
 }
@@ -92,8 +89,8 @@ fn train_worker(member: Member, config: Config) -> anyhow::Result<()> {
 fn main() -> anyhow::Result<()> {
     let runtime = mobula::init()?;
     let args = Args::parse();
-    let name = args.run.unwrap_or_else(|| run::timestamped("digits"));
-    let run = RunDir::open_or_create("runs", &name, SEED, &())?;
+    let name = args.run.clone().unwrap_or_else(|| run::timestamped("digits"));
+    let run = RunDir::open_or_create("runs", &name, SEED, &args)?;
     let resume = format!("Resume with: cargo run --example pipeline -- --run {name}");
     let _hint = mobula::on_interrupt(move || Some(resume));
 

@@ -154,13 +154,14 @@ impl<'a> WorkerContext<'a> {
     }
 
     /// Ends an epoch: counts it, commits a checkpoint when one is due, reports the metrics and
-    /// the mean loss. `Stop` when the training is to stop here, on all ranks alike.
+    /// the mean loss. When the training is to stop here, `state` is finished afterwards, on all
+    /// ranks alike.
     pub fn end_epoch(
         &mut self,
         state: &mut TrainState,
         stream: &dyn BatchStream,
         metrics: &[(&str, f64)],
-    ) -> Result<Flow> {
+    ) -> Result<()> {
         state.count_epoch();
         let mut all = self.meter.end_epoch();
         all.extend(metrics.iter().map(|(name, value)| ((*name).to_owned(), *value)));
@@ -175,7 +176,10 @@ impl<'a> WorkerContext<'a> {
         let mut stop = [f64::from(u8::from(self.tell_epoch(report)?.is_stop()))];
         self.reduce(&mut stop)?;
         self.meter.restart_clock();
-        Ok(Flow::stop_if(stop[0] > 0.0))
+        if stop[0] > 0.0 {
+            state.stop();
+        }
+        Ok(())
     }
 
     fn tell_epoch(&mut self, report: EpochReport) -> Result<Flow> {

@@ -28,6 +28,7 @@ pub struct TrainState {
     step: u64,
     epoch: u64,
     epochs: u64,
+    stopped: bool,
 }
 
 /// `state.json` of a checkpoint.
@@ -49,7 +50,7 @@ impl TrainState {
     /// A run at its start, to go on for so many epochs.
     pub fn new(model: Model, optimizer: AdamW, seed: u64, epochs: u64) -> Self {
         let gradients = Gradients::zeros(model.params());
-        Self { model, optimizer, gradients, seed, step: 0, epoch: 0, epochs }
+        Self { model, optimizer, gradients, seed, step: 0, epoch: 0, epochs, stopped: false }
     }
 
     /// Global steps done.
@@ -67,9 +68,9 @@ impl TrainState {
         self.epochs
     }
 
-    /// Whether all epochs are done.
+    /// Whether all epochs are done, or the training was told to stop.
     pub fn is_finished(&self) -> bool {
-        self.epoch >= self.epochs
+        self.stopped || self.epoch >= self.epochs
     }
 
     /// The seed of everything random in a step.
@@ -94,6 +95,10 @@ impl TrainState {
 
     pub(crate) fn count_step(&mut self) {
         self.step += 1;
+    }
+
+    pub(crate) fn stop(&mut self) {
+        self.stopped = true;
     }
 
     pub(crate) fn count_epoch(&mut self) {

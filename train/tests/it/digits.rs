@@ -159,9 +159,7 @@ pub(crate) fn learn(context: &mut WorkerContext<'_>, config: &Config) -> Result<
             let logits = state.model.forward(batch.get("x")?, &Pass::eval())?;
             Ok(metrics::correct(&logits, batch.get("y")?)? as f64)
         })?;
-        if context.end_epoch(&mut state, &stream, &[("accuracy", accuracy)])?.is_stop() {
-            break;
-        }
+        context.end_epoch(&mut state, &stream, &[("accuracy", accuracy)])?;
     }
     let mut weights = Vec::new();
     for (_, var) in state.model.params().vars() {
