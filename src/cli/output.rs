@@ -1,0 +1,88 @@
+//! What the command prints: text and tables on stdout, one line for an error.
+
+use comfy_table::{Table, presets};
+use mobula_core::error::chain;
+use serde::Serialize;
+use std::io::{ErrorKind, Write};
+
+/// Prints `text` and a newline. A reader that has gone, as `head` has after its lines, is no error.
+pub(crate) fn print(text: impl AsRef<str>) -> anyhow::Result<()> {
+    let mut stdout = std::io::stdout().lock();
+    let printed = writeln!(stdout, "{}", text.as_ref()).and_then(|()| stdout.flush());
+    match printed {
+        Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(()),
+        printed => Ok(printed?),
+    }
+}
+
+/// Prints `value` as JSON.
+pub(crate) fn print_json(value: &impl Serialize) -> anyhow::Result<()> {
+    print(serde_json::to_string_pretty(value)?)
+}
+
+/// A table without lines; columns are two spaces apart.
+pub(crate) fn table<const N: usize>(
+    header: [&str; N],
+    rows: impl IntoIterator<Item = [String; N]>,
+) -> String {
+    let mut table = Table::new();
+    table.load_style(presets::NOTHING);
+    table.set_header(header);
+    for row in rows {
+        table.add_row(row);
+    }
+    for column in table.column_iter_mut() {
+        column.set_padding((0, 2));
+    }
+    let lines = table.to_string();
+    lines.lines().map(str::trim_end).collect::<Vec<_>>().join("\n")
+}
+
+/// `1.5 GiB`.
+pub(crate) fn bytes(bytes: u64) -> String {
+    const UNITS: [&str; 5] = ["B", "KiB", "MiB", "GiB", "TiB"];
+    let power = (bytes.max(1).ilog2() / 10).min(UNITS.len() as u32 - 1);
+    match power {
+        0 => format!("{bytes} B"),
+        _ => format!(
+            "{:.1} {}",
+            bytes as f64 / f64::from(1024u32).powi(power as i32),
+            UNITS[power as usize]
+        ),
+    }
+}
+
+/// An error with its causes on one line. Parsers draw their errors on several.
+pub(crate) fn one_line(error: &anyhow::Error) -> String {
+    let chain = chain(error.as_ref());
+    let lines = chain.lines().map(str::trim);
+    let said = lines.filter(|line| !line.is_empty() && !line.starts_with('|'));
+    said.fold(String::new(), |text, line| match text.chars().last() {
+        None => line.to_owned(),
+        Some(':' | ',' | ';') => format!("{text} {line}"),
+        Some(_) => format!("{text}; {line}"),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_are_read_at_a_glance() {
+        let check = |n, expected: &str| assert_eq!(bytes(n), expected);
+        check(0, "0 B");
+        check(1023, "1023 B");
+        check(1536, "1.5 KiB");
+        check(64 << 20, "64.0 MiB");
+        check(u64::MAX, "16777216.0 TiB");
+    }
+
+    #[test]
+    fn an_error_is_one_line_with_its_causes() {
+        let error = anyhow::anyhow!("on line 3:\n\n  no such field").context("bad file");
+        assert_eq!(one_line(&error), "bad file: on line 3: no such field");
+        let drawn = anyhow::anyhow!("TOML error at line 2\n  |\n2 | x =\n  |    ^\nno value");
+        assert_eq!(one_line(&drawn), "TOML error at line 2; 2 | x =; no value");
+    }
+}

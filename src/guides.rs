@@ -1,0 +1,10 @@
+//! The guides of `docs/guides/`, so that their snippets are compiled and run by `cargo test`.
+
+#[doc = include_str!("../docs/guides/data.md")]
+mod data {}
+#[doc = include_str!("../docs/guides/serve.md")]
+mod serve {}
+#[doc = include_str!("../docs/guides/train.md")]
+mod train {}
+#[doc = include_str!("../docs/guides/tune.md")]
+mod tune {}
