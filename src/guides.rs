@@ -1,4 +1,4 @@
-//! The guides of `docs/guides/`, so that their snippets are compiled and run by `cargo test`.
+//! The README and the guides of `docs/guides/`, so that their snippets are compiled and run by `cargo test`.
 
 #[doc = include_str!("../docs/guides/data.md")]
 mod data {}
@@ -8,3 +8,5 @@ mod serve {}
 mod train {}
 #[doc = include_str!("../docs/guides/tune.md")]
 mod tune {}
+#[doc = include_str!("../README.md")]
+mod readme {}

@@ -54,3 +54,6 @@ pub use mobula_tune as tune;
 
 #[cfg(all(feature = "serve", feature = "train"))]
 pub mod models;
+
+#[cfg(doctest)]
+mod guides;

@@ -44,11 +44,7 @@ pub fn export_classifier(
         cpus: None,
         params: options_as_toml(network.spec()).map_err(Error::layer)?,
         batching: BatchingConfig::default(),
-        inputs: vec![TensorSpec::new(
-            input,
-            Datatype::Fp32,
-            shape(network.input_shape()),
-        )],
+        inputs: vec![TensorSpec::new(input, Datatype::Fp32, shape(network.input_shape()))],
         outputs: vec![
             TensorSpec::new(CLASS, Datatype::Uint32, []),
             TensorSpec::new(PROBABILITIES, Datatype::Fp32, shape(network.output_shape())),
@@ -69,9 +65,7 @@ pub fn export_classifier(
 pub fn loader(model: &RepositoryModel) -> Result<Loader, BoxError> {
     let version = Arc::new(Version::of(model)?);
     version.load()?;
-    Ok(Arc::new(move || {
-        Ok(Box::new(version.load()?) as Box<dyn Model>)
-    }))
+    Ok(Arc::new(move || Ok(Box::new(version.load()?) as Box<dyn Model>)))
 }
 
 /// Where one version of a model is, and what its `config.toml` says of it.
@@ -154,9 +148,7 @@ impl Model for Classifier {
 }
 
 fn softmax(logits: &candle_core::Tensor) -> candle_core::Result<candle_core::Tensor> {
-    let shifted = logits
-        .broadcast_sub(&logits.max_keepdim(D::Minus1)?)?
-        .exp()?;
+    let shifted = logits.broadcast_sub(&logits.max_keepdim(D::Minus1)?)?.exp()?;
     shifted.broadcast_div(&shifted.sum_keepdim(D::Minus1)?)
 }
 
@@ -166,9 +158,7 @@ fn preprocessor(path: &Path) -> Result<Option<Preprocess>, BoxError> {
         return Ok(None);
     }
     let fitted = crate::data::Preprocessor::load(path)?;
-    Ok(Some(Box::new(move |batch| {
-        Ok(fitted.transform_batch(batch)?)
-    })))
+    Ok(Some(Box::new(move |batch| Ok(fitted.transform_batch(batch)?))))
 }
 
 #[cfg(not(feature = "data"))]
