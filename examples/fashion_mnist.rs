@@ -7,7 +7,7 @@ use clap::Parser;
 use mobula::data::{Dataset, MinMaxScaler, Preprocessor, StreamOptions, TensorSource};
 use mobula::nn::{Model, ModelSpec, Pass, loss, metrics, models::CnnOptions};
 use mobula::train::{AdamW, AdamWOptions, ScalingConfig, TrainState, Trainer, WorkerContext};
-use mobula::{BatchSource, Member, RunDir, console, models, run};
+use mobula::{BatchSource, Member, RunDir, console, models};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 
@@ -96,9 +96,8 @@ fn main() -> anyhow::Result<()> {
         console::note(how_to_get(&args.data, &missing));
         std::process::exit(2);
     }
-    let name = args.run.clone().unwrap_or_else(|| run::timestamped("fashion"));
-    let run = RunDir::open_or_create("runs", &name, SEED, &args)?;
-    let resume = format!("Resume with the same options and: --run {name}");
+    let run = RunDir::of_program(args.run.as_deref(), "fashion", SEED, &args)?;
+    let resume = format!("Resume with the same options and: --run {}", run.name());
     let _hint = mobula::on_interrupt(move || Some(resume));
 
     // Data: pixels from 0..255 to 0..1, by what the training images have.

@@ -11,7 +11,7 @@ use mobula::train::{
     AdamW, AdamWOptions, EpochReport, ScalingConfig, TrainState, Trainer, WorkerContext,
 };
 use mobula::tune::{AshaScheduler, Metric, Params, SearchSpace, TpeSampler, Tuner};
-use mobula::{BatchSource, Member, RunDir, models, run};
+use mobula::{BatchSource, Member, RunDir, models};
 use serde::{Deserialize, Serialize};
 
 #[global_allocator]
@@ -89,9 +89,8 @@ fn train_worker(member: Member, config: Config) -> anyhow::Result<()> {
 fn main() -> anyhow::Result<()> {
     let runtime = mobula::init()?;
     let args = Args::parse();
-    let name = args.run.clone().unwrap_or_else(|| run::timestamped("digits"));
-    let run = RunDir::open_or_create("runs", &name, SEED, &args)?;
-    let resume = format!("Resume with: cargo run --example pipeline -- --run {name}");
+    let run = RunDir::of_program(args.run.as_deref(), "digits", SEED, &args)?;
+    let resume = format!("Resume with: cargo run --example pipeline -- --run {}", run.name());
     let _hint = mobula::on_interrupt(move || Some(resume));
 
     // Data: a lazy dataset, a split by seed, a scaler that sees the training part only.

@@ -10,7 +10,7 @@ use mobula::data::{
 };
 use mobula::nn::{Model, ModelSpec, Pass, loss, metrics, models::MlpOptions};
 use mobula::train::{AdamW, AdamWOptions, ScalingConfig, TrainState, Trainer, WorkerContext};
-use mobula::{BatchSource, Member, RunDir, models, run};
+use mobula::{BatchSource, Member, RunDir, models};
 use serde::{Deserialize, Serialize};
 
 #[global_allocator]
@@ -120,12 +120,8 @@ fn main() -> anyhow::Result<()> {
     }
 
     // Train: a run of this name, or, as a trial of a sweep, the folder that the sweep has made.
-    let name = args.run.clone().unwrap_or_else(|| run::timestamped("penguins"));
-    let run = match std::env::var(run::RUN_DIR_VARIABLE) {
-        Ok(folder) => RunDir::open_or_create("", &folder, SEED, &args)?,
-        Err(_) => RunDir::open_or_create("runs", &name, SEED, &args)?,
-    };
-    let resume = format!("Resume with: cargo run --example tabular -- --run {name}");
+    let run = RunDir::of_program(args.run.as_deref(), "penguins", SEED, &args)?;
+    let resume = format!("Resume with the same options and: --run {}", run.name());
     let _hint = mobula::on_interrupt(move || Some(resume));
     let options = StreamOptions::new(["features"], "species").with_batch_size(32);
     let options = options.with_shuffle(SEED);

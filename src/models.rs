@@ -12,7 +12,7 @@ use crate::serve::{
     BatchingConfig, Datatype, Loader, Model, ModelConfig, RepositoryModel, TensorSpec,
 };
 use crate::{Batch, BoxError, Checkpoint, Error};
-use candle_core::{D, DType, Device};
+use candle_core::{D, DType, Device, Tensor};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -50,6 +50,7 @@ pub fn export_classifier(
             TensorSpec::new(PROBABILITIES, Datatype::Fp32, shape(network.output_shape())),
         ],
     };
+    try_out(checkpoint, &config).map_err(Error::layer)?;
     RepositoryModel::save(repository, &config, |version| {
         std::fs::copy(checkpoint.file(WEIGHTS), version.join(WEIGHTS))?;
         if checkpoint.file(PREPROCESSOR).exists() {
@@ -58,6 +59,25 @@ pub fn export_classifier(
         Ok(())
     })
     .map_err(Error::layer)
+}
+
+/// Runs one row of zeros through what would be served: a preprocessor that needs more than the one
+/// input, such as the columns of a table, is found here and not at the first request.
+fn try_out(checkpoint: &Checkpoint, config: &ModelConfig) -> Result<(), BoxError> {
+    let version = Version {
+        spec: ModelSpec::new(&config.architecture, &config.params)?,
+        path: checkpoint.path().to_owned(),
+        input: config.inputs[0].name.clone(),
+        outputs: config.outputs.iter().map(|output| output.name.clone()).collect(),
+    };
+    let mut shape = vec![1];
+    shape.extend(config.inputs[0].shape.iter().map(|dim| *dim as usize));
+    let zeros = Tensor::zeros(shape, DType::F32, &Device::Cpu)?;
+    let row = Batch::new(vec![(version.input.clone(), zeros)])?;
+    version.load()?.infer(&row).map(drop).map_err(|error| {
+        let (name, input) = (&config.name, &version.input);
+        format!("model {name} cannot be served from the one input {input:?}: {error}").into()
+    })
 }
 
 /// How to load a model of a repository: its architecture from nn's registry, its weights, and its
@@ -147,7 +167,7 @@ impl Model for Classifier {
     }
 }
 
-fn softmax(logits: &candle_core::Tensor) -> candle_core::Result<candle_core::Tensor> {
+fn softmax(logits: &Tensor) -> candle_core::Result<Tensor> {
     let shifted = logits.broadcast_sub(&logits.max_keepdim(D::Minus1)?)?.exp()?;
     shifted.broadcast_div(&shifted.sum_keepdim(D::Minus1)?)
 }

@@ -129,6 +129,22 @@ impl RunDir {
         Ok(run)
     }
 
+    /// The run of a program: the folder that a sweep gives to it as a trial
+    /// ([`RUN_DIR_VARIABLE`]), else `runs/<name>`, else `runs/<prefix>-<time>`. Goes on with a run
+    /// that exists.
+    pub fn of_program(
+        name: Option<&str>,
+        prefix: &str,
+        seed: u64,
+        config: &impl Serialize,
+    ) -> Result<Self, Error> {
+        if let Some(path) = std::env::var_os(RUN_DIR_VARIABLE) {
+            return Self::open(&path).or_else(|_| Self::create_at(path, seed, config));
+        }
+        let name = name.map_or_else(|| timestamped(prefix), str::to_owned);
+        Self::open_or_create("runs", &name, seed, config)
+    }
+
     /// Opens the run `root/name` to go on with it, or creates it.
     pub fn open_or_create(
         root: impl AsRef<Path>,
@@ -312,10 +328,16 @@ fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T, Error> {
 
 /// `prefix-20261122-163000`: a name for a run that begins now (UTC).
 pub fn timestamped(prefix: &str) -> String {
-    let seconds = unix_time() as u64;
-    let (year, month, day) = civil_from_days((seconds / 86_400) as i64);
+    let compact = utc(unix_time()).replace(['-', ':'], "").replace(' ', "-");
+    format!("{prefix}-{compact}")
+}
+
+/// Seconds since 1970 as `2026-11-22 16:30:00`, in UTC; at most the end of the year 9999.
+pub fn utc(seconds: f64) -> String {
+    let seconds = seconds.clamp(0.0, 253_402_300_799.0) as i64;
+    let (year, month, day) = civil_from_days(seconds / 86_400);
     let (hour, minute, second) = (seconds / 3600 % 24, seconds / 60 % 60, seconds % 60);
-    format!("{prefix}-{year:04}{month:02}{day:02}-{hour:02}{minute:02}{second:02}")
+    format!("{year:04}-{month:02}-{day:02} {hour:02}:{minute:02}:{second:02}")
 }
 
 /// Year, month and day of a number of days since 1970 (Hinnant, *chrono-Compatible Low-Level Date
@@ -413,16 +435,13 @@ mod tests {
     }
 
     #[test]
-    fn days_are_counted_as_the_calendar_does() {
-        let known = [
-            (0, (1970, 1, 1)),
-            (59, (1970, 3, 1)),
-            (11_016, (2000, 2, 29)),
-            (20_779, (2026, 11, 22)),
-        ];
-        for (days, date) in known {
-            assert_eq!(civil_from_days(days), date);
-        }
+    fn dates_are_those_of_the_calendar() {
+        let check = |seconds: f64, expected: &str| assert_eq!(utc(seconds), expected);
+        check(0.0, "1970-01-01 00:00:00");
+        check(951_782_400.0, "2000-02-29 00:00:00");
+        check(1_709_251_199.9, "2024-02-29 23:59:59");
+        check(1_767_225_600.0, "2026-01-01 00:00:00");
+        check(1e300, "9999-12-31 23:59:59");
     }
 
     #[test]

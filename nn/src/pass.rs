@@ -3,8 +3,9 @@
 /// What a layer must know about the pass that it takes part in.
 ///
 /// Everything random in a pass is a pure function of the seed, the step, the layer's name, the
-/// row's index in the global batch and the feature's index. Hence a result does not depend on how
-/// the rows of a step are split between workers, and a resumed run draws the same numbers.
+/// row's index in the global batch and the feature's index. Hence a resumed run draws the same
+/// numbers, and where each worker's rows lie next to each other in the global batch, a result does
+/// not depend on how many workers share them.
 ///
 /// ```
 /// use mobula_nn::Pass;

@@ -8,7 +8,6 @@ mod runs;
 mod serve;
 #[cfg(feature = "tune")]
 mod sweep;
-mod utc;
 
 use clap::{Parser, Subcommand};
 use mobula::Runtime;

@@ -1,10 +1,10 @@
 //! `mobula runs`: what ran, how far it got, what is left of it.
 
 use super::output::{bytes, print, print_json, table};
-use super::utc::utc;
 use anyhow::bail;
 use mobula::run::{RunInfo, RunStatus};
 use mobula::{Checkpoint, Error, RunDir};
+use mobula_core::run::utc;
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};

@@ -36,7 +36,9 @@ impl Finished {
 }
 
 pub(crate) fn command(args: &[impl AsRef<OsStr>]) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_mobula"));
+    // Shells start background jobs with SIGINT ignored, and the command would inherit that.
+    let mut command = Command::new("env");
+    command.args(["--default-signal=INT", env!("CARGO_BIN_EXE_mobula")]);
     command.args(args).env_remove("RUST_LOG").stdin(Stdio::null());
     command
 }

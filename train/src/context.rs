@@ -112,7 +112,9 @@ impl<'a> WorkerContext<'a> {
     ) -> Result<f64> {
         state.gradients_mut().1.clear();
         if batch.rows() > 0 {
-            // Ranks draw as if their rows lay one after the other in the global batch.
+            // Disjoint rows for the ranks' random numbers. Where a stream deals rows out in turns
+            // these are not the rows' places in the global batch: with dropout, worlds of
+            // different sizes draw different masks.
             let first_row = self.shard().rank as u64 * batch.global_rows() as u64;
             let pass = Pass::train(state.seed(), state.step()).with_row_offset(first_row);
             let loss = loss(&state.model, &pass).map_err(Error::program)?;
@@ -144,6 +146,9 @@ impl<'a> WorkerContext<'a> {
         }
         self.all_reduce_sum(&mut sums)?;
         self.meter.restart_clock();
+        if sums[1] == 0.0 {
+            return Err(Error::NoRows);
+        }
         Ok(sums[0] / sums[1])
     }
 

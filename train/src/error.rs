@@ -43,6 +43,9 @@ pub enum Error {
         /// The global step.
         step: u64,
     },
+    /// A mean over a stream that has no rows on any rank.
+    #[error("cannot take a mean over a stream without rows")]
+    NoRows,
     /// A loss that is not one number.
     #[error("the loss must be one f32, got shape {shape:?}; take the mean over the rows")]
     LossShape {

@@ -13,7 +13,7 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
-use std::sync::mpsc::{Sender, channel};
+use std::sync::mpsc::{SyncSender, sync_channel};
 
 /// In a worker's environment: the file descriptor of its control stream.
 pub(crate) const WORKER_VARIABLE: &str = "MOBULA_WORKER_FD";
@@ -30,18 +30,18 @@ pub(crate) struct Started {
     pub(crate) output: PipeReader,
 }
 
-type Request = (Vec<(String, String)>, Sender<Result<Started, Error>>);
+type Request = (Vec<(String, String)>, SyncSender<Result<Started, Error>>);
 
 /// The one thread that starts processes. `PR_SET_PDEATHSIG` fires when the *thread* that started
 /// a child ends, so that thread must live as long as the program.
 #[derive(Clone, Debug)]
 pub(crate) struct Spawner {
-    requests: Sender<Request>,
+    requests: SyncSender<Request>,
 }
 
 impl Spawner {
     pub(crate) fn start() -> Result<Self, Error> {
-        let (requests, inbox) = channel::<Request>();
+        let (requests, inbox) = sync_channel::<Request>(16);
         let thread = std::thread::Builder::new().name("mobula-spawner".to_owned());
         let spawned = thread.spawn(move || {
             for (environment, reply) in inbox {
@@ -55,7 +55,7 @@ impl Spawner {
     }
 
     pub(crate) fn spawn(&self, environment: Vec<(String, String)>) -> Result<Started, Error> {
-        let (reply, answer) = channel();
+        let (reply, answer) = sync_channel(1);
         let gone = || Error::Internal("the spawner thread has ended".to_owned());
         self.requests.send((environment, reply)).map_err(|_| gone())?;
         answer.recv().map_err(|_| gone())?

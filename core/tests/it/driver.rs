@@ -61,7 +61,9 @@ fn linger(member: Member, dir: String) -> Result<(), std::io::Error> {
 
 fn start(mode: &str, dir: &Path) -> Child {
     let exe = std::env::current_exe().expect("this binary");
-    let mut command = Command::new(exe);
+    // Shells start background jobs with SIGINT ignored, and the driver would inherit that.
+    let mut command = Command::new("env");
+    command.arg("--default-signal=INT").arg(exe);
     command.env(MODE, mode).env("MOBULA_TEST_DIR", dir);
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
     command.spawn().expect("start the driver")

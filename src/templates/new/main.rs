@@ -7,7 +7,7 @@ use clap::Parser;
 use mobula::data::{CsvOptions, Dataset, StreamOptions, TensorSource};
 use mobula::nn::{Model, ModelSpec, Pass, loss, metrics, models::MlpOptions};
 use mobula::train::{AdamW, AdamWOptions, ScalingConfig, TrainState, Trainer, WorkerContext};
-use mobula::{Batch, BatchSource, Member, RunDir, models, run};
+use mobula::{Batch, BatchSource, Member, RunDir, models};
 use serde::{Deserialize, Serialize};
 
 #[global_allocator]
@@ -93,18 +93,10 @@ fn worker(member: Member, config: Config) -> anyhow::Result<()> {
     learn(&mut WorkerContext::join(member)?, &config)
 }
 
-/// Where metrics, checkpoints and logs go: a new folder in runs/, or, in a sweep, the trial's.
-fn run_dir(args: &Args) -> anyhow::Result<RunDir> {
-    Ok(match std::env::var_os(run::RUN_DIR_VARIABLE) {
-        Some(dir) => RunDir::open(&dir).or_else(|_| RunDir::create_at(dir, SEED, args))?,
-        None => RunDir::create("runs", &run::timestamped(env!("CARGO_PKG_NAME")), SEED, args)?,
-    })
-}
-
 fn main() -> anyhow::Result<()> {
     let runtime = mobula::init()?; // first: workers are this same program
     let args = Args::parse();
-    let run = run_dir(&args)?;
+    let run = RunDir::of_program(None, env!("CARGO_PKG_NAME"), SEED, &args)?;
     let trained = Trainer::new(worker::remote(Config::new(&args)?))
         .with_scaling(ScalingConfig::workers(args.workers))
         .with_run(&run)
