@@ -103,6 +103,16 @@ impl Journal {
     }
 }
 
+impl Drop for Journal {
+    /// Closing the file is not enough: a child that another thread has forked and that has not
+    /// reached its `exec` yet holds the same open file, and with it the lock.
+    fn drop(&mut self) {
+        if let Err(error) = rustix::fs::flock(&self.file, FlockOperation::Unlock) {
+            tracing::warn!(journal = %self.path.display(), %error, "the lock was not given back");
+        }
+    }
+}
+
 /// The events of a journal that another process may be writing: its whole records.
 pub(crate) fn read<E: DeserializeOwned>(path: &Path) -> Result<Vec<E>, Error> {
     let bytes = fs::read(path).at("read", path)?;
@@ -261,6 +271,16 @@ mod tests {
         fs::write(&path, "name,age\n").expect("write");
         assert!(matches!(Journal::open::<Value>(&path), Err(Error::NotAJournal { .. })));
         assert_eq!(fs::read(&path).expect("read"), b"name,age\n");
+    }
+
+    /// What a child between `fork` and `exec` does: it holds the open file for a moment longer.
+    #[test]
+    fn a_duplicate_of_the_descriptor_does_not_keep_the_lock() {
+        let (_folder, path, _) = written(1);
+        let (journal, _) = Journal::open::<Value>(&path).expect("open");
+        let _in_a_child = journal.file.try_clone().expect("duplicate");
+        drop(journal);
+        assert!(Journal::open::<Value>(&path).is_ok());
     }
 
     #[test]
