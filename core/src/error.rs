@@ -73,7 +73,7 @@ pub enum Error {
         after: Duration,
     },
     /// An amount that is none.
-    #[error("cannot ask for {asked}: amounts must be finite and not negative")]
+    #[error("cannot ask for {asked}: amounts are finite and not negative, and of GPUs a fraction of one or whole ones")]
     InvalidResources {
         /// What was asked for.
         asked: Box<Resources>,
@@ -134,6 +134,16 @@ pub enum Error {
         message: String,
         /// File and line.
         location: String,
+    },
+    /// A task was not run, because what it needed came to nothing.
+    #[error("{task} was not run, because {}{root}", through(via))]
+    InputFailed {
+        /// Which task.
+        task: String,
+        /// The inputs between it and the root, the nearest first; at most 8 are named.
+        via: Vec<String>,
+        /// What went wrong in the first place.
+        root: Arc<Error>,
     },
     /// A worker process ended before it answered.
     #[error("{task} was lost: {reason}")]
@@ -249,6 +259,23 @@ impl Error {
         Self::System { what, source: Arc::new(source.into()) }
     }
 
+    /// `task` was not run, because of the `error` of its `input`.
+    pub(crate) fn input_failed(task: &str, input: &str, error: Self) -> Self {
+        let (mut via, root) = match error {
+            Self::InputFailed { task, mut via, root } => {
+                via.insert(0, task);
+                (via, root)
+            }
+            // It names its task itself.
+            Self::TaskFailed { .. } | Self::TaskPanicked { .. } | Self::WorkerLost { .. } => {
+                (Vec::new(), Arc::new(error))
+            }
+            other => (vec![input.to_owned()], Arc::new(other)),
+        };
+        via.truncate(8);
+        Self::InputFailed { task: task.to_owned(), via, root }
+    }
+
     /// Whether the same work may succeed when tried again on another worker.
     pub fn is_retryable(&self) -> bool {
         matches!(self, Self::WorkerLost { .. } | Self::Timeout { .. })
@@ -264,6 +291,10 @@ impl From<candle_core::Error> for Error {
     fn from(error: candle_core::Error) -> Self {
         Self::layer(error)
     }
+}
+
+fn through(via: &[String]) -> String {
+    via.iter().map(|task| format!("{task} was not, because ")).collect()
 }
 
 /// An error and its causes on one line, `a: b: c`, without repeating what a cause already says.

@@ -2,12 +2,14 @@
 
 use crate::process::wire::{FromWorker, MemberSpec, ToWorker};
 use crate::process::{
-    EVENTS, LogTarget, WorkerEvent, WorkerLink, check_build, child, into_result, lost,
+    EVENTS, Environment, LogTarget, Sink, WorkerEvent, WorkerLink, check_build, child, into_result,
+    lost,
 };
-use crate::remote::{decode, encode};
-use crate::runtime::{Lease, Runtime};
+use crate::object::block_until_ready;
+use crate::remote::{Inputs, decode, encode};
+use crate::runtime::{Lease, Request, Runtime};
 use crate::task::Placement;
-use crate::{Error, Resources};
+use crate::{Error, Resources, threads};
 use bytes::Bytes;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -21,6 +23,9 @@ use tokio::sync::mpsc;
 
 /// How long the processes of a finished group may take to leave.
 const GOODBYE: Duration = Duration::from_secs(1);
+
+/// Frames under way to a member.
+const FRAMES: usize = 256;
 
 /// How a group is placed. Every default is here.
 #[derive(Clone, Debug)]
@@ -72,16 +77,28 @@ impl GroupOptions {
 
 /// The program of a group: what `some_function::remote(…)` gives for a `#[remote]` function whose
 /// first parameter is a [`Member`].
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct GroupTask<T> {
     function: &'static str,
-    args: Result<Bytes, Error>,
+    inputs: Inputs,
+    encode: Arc<dyn Fn() -> Result<Vec<Bytes>, Error> + Send + Sync>,
     decode: fn(&[u8]) -> Result<T, Error>,
 }
 
+impl<T> std::fmt::Debug for GroupTask<T> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("GroupTask").field("function", &self.function).finish_non_exhaustive()
+    }
+}
+
 impl<T: DeserializeOwned> GroupTask<T> {
-    pub(crate) fn new(function: &'static str, args: Result<Bytes, Error>) -> Self {
-        Self { function, args, decode: |bytes| decode("the result of a group member", bytes) }
+    pub(crate) fn new(
+        function: &'static str,
+        inputs: Inputs,
+        encode: impl Fn() -> Result<Vec<Bytes>, Error> + Send + Sync + 'static,
+    ) -> Self {
+        let decode = |bytes: &[u8]| decode("the result of a group member", bytes);
+        Self { function, inputs, encode: Arc::new(encode), decode }
     }
 }
 
@@ -125,6 +142,8 @@ pub struct Group<T> {
     gathering: HashMap<String, Vec<Option<Bytes>>>,
     decode: fn(&[u8]) -> Result<T, Error>,
     lease: Arc<Lease>,
+    /// The CPUs of the task that watches over the group.
+    _lent: Option<crate::current::Lent>,
 }
 
 /// The driver's way to one member.
@@ -149,21 +168,23 @@ impl Route {
             }
             (Self::Thread(inbox), ToWorker::Stop) => inbox.stop(),
             (Self::Thread(inbox), ToWorker::Shutdown) => inbox.close(),
-            (Self::Thread(_), ToWorker::Run { .. }) => {}
+            (Self::Thread(_), _) => {}
         }
     }
 }
 
 impl Runtime {
-    /// Starts a group, all members or none. Waits for its resources; errors at once when they can
+    /// Starts a group, all members or none. Waits for its arguments and its resources; errors at once when they can
     /// never be had, or when processes are asked for in a program without `init()`.
     pub fn group<T>(&self, options: &GroupOptions, task: &GroupTask<T>) -> Result<Group<T>, Error> {
-        let args = task.args.clone()?;
+        block_until_ready(&task.inputs.0);
+        let args = (task.encode)()?;
         if options.placement == Placement::Process {
             self.host()?;
         }
-        let resources = options.resources.times(options.size);
-        let lease = self.lease(&options.name, &resources, options.placement_timeout)?;
+        // A task that watches over a group needs no CPU of its own, and the group may need it.
+        let lent = crate::current::lend();
+        let lease = self.lease(options.request(), options.placement_timeout)?;
         let (sender, events) = sync_channel(EVENTS);
         let mut group = Group {
             name: options.name.clone(),
@@ -171,7 +192,8 @@ impl Runtime {
             members: Vec::with_capacity(options.size),
             gathering: HashMap::new(),
             decode: task.decode,
-            lease: Arc::new(lease),
+            lease,
+            _lent: lent,
         };
         // An error half-way drops the group, which ends the members that have started.
         for rank in 0..options.size {
@@ -182,7 +204,7 @@ impl Runtime {
                     self.start_thread(spec, task.function, &args, &sender, lease)?
                 }
                 Placement::Process => {
-                    self.start_process(options, spec, task.function, &args, &sender)?
+                    self.start_process(options, spec, task.function, &args, &sender, &group.lease)?
                 }
             };
             group.members.push(Port { route, done: false });
@@ -194,20 +216,20 @@ impl Runtime {
         &self,
         spec: MemberSpec,
         function: &'static str,
-        args: &Bytes,
+        args: &[Bytes],
         events: &SyncSender<(usize, WorkerEvent)>,
         lease: Arc<Lease>,
     ) -> Result<Route, Error> {
-        let (inbox, args, rank) = (Arc::new(Inbox::default()), args.clone(), spec.rank);
-        let (name, threads) = (format!("{} rank {rank}", spec.group), spec.threads);
+        let (inbox, args, rank) = (Arc::new(Inbox::default()), args.to_vec(), spec.rank);
+        let threads = spec.threads;
         let (events, reports, port) = (events.clone(), events.clone(), Arc::clone(&inbox));
         let send = move |frame| {
             let sent = reports.send((rank, WorkerEvent::Frame(frame)));
             sent.map_err(|_| lost("the driver", "it dropped the group".to_owned()))
         };
-        self.spawn_thread(&name, threads, move || {
+        threads::run(threads, move || {
             let member = Member::new(spec, Box::new(send), port);
-            let outcome = child::run(function, &args, Some(member));
+            let outcome = child::run(function, &args, member);
             let _ = events.send((rank, WorkerEvent::Frame(FromWorker::Done(outcome))));
             // A thread cannot be killed: the CPUs stay taken until the last one has ended.
             drop(lease);
@@ -220,20 +242,24 @@ impl Runtime {
         options: &GroupOptions,
         spec: MemberSpec,
         function: &str,
-        args: &Bytes,
+        args: &[Bytes],
         events: &SyncSender<(usize, WorkerEvent)>,
+        group: &Lease,
     ) -> Result<Route, Error> {
         let (sender, inbox) = mpsc::channel(EVENTS);
         let log = LogTarget {
             prefix: options.show_logs.then(|| format!("[rank {}]", spec.rank)),
             file: options.log_dir.as_ref().map(|dir| dir.join(format!("rank-{}.log", spec.rank))),
         };
-        let link = self.host()?.start(&options.resources, log, sender)?;
+        let gpus = &group.grants[spec.rank].gpus;
+        let environment = Environment::new(options.resources.threads(), gpus);
+        let sink = |_| Sink::Channel(sender);
+        let link = self.host()?.start(environment, log, FRAMES, sink)?;
         forward(spec.rank, inbox, events.clone())?;
         link.send(ToWorker::Run {
             function: function.to_owned(),
-            args: args.clone(),
-            member: Some(spec),
+            args: args.to_vec(),
+            member: spec,
         });
         Ok(Route::Process(link))
     }
@@ -258,6 +284,12 @@ fn forward(
 }
 
 impl GroupOptions {
+    /// One bundle a member.
+    fn request(&self) -> Request {
+        let bundles = vec![self.resources.clone(); self.size];
+        Request { bundles, ..Request::single(&self.name.as_str().into(), &self.resources) }
+    }
+
     fn member(&self, rank: usize) -> MemberSpec {
         MemberSpec {
             group: self.name.clone(),
@@ -335,7 +367,9 @@ impl<T> Group<T> {
                 self.gather(rank, key, value);
                 None
             }
-            WorkerEvent::Frame(FromWorker::Beat) => None,
+            WorkerEvent::Frame(
+                FromWorker::Beat | FromWorker::Reply { .. } | FromWorker::Returned { .. },
+            ) => None,
             WorkerEvent::Ended(_) if self.members[rank].done => None,
             WorkerEvent::Ended(reason) => {
                 Some(self.ended(rank, Err(lost(&self.who(rank), reason))))

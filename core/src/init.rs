@@ -29,7 +29,10 @@ pub fn init_with(total: Resources) -> Result<Runtime, Error> {
     if INITIALISED.swap(true, Ordering::SeqCst) {
         return Err(Error::InitTwice);
     }
-    if let Some(control) = spawn::inherited_control()? {
+    if let Some(mut control) = spawn::inherited_control()? {
+        // Started ahead, it waits here: one thread, no memory to speak of.
+        let Some(assignment) = child::assignment(&mut control) else { std::process::exit(0) };
+        spawn::set_environment(&assignment.environment);
         std::process::exit(work(control));
     }
     let tokio = tokio::runtime::Builder::new_multi_thread()
@@ -42,7 +45,7 @@ pub fn init_with(total: Resources) -> Result<Runtime, Error> {
     interrupt::listen(host.clone()).map_err(|e| Error::system("listening for signals", e))?;
     // It serves until the process ends, whoever still holds a runtime.
     std::mem::forget(tokio);
-    Ok(Runtime::with_host(total, Some(host)))
+    Ok(Runtime::with_host(&total, Some(host)))
 }
 
 /// The life of a worker process; gives its exit code.

@@ -17,15 +17,18 @@
 //! It has no cluster scheduler and no daemon: a driver starts its own workers, and they end with
 //! it. It knows nothing of data sets, models or HTTP.
 
-mod actor;
+pub mod actor;
 pub mod batch;
 pub mod checkpoint;
 pub mod clock;
 pub mod console;
+mod current;
 pub mod error;
 pub mod group;
 mod init;
 mod interrupt;
+mod job;
+mod object;
 mod panics;
 mod process;
 pub mod random;
@@ -33,10 +36,13 @@ pub mod remote;
 mod resources;
 pub mod run;
 mod runtime;
+mod scheduler;
 pub mod task;
 pub mod tensorboard;
+mod threads;
+mod timer;
 
-pub use actor::{ActorHandle, ActorOptions, Reply};
+pub use actor::{ActorHandle, ActorOptions, ActorRef, RemoteActor, Reply, RestartPolicy};
 pub use batch::{Batch, BatchSource, BatchStream, Shard, StreamState};
 pub use checkpoint::{Checkpoint, CheckpointStore};
 pub use error::{BoxError, Error};
@@ -44,7 +50,9 @@ pub use group::{Group, GroupEvent, GroupOptions, GroupTask, Member};
 pub use init::{init, init_with};
 pub use interrupt::{InterruptGuard, on_interrupt};
 pub use mobula_macros::remote;
-pub use resources::{Ledger, Resources};
+pub use object::{ObjectRef, collect, wait};
+pub use resources::Resources;
 pub use run::RunDir;
 pub use runtime::Runtime;
-pub use task::{Flow, ObjectRef, Placement, Task, TaskOptions};
+pub use scheduler::PlacementStrategy;
+pub use task::{Backoff, Flow, Placement, Task, TaskOptions};

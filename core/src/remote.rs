@@ -2,13 +2,19 @@
 //!
 //! What `#[mobula::remote]` expands to lives here; programs use the attribute.
 
+use crate::actor::remote::{MethodFn, State};
 use crate::group::{GroupTask, Member};
+use crate::object::AnyObject;
 use crate::task::Task;
-use crate::{BoxError, Error};
+use crate::{BoxError, Error, ObjectRef};
 use bytes::Bytes;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use std::collections::HashMap;
+use std::sync::{Arc, LazyLock};
 
+#[doc(hidden)]
+pub use crate::actor::remote::{ActorCall, actor, state_of};
 #[doc(hidden)]
 pub use inventory;
 
@@ -23,9 +29,14 @@ pub struct RemoteFn {
 enum Run {
     Alone(fn(Call<'_>) -> Result<Bytes, BoxError>),
     InGroup(fn(Member, Call<'_>) -> Result<Bytes, BoxError>),
+    Actor(fn(Call<'_>) -> Result<State, BoxError>),
+    Method(MethodFn),
 }
 
 inventory::collect!(RemoteFn);
+
+static BY_NAME: LazyLock<HashMap<&'static str, &'static RemoteFn>> =
+    LazyLock::new(|| inventory::iter::<RemoteFn>.into_iter().map(|f| (f.name, f)).collect());
 
 impl RemoteFn {
     /// A function under its full path.
@@ -43,86 +54,281 @@ impl RemoteFn {
         Self { name, run }
     }
 
+    /// The constructor of an actor, under its full path.
+    pub const fn actor(name: &'static str, run: fn(Call<'_>) -> Result<State, BoxError>) -> Self {
+        let run = Run::Actor(run);
+        Self { name, run }
+    }
+
+    /// A method of an actor, under its full path.
+    pub const fn method(name: &'static str, run: MethodFn) -> Self {
+        let run = Run::Method(run);
+        Self { name, run }
+    }
+
     pub(crate) fn find(name: &str) -> Result<&'static Self, Error> {
-        let found = inventory::iter::<Self>.into_iter().find(|function| function.name == name);
+        let found = BY_NAME.get(name).copied();
         found.ok_or_else(|| Error::NotRegistered { name: name.to_owned(), registered: names() })
     }
 
-    pub(crate) fn run(&self, member: Option<Member>, args: &[u8]) -> Result<Bytes, BoxError> {
+    pub(crate) fn run(&self, member: Option<Member>, args: &[Bytes]) -> Result<Bytes, BoxError> {
         match (&self.run, member) {
             (Run::Alone(run), None) => run(Call { args }),
             (Run::InGroup(run), Some(member)) => run(member, Call { args }),
-            _ => Err(Error::Internal(format!("{} was called the wrong way", self.name)).into()),
+            _ => Err(self.misused()),
         }
+    }
+
+    pub(crate) fn build(&self, args: &[Bytes]) -> Result<State, BoxError> {
+        match &self.run {
+            Run::Actor(build) => build(Call { args }),
+            _ => Err(self.misused()),
+        }
+    }
+
+    pub(crate) fn invoke(&self, state: &mut State, args: &[Bytes]) -> Result<Bytes, BoxError> {
+        match &self.run {
+            Run::Method(run) => run(state, Call { args }),
+            _ => Err(self.misused()),
+        }
+    }
+
+    fn misused(&self) -> BoxError {
+        Error::Internal(format!("{} was called the wrong way", self.name)).into()
     }
 }
 
 /// The names of all functions that this binary registers, sorted.
 pub fn names() -> Vec<String> {
-    let mut names: Vec<_> =
-        inventory::iter::<RemoteFn>.into_iter().map(|f| f.name.to_owned()).collect();
+    let mut names: Vec<_> = BY_NAME.keys().map(|name| (*name).to_owned()).collect();
     names.sort();
     names
 }
 
-/// A call as it arrives: encoded arguments.
+/// A call as it arrives: one encoded part an argument.
 #[derive(Debug)]
 pub struct Call<'a> {
-    args: &'a [u8],
+    args: &'a [Bytes],
 }
 
 impl Call<'_> {
     /// Decodes the arguments, runs the function, encodes its result.
     pub fn run<A, T, F>(self, function: F) -> Result<Bytes, BoxError>
     where
-        A: DeserializeOwned,
+        A: Arguments,
         T: Serialize,
         F: FnOnce(A) -> Result<T, BoxError>,
     {
-        let args = decode("the arguments", self.args)?;
-        Ok(encode("the result", &function(args)?)?)
+        Ok(encode("the result", &function(A::decode(self.args)?)?)?)
+    }
+
+    /// Decodes the arguments and makes an actor's state of them.
+    pub fn build<A, S, F>(self, constructor: F) -> Result<State, BoxError>
+    where
+        A: Arguments,
+        S: 'static,
+        F: FnOnce(A) -> Result<S, BoxError>,
+    {
+        Ok(Box::new(constructor(A::decode(self.args)?)?))
     }
 }
 
-/// A described call of a registered function that gives a `T`.
+/// What a call is described with where a `T` is expected: a `T`, or a reference to one.
 #[derive(Debug)]
-pub(crate) struct RemoteCall<T> {
-    pub(crate) name: &'static str,
-    pub(crate) args: Result<Bytes, Error>,
-    pub(crate) decode: fn(&[u8]) -> Result<T, Error>,
+pub enum Arg<T> {
+    /// The value itself.
+    Value(T),
+    /// What a task will give; the call waits for it.
+    Object(ObjectRef<T>),
 }
 
-impl<T: DeserializeOwned> RemoteCall<T> {
-    fn new(name: &'static str, args: &impl Serialize) -> Self {
-        Self {
-            name,
-            args: encode("the arguments", args),
-            decode: |bytes| decode("the result", bytes),
+impl<T> From<T> for Arg<T> {
+    fn from(value: T) -> Self {
+        Self::Value(value)
+    }
+}
+
+impl<T> From<ObjectRef<T>> for Arg<T> {
+    fn from(object: ObjectRef<T>) -> Self {
+        Self::Object(object)
+    }
+}
+
+impl<T> From<&ObjectRef<T>> for Arg<T> {
+    fn from(object: &ObjectRef<T>) -> Self {
+        Self::Object(object.clone())
+    }
+}
+
+impl<T: Value> Arg<T> {
+    fn encode(&self, position: usize) -> Result<Bytes, Error> {
+        match self {
+            Self::Value(value) => encode(&format!("argument {position}"), value),
+            Self::Object(object) => object.encoded().unwrap_or_else(|| Err(not_there(object))),
+        }
+    }
+
+    fn object(&self) -> Option<Arc<dyn AnyObject>> {
+        match self {
+            Self::Value(_) => None,
+            Self::Object(object) => Some(object.object()),
         }
     }
 }
 
-impl<T: 'static> RemoteCall<T> {
-    /// Runs the call on this thread, through the same encoding as in another process.
-    pub(crate) fn run_here(self) -> Result<T, BoxError> {
-        let args = self.args.clone()?;
-        let bytes = RemoteFn::find(self.name)?.run(None, &args)?;
-        Ok((self.decode)(&bytes)?)
+fn not_there<T: Send + Sync + 'static>(object: &ObjectRef<T>) -> Error {
+    Error::Internal(format!("{} was used before it was there", object.task()))
+}
+
+/// What can be an argument: any owned serde value that threads can share.
+pub trait Value: Serialize + DeserializeOwned + Send + Sync + 'static {}
+
+impl<T: Serialize + DeserializeOwned + Send + Sync + 'static> Value for T {}
+
+/// The arguments of a call, as a tuple of values.
+pub trait Arguments: Sized + Send + 'static {
+    /// The same tuple, of [`Arg`]s.
+    type Described: Send + 'static;
+
+    #[doc(hidden)]
+    fn decode(parts: &[Bytes]) -> Result<Self, Error>;
+
+    #[doc(hidden)]
+    fn encode(described: &Self::Described) -> Result<Vec<Bytes>, Error>;
+
+    #[doc(hidden)]
+    fn inputs(described: &Self::Described) -> Inputs;
+}
+
+/// The objects that a call waits for.
+#[derive(Clone, Default)]
+pub struct Inputs(pub(crate) Vec<Arc<dyn AnyObject>>);
+
+impl std::fmt::Debug for Inputs {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_list().entries(self.0.iter().map(|object| object.name())).finish()
+    }
+}
+
+macro_rules! arguments {
+    ($($name:ident $position:tt),*) => {
+        impl<$($name: Value),*> Arguments for ($($name,)*) {
+            type Described = ($(Arg<$name>,)*);
+
+            fn decode(parts: &[Bytes]) -> Result<Self, Error> {
+                let expected = [$($position),*].len() as usize;
+                check_count(parts, expected)?;
+                Ok(($(decode::<$name>(ARGUMENTS[$position], &parts[$position])?,)*))
+            }
+
+            #[allow(unused_variables)]
+            fn encode(described: &Self::Described) -> Result<Vec<Bytes>, Error> {
+                Ok(vec![$(described.$position.encode($position)?),*])
+            }
+
+            #[allow(unused_variables)]
+            fn inputs(described: &Self::Described) -> Inputs {
+                let objects: Vec<Option<Arc<dyn AnyObject>>> = vec![$(described.$position.object()),*];
+                Inputs(objects.into_iter().flatten().collect())
+            }
+        }
+    };
+}
+
+impl Arguments for () {
+    type Described = ();
+
+    fn decode(parts: &[Bytes]) -> Result<Self, Error> {
+        check_count(parts, 0)
+    }
+
+    fn encode((): &()) -> Result<Vec<Bytes>, Error> {
+        Ok(Vec::new())
+    }
+
+    fn inputs((): &()) -> Inputs {
+        Inputs::default()
+    }
+}
+
+arguments!(A 0);
+arguments!(A 0, B 1);
+arguments!(A 0, B 1, C 2);
+arguments!(A 0, B 1, C 2, D 3);
+arguments!(A 0, B 1, C 2, D 3, E 4);
+arguments!(A 0, B 1, C 2, D 3, E 4, F 5);
+arguments!(A 0, B 1, C 2, D 3, E 4, F 5, G 6);
+arguments!(A 0, B 1, C 2, D 3, E 4, F 5, G 6, H 7);
+arguments!(A 0, B 1, C 2, D 3, E 4, F 5, G 6, H 7, I 8);
+arguments!(A 0, B 1, C 2, D 3, E 4, F 5, G 6, H 7, I 8, J 9);
+arguments!(A 0, B 1, C 2, D 3, E 4, F 5, G 6, H 7, I 8, J 9, K 10);
+arguments!(A 0, B 1, C 2, D 3, E 4, F 5, G 6, H 7, I 8, J 9, K 10, L 11);
+
+/// How an argument that cannot be decoded is called.
+const ARGUMENTS: [&str; 12] = [
+    "argument 0",
+    "argument 1",
+    "argument 2",
+    "argument 3",
+    "argument 4",
+    "argument 5",
+    "argument 6",
+    "argument 7",
+    "argument 8",
+    "argument 9",
+    "argument 10",
+    "argument 11",
+];
+
+fn check_count(parts: &[Bytes], expected: usize) -> Result<(), Error> {
+    if parts.len() == expected {
+        return Ok(());
+    }
+    let got = parts.len();
+    Err(Error::Internal(format!("a call came with {got} arguments, expected {expected}")))
+}
+
+/// A described call of a registered function that gives a `T`.
+pub(crate) struct RemoteCall<T> {
+    pub(crate) name: &'static str,
+    pub(crate) inputs: Inputs,
+    pub(crate) decode: fn(&[u8]) -> Result<T, Error>,
+    /// Encodes the arguments; all inputs must be there.
+    pub(crate) encode: Box<dyn Fn() -> Result<Vec<Bytes>, Error> + Send>,
+}
+
+impl<T: DeserializeOwned> RemoteCall<T> {
+    fn new<A: Arguments>(name: &'static str, args: A::Described) -> Self {
+        Self {
+            name,
+            inputs: A::inputs(&args),
+            decode: |bytes| decode("the result", bytes),
+            encode: Box::new(move || A::encode(&args)),
+        }
     }
 }
 
 /// Describes a call of the function registered as `name`.
-pub fn task<A: Serialize, T: DeserializeOwned>(name: &'static str, args: A) -> Task<T> {
-    Task::remote(name, RemoteCall::new(name, &args))
+pub fn task<A: Arguments, T>(name: &'static str, args: A::Described) -> Task<T>
+where
+    T: DeserializeOwned + Send + Sync + 'static,
+{
+    Task::remote(name, RemoteCall::new::<A>(name, args))
 }
 
 /// Describes the program of a group whose members all run the function registered as `name`.
-pub fn group_task<A: Serialize, T: DeserializeOwned>(name: &'static str, args: A) -> GroupTask<T> {
-    GroupTask::new(name, encode("the arguments", &args))
+pub fn group_task<A: Arguments, T: DeserializeOwned>(
+    name: &'static str,
+    args: A::Described,
+) -> GroupTask<T>
+where
+    A::Described: Sync,
+{
+    GroupTask::new(name, A::inputs(&args), move || A::encode(&args))
 }
 
 /// MessagePack with field names: self-describing, so that `flatten` and `untagged` work.
-pub(crate) fn encode(what: &str, value: &impl Serialize) -> Result<Bytes, Error> {
+pub(crate) fn encode<T: Serialize + ?Sized>(what: &str, value: &T) -> Result<Bytes, Error> {
     let bytes = rmp_serde::to_vec_named(value);
     bytes.map(Bytes::from).map_err(|error| Error::codec("encode", what, error))
 }

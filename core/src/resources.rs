@@ -1,4 +1,4 @@
-//! What a task asks for, and the ledger of what is free.
+//! What a task asks for, and what a machine has.
 
 use crate::Error;
 use serde::{Deserialize, Serialize};
@@ -82,23 +82,27 @@ impl Resources {
             })
     }
 
-    fn is_valid(&self) -> bool {
+    /// Refuses what could never fit into `total`, however long one waits.
+    pub fn check_within(&self, total: &Self) -> Result<(), Error> {
+        if !self.is_valid() {
+            return Err(Error::InvalidResources { asked: Box::new(self.clone()) });
+        }
+        if self.fits(total) {
+            return Ok(());
+        }
+        Err(Error::Unplaceable { asked: Box::new(self.clone()), total: Box::new(total.clone()) })
+    }
+
+    /// Whether every amount is one. GPUs are shared, or whole.
+    pub(crate) fn is_valid(&self) -> bool {
+        let is_whole = self.gpus <= 1.0 || self.gpus.fract() == 0.0;
         let amounts = [self.cpus, self.gpus].into_iter().chain(self.custom.values().copied());
-        amounts.into_iter().all(|amount| amount.is_finite() && amount >= 0.0)
+        is_whole && amounts.into_iter().all(|amount| (0.0..1e9).contains(&amount))
     }
 
     /// Threads that a worker with these resources computes on: the CPUs rounded up, at least 1.
     pub fn threads(&self) -> usize {
         (self.cpus.ceil() as usize).max(1)
-    }
-
-    fn add(&mut self, other: &Self, sign: f64) {
-        self.cpus += sign * other.cpus;
-        self.gpus += sign * other.gpus;
-        self.memory = self.memory.saturating_add_signed(sign as i64 * other.memory as i64);
-        for (name, amount) in &other.custom {
-            *self.custom.entry(name.clone()).or_default() += sign * amount;
-        }
     }
 }
 
@@ -116,59 +120,8 @@ impl fmt::Display for Resources {
     }
 }
 
-/// The account of a machine: what it has and what is taken. Pure state; the runtime owns one.
-#[derive(Clone, Debug)]
-pub struct Ledger {
-    total: Resources,
-    free: Resources,
-}
-
-impl Ledger {
-    /// A ledger with everything free.
-    pub fn new(total: Resources) -> Self {
-        Self { free: total.clone(), total }
-    }
-
-    /// What the machine has.
-    pub fn total(&self) -> &Resources {
-        &self.total
-    }
-
-    /// What is free now.
-    pub fn free(&self) -> &Resources {
-        &self.free
-    }
-
-    /// Refuses what could never fit, however long one waits.
-    pub fn check(&self, asked: &Resources) -> Result<(), Error> {
-        if !asked.is_valid() {
-            return Err(Error::InvalidResources { asked: Box::new(asked.clone()) });
-        }
-        if asked.fits(&self.total) {
-            return Ok(());
-        }
-        Err(Error::Unplaceable {
-            asked: Box::new(asked.clone()),
-            total: Box::new(self.total.clone()),
-        })
-    }
-
-    /// Takes the resources if they are free now.
-    pub fn take(&mut self, asked: &Resources) -> bool {
-        let fits = asked.fits(&self.free);
-        if fits {
-            self.free.add(asked, -1.0);
-        }
-        fits
-    }
-
-    /// Gives back what [`Ledger::take`] took.
-    pub fn give_back(&mut self, taken: &Resources) {
-        self.free.add(taken, 1.0);
-    }
-}
-
-fn visible_gpus() -> usize {
+/// GPUs that this process may use.
+pub(crate) fn visible_gpus() -> usize {
     if let Ok(list) = std::env::var("CUDA_VISIBLE_DEVICES") {
         // As CUDA reads it: an invalid index, such as -1, hides itself and all after it.
         let ids = list.split(',').map(str::trim);
@@ -188,36 +141,24 @@ fn memory_bytes() -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use proptest::prelude::*;
 
     #[test]
     fn what_never_fits_is_refused_with_both_sides_named() {
-        let ledger = Ledger::new(Resources::cpus(2.0));
-        let error = ledger.check(&Resources::cpus(64.0)).expect_err("64 > 2");
+        let total = Resources::cpus(2.0);
+        let error = Resources::cpus(64.0).check_within(&total).expect_err("64 > 2");
         let text = error.to_string();
         assert!(text.contains("64 CPU") && text.contains("2 CPU"), "{text}");
-        assert!(ledger.check(&Resources::cpus(1.0).with_custom("tpu", 1.0)).is_err());
+        assert!(Resources::cpus(1.0).with_custom("tpu", 1.0).check_within(&total).is_err());
     }
 
-    proptest! {
-        /// INV-LEDGER: free + taken = total, and free never goes below zero.
-        #[test]
-        fn takes_and_returns_balance(asks in prop::collection::vec((0u32..=8, 0u32..=2), 1..40)) {
-            let mut ledger = Ledger::new(Resources::cpus(4.0).with_gpus(1.0));
-            let mut held: Vec<Resources> = Vec::new();
-            for (quarters, gpus) in asks {
-                let ask = Resources::cpus(f64::from(quarters) / 4.0).with_gpus(f64::from(gpus));
-                if ledger.take(&ask) {
-                    held.push(ask);
-                } else if let Some(done) = held.pop() {
-                    ledger.give_back(&done);
-                }
-                let cpus: f64 = held.iter().map(|r| r.cpus).sum();
-                let gpus: f64 = held.iter().map(|r| r.gpus).sum();
-                prop_assert!((ledger.free().cpus + cpus - 4.0).abs() < 1e-9);
-                prop_assert!((ledger.free().gpus + gpus - 1.0).abs() < 1e-9);
-                prop_assert!(ledger.free().cpus > -1e-9 && ledger.free().gpus > -1e-9);
-            }
+    #[test]
+    fn amounts_that_are_none_are_refused() {
+        let total = Resources::cpus(2.0).with_gpus(4.0);
+        for asked in [f64::NAN, f64::INFINITY, -1.0] {
+            let error = Resources::cpus(asked).check_within(&total).expect_err("no amount");
+            assert!(matches!(error, Error::InvalidResources { .. }), "{error}");
         }
+        assert!(Resources::cpus(1.0).with_gpus(1.5).check_within(&total).is_err());
+        assert!(Resources::cpus(0.5).with_gpus(0.25).check_within(&total).is_ok());
     }
 }

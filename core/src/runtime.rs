@@ -1,19 +1,25 @@
-//! The runtime: accounts for resources, queues what does not fit yet, runs what does.
+//! The runtime: hands events to the scheduler, and performs what it commands.
 
+use crate::job::Job;
+use crate::object::when_ready;
 use crate::process::ProcessHost;
-use crate::task::{Body, ObjectRef, Placement, Task, TaskOptions, run_here};
-use crate::{Error, Ledger, Resources, console, panics};
-use std::collections::VecDeque;
-use std::sync::mpsc::{RecvTimeoutError, sync_channel};
+use crate::process::pool::Worker;
+use crate::scheduler::{
+    Amounts, Command, Event, Grant, Id, NodeId, Refusal, Scheduler, Shape, PlacementStrategy,
+};
+use crate::task::Task;
+use crate::{Error, ObjectRef, Resources, console};
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{RecvTimeoutError, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-/// Backward passes recurse over the graph: threads that run user code get a deep stack. It is
-/// address space, not memory, until it is used.
-pub(crate) const STACK_BYTES: usize = 256 << 20;
-
 /// After this, who waits for resources that others hold is told so.
 const PLACEMENT_NOTE: Duration = Duration::from_secs(5);
+
+/// The node that this process accounts for itself.
+const HERE: NodeId = NodeId(0);
 
 /// Places tasks, actors and groups on this machine. Clones share one account of resources.
 ///
@@ -25,54 +31,123 @@ const PLACEMENT_NOTE: Duration = Duration::from_secs(5);
 /// assert_eq!(*answer.get()?, 42);
 /// # Ok::<(), mobula_core::Error>(())
 /// ```
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Runtime {
     inner: Arc<Inner>,
 }
 
-#[derive(Debug)]
-struct Inner {
-    scheduler: Mutex<Scheduler>,
-    host: Option<ProcessHost>,
-}
-
-/// The queue is strictly first come, first served, so that a large request is never starved.
-struct Scheduler {
-    ledger: Ledger,
-    waiting: VecDeque<Waiting>,
-    closed: bool,
-}
-
-struct Waiting {
-    resources: Resources,
-    /// Whether somebody still waits for it: what was cancelled or given up blocks nobody.
-    wanted: Box<dyn Fn() -> bool + Send>,
-    start: Start,
-}
-
-/// What to do with the lease, or with the reason why there is none.
-type Start = Box<dyn FnOnce(Result<Lease, Error>) + Send>;
-
-impl std::fmt::Debug for Scheduler {
+impl std::fmt::Debug for Runtime {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Scheduler")
-            .field("ledger", &self.ledger)
-            .field("waiting", &self.waiting.len())
-            .finish_non_exhaustive()
+        let state = self.state();
+        f.debug_struct("Runtime")
+            .field("total", &state.scheduler.total())
+            .field("free", &state.scheduler.free())
+            .field("waiting", &state.scheduler.waiting())
+            .finish()
     }
 }
 
-/// Resources taken from the ledger until dropped.
-#[derive(Debug)]
+struct Inner {
+    state: Mutex<State>,
+    next_id: AtomicU64,
+    host: Option<ProcessHost>,
+}
+
+#[derive(Default)]
+struct State {
+    scheduler: Scheduler,
+    /// What to do with the grants of those who wait.
+    starts: HashMap<Id, Waiting>,
+    /// Who is blocked until its CPUs are back.
+    resumes: HashMap<Id, SyncSender<()>>,
+    /// Kept for its memory.
+    commands: Vec<Command>,
+}
+
+/// A request before its grant.
+pub(crate) struct Request {
+    pub(crate) name: Arc<str>,
+    pub(crate) bundles: Vec<Resources>,
+    pub(crate) strategy: PlacementStrategy,
+    /// Whether it may share the worker process, and the grant, of another one of its shape.
+    pub(crate) is_pooled: bool,
+}
+
+struct Waiting {
+    request: Arc<Request>,
+    start: Start,
+}
+
+/// What to do with a turn, or with the reason why there is none.
+pub(crate) type Start = Box<dyn FnOnce(Result<Turn, Error>) + Send>;
+
+/// A request's turn has come.
+pub(crate) enum Turn {
+    /// It has resources of its own.
+    Granted(Arc<Lease>),
+    /// It is the next to run in a process that has them.
+    Joined(Arc<Worker>),
+}
+
+impl Turn {
+    pub(crate) fn lease(self) -> Result<Arc<Lease>, Error> {
+        match self {
+            Self::Granted(lease) => Ok(lease),
+            Self::Joined(_) => Err(Error::Internal("joined without asking to".to_owned())),
+        }
+    }
+}
+
+/// Resources taken from the scheduler until dropped.
 pub(crate) struct Lease {
     runtime: Runtime,
-    resources: Resources,
+    id: Id,
+    pub(crate) grants: Vec<Grant>,
+    is_lent: Mutex<bool>,
+}
+
+impl std::fmt::Debug for Lease {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Lease").field("id", &self.id).field("grants", &self.grants).finish()
+    }
 }
 
 impl Drop for Lease {
     fn drop(&mut self) {
-        self.runtime.scheduler().ledger.give_back(&self.resources);
-        self.runtime.dispatch();
+        self.runtime.step(Event::Release { id: self.id });
+    }
+}
+
+impl Lease {
+    pub(crate) fn runtime(&self) -> &Runtime {
+        &self.runtime
+    }
+
+    /// Lets others have the CPUs for now. `false` if they have them already.
+    pub(crate) fn lend(&self) -> bool {
+        let mut is_lent = self.is_lent.lock().unwrap_or_else(PoisonError::into_inner);
+        if *is_lent {
+            return false;
+        }
+        *is_lent = true;
+        self.runtime.step(Event::Lend { id: self.id });
+        true
+    }
+
+    /// Waits until the CPUs are back: before anyone else gets any.
+    pub(crate) fn reclaim(&self) {
+        let (back, is_back) = sync_channel(1);
+        self.runtime.state().resumes.insert(self.id, back);
+        self.runtime.step(Event::Reclaim { id: self.id });
+        // The sender goes without a word when the scheduler has lost the grant: then nothing is
+        // left to wait for.
+        let _ = is_back.recv();
+        *self.is_lent.lock().unwrap_or_else(PoisonError::into_inner) = false;
+    }
+
+    /// Up to `max` waiting requests of the same shape take their turn in this worker.
+    pub(crate) fn share(&self, worker: &Arc<Worker>, max: usize) {
+        self.runtime.share(self.id, worker, max);
     }
 }
 
@@ -82,51 +157,52 @@ impl Runtime {
     /// [`init`](crate::init).
     pub fn local(total: Resources) -> Result<Self, Error> {
         crate::init::refuse_uninitialised_worker();
-        Ok(Self::with_host(total, None))
+        Ok(Self::with_host(&total, None))
     }
 
-    pub(crate) fn with_host(total: Resources, host: Option<ProcessHost>) -> Self {
-        let scheduler =
-            Scheduler { ledger: Ledger::new(total), waiting: VecDeque::new(), closed: false };
-        Self { inner: Arc::new(Inner { scheduler: Mutex::new(scheduler), host }) }
+    pub(crate) fn with_host(total: &Resources, host: Option<ProcessHost>) -> Self {
+        let inner = Inner { state: Mutex::default(), next_id: AtomicU64::new(1), host };
+        let runtime = Self { inner: Arc::new(inner) };
+        runtime.step(Event::NodeJoined { node: HERE, total: total.into() });
+        runtime
     }
 
     /// All resources of this runtime, free or taken.
     pub fn resources(&self) -> Resources {
-        self.scheduler().ledger.total().clone()
+        (&self.state().scheduler.total()).into()
     }
 
     /// What is free now.
     pub fn free_resources(&self) -> Resources {
-        self.scheduler().ledger.free().clone()
+        (&self.state().scheduler.free()).into()
     }
 
-    /// Queues the task until its resources are free, then runs it. What can never fit, or cannot
-    /// run where it is asked to, resolves to its error at once.
-    pub fn submit<T: Send + Sync + 'static>(&self, task: Task<T>) -> ObjectRef<T> {
-        let object = ObjectRef::pending(&task.name);
-        let (resources, runtime, promise) =
-            (task.options.resources.clone(), self.clone(), object.clone());
-        let queued = object.clone();
-        let start = move |lease| match lease {
-            Ok(lease) => runtime.start(task, promise, lease),
-            Err(error) => promise.resolve(Err(error)),
-        };
-        self.enqueue(resources, move || !queued.is_cancelled(), start);
+    /// Queues the task until its inputs are there and its resources are free, then runs it. What
+    /// can never fit, or cannot run where it is asked to, resolves to its error at once.
+    pub fn submit<T: Send + Sync + 'static>(&self, mut task: Task<T>) -> ObjectRef<T> {
+        let inputs = std::mem::take(&mut task.inputs);
+        let (object, promise) = ObjectRef::pending(Arc::clone(&task.name));
+        let job = Job::new(self.clone(), task, promise);
+        if inputs.is_empty() {
+            job.enqueue();
+            return object;
+        }
+        when_ready(inputs, move |failure| match failure {
+            None => job.enqueue(),
+            Some((input, error)) => job.input_failed(&input, error),
+        });
         object
+    }
+
+    /// An object that is there from the start, to be passed to many tasks.
+    pub fn put<T: Send + Sync + 'static>(&self, value: T) -> ObjectRef<T> {
+        ObjectRef::ready("put".into(), value)
     }
 
     /// Ends what is queued with [`Error::Cancelled`] and stops every worker process. Threads that
     /// run cannot be ended from outside; they are left to finish.
     pub fn shutdown(&self) {
-        let waiting = {
-            let mut scheduler = self.scheduler();
-            scheduler.closed = true;
-            std::mem::take(&mut scheduler.waiting)
-        };
-        for entry in waiting {
-            (entry.start)(Err(closed()));
-        }
+        self.step(Event::Close);
         if let Some(host) = &self.inner.host {
             host.shutdown();
         }
@@ -137,19 +213,43 @@ impl Runtime {
         self.inner.host.as_ref().ok_or(Error::InitMissing)
     }
 
+    /// The id of a request to be queued.
+    pub(crate) fn next_id(&self) -> Id {
+        self.inner.next_id.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// Queues a request.
+    pub(crate) fn enqueue(&self, id: Id, request: Request, start: Start) {
+        let asked = request.bundles.iter().find(|bundle| !bundle.is_valid());
+        if let Some(asked) = asked {
+            return start(Err(Error::InvalidResources { asked: Box::new(asked.clone()) }));
+        }
+        let shape = request.shape();
+        self.state().starts.insert(id, Waiting { request: Arc::new(request), start });
+        self.step(Event::Submit { id, shape });
+    }
+
+    /// A request whose turn in a worker process did not come goes back to the head of its queue.
+    pub(crate) fn enqueue_again(&self, id: Id, request: Request, start: Start) {
+        let shape = request.shape();
+        self.state().starts.insert(id, Waiting { request: Arc::new(request), start });
+        self.step(Event::Return { id, shape });
+    }
+
+    /// Takes a request back that has not had its turn.
+    pub(crate) fn cancel(&self, id: Id) {
+        let waiting = self.state().starts.remove(&id);
+        self.step(Event::Cancel { id });
+        drop(waiting);
+    }
+
     /// Waits for resources on behalf of an actor or a group.
-    pub(crate) fn lease(
-        &self,
-        name: &str,
-        resources: &Resources,
-        timeout: Duration,
-    ) -> Result<Lease, Error> {
+    pub(crate) fn lease(&self, request: Request, timeout: Duration) -> Result<Arc<Lease>, Error> {
+        let (name, resources) = (Arc::clone(&request.name), request.total());
         let (sender, receiver) = sync_channel(1);
-        // Lives as long as this call: who has given up must not block the queue.
-        let waiting = Arc::new(());
-        let still_waits = Arc::downgrade(&waiting);
-        let start = move |lease| drop(sender.send(lease));
-        self.enqueue(resources.clone(), move || still_waits.strong_count() > 0, start);
+        let start = move |turn: Result<Turn, Error>| drop(sender.send(turn.and_then(Turn::lease)));
+        let id = self.next_id();
+        self.enqueue(id, request, Box::new(start));
         let note = timeout.min(PLACEMENT_NOTE);
         let mut answer = receiver.recv_timeout(note);
         if matches!(answer, Err(RecvTimeoutError::Timeout)) && note < timeout {
@@ -159,145 +259,130 @@ impl Runtime {
         }
         match answer {
             Ok(lease) => lease,
-            Err(RecvTimeoutError::Disconnected) => Err(closed()),
-            Err(RecvTimeoutError::Timeout) => Err(Error::NotPlaced {
-                name: name.to_owned(),
-                asked: Box::new(resources.clone()),
-                free: Box::new(self.free_resources()),
-                after: timeout,
-            }),
-        }
-    }
-
-    /// Runs `work` on a new thread, inside a rayon pool of so many threads.
-    pub(crate) fn spawn_thread(
-        &self,
-        name: &str,
-        threads: usize,
-        work: impl FnOnce() + Send + 'static,
-    ) -> Result<(), Error> {
-        let pool = rayon::ThreadPoolBuilder::new()
-            .num_threads(threads)
-            .stack_size(STACK_BYTES)
-            .start_handler(|_| panics::keep_quiet_here())
-            .build()
-            .map_err(Error::layer)?;
-        let thread = std::thread::Builder::new().name(name.to_owned());
-        let spawned = thread.spawn(move || pool.install(work));
-        spawned.map(drop).map_err(|source| Error::system("starting a thread", source))
-    }
-
-    fn start<T: Send + Sync + 'static>(&self, task: Task<T>, object: ObjectRef<T>, lease: Lease) {
-        let (runtime, promise) = (self.clone(), object.clone());
-        let threads = match task.options.placement {
-            Placement::Thread => task.options.resources.threads(),
-            // The thread only waits for the process.
-            Placement::Process => 1,
-        };
-        let name = task.name.clone();
-        let spawned = self.spawn_thread(&task.name.clone(), threads, move || {
-            let result = panics::catch(&name, || Ok(runtime.run(task, &promise)));
-            let result = result.and_then(|result| result);
-            // The resources are free before the result is seen: who waits may submit the next.
-            drop(lease);
-            promise.resolve(result);
-        });
-        if let Err(error) = spawned {
-            object.resolve(Err(error));
-        }
-    }
-
-    fn run<T: Send + Sync + 'static>(
-        &self,
-        task: Task<T>,
-        object: &ObjectRef<T>,
-    ) -> Result<T, Error> {
-        match (task.body, task.options.placement) {
-            (Body::Closure(body), Placement::Thread) => run_here(object, body),
-            (Body::Remote(call), Placement::Thread) => {
-                run_here(object, Box::new(move || call.run_here()))
-            }
-            (Body::Remote(call), Placement::Process) => {
-                self.run_in_process(&task.name, &task.options, object, &call)
-            }
-            (Body::Closure(_), Placement::Process) => Err(Error::NotRegistered {
-                name: format!(
-                    "{} (a closure: only #[mobula::remote] functions leave the process)",
-                    task.name
-                ),
-                registered: crate::remote::names(),
-            }),
-        }
-    }
-
-    fn run_in_process<T: Send + Sync + 'static>(
-        &self,
-        name: &str,
-        options: &TaskOptions,
-        object: &ObjectRef<T>,
-        call: &crate::remote::RemoteCall<T>,
-    ) -> Result<T, Error> {
-        let mut attempt = 0;
-        loop {
-            let result =
-                self.host()?.run_task(name, &options.resources, call, || object.is_cancelled());
-            match result {
-                Err(error) if error.is_retryable() && attempt < options.max_retries => attempt += 1,
-                other => return other,
+            Err(RecvTimeoutError::Disconnected) => Err(closed(&name)),
+            Err(RecvTimeoutError::Timeout) => {
+                self.cancel(id);
+                // It may have been granted in this very moment; then it is dropped here.
+                drop(receiver);
+                Err(Error::NotPlaced {
+                    name: name.to_string(),
+                    asked: Box::new(resources),
+                    free: Box::new(self.free_resources()),
+                    after: timeout,
+                })
             }
         }
     }
 
-    fn enqueue(
+    fn share(&self, holder: Id, worker: &Arc<Worker>, max: usize) {
+        for start in self.take_steps(Event::Join { holder, max }, Some(worker)) {
+            start();
+        }
+    }
+
+    /// Tells the scheduler what happened, and does what it says.
+    fn step(&self, event: Event) {
+        for step in self.take_steps(event, None) {
+            step();
+        }
+    }
+
+    /// What is to be done, outside of the lock.
+    fn take_steps(&self, event: Event, joined: Option<&Arc<Worker>>) -> Vec<Step> {
+        let mut state = self.state();
+        let mut commands = std::mem::take(&mut state.commands);
+        state.scheduler.step(event, &mut commands);
+        let mut steps: Vec<Step> = Vec::with_capacity(commands.len());
+        for command in commands.drain(..) {
+            self.perform(&mut state, command, joined, &mut steps);
+        }
+        state.commands = commands;
+        steps
+    }
+
+    fn perform(
         &self,
-        resources: Resources,
-        wanted: impl Fn() -> bool + Send + 'static,
-        start: impl FnOnce(Result<Lease, Error>) + Send + 'static,
+        state: &mut State,
+        command: Command,
+        joined: Option<&Arc<Worker>>,
+        steps: &mut Vec<Step>,
     ) {
-        let refusal = {
-            let mut scheduler = self.scheduler();
-            match scheduler.ledger.check(&resources) {
-                Ok(()) if scheduler.closed => Some((closed(), start)),
-                Err(error) => Some((error, start)),
-                Ok(()) => {
-                    let (wanted, start) = (Box::new(wanted), Box::new(start));
-                    scheduler.waiting.push_back(Waiting { resources, wanted, start });
-                    None
+        match command {
+            Command::Start { id, grants } => {
+                let runtime = self.clone();
+                let lease = Arc::new(Lease { runtime, id, grants, is_lent: Mutex::new(false) });
+                match state.starts.remove(&id) {
+                    Some(waiting) => {
+                        steps.push(Box::new(move || (waiting.start)(Ok(Turn::Granted(lease)))));
+                    }
+                    // Cancelled in this moment: the lease goes back, outside of the lock.
+                    None => steps.push(Box::new(move || drop(lease))),
                 }
             }
-        };
-        match refusal {
-            Some((error, start)) => start(Err(error)),
-            None => self.dispatch(),
+            Command::Joined { ids, .. } => {
+                for waiting in ids.iter().filter_map(|id| state.starts.remove(id)) {
+                    let Some(worker) = joined.cloned() else { continue };
+                    steps.push(Box::new(move || (waiting.start)(Ok(Turn::Joined(worker)))));
+                }
+            }
+            Command::Resume { id } => {
+                if let Some(back) = state.resumes.remove(&id) {
+                    let _ = back.send(());
+                }
+            }
+            Command::Refuse { id, refusal } => {
+                let Some(waiting) = state.starts.remove(&id) else { return };
+                let error = waiting.request.refused(refusal, &state.scheduler.total());
+                steps.push(Box::new(move || (waiting.start)(Err(error))));
+            }
+            Command::Lost { id } => drop(state.resumes.remove(&id)),
         }
     }
 
-    /// Starts from the head of the queue as long as the head fits.
-    fn dispatch(&self) {
-        while let Some((start, resources)) = self.next_that_fits() {
-            let runtime = self.clone();
-            start(Ok(Lease { runtime, resources }));
-        }
-    }
-
-    fn next_that_fits(&self) -> Option<(Start, Resources)> {
-        let mut scheduler = self.scheduler();
-        while scheduler.waiting.front().is_some_and(|head| !(head.wanted)()) {
-            scheduler.waiting.pop_front();
-        }
-        let asked = scheduler.waiting.front()?.resources.clone();
-        if !scheduler.ledger.take(&asked) {
-            return None;
-        }
-        let head = scheduler.waiting.pop_front()?;
-        Some((head.start, head.resources))
-    }
-
-    fn scheduler(&self) -> MutexGuard<'_, Scheduler> {
-        self.inner.scheduler.lock().unwrap_or_else(PoisonError::into_inner)
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.inner.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-fn closed() -> Error {
-    Error::Cancelled { task: "the task (the runtime is shutting down)".to_owned() }
+type Step = Box<dyn FnOnce()>;
+
+impl Request {
+    /// One bundle, on a thread or in a process of its own.
+    pub(crate) fn single(name: &Arc<str>, resources: &Resources) -> Self {
+        Self {
+            name: Arc::clone(name),
+            bundles: vec![resources.clone()],
+            strategy: PlacementStrategy::default(),
+            is_pooled: false,
+        }
+    }
+
+    fn shape(&self) -> Shape {
+        Shape {
+            bundles: self.bundles.iter().map(Amounts::from).collect(),
+            strategy: self.strategy,
+            node: None,
+            is_pooled: self.is_pooled,
+        }
+    }
+
+    fn total(&self) -> Resources {
+        let mut sum = Amounts::default();
+        self.bundles.iter().for_each(|bundle| sum.add(&bundle.into()));
+        (&sum).into()
+    }
+
+    fn refused(&self, refusal: Refusal, total: &Amounts) -> Error {
+        match refusal {
+            Refusal::Closed => closed(&self.name),
+            Refusal::NeverFits => Error::Unplaceable {
+                asked: Box::new(self.total()),
+                total: Box::new(total.into()),
+            },
+        }
+    }
+}
+
+fn closed(name: &str) -> Error {
+    Error::Cancelled { task: format!("{name} (the runtime is shutting down)") }
 }

@@ -1,13 +1,11 @@
-//! Tasks and the references to what they will give.
+//! Tasks: pieces of work that the runtime places, runs, and runs again if asked.
 
-use crate::panics;
-use crate::remote::RemoteCall;
-use crate::{BoxError, Error, Resources};
-use std::future::{Future, IntoFuture};
-use std::pin::Pin;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
-use std::time::{Duration, Instant};
+pub use crate::current::cancelled;
+use crate::object::AnyObject;
+use crate::remote::{Inputs, RemoteCall};
+use crate::{BoxError, Error, ObjectRef, Resources, PlacementStrategy};
+use std::sync::Arc;
+use std::time::Duration;
 
 /// Where a task or an actor runs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -41,52 +39,156 @@ impl Flow {
     }
 }
 
-/// How a task is placed and retried. Every default is here.
+/// How long to wait before the next attempt: `initial` after the first one, then `factor` times
+/// longer each time, up to `max`.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Backoff {
+    /// Before the second attempt. Default: 50 ms.
+    pub initial: Duration,
+    /// Growth from wait to wait. Default: 2.
+    pub factor: f64,
+    /// No wait is longer. Default: 10 s.
+    pub max: Duration,
+}
+
+impl Default for Backoff {
+    fn default() -> Self {
+        Self { initial: Duration::from_millis(50), factor: 2.0, max: Duration::from_secs(10) }
+    }
+}
+
+impl Backoff {
+    /// The wait after so many failed attempts (1 or more).
+    pub fn delay(&self, failed: u32) -> Duration {
+        let exponent = i32::try_from(failed.saturating_sub(1)).unwrap_or(i32::MAX);
+        let seconds = self.initial.as_secs_f64() * self.factor.powi(exponent);
+        // Too large or not a number becomes the longest wait.
+        Duration::try_from_secs_f64(seconds).map_or(self.max, |delay| delay.min(self.max))
+    }
+}
+
+/// How a task is placed, retried and ended. Every default is here.
 #[derive(Clone, Debug)]
 pub struct TaskOptions {
     /// What it holds while it runs. Default: 1 CPU.
     pub resources: Resources,
     /// Where it runs. Default: a thread.
     pub placement: Placement,
-    /// How often it is run again after its worker process was lost. Default: 0. Errors that the
-    /// task itself returns are never retried.
+    /// On which node it goes, where there are several. Default: pack.
+    pub strategy: PlacementStrategy,
+    /// How often it is run again after its worker process was lost or too slow. Default: 0.
     pub max_retries: u32,
+    /// Whether errors and panics of the task itself are retried too. Default: no. A closure that
+    /// can run only once is never retried.
+    pub retry_errors: bool,
+    /// The wait between attempts.
+    pub backoff: Backoff,
+    /// How long one attempt may run. In a process it is killed then. On a thread its result is
+    /// [`Error::Timeout`] then, [`cancelled`] says so to it, and it is not retried. Default: none.
+    pub timeout: Option<Duration>,
 }
 
 impl Default for TaskOptions {
     fn default() -> Self {
-        Self { resources: Resources::cpus(1.0), placement: Placement::Thread, max_retries: 0 }
+        Self {
+            resources: Resources::cpus(1.0),
+            placement: Placement::Thread,
+            strategy: PlacementStrategy::default(),
+            max_retries: 0,
+            retry_errors: false,
+            backoff: Backoff::default(),
+            timeout: None,
+        }
+    }
+}
+
+impl TaskOptions {
+    /// Whether a task that has failed `failed` times so is to be run again.
+    pub(crate) fn retries(&self, error: &Error, failed: u32) -> bool {
+        let kind = match error {
+            Error::WorkerLost { .. } => true,
+            Error::Timeout { .. } => self.placement == Placement::Process,
+            Error::TaskFailed { .. } | Error::TaskPanicked { .. } => self.retry_errors,
+            _ => false,
+        };
+        kind && failed <= self.max_retries
     }
 }
 
 /// A piece of work that gives a `T`: a closure, or a call of a `#[remote]` function.
 pub struct Task<T> {
-    pub(crate) name: String,
+    pub(crate) name: Arc<str>,
     pub(crate) options: TaskOptions,
+    pub(crate) inputs: Vec<Arc<dyn AnyObject>>,
     pub(crate) body: Body<T>,
 }
 
 /// What a task runs: only a remote call can leave the process.
 pub(crate) enum Body<T> {
-    Closure(Box<dyn FnOnce() -> Result<T, BoxError> + Send>),
+    Once(Box<dyn FnOnce() -> Result<T, BoxError> + Send>),
+    Repeatable(Box<dyn FnMut() -> Result<T, BoxError> + Send>),
     Remote(RemoteCall<T>),
+}
+
+impl<T> std::fmt::Debug for Task<T> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Task").field("name", &self.name).finish_non_exhaustive()
+    }
 }
 
 impl<T> Task<T> {
     /// A closure under a name that its errors will carry. Runs on a thread.
     pub fn new<E: Into<BoxError>>(
-        name: impl Into<String>,
+        name: impl Into<Arc<str>>,
         body: impl FnOnce() -> Result<T, E> + Send + 'static,
     ) -> Self {
-        Self {
-            name: name.into(),
-            options: TaskOptions::default(),
-            body: Body::Closure(Box::new(move || body().map_err(Into::into))),
-        }
+        let body = Body::Once(Box::new(move || body().map_err(Into::into)));
+        Self { name: name.into(), options: TaskOptions::default(), inputs: Vec::new(), body }
     }
 
-    pub(crate) fn remote(name: impl Into<String>, call: RemoteCall<T>) -> Self {
-        Self { name: name.into(), options: TaskOptions::default(), body: Body::Remote(call) }
+    /// A closure that can be run again, for tasks with retries. Runs on a thread.
+    pub fn repeatable<E: Into<BoxError>>(
+        name: impl Into<Arc<str>>,
+        mut body: impl FnMut() -> Result<T, E> + Send + 'static,
+    ) -> Self {
+        let body = Body::Repeatable(Box::new(move || body().map_err(Into::into)));
+        Self { name: name.into(), options: TaskOptions::default(), inputs: Vec::new(), body }
+    }
+
+    /// A closure that starts when the results of other tasks are there, and is given them: an
+    /// object, a `Vec` of objects, or a tuple of these. If one of them fails, the task fails with
+    /// [`Error::InputFailed`], without running.
+    ///
+    /// ```
+    /// use mobula_core::{Resources, Runtime, Task};
+    ///
+    /// let runtime = Runtime::local(Resources::cpus(2.0))?;
+    /// let one = runtime.submit(Task::new("one", || Ok::<_, String>(1)));
+    /// let two = runtime.submit(Task::new("two", || Ok::<_, String>(2)));
+    /// let sum = runtime.submit(Task::with_inputs("sum", (one, two), |(a, b)| Ok::<_, String>(*a + *b)));
+    /// assert_eq!(*sum.get()?, 3);
+    /// # Ok::<(), mobula_core::Error>(())
+    /// ```
+    pub fn with_inputs<I: TaskInputs, E: Into<BoxError>>(
+        name: impl Into<Arc<str>>,
+        inputs: I,
+        body: impl FnOnce(I::Values) -> Result<T, E> + Send + 'static,
+    ) -> Self {
+        let mut waits_for = Inputs::default();
+        inputs.list(&mut waits_for);
+        let run = move || body(inputs.values()?).map_err(Into::into);
+        Self { inputs: waits_for.0, ..Self::new::<BoxError>(name, run) }
+    }
+
+    pub(crate) fn remote(name: impl Into<Arc<str>>, mut call: RemoteCall<T>) -> Self {
+        let inputs = std::mem::take(&mut call.inputs).0;
+        let (name, options) = (name.into(), TaskOptions::default());
+        Self { name, options, inputs, body: Body::Remote(call) }
+    }
+
+    /// The same task under another name.
+    pub fn named(self, name: impl Into<Arc<str>>) -> Self {
+        Self { name: name.into(), ..self }
     }
 
     /// The same task with these options.
@@ -107,134 +209,85 @@ impl<T> Task<T> {
     }
 }
 
-/// A future result. Clones refer to the same one.
-#[derive(Debug)]
-pub struct ObjectRef<T> {
-    shared: Arc<Shared<T>>,
+/// What [`Task::with_inputs`] waits for, and what the closure gets: `Arc<T>` for an
+/// `ObjectRef<T>`, a `Vec` for a `Vec`, a tuple for a tuple.
+pub trait TaskInputs: Send + 'static {
+    /// What the closure gets.
+    type Values;
+
+    #[doc(hidden)]
+    fn list(&self, into: &mut Inputs);
+
+    #[doc(hidden)]
+    fn values(self) -> Result<Self::Values, Error>;
 }
 
-impl<T> Clone for ObjectRef<T> {
-    fn clone(&self) -> Self {
-        Self { shared: Arc::clone(&self.shared) }
+impl<T: Send + Sync + 'static> TaskInputs for ObjectRef<T> {
+    type Values = Arc<T>;
+
+    fn list(&self, into: &mut Inputs) {
+        into.0.push(self.object());
+    }
+
+    fn values(self) -> Result<Arc<T>, Error> {
+        self.get()
     }
 }
 
-#[derive(Debug)]
-struct Shared<T> {
-    task: String,
-    value: OnceLock<Result<Arc<T>, Error>>,
-    lock: Mutex<()>,
-    ready: Condvar,
-    ready_async: tokio::sync::Notify,
-    cancelled: AtomicBool,
+impl<I: TaskInputs> TaskInputs for Vec<I> {
+    type Values = Vec<I::Values>;
+
+    fn list(&self, into: &mut Inputs) {
+        self.iter().for_each(|input| input.list(into));
+    }
+
+    fn values(self) -> Result<Self::Values, Error> {
+        self.into_iter().map(TaskInputs::values).collect()
+    }
 }
 
-impl<T> ObjectRef<T> {
-    pub(crate) fn pending(task: impl Into<String>) -> Self {
-        Self {
-            shared: Arc::new(Shared {
-                task: task.into(),
-                value: OnceLock::new(),
-                lock: Mutex::new(()),
-                ready: Condvar::new(),
-                ready_async: tokio::sync::Notify::new(),
-                cancelled: AtomicBool::new(false),
-            }),
+macro_rules! tuple_inputs {
+    ($($name:ident $position:tt),+) => {
+        impl<$($name: TaskInputs),+> TaskInputs for ($($name,)+) {
+            type Values = ($($name::Values,)+);
+
+            fn list(&self, into: &mut Inputs) {
+                $(self.$position.list(into);)+
+            }
+
+            fn values(self) -> Result<Self::Values, Error> {
+                Ok(($(self.$position.values()?,)+))
+            }
         }
-    }
-
-    /// Gives the result; the first one counts.
-    pub(crate) fn resolve(&self, value: Result<T, Error>) {
-        let _guard = self.guard();
-        let _ = self.shared.value.set(value.map(Arc::new));
-        self.shared.ready.notify_all();
-        self.shared.ready_async.notify_waiters();
-    }
-
-    pub(crate) fn is_cancelled(&self) -> bool {
-        self.shared.cancelled.load(Ordering::Acquire)
-    }
-
-    /// Waits for the result.
-    pub fn get(&self) -> Result<Arc<T>, Error> {
-        let mut guard = self.guard();
-        loop {
-            if let Some(value) = self.shared.value.get() {
-                return value.clone();
-            }
-            guard = self.shared.ready.wait(guard).unwrap_or_else(PoisonError::into_inner);
-        }
-    }
-
-    /// Waits for the result, at most so long.
-    pub fn get_timeout(&self, timeout: Duration) -> Result<Arc<T>, Error> {
-        let deadline = Instant::now() + timeout;
-        let mut guard = self.guard();
-        loop {
-            if let Some(value) = self.shared.value.get() {
-                return value.clone();
-            }
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                return Err(Error::Timeout { what: self.shared.task.clone(), after: timeout });
-            }
-            let waited = self.shared.ready.wait_timeout(guard, left);
-            guard = waited.unwrap_or_else(PoisonError::into_inner).0;
-        }
-    }
-
-    /// Whether the result is there.
-    pub fn is_ready(&self) -> bool {
-        self.shared.value.get().is_some()
-    }
-
-    /// Cancels the task: at once while it is queued. One that runs on a thread may ask
-    /// [`cancelled`] and stop by itself; its result, if it gives one, is discarded.
-    pub fn cancel(&self) {
-        self.shared.cancelled.store(true, Ordering::Release);
-        self.resolve(Err(Error::Cancelled { task: self.shared.task.clone() }));
-    }
-
-    fn guard(&self) -> MutexGuard<'_, ()> {
-        self.shared.lock.lock().unwrap_or_else(PoisonError::into_inner)
-    }
+    };
 }
 
-impl<T: Send + Sync + 'static> IntoFuture for ObjectRef<T> {
-    type Output = Result<Arc<T>, Error>;
-    type IntoFuture = Pin<Box<dyn Future<Output = Self::Output> + Send>>;
+tuple_inputs!(A 0);
+tuple_inputs!(A 0, B 1);
+tuple_inputs!(A 0, B 1, C 2);
+tuple_inputs!(A 0, B 1, C 2, D 3);
+tuple_inputs!(A 0, B 1, C 2, D 3, E 4);
+tuple_inputs!(A 0, B 1, C 2, D 3, E 4, F 5);
 
-    fn into_future(self) -> Self::IntoFuture {
-        Box::pin(async move {
-            loop {
-                let notified = self.shared.ready_async.notified();
-                if let Some(value) = self.shared.value.get() {
-                    return value.clone();
-                }
-                notified.await;
-            }
-        })
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn waits_grow_up_to_the_longest() {
+        let backoff = Backoff::default();
+        let delays: Vec<u128> = (1..=4).map(|n| backoff.delay(n).as_millis()).collect();
+        assert_eq!(delays, [50, 100, 200, 400]);
+        assert_eq!(backoff.delay(u32::MAX), backoff.max);
     }
-}
 
-thread_local! {
-    static CANCELLED: std::cell::RefCell<Option<Box<dyn Fn() -> bool>>> =
-        const { std::cell::RefCell::new(None) };
-}
-
-/// Whether the task that runs on this thread was cancelled. Long tasks ask now and then.
-pub fn cancelled() -> bool {
-    CANCELLED.with_borrow(|ask| ask.as_ref().is_some_and(|ask| ask()))
-}
-
-/// Runs a body on this thread: its errors and panics become values that name the task.
-pub(crate) fn run_here<T: 'static>(
-    object: &ObjectRef<T>,
-    body: Box<dyn FnOnce() -> Result<T, BoxError> + Send>,
-) -> Result<T, Error> {
-    let ask = object.clone();
-    CANCELLED.with_borrow_mut(|slot| *slot = Some(Box::new(move || ask.is_cancelled())));
-    let result = panics::catch(&object.shared.task, body);
-    CANCELLED.with_borrow_mut(|slot| *slot = None);
-    result
+    #[test]
+    fn only_what_was_asked_for_is_retried() {
+        let lost = || Error::WorkerLost { task: "t".into(), reason: "r".into() };
+        let failed = || Error::TaskFailed { task: "t".into(), message: "m".into() };
+        let options = TaskOptions { max_retries: 2, ..TaskOptions::default() };
+        assert!(options.retries(&lost(), 2) && !options.retries(&lost(), 3));
+        assert!(!options.retries(&failed(), 1));
+        assert!(TaskOptions { retry_errors: true, ..options }.retries(&failed(), 1));
+    }
 }

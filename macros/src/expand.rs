@@ -1,5 +1,7 @@
 //! From the annotated function to the function, its module and its registration.
 
+mod actor;
+
 use crate::signature::{Output, Signature};
 use proc_macro2::{Group, Ident, TokenStream, TokenTree};
 use quote::{ToTokens, quote, quote_spanned};
@@ -11,18 +13,18 @@ use syn::{Error, Item, ItemFn, Path, Result, Token};
 /// The whole attribute, on plain tokens so that tests can call it.
 pub(crate) fn expand(attribute: TokenStream, item: TokenStream) -> Result<TokenStream> {
     let krate = options.parse2(attribute)?;
-    let function = match syn::parse2::<Item>(item)? {
-        Item::Fn(function) => function,
-        other => {
-            return Err(Error::new(
-                other.span(),
-                "#[remote] goes on a function: fn name(a: A, b: B) -> Result<T, E>",
-            ));
+    match syn::parse2::<Item>(item)? {
+        Item::Fn(function) => {
+            let signature = Signature::read(&function.sig)?;
+            let module = module(&krate, &function, &signature);
+            Ok(quote! { #function #module })
         }
-    };
-    let signature = Signature::read(&function.sig)?;
-    let module = module(&krate, &function, &signature);
-    Ok(quote! { #function #module })
+        Item::Impl(item) => actor::expand(&krate, &item),
+        other => Err(Error::new(
+            other.span(),
+            "#[remote] goes on a function, fn name(a: A, b: B) -> Result<T, E>, or on the impl of an actor",
+        )),
+    }
 }
 
 /// Parses `crate = path`, the only option.
@@ -45,11 +47,12 @@ fn options(input: ParseStream<'_>) -> Result<TokenStream> {
             input.parse::<Token![,]>()?;
         }
     }
-    Ok(krate.map_or_else(|| quote!(::mobula), |path| one_module_down(path.to_token_stream())))
+    Ok(krate.map_or_else(|| quote!(::mobula), ToTokens::into_token_stream))
 }
 
 /// The module beside the function.
 fn module(krate: &TokenStream, function: &ItemFn, signature: &Signature) -> TokenStream {
+    let krate = &one_module_down(krate.clone());
     let (name, visibility) = (&function.sig.ident, &function.vis);
     // The module must come and go with the function.
     let cfgs = function.attrs.iter().filter(|attribute| attribute.path().is_ident("cfg"));
@@ -85,10 +88,13 @@ fn describe(krate: &TokenStream, name: &Ident, signature: &Signature) -> TokenSt
         false => (quote!(Task), quote!(task)),
     };
     let doc = format!("Describes a call of `{name}`, to be run wherever the runtime places it.");
+    let described = described(&names);
     quote! {
         #[doc = #doc]
-        pub fn remote(#(#names: #types),*) -> #krate::#task<#value> {
-            #krate::remote::#build(NAME, (#(#names,)*))
+        pub fn remote(
+            #(#names: impl ::core::convert::Into<#krate::remote::Arg<#types>>),*
+        ) -> #krate::#task<#value> {
+            #krate::remote::#build::<(#(#types,)*), #value>(NAME, #described)
         }
     }
 }
@@ -116,6 +122,11 @@ fn register(krate: &TokenStream, name: &Ident, signature: &Signature) -> TokenSt
     quote! {
         #krate::remote::inventory::submit! { #krate::remote::RemoteFn::#entry }
     }
+}
+
+/// The tuple of what was passed, each a value or an object.
+pub(super) fn described(names: &[&Ident]) -> TokenStream {
+    quote!((#(::core::convert::Into::into(#names),)*))
 }
 
 fn arguments(signature: &Signature) -> (Vec<&Ident>, Vec<TokenStream>) {

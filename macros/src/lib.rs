@@ -5,34 +5,18 @@
 //! registered in every process that runs this binary, and `remote(..)`, which takes the same
 //! arguments and describes a call instead of making one.
 //!
-//! ```
-//! # mod mobula {
-//! #     pub struct Task<T>(pub String, std::marker::PhantomData<T>);
-//! #     pub mod remote {
-//! #         pub fn task<A: std::fmt::Debug, T>(name: &str, args: A) -> super::Task<T> {
-//! #             super::Task(format!("{name}{args:?}"), std::marker::PhantomData)
-//! #         }
-//! #         pub mod inventory {
-//! #             #[macro_export]
-//! #             macro_rules! submit { ($($registration:tt)*) => {}; }
-//! #             pub use crate::submit;
-//! #         }
-//! #     }
-//! # }
-//! use mobula_macros::remote;
-//!
-//! // Outside of Mobula's own crates this is just `#[mobula::remote]`.
-//! #[remote(crate = crate::mobula)]
+//! ```ignore
+//! #[mobula::remote]
 //! pub fn square(x: i64) -> Result<i64, String> {
 //!     x.checked_mul(x).ok_or_else(|| format!("{x}² does not fit"))
 //! }
 //!
-//! fn main() {
-//!     assert_eq!(square(7), Ok(49)); // a call, here and now
-//!     let task: mobula::Task<i64> = square::remote(7); // a description, for `Runtime::submit`
-//!     assert!(task.0.ends_with("::square(7,)"));
-//! }
+//! assert_eq!(square(7), Ok(49)); // a call, here and now
+//! let task: mobula::Task<i64> = square::remote(7); // a description, for `Runtime::submit`
 //! ```
+//!
+//! On the `impl` of a type it makes an actor of it: `SomeActor::remote(..)` describes one, and
+//! `SomeActorHandle` sends calls to it.
 //!
 //! What it will not do: ship code (driver and workers are one binary), take closures, references
 //! or generics (arguments travel as serde values), or work on a function inside another
@@ -42,13 +26,18 @@
 mod expand;
 mod signature;
 
-/// Registers a function by name, so that tasks and group members in other processes can run it.
+/// Registers a function, or an actor's constructor and methods, by name, so that other processes
+/// can run them.
 ///
 /// * Arguments and the result are owned serde values; at most 12 arguments.
 /// * A function that returns `Result<T, E>` needs `E: Into<Box<dyn Error + Send + Sync>>`; any
 ///   other return type `T` counts as `Ok`.
 /// * A first parameter of type `Member` makes it a group member: `remote(..)` leaves that
 ///   parameter out and describes a whole group.
+/// * Each argument of `remote(..)` is a value or an `ObjectRef` to one.
+/// * On an `impl` with a constructor `fn new(..) -> Self` (or `Result<Self, E>`) and methods that
+///   take `&self` or `&mut self`: the handle has the same methods, which give an `ObjectRef` and
+///   wait for room in the mailbox, and `try_` twins that do not wait.
 /// * `#[remote(crate = path)]` says where Mobula lives, for crates that do not depend on the
 ///   facade: the default is `::mobula`.
 #[proc_macro_attribute]

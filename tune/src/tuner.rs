@@ -6,7 +6,7 @@ use crate::record::StudyInfo;
 use crate::study::{Limits, Study};
 use crate::trial::{StopHandle, Trial};
 use crate::{Error, Fifo, Metric, ResultGrid, Sampler, Scheduler, SearchSpace, TpeSampler};
-use mobula_core::{BoxError, Ledger, Resources, Runtime};
+use mobula_core::{BoxError, Resources, Runtime};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -179,7 +179,7 @@ impl Tuner {
     /// How many trials run at the same time.
     fn slots(&self, runtime: &Runtime) -> Result<usize, Error> {
         let total = runtime.resources();
-        Ledger::new(total.clone()).check(&self.resources)?;
+        self.resources.check_within(&total)?;
         let limit = self.max_concurrent.unwrap_or(usize::MAX).min(self.trials);
         let fits = (2..=limit).take_while(|n| self.resources.times(*n).fits(&total)).last();
         Ok(fits.unwrap_or(1))

@@ -1,13 +1,17 @@
 //! The worker's side: a process whose main thread serves the control stream, and whose work runs
 //! on a thread of its own.
 
-use super::wire::{Frames, FromWorker, MAX_FRAME_BYTES, METHOD, MemberSpec, Outcome, ToWorker};
+use super::desk::{Desk, Work};
+use super::wire::{
+    Assignment, Frames, FromWorker, MAX_FRAME_BYTES, METHOD, MemberSpec, Outcome, ToWorker,
+};
 use crate::group::{Inbox, Member};
 use crate::remote::RemoteFn;
-use crate::runtime::STACK_BYTES;
+use crate::threads::STACK_BYTES;
 use crate::{BoxError, Error, panics};
 use bytes::Bytes;
 use hyper_util::rt::TokioIo;
+use std::io::Read;
 use std::os::unix::net::UnixStream as StdUnixStream;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -19,6 +23,16 @@ use tonic::transport::{Channel, Endpoint};
 
 const BEAT_INTERVAL: Duration = Duration::from_secs(1);
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Waits to be told what this process is for, before it starts any thread. `None`: the driver has
+/// gone, or has no use for it.
+pub(crate) fn assignment(control: &mut StdUnixStream) -> Option<Assignment> {
+    let mut length = [0; 4];
+    control.read_exact(&mut length).ok()?;
+    let mut bytes = vec![0; u32::from_le_bytes(length) as usize];
+    control.read_exact(&mut bytes).ok()?;
+    rmp_serde::from_slice(&bytes).ok()
+}
 
 /// Serves the control stream until the driver says, or its silence tells, that all is done.
 /// Returns the exit code.
@@ -42,6 +56,7 @@ async fn session(control: StdUnixStream) -> Result<(), BoxError> {
     outbound.send(FromWorker::Hello { build: super::build_id() }).await?;
     let mut inbound = connect(control, frames).await?;
     let inbox = Arc::new(Inbox::default());
+    let desk = Desk::open(outbound.clone())?;
     let mut beat = tokio::time::interval(BEAT_INTERVAL);
     loop {
         tokio::select! {
@@ -49,10 +64,15 @@ async fn session(control: StdUnixStream) -> Result<(), BoxError> {
                 // A full queue is a sign of life by itself.
                 let _ = outbound.try_send(FromWorker::Beat);
             }
+            () = desk.stuck() => desk.send_back(),
             frame = inbound.message() => match frame? {
                 Some(ToWorker::Run { function, args, member }) => {
                     start(function, args, member, &outbound, &inbox)?;
                 }
+                Some(ToWorker::Call { call, what, function, args }) => {
+                    desk.add(Work { call, what, function, args });
+                }
+                Some(ToWorker::Forget { call }) => desk.forget(call),
                 Some(ToWorker::Gathered { key, values }) => inbox.gathered(key, values),
                 Some(ToWorker::Stop) => inbox.stop(),
                 Some(ToWorker::Shutdown) => return Ok(()),
@@ -87,29 +107,30 @@ async fn connect(
 /// Runs the function on its own thread, with a stack deep enough for a backward pass.
 fn start(
     function: String,
-    args: Bytes,
-    spec: Option<MemberSpec>,
+    args: Vec<Bytes>,
+    spec: MemberSpec,
     outbound: &mpsc::Sender<FromWorker>,
     inbox: &Arc<Inbox>,
 ) -> Result<(), BoxError> {
     let (outbound, inbox) = (outbound.clone(), Arc::clone(inbox));
-    let name = spec.as_ref().map_or_else(|| function.clone(), |s| format!("rank {}", s.rank));
+    let name = format!("rank {}", spec.rank);
     let thread = std::thread::Builder::new().name(name).stack_size(STACK_BYTES);
     thread.spawn(move || {
         let frames = outbound.clone();
-        let member = spec.map(|spec| {
-            let send = move |frame| frames.blocking_send(frame).map_err(|_| driver_gone());
-            Member::new(spec, Box::new(send), inbox)
-        });
-        let outcome = run(&function, &args, member);
+        let send = move |frame| frames.blocking_send(frame).map_err(|_| driver_gone());
+        let outcome = run(&function, &args, Member::new(spec, Box::new(send), inbox));
         let _ = outbound.blocking_send(FromWorker::Done(outcome));
     })?;
     Ok(())
 }
 
-/// Runs a registered function; its end, however it ends, as a value.
-pub(crate) fn run(function: &str, args: &[u8], member: Option<Member>) -> Outcome {
-    let result = panics::catch(function, || RemoteFn::find(function)?.run(member, args));
+/// Runs a group member's function; its end, however it ends, as a value.
+pub(crate) fn run(function: &str, args: &[Bytes], member: Member) -> Outcome {
+    outcome_of(panics::catch(function, || RemoteFn::find(function)?.run(Some(member), args)))
+}
+
+/// The end of a function, as it is sent.
+pub(super) fn outcome_of(result: Result<Bytes, Error>) -> Outcome {
     match result {
         Ok(value) if value.len() >= MAX_FRAME_BYTES => Outcome::Failed {
             message: format!("its result has {} bytes, at most {MAX_FRAME_BYTES} fit", value.len()),

@@ -1,5 +1,6 @@
 //! The driver's side of one worker process: its control stream, its output, its end.
 
+use super::Progress;
 use super::logs::{LogTarget, pump};
 use super::spawn::Started;
 use super::wire::{Frames, FromWorker, MAX_FRAME_BYTES, ToWorker};
@@ -36,23 +37,51 @@ pub(crate) enum WorkerEvent {
     Ended(String),
 }
 
+/// Who hears of a worker.
+pub(crate) enum Sink {
+    /// Who reads when it can; until then the worker waits.
+    Channel(mpsc::Sender<WorkerEvent>),
+    /// Who never waits.
+    Listener(Arc<dyn Listener>),
+}
+
+/// Takes in what a worker says, at once.
+pub(crate) trait Listener: Send + Sync {
+    fn hear(self: Arc<Self>, event: WorkerEvent);
+}
+
+impl Sink {
+    /// `false` when nobody listens any more.
+    async fn send(&self, event: WorkerEvent) -> bool {
+        match self {
+            Self::Channel(channel) => channel.send(event).await.is_ok(),
+            Self::Listener(listener) => {
+                Arc::clone(listener).hear(event);
+                true
+            }
+        }
+    }
+}
+
 /// A running worker process. Dropping it kills the process.
 #[derive(Debug)]
 pub(crate) struct WorkerLink {
     frames: mpsc::Sender<ToWorker>,
     process: Arc<Process>,
+    progress: Option<Arc<Progress>>,
 }
 
 impl WorkerLink {
     /// Serves the control stream of a process that was just started; its frames and its end go to
-    /// `events`.
+    /// `sink`. Up to `frames` frames may be under way to it.
     pub(crate) fn new(
         started: Started,
         log: LogTarget,
-        events: mpsc::Sender<WorkerEvent>,
+        sink: Sink,
+        frames: usize,
         tokio: &tokio::runtime::Handle,
     ) -> Result<Self, Error> {
-        let (frames, outbound) = mpsc::channel(OUTBOUND_FRAMES);
+        let (frames, outbound) = mpsc::channel(frames.max(OUTBOUND_FRAMES));
         let process = Arc::new(Process::new(started.child));
         let drained = watch(&process, started.output, log.clone())?;
         let _entered = tokio.enter();
@@ -62,9 +91,15 @@ impl WorkerLink {
             .map_err(|e| Error::system("opening a control stream", e))?;
         let control = UnixStream::from_std(started.control)
             .map_err(|e| Error::system("opening a control stream", e))?;
-        let session = Session { events, process: Arc::clone(&process), drained, log };
+        let session = Session { sink, process: Arc::clone(&process), drained, log };
         tokio.spawn(session.serve(control, outbound));
-        Ok(Self { frames, process })
+        Ok(Self { frames, process, progress: None })
+    }
+
+    /// Keeps the shared page open for the worker.
+    pub(crate) fn with_progress(mut self, progress: Arc<Progress>) -> Self {
+        self.progress = Some(progress);
+        self
     }
 
     /// Sends a frame; `false` when the worker is gone or does not listen.
@@ -115,7 +150,7 @@ impl Process {
         let _ = lock(&self.child).kill();
     }
 
-    fn kill_because(&self, reason: String) {
+    pub(crate) fn kill_because(&self, reason: String) {
         lock(&self.why_killed).get_or_insert(reason);
         self.kill();
     }
@@ -195,7 +230,7 @@ fn watch(
 
 /// The gRPC session of one worker.
 struct Session {
-    events: mpsc::Sender<WorkerEvent>,
+    sink: Sink,
     process: Arc<Process>,
     drained: oneshot::Receiver<()>,
     log: LogTarget,
@@ -231,7 +266,7 @@ impl Session {
         let (process, log) = (self.process, self.log);
         let end = tokio::task::spawn_blocking(move || process.describe_end(&log)).await;
         let end = WorkerEvent::Ended(end.unwrap_or_default());
-        let _ = self.events.send(end).await;
+        self.sink.send(end).await;
     }
 
     /// Passes frames on until the stream closes, breaks or falls silent.
@@ -248,7 +283,7 @@ impl Session {
             match frame {
                 Ok(Some(FromWorker::Beat)) => {}
                 Ok(Some(frame)) => {
-                    if self.events.send(WorkerEvent::Frame(frame)).await.is_err() {
+                    if !self.sink.send(WorkerEvent::Frame(frame)).await {
                         return;
                     }
                 }

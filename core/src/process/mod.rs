@@ -1,62 +1,120 @@
 //! Worker processes: started by one thread, talked to over one stream each, gone with the driver.
 
 pub(crate) mod child;
+mod desk;
 mod link;
 mod logs;
+pub(crate) mod pool;
+mod progress;
 pub(crate) mod spawn;
 pub(crate) mod wire;
 
-pub(crate) use link::{WorkerEvent, WorkerLink};
+pub(crate) use link::{Listener, Sink, WorkerEvent, WorkerLink};
 pub(crate) use logs::LogTarget;
+pub(crate) use progress::Progress;
 
-use crate::remote::RemoteCall;
-use crate::{Error, Resources};
+use crate::Error;
+use pool::Pool;
 use spawn::Spawner;
+use std::io::{ErrorKind, Write};
+use std::os::unix::net::UnixStream;
+use std::sync::mpsc::Receiver;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
-use tokio::sync::mpsc;
-use wire::{FromWorker, Outcome, ToWorker};
+use wire::{Assignment, Outcome};
 
 /// Events of a worker that may wait for their reader; then the worker waits too.
 pub(crate) const EVENTS: usize = 1024;
 const SHUTDOWN_GRACE: Duration = Duration::from_millis(500);
-const CANCEL_POLL: Duration = Duration::from_millis(50);
 
 /// Starts workers and knows all that are alive.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub(crate) struct ProcessHost {
     tokio: tokio::runtime::Handle,
     spawner: Spawner,
     alive: Arc<Mutex<Alive>>,
+    pool: Pool,
+}
+
+/// What a worker is to have, beside what its driver has.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+pub(crate) struct Environment {
+    threads: usize,
+    /// `CUDA_VISIBLE_DEVICES`, if the driver has GPUs to give.
+    gpus: Option<String>,
+}
+
+impl Environment {
+    /// Threads for the CPUs that were asked for, and the GPUs that were granted.
+    pub(crate) fn new(threads: usize, gpus: &[usize]) -> Self {
+        let gpus = (crate::resources::visible_gpus() > 0).then(|| gpu_ids(gpus));
+        Self { threads, gpus }
+    }
+
+    /// Tells a new process. One that has ended already is not told, and its end says why.
+    fn assign(self, progress: &Progress, control: &mut UnixStream) -> Result<(), Error> {
+        let mut environment = vec![
+            ("RAYON_NUM_THREADS".to_owned(), self.threads.to_string()),
+            (progress::PROGRESS_VARIABLE.to_owned(), progress.descriptor().to_string()),
+        ];
+        environment.extend(self.gpus.map(|gpus| ("CUDA_VISIBLE_DEVICES".to_owned(), gpus)));
+        let bytes = crate::remote::encode("an assignment", &Assignment { environment })?;
+        let message = [&(bytes.len() as u32).to_le_bytes()[..], &bytes].concat();
+        match control.write_all(&message) {
+            Err(error) if error.kind() != ErrorKind::BrokenPipe => {
+                Err(Error::system("assigning a worker process", error))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// GPUs as CUDA is to see them: the driver's own list decides what the first one is.
+fn gpu_ids(granted: &[usize]) -> String {
+    let visible = std::env::var("CUDA_VISIBLE_DEVICES").unwrap_or_default();
+    let names: Vec<&str> = visible.split(',').map(str::trim).collect();
+    let name = |gpu: &usize| match names.get(*gpu) {
+        Some(name) if !name.is_empty() => (*name).to_owned(),
+        _ => gpu.to_string(),
+    };
+    granted.iter().map(name).collect::<Vec<_>>().join(",")
 }
 
 /// The processes that are to end with the driver.
-#[derive(Debug, Default)]
+#[derive(Default)]
 struct Alive {
     processes: Vec<Weak<link::Process>>,
+    /// A process that was started ahead.
+    spare: Option<Receiver<Result<spawn::Started, Error>>>,
     closing: bool,
 }
 
 impl ProcessHost {
     pub(crate) fn new(tokio: tokio::runtime::Handle) -> Result<Self, Error> {
-        Ok(Self { tokio, spawner: Spawner::start()?, alive: Arc::default() })
+        Ok(Self { tokio, spawner: Spawner::start()?, alive: Arc::default(), pool: Pool::default() })
     }
 
     pub(crate) fn tokio(&self) -> &tokio::runtime::Handle {
         &self.tokio
     }
 
-    /// Starts a worker with threads for these resources.
+    /// Starts a worker, or puts the one to use that waits for it.
     pub(crate) fn start(
         &self,
-        resources: &Resources,
+        environment: Environment,
         log: LogTarget,
-        events: mpsc::Sender<WorkerEvent>,
+        frames: usize,
+        sink: impl FnOnce(Arc<Progress>) -> Sink,
     ) -> Result<WorkerLink, Error> {
-        let threads = resources.threads().to_string();
-        let environment = vec![("RAYON_NUM_THREADS".to_owned(), threads)];
-        let started = self.spawner.spawn(environment)?;
-        let link = WorkerLink::new(started, log, events, &self.tokio)?;
+        let progress = Arc::new(Progress::create()?);
+        let mut started = match self.take_spare() {
+            Some(spare) => spare,
+            None => self.spawner.spawn()?,
+        };
+        environment.assign(&progress, &mut started.control)?;
+        let link = WorkerLink::new(started, log, sink(Arc::clone(&progress)), frames, &self.tokio)?;
+        // The worker opens it when it gets there.
+        let link = link.with_progress(progress);
         let mut alive = self.alive();
         if alive.closing {
             // The link is dropped, and its process ends.
@@ -64,45 +122,20 @@ impl ProcessHost {
         }
         alive.processes.retain(|process| process.strong_count() > 0);
         alive.processes.push(Arc::downgrade(link.process()));
+        // The next one is ready sooner.
+        alive.spare = self.spawner.order().ok();
         Ok(link)
     }
 
-    /// Runs one call in a fresh worker process.
-    pub(crate) fn run_task<T>(
-        &self,
-        task: &str,
-        resources: &Resources,
-        call: &RemoteCall<T>,
-        cancelled: impl Fn() -> bool,
-    ) -> Result<T, Error> {
-        let args = call.args.clone()?;
-        let (events, mut inbox) = mpsc::channel(EVENTS);
-        let log = LogTarget { prefix: Some(format!("[{task}]")), file: None };
-        let link = self.start(resources, log, events)?;
-        let function = call.name.to_owned();
-        link.send(ToWorker::Run { function, args, member: None });
-        loop {
-            if cancelled() {
-                return Err(Error::Cancelled { task: task.to_owned() });
-            }
-            match self.next(&mut inbox, CANCEL_POLL) {
-                None => {}
-                Some(WorkerEvent::Frame(FromWorker::Hello { build })) => check_build(&build)?,
-                Some(WorkerEvent::Frame(FromWorker::Done(outcome))) => {
-                    link.send(ToWorker::Shutdown);
-                    link.process().wait(SHUTDOWN_GRACE);
-                    return (call.decode)(&into_result(task, outcome)?);
-                }
-                Some(WorkerEvent::Frame(_)) => {}
-                Some(WorkerEvent::Ended(reason)) => return Err(lost(task, reason)),
-            }
-        }
+    /// The process that was started ahead, if it lives.
+    fn take_spare(&self) -> Option<spawn::Started> {
+        let spare = self.alive().spare.take()?;
+        let mut spare = spare.recv().ok()?.ok()?;
+        matches!(spare.child.try_wait(), Ok(None)).then_some(spare)
     }
 
-    /// The next of a channel's events, or `None` when none came in time.
-    pub(crate) fn next<E>(&self, inbox: &mut mpsc::Receiver<E>, timeout: Duration) -> Option<E> {
-        let next = async { tokio::time::timeout(timeout, inbox.recv()).await };
-        self.tokio.block_on(next).ok().flatten()
+    pub(crate) fn pool(&self) -> &Pool {
+        &self.pool
     }
 
     /// Kills every worker, starts no more, and waits for them to be gone.
@@ -117,6 +150,7 @@ impl ProcessHost {
     pub(crate) fn kill_all(&self) -> Vec<Arc<link::Process>> {
         let mut alive = self.alive();
         alive.closing = true;
+        alive.spare = None;
         let processes: Vec<_> = alive.processes.drain(..).filter_map(|p| p.upgrade()).collect();
         processes.iter().for_each(|process| process.kill());
         processes

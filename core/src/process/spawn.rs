@@ -13,7 +13,7 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
-use std::sync::mpsc::{SyncSender, sync_channel};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 
 /// In a worker's environment: the file descriptor of its control stream.
 pub(crate) const WORKER_VARIABLE: &str = "MOBULA_WORKER_FD";
@@ -30,7 +30,7 @@ pub(crate) struct Started {
     pub(crate) output: PipeReader,
 }
 
-type Request = (Vec<(String, String)>, SyncSender<Result<Started, Error>>);
+type Request = SyncSender<Result<Started, Error>>;
 
 /// The one thread that starts processes. `PR_SET_PDEATHSIG` fires when the *thread* that started
 /// a child ends, so that thread must live as long as the program.
@@ -44,25 +44,32 @@ impl Spawner {
         let (requests, inbox) = sync_channel::<Request>(16);
         let thread = std::thread::Builder::new().name("mobula-spawner".to_owned());
         let spawned = thread.spawn(move || {
-            for (environment, reply) in inbox {
+            for reply in inbox {
                 // Whoever asked may have given up; then the child is dropped and ends with its
                 // control stream.
-                let _ = reply.send(spawn(&environment));
+                let _ = reply.send(spawn());
             }
         });
         spawned.map_err(|source| Error::system("starting the spawner thread", source))?;
         Ok(Self { requests })
     }
 
-    pub(crate) fn spawn(&self, environment: Vec<(String, String)>) -> Result<Started, Error> {
+    /// A new process, which waits for its [`Assignment`](super::wire::Assignment).
+    pub(crate) fn spawn(&self) -> Result<Started, Error> {
+        let gone = || Error::Internal("the spawner thread has ended".to_owned());
+        self.order()?.recv().map_err(|_| gone())?
+    }
+
+    /// The same, for who does not want to wait.
+    pub(crate) fn order(&self) -> Result<Receiver<Result<Started, Error>>, Error> {
         let (reply, answer) = sync_channel(1);
         let gone = || Error::Internal("the spawner thread has ended".to_owned());
-        self.requests.send((environment, reply)).map_err(|_| gone())?;
-        answer.recv().map_err(|_| gone())?
+        self.requests.send(reply).map_err(|_| gone())?;
+        Ok(answer)
     }
 }
 
-fn spawn(environment: &[(String, String)]) -> Result<Started, Error> {
+fn spawn() -> Result<Started, Error> {
     let (control, worker_end) =
         UnixStream::pair().map_err(|e| Error::system("creating a socket pair", e))?;
     let (output, input) = std::io::pipe().map_err(|e| Error::system("creating a pipe", e))?;
@@ -73,7 +80,6 @@ fn spawn(environment: &[(String, String)]) -> Result<Started, Error> {
     }
     command
         .args(std::env::args_os().skip(1))
-        .envs(environment.iter().map(|(k, v)| (k, v)))
         .env(WORKER_VARIABLE, worker_end.as_raw_fd().to_string())
         .env(DRIVER_VARIABLE, std::process::id().to_string())
         .stdin(Stdio::null())
@@ -125,4 +131,13 @@ pub(crate) fn inherited_control() -> Result<Option<UnixStream>, Error> {
     let failed = |e| Error::system("taking over the control stream", e);
     fcntl_setfd(&fd, FdFlags::CLOEXEC).map_err(failed)?;
     Ok(Some(UnixStream::from(fd)))
+}
+
+/// Sets environment variables of this process, before its first thread.
+pub(crate) fn set_environment(variables: &[(String, String)]) {
+    for (name, value) in variables {
+        // SAFETY: `init()` calls this as the first thing in a worker's `main`, when the process
+        // has no second thread that could read the environment.
+        unsafe { std::env::set_var(name, value) };
+    }
 }

@@ -1,7 +1,7 @@
 //! What driver and worker say to each other: one bidirectional gRPC stream per worker, frames in
 //! MessagePack.
 
-use crate::remote::{decode, encode};
+use crate::remote::decode;
 use bytes::{Buf, BufMut, Bytes};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -15,24 +15,46 @@ pub(crate) const METHOD: &str = "/mobula.v1.Control/Connect";
 /// Frames larger than this are refused.
 pub(crate) const MAX_FRAME_BYTES: usize = 1 << 30;
 
+/// What a process learns before it starts its first thread.
+#[derive(Debug, Default, Serialize, Deserialize)]
+pub(crate) struct Assignment {
+    /// Environment variables to set.
+    pub(crate) environment: Vec<(String, String)>,
+}
+
 /// From the driver.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) enum ToWorker {
-    /// Run this function; the only one of this process.
+    /// Run this function as a member of a group; the only one of this process.
     Run {
         /// Its registered name.
         function: String,
         /// Its encoded arguments.
-        args: Bytes,
-        /// Who the worker is in its group, if it is in one.
-        member: Option<MemberSpec>,
+        args: Vec<Bytes>,
+        /// Who the worker is in its group.
+        member: MemberSpec,
     },
+    /// Queue a call; calls are run in the order of their numbers.
+    Call { call: u64, what: What, function: String, args: Vec<Bytes> },
+    /// Do not run this call, if it has not begun.
+    Forget { call: u64 },
     /// What all members gave for a key, by rank.
     Gathered { key: String, values: Vec<Bytes> },
     /// Finish soon: the function sees it in [`Member::stop_requested`](crate::Member).
     Stop,
     /// End the process now.
     Shutdown,
+}
+
+/// What a call works on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum What {
+    /// Nothing but its arguments.
+    Task,
+    /// Makes the state of the actor that lives in the process.
+    Build,
+    /// The actor's state.
+    Method,
 }
 
 /// From the worker.
@@ -46,8 +68,12 @@ pub(crate) enum FromWorker {
     Report(Bytes),
     /// This member's part of a gathering.
     Gather { key: String, value: Bytes },
-    /// The function has ended.
+    /// The member's function has ended.
     Done(Outcome),
+    /// A call has ended, after so many microseconds of running.
+    Reply { call: u64, micros: u32, outcome: Outcome },
+    /// These were queued behind a long one, and can run elsewhere.
+    Returned { calls: Vec<u64> },
 }
 
 /// How a function ended.
@@ -99,10 +125,9 @@ impl<E: Serialize, D> Encoder for Frames<E, D> {
     type Error = Status;
 
     fn encode(&mut self, frame: E, buffer: &mut EncodeBuf<'_>) -> Result<(), Status> {
-        let bytes =
-            encode("a control frame", &frame).map_err(|e| Status::internal(e.to_string()))?;
-        buffer.put(bytes);
-        Ok(())
+        // Without field names: both ends are one build.
+        let written = rmp_serde::encode::write(&mut buffer.writer(), &frame);
+        written.map_err(|e| Status::internal(format!("cannot encode a control frame: {e}")))
     }
 }
 

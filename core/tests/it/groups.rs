@@ -104,7 +104,10 @@ fn killed_member(runtime: &Runtime) {
         runtime.group(&options(Placement::Process, 2), &until_stopped::remote()).expect("group");
     let mut running = 0;
     while running < 2 {
-        running += usize::from(matches!(group.next_event(LONG), Some(GroupEvent::Report { .. })));
+        let Some(GroupEvent::Report { .. }) = group.next_event(LONG) else {
+            panic!("expected a report of every member");
+        };
+        running += 1;
     }
     let pid = group.pids()[1].expect("a process");
     let pid = rustix::process::Pid::from_raw(pid as i32).expect("a process id");

@@ -3,7 +3,9 @@
 
 mod actors;
 mod driver;
+mod graphs;
 mod groups;
+mod remote_actors;
 mod tasks;
 
 use libtest_mimic::{Arguments, Trial};
@@ -17,7 +19,15 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mut arguments = Arguments::from_args();
     // Tests share four logical CPUs: more at once would only wait for each other.
     arguments.test_threads.get_or_insert(2);
-    let tests = [actors::TESTS, driver::TESTS, groups::TESTS, tasks::TESTS].concat();
+    let tests = [
+        actors::TESTS,
+        driver::TESTS,
+        graphs::TESTS,
+        groups::TESTS,
+        remote_actors::TESTS,
+        tasks::TESTS,
+    ]
+    .concat();
     let trials = tests.into_iter().map(|(name, test)| {
         let runtime = runtime.clone();
         Trial::test(name, move || {

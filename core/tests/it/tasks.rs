@@ -67,10 +67,10 @@ fn same_everywhere(runtime: &Runtime) {
 
 fn errors_and_panics(runtime: &Runtime) {
     for placement in [Placement::Thread, Placement::Process] {
-        let error = runtime.submit(fail::remote("fail".into()).on(placement)).get();
+        let error = runtime.submit(fail::remote("fail".to_owned()).on(placement)).get();
         let text = error.expect_err("must fail").to_string();
         assert!(text.contains("fail failed: asked to fail"), "{text}");
-        let error = runtime.submit(fail::remote("panic".into()).on(placement)).get();
+        let error = runtime.submit(fail::remote("panic".to_owned()).on(placement)).get();
         let Err(Error::TaskPanicked { location, message, .. }) = error else {
             panic!("expected a panic as a value");
         };

@@ -30,8 +30,10 @@ fn the_function_stays_and_a_module_appears() {
     assert!(text.starts_with(&function.to_string()));
     for part in [
         quote!(pub(crate) mod add),
-        quote!(pub fn remote(a: i64, b: Vec<f32>) -> ::mobula::Task<f32>),
-        quote!(::mobula::remote::task(NAME, (a, b,))),
+        quote!(a: impl ::core::convert::Into<::mobula::remote::Arg<i64>>),
+        quote!(b: impl ::core::convert::Into<::mobula::remote::Arg<Vec<f32>>>) ,
+        quote!(-> ::mobula::Task<f32>),
+        quote!(::mobula::remote::task::<(i64, Vec<f32>,), f32>(NAME, (::core::convert::Into::into(a), ::core::convert::Into::into(b),))),
         quote!(::mobula::remote::RemoteFn::new(NAME, |call: ::mobula::remote::Call<'_>|)),
         quote!(::core::result::Result::Ok(super::add(a, b))),
     ] {
@@ -75,8 +77,9 @@ fn a_member_is_left_out_of_the_arguments() {
         ),
     );
     for part in [
-        quote!(pub fn remote(config: Config) -> mobula_core::GroupTask<()>).to_string(),
-        quote!(mobula_core::remote::group_task(NAME, (config,))).to_string(),
+        quote!(mobula_core::remote::Arg<Config>).to_string(),
+        quote!(-> mobula_core::GroupTask<()>).to_string(),
+        quote!(mobula_core::remote::group_task::<(Config,), ()>).to_string(),
         "RemoteFn :: member (NAME , | member , call :".into(),
         quote!(super::worker(member, config)).to_string(),
     ] {
@@ -92,11 +95,15 @@ fn relative_paths_are_seen_from_the_module() {
             fn f(a: self::A, b: Vec<super::super::B>, c: crate::C, d: std::D) {}
         ),
     );
-    let expected = quote! {
-        pub fn remote(a: super::A, b: Vec<super::super::super::B>, c: crate::C, d: std::D)
-            -> super::fake::Task<()>
-    };
-    assert!(text.contains(&expected.to_string()), "{text}");
+    for part in [
+        quote!(super::fake::remote::Arg<super::A>),
+        quote!(Arg<Vec<super::super::super::B>>),
+        quote!(Arg<crate::C>),
+        quote!(Arg<std::D>),
+        quote!(super::fake::Task<()>),
+    ] {
+        assert!(text.contains(&part.to_string()), "{part}\nis missing in\n{text}");
+    }
 }
 
 #[test]
@@ -121,8 +128,9 @@ fn patterns_get_names() {
             fn f((a, b): (u8, u8), _: u8) {}
         ),
     );
-    let expected = quote!(pub fn remote(arg0: (u8, u8), arg1: u8));
-    assert!(text.contains(&expected.to_string()), "{text}");
+    for part in [quote!(Arg<(u8, u8)>), quote!(arg0: impl), quote!(arg1: impl), quote!(Arg<u8>)] {
+        assert!(text.contains(&part.to_string()), "{part}\nis missing in\n{text}");
+    }
 }
 
 #[test]
@@ -144,6 +152,44 @@ fn what_cannot_be_remote_is_refused() {
         ("struct S;", "#[remote] goes on a function"),
     ] {
         let got = refused(quote!(), item);
+        assert!(got.contains(message), "{item}: {got}");
+    }
+}
+
+fn counter(methods: &str) -> String {
+    format!("impl Counter {{ pub fn new(start: u64) -> Self {{ Self(start) }} {methods} }}")
+}
+
+#[test]
+fn an_actor_gets_a_constructor_a_handle_and_registrations() {
+    let item = counter("/// Adds.\npub fn add(&mut self, n: u64) -> Result<u64, String> { Ok(n) }");
+    let text = expanded(quote!(crate = mobula_core), item.parse().expect("tokens"));
+    for part in [
+        quote!(-> mobula_core::remote::ActorCall<Self>).to_string(),
+        quote!(pub struct CounterHandle(mobula_core::ActorRef)).to_string(),
+        quote!(mobula_core::RemoteActor for Counter).to_string(),
+        quote!(-> mobula_core::ObjectRef<u64>).to_string(),
+        "pub fn try_add".to_owned(),
+        "\"::Counter::add\"".to_owned(),
+        "map_err (actor . add (n)".to_owned(),
+        quote!(Ok(Counter::new(start))).to_string(),
+    ] {
+        assert!(text.contains(&part), "{part}\nis missing in\n{text}");
+    }
+    assert_eq!(text.matches("Adds.").count(), 2, "the handle has the method's words: {text}");
+}
+
+#[test]
+fn what_cannot_be_an_actor_is_refused() {
+    for (item, message) in [
+        ("impl Counter { fn add(&mut self) {} }".to_owned(), "needs a constructor"),
+        ("impl<T> Counter<T> { fn new() -> Self {} }".to_owned(), "cannot be generic"),
+        ("impl Clone for Counter { fn new() -> Self {} }".to_owned(), "not on one of a trait"),
+        (counter("fn end(self) {}"), "take &self or &mut self"),
+        (counter("fn get(&self, name: &str) {}"), "takes owned values, not references"),
+        (counter("async fn get(&self) {}"), "cannot be async"),
+    ] {
+        let got = refused(quote!(), &item);
         assert!(got.contains(message), "{item}: {got}");
     }
 }

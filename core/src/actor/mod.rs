@@ -1,8 +1,20 @@
-//! Thread actors: state that lives on one thread, behind a bounded mailbox.
+//! Actors: state that lives in one place, behind a bounded mailbox.
+//!
+//! Here are those that closures work on, on a thread of this process. [`remote`] has the typed
+//! ones, which live on a thread or in a process of their own.
 
-use crate::panics;
-use crate::runtime::{Lease, Runtime};
-use crate::{BoxError, Error, Resources, console};
+mod handle;
+mod process;
+pub mod remote;
+pub(crate) mod stage;
+mod supervisor;
+
+pub use handle::{ActorRef, RemoteActor};
+pub use supervisor::RestartPolicy;
+
+use crate::runtime::{Lease, Request, Runtime};
+use crate::task::Placement;
+use crate::{BoxError, Error, Resources, console, panics, threads};
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -19,6 +31,15 @@ pub struct ActorOptions {
     pub resources: Resources,
     /// Messages that may wait; a sender waits for room, or is refused. Default: 1024.
     pub mailbox: usize,
+    /// Bytes of encoded arguments that may wait. Closures have none. Default: 64 MiB.
+    pub mailbox_bytes: usize,
+    /// Where it lives. Default: on a thread, the only place for an actor that takes closures.
+    pub placement: Placement,
+    /// Whether it is started again when its process was lost. Default: no.
+    pub restart: RestartPolicy,
+    /// How often a call that was running when the process was lost is sent to the next one; those
+    /// that only waited always are. Default: 0.
+    pub max_task_retries: u32,
     /// How long to wait for resources that others hold. Default: 10 minutes.
     pub placement_timeout: Duration,
 }
@@ -30,6 +51,10 @@ impl ActorOptions {
             name: name.into(),
             resources: Resources::cpus(1.0),
             mailbox: 1024,
+            mailbox_bytes: 64 << 20,
+            placement: Placement::Thread,
+            restart: RestartPolicy::default(),
+            max_task_retries: 0,
             placement_timeout: Duration::from_secs(600),
         }
     }
@@ -42,6 +67,25 @@ impl ActorOptions {
     /// The same with room for so many messages (at least 1).
     pub fn with_mailbox(self, mailbox: usize) -> Self {
         Self { mailbox: mailbox.max(1), ..self }
+    }
+}
+
+impl ActorOptions {
+    fn request(&self) -> Request {
+        Request::single(&self.name.as_str().into(), &self.resources)
+    }
+
+    fn refuse_process(&self) -> Result<(), Error> {
+        if self.placement == Placement::Thread {
+            return Ok(());
+        }
+        Err(Error::NotRegistered {
+            name: format!(
+                "{} (an actor that takes closures: only #[mobula::remote] ones leave the process)",
+                self.name
+            ),
+            registered: crate::remote::names(),
+        })
     }
 }
 
@@ -152,13 +196,14 @@ impl Runtime {
         options: ActorOptions,
         build: impl FnMut() -> Result<S, BoxError> + Send + 'static,
     ) -> Result<ActorHandle<S>, Error> {
-        let lease = self.lease(&options.name, &options.resources, options.placement_timeout)?;
+        options.refuse_process()?;
+        let lease = self.lease(options.request(), options.placement_timeout)?;
         let (mailbox, inbox) = mpsc::channel(options.mailbox);
         let (started, start) = std::sync::mpsc::sync_channel(1);
         let name: Arc<str> = options.name.as_str().into();
         let actor =
             Running { name: Arc::clone(&name), inbox, build: Box::new(build), _lease: lease };
-        self.spawn_thread(&options.name, options.resources.threads(), move || actor.run(&started))?;
+        threads::run(options.resources.threads(), move || actor.run(&started))?;
         start.recv().unwrap_or_else(|_| Err(gone(&name)))?;
         Ok(ActorHandle { name, mailbox })
     }
@@ -168,7 +213,7 @@ struct Running<S> {
     name: Arc<str>,
     inbox: mpsc::Receiver<Message<S>>,
     build: Box<dyn FnMut() -> Result<S, BoxError> + Send>,
-    _lease: Lease,
+    _lease: Arc<Lease>,
 }
 
 impl<S: 'static> Running<S> {

@@ -1,0 +1,220 @@
+//! The sender's side of a typed actor.
+
+use super::process::ProcessActor;
+use super::remote::Post;
+use super::{ActorOptions, gone};
+use crate::object::block_until_ready;
+use crate::remote::{Arguments, Value};
+use crate::{Error, ObjectRef};
+use bytes::Bytes;
+use std::sync::mpsc::Sender;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+
+/// A type whose `impl` carries `#[mobula::remote]`.
+pub trait RemoteActor: 'static {
+    /// What its messages are sent through.
+    type Handle: From<ActorRef>;
+}
+
+/// Sends calls to an actor, wherever it lives. Calls of one sender are handled in order. The actor
+/// ends when its last handle is dropped and its calls are done. Programs use the handle that
+/// `#[mobula::remote]` generates around this.
+#[derive(Clone)]
+pub struct ActorRef {
+    name: Arc<str>,
+    credits: Arc<Credits>,
+    route: Route,
+}
+
+#[derive(Clone)]
+enum Route {
+    Thread(Sender<Post>),
+    Process(Arc<ProcessHandle>),
+}
+
+/// Closes the actor with the last handle.
+struct ProcessHandle(Arc<ProcessActor>);
+
+impl Drop for ProcessHandle {
+    fn drop(&mut self) {
+        self.0.close();
+    }
+}
+
+impl std::fmt::Debug for ActorRef {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ActorRef").field("name", &self.name).finish_non_exhaustive()
+    }
+}
+
+impl ActorRef {
+    pub(super) fn on_thread(options: &ActorOptions, mailbox: Sender<Post>) -> Self {
+        let (name, credits) = (options.name.as_str().into(), Credits::new(options));
+        Self { name, credits, route: Route::Thread(mailbox) }
+    }
+
+    pub(super) fn in_process(options: &ActorOptions, actor: Arc<ProcessActor>) -> Self {
+        let (name, credits) = (options.name.as_str().into(), Credits::new(options));
+        Self { name, credits, route: Route::Process(Arc::new(ProcessHandle(actor))) }
+    }
+
+    /// The actor's name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Calls that were sent and have not ended.
+    pub fn pending(&self) -> usize {
+        self.credits.lock().messages
+    }
+
+    /// The process it lives in, if it has one of its own and that is running.
+    pub fn pid(&self) -> Option<u32> {
+        match &self.route {
+            Route::Thread(_) => None,
+            Route::Process(actor) => actor.0.pid(),
+        }
+    }
+
+    /// Ends the actor at once where it lives in a process: calls under way fail. An actor on a
+    /// thread cannot be ended from outside.
+    pub fn kill(&self) {
+        if let Route::Process(actor) = &self.route {
+            actor.0.kill();
+        }
+    }
+
+    /// Sends a call; waits for room in the mailbox, and for arguments that are still to come.
+    pub fn call<P: Arguments, T: Value>(
+        &self,
+        method: &'static str,
+        args: P::Described,
+    ) -> ObjectRef<T> {
+        block_until_ready(&P::inputs(&args).0);
+        match P::encode(&args) {
+            Ok(args) => {
+                self.credits.take(bytes_of(&args));
+                self.send(method, args)
+            }
+            Err(error) => self.refused(method, error),
+        }
+    }
+
+    /// Sends a call, or refuses with [`Error::MailboxFull`].
+    pub fn try_call<P: Arguments, T: Value>(
+        &self,
+        method: &'static str,
+        args: P::Described,
+    ) -> Result<ObjectRef<T>, Error> {
+        let args = P::encode(&args)?;
+        if !self.credits.try_take(bytes_of(&args)) {
+            let (actor, capacity) = (self.name.to_string(), self.credits.most_messages);
+            return Err(Error::MailboxFull { actor, capacity });
+        }
+        Ok(self.send(method, args))
+    }
+
+    fn send<T: Value>(&self, method: &'static str, args: Vec<Bytes>) -> ObjectRef<T> {
+        let (object, promise) = ObjectRef::pending(method.into());
+        let (credits, bytes) = (Arc::clone(&self.credits), bytes_of(&args));
+        let settle = Box::new(move |result| {
+            credits.give_back(bytes);
+            match result {
+                Ok(bytes) => promise.encoded(bytes),
+                Err(error) => promise.error(error),
+            }
+        });
+        self.post(Post { method, args, settle, lost: 0 });
+        object
+    }
+
+    fn post(&self, post: Post) {
+        match &self.route {
+            Route::Thread(mailbox) => {
+                if let Err(refused) = mailbox.send(post) {
+                    (refused.0.settle)(Err(gone(&self.name)));
+                }
+            }
+            Route::Process(actor) => actor.0.post(post),
+        }
+    }
+
+    fn refused<T: Value>(&self, method: &'static str, error: Error) -> ObjectRef<T> {
+        let (object, promise) = ObjectRef::pending(method.into());
+        promise.error(error);
+        object
+    }
+}
+
+fn bytes_of(args: &[Bytes]) -> usize {
+    args.iter().map(Bytes::len).sum()
+}
+
+/// How much an actor's mailbox may hold, and holds.
+struct Credits {
+    most_messages: usize,
+    most_bytes: usize,
+    used: Mutex<Used>,
+    room: Condvar,
+}
+
+#[derive(Default)]
+struct Used {
+    messages: usize,
+    bytes: usize,
+    waiting: usize,
+}
+
+impl Credits {
+    fn new(options: &ActorOptions) -> Arc<Self> {
+        let (most_messages, most_bytes) = (options.mailbox.max(1), options.mailbox_bytes);
+        Arc::new(Self { most_messages, most_bytes, used: Mutex::default(), room: Condvar::new() })
+    }
+
+    /// Waits for room. A message larger than the whole mailbox fits when it is empty.
+    fn take(&self, bytes: usize) {
+        let mut used = self.lock();
+        if !self.has_room(&used, bytes) {
+            let _lent = crate::current::lend();
+            used.waiting += 1;
+            let full = |used: &mut Used| !self.has_room(used, bytes);
+            used = self.room.wait_while(used, full).unwrap_or_else(PoisonError::into_inner);
+            used.waiting -= 1;
+        }
+        used.add(bytes);
+    }
+
+    fn try_take(&self, bytes: usize) -> bool {
+        let mut used = self.lock();
+        let has_room = self.has_room(&used, bytes);
+        if has_room {
+            used.add(bytes);
+        }
+        has_room
+    }
+
+    fn give_back(&self, bytes: usize) {
+        let mut used = self.lock();
+        used.messages -= 1;
+        used.bytes -= bytes;
+        if used.waiting > 0 {
+            self.room.notify_all();
+        }
+    }
+
+    fn has_room(&self, used: &Used, bytes: usize) -> bool {
+        used.messages == 0
+            || used.messages < self.most_messages && used.bytes + bytes <= self.most_bytes
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Used> {
+        self.used.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Used {
+    fn add(&mut self, bytes: usize) {
+        self.messages += 1;
+        self.bytes += bytes;
+    }
+}

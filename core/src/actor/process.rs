@@ -1,0 +1,314 @@
+//! An actor in a process of its own: its calls under way, its restarts, its end.
+
+use super::handle::ActorRef;
+use super::remote::Post;
+use super::supervisor::Supervisor;
+use super::{ActorOptions, gone};
+use crate::process::wire::{FromWorker, ToWorker, What};
+use crate::process::{
+    Environment, Listener, LogTarget, Progress, Sink, WorkerEvent, WorkerLink, check_build,
+    into_result, lost,
+};
+use crate::runtime::{Lease, Runtime};
+use crate::{Error, console, threads, timer};
+use bytes::Bytes;
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::mpsc::{SyncSender, sync_channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+/// Room for control frames beside the calls.
+const CONTROL_FRAMES: usize = 64;
+
+/// How long a constructor may take.
+const BUILD_TIMEOUT: Duration = Duration::from_secs(600);
+
+pub(super) struct ProcessActor {
+    runtime: Runtime,
+    options: ActorOptions,
+    constructor: &'static str,
+    args: Vec<Bytes>,
+    state: Mutex<State>,
+}
+
+struct State {
+    phase: Phase,
+    /// Calls that the process has, by number.
+    under_way: BTreeMap<u64, Post>,
+    /// Calls that wait for a process.
+    queue: VecDeque<Post>,
+    last_call: u64,
+    supervisor: Supervisor,
+    /// Who waits for the first construction.
+    first: Option<SyncSender<Result<(), Error>>>,
+    is_closing: bool,
+    lease: Option<Arc<Lease>>,
+}
+
+enum Phase {
+    /// A process is being started.
+    Starting,
+    Running(Arc<Life>),
+    Dead(Error),
+}
+
+/// One process of the actor.
+struct Life {
+    link: WorkerLink,
+}
+
+/// Hears of one process of the actor.
+struct Ear {
+    actor: Arc<ProcessActor>,
+    progress: Arc<Progress>,
+}
+
+impl ProcessActor {
+    pub(super) fn start(
+        runtime: &Runtime,
+        options: &ActorOptions,
+        constructor: &'static str,
+        args: Vec<Bytes>,
+        lease: Arc<Lease>,
+    ) -> Result<ActorRef, Error> {
+        let (first, is_built) = sync_channel(1);
+        let state = State {
+            phase: Phase::Starting,
+            under_way: BTreeMap::new(),
+            queue: VecDeque::new(),
+            last_call: 0,
+            supervisor: Supervisor::new(options.restart),
+            first: Some(first),
+            is_closing: false,
+            lease: Some(lease),
+        };
+        let actor = Arc::new(Self {
+            runtime: runtime.clone(),
+            options: options.clone(),
+            constructor,
+            args,
+            state: Mutex::new(state),
+        });
+        // From here on its end is seen to by the handle.
+        let handle = ActorRef::in_process(options, Arc::clone(&actor));
+        actor.begin_life()?;
+        let late = |_| Error::Timeout { what: options.name.clone(), after: BUILD_TIMEOUT };
+        is_built.recv_timeout(BUILD_TIMEOUT).map_err(late)??;
+        Ok(handle)
+    }
+
+    /// Starts a process and has it build the actor.
+    fn begin_life(self: &Arc<Self>) -> Result<(), Error> {
+        let Some(lease) = self.state().lease.clone() else { return Ok(()) };
+        let environment =
+            Environment::new(self.options.resources.threads(), &lease.grants[0].gpus);
+        let name = &self.options.name;
+        let log = LogTarget { prefix: Some(format!("[{name}]")), file: None };
+        let frames = self.options.mailbox + CONTROL_FRAMES;
+        let ear = |progress| Sink::Listener(Arc::new(Ear { actor: Arc::clone(self), progress }));
+        // Locked, so that its end is not noticed before its beginning.
+        let mut state = self.state();
+        let link = self.runtime.host()?.start(environment, log, frames, ear)?;
+        let build = ToWorker::Call {
+            call: 0,
+            what: What::Build,
+            function: self.constructor.to_owned(),
+            args: self.args.clone(),
+        };
+        link.send(build);
+        state.phase = Phase::Running(Arc::new(Life { link }));
+        state.send_queued();
+        Ok(())
+    }
+
+    pub(super) fn pid(&self) -> Option<u32> {
+        match &self.state().phase {
+            Phase::Running(life) => Some(life.link.process().pid()),
+            _ => None,
+        }
+    }
+
+    pub(super) fn kill(&self) {
+        self.state().is_closing = true;
+        self.end_process("it was killed by its owner");
+    }
+
+    fn end_process(&self, reason: &str) {
+        if let Phase::Running(life) = &self.state().phase {
+            life.link.process().kill_because(reason.to_owned());
+        }
+    }
+
+    /// No more calls will come.
+    pub(super) fn close(&self) {
+        let mut state = self.state();
+        state.is_closing = true;
+        state.leave_if_done();
+    }
+
+    pub(super) fn post(&self, post: Post) {
+        let mut state = self.state();
+        if let Phase::Dead(error) = &state.phase {
+            let error = error.clone();
+            drop(state);
+            return (post.settle)(Err(error));
+        }
+        state.queue.push_back(post);
+        state.send_queued();
+    }
+
+    fn hear(self: &Arc<Self>, event: WorkerEvent, progress: &Progress) {
+        match event {
+            WorkerEvent::Frame(FromWorker::Hello { build }) => {
+                if let Err(error) = check_build(&build) {
+                    self.end_process(&error.to_string());
+                }
+            }
+            WorkerEvent::Frame(FromWorker::Reply { call: 0, outcome, .. }) => {
+                self.built(into_result(&self.options.name, outcome).map(drop));
+            }
+            WorkerEvent::Frame(FromWorker::Reply { call, outcome, .. }) => {
+                let post = self.state().under_way.remove(&call);
+                if let Some(post) = post {
+                    (post.settle)(into_result(post.method, outcome));
+                }
+                self.state().leave_if_done();
+            }
+            WorkerEvent::Frame(_) => {}
+            WorkerEvent::Ended(reason) => self.lost(&reason, progress),
+        }
+    }
+
+    fn built(self: &Arc<Self>, result: Result<(), Error>) {
+        let first = self.state().first.take();
+        match (result, first) {
+            (Ok(()), Some(first)) => drop(first.send(Ok(()))),
+            (Ok(()), None) => {}
+            (Err(error), first) => {
+                self.die(&error);
+                drop(first.map(|first| first.send(Err(error))));
+            }
+        }
+        self.state().leave_if_done();
+    }
+
+    /// The process is gone: what had not begun waits for the next one, and what had begun is lost,
+    /// or waits too if that was asked for.
+    fn lost(self: &Arc<Self>, reason: &str, progress: &Progress) {
+        let newest = progress.newest();
+        let (failed, next) = {
+            let mut state = self.state();
+            let failed = state.take_lost(newest, self.options.max_task_retries);
+            let is_done = state.is_closing || matches!(state.phase, Phase::Dead(_));
+            let next = if is_done { None } else { state.supervisor.lost(Instant::now()) };
+            if next.is_some() {
+                state.phase = Phase::Starting;
+            }
+            (failed, next)
+        };
+        let error = || lost(&self.options.name, reason.to_owned());
+        failed.into_iter().for_each(|post| (post.settle)(Err(error())));
+        match next {
+            Some(delay) => self.restart_after(delay, reason),
+            None => {
+                self.die(&error());
+                let first = self.state().first.take();
+                drop(first.map(|first| first.send(Err(error()))));
+            }
+        }
+    }
+
+    fn restart_after(self: &Arc<Self>, delay: Duration, reason: &str) {
+        console::note(format!("{} was lost: {reason}; starting it again", self.options.name));
+        let actor = Arc::clone(self);
+        timer::after(delay, move || {
+            // Starting a process takes milliseconds: not on the timer's thread.
+            let copy = Arc::clone(&actor);
+            let spawned = threads::run(1, move || {
+                if let Err(error) = copy.begin_life() {
+                    copy.die(&error);
+                }
+            });
+            if let Err(error) = spawned {
+                actor.die(&error);
+            }
+        });
+    }
+
+    /// Whoever waits, and whoever comes, gets the error.
+    fn die(&self, error: &Error) {
+        let (posts, life, lease) = {
+            let mut state = self.state();
+            let queue = std::mem::take(&mut state.queue);
+            let under_way = std::mem::take(&mut state.under_way);
+            let posts: Vec<Post> = under_way.into_values().chain(queue).collect();
+            let dead = Phase::Dead(gone_because(&self.options.name, error));
+            (posts, std::mem::replace(&mut state.phase, dead), state.lease.take())
+        };
+        // Dropping its link kills the process.
+        drop(life);
+        drop(lease);
+        let settle = |post: Post| (post.settle)(Err(gone_because(&self.options.name, error)));
+        posts.into_iter().for_each(settle);
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    /// Sends what waits to the process, if there is one.
+    fn send_queued(&mut self) {
+        let Phase::Running(life) = &self.phase else { return };
+        let life = Arc::clone(life);
+        while let Some(post) = self.queue.pop_front() {
+            self.last_call += 1;
+            let frame = ToWorker::Call {
+                call: self.last_call,
+                what: What::Method,
+                function: post.method.to_owned(),
+                args: post.args.clone(),
+            };
+            self.under_way.insert(self.last_call, post);
+            // If it is not taken, the process is gone, and its end will say so.
+            life.link.send(frame);
+        }
+    }
+
+    /// What the lost process had: the failed ones; the others go back to the queue, in order.
+    fn take_lost(&mut self, newest: u64, max_retries: u32) -> Vec<Post> {
+        let mut failed = Vec::new();
+        let mut again = VecDeque::new();
+        for (call, mut post) in std::mem::take(&mut self.under_way) {
+            post.lost += u32::from(call <= newest);
+            if post.lost > max_retries { failed.push(post) } else { again.push_back(post) }
+        }
+        again.append(&mut self.queue);
+        self.queue = again;
+        self.last_call = 0;
+        failed
+    }
+
+    fn leave_if_done(&mut self) {
+        if !self.is_closing || !self.under_way.is_empty() || !self.queue.is_empty() {
+            return;
+        }
+        if let Phase::Running(life) = &self.phase {
+            life.link.send(ToWorker::Shutdown);
+        }
+    }
+}
+
+fn gone_because(name: &str, error: &Error) -> Error {
+    match error {
+        Error::WorkerLost { .. } => error.clone(),
+        _ => gone(name),
+    }
+}
+
+impl Listener for Ear {
+    fn hear(self: Arc<Self>, event: WorkerEvent) {
+        self.actor.hear(event, &self.progress);
+    }
+}

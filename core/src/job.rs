@@ -1,0 +1,185 @@
+//! One task on its way: queued, run where it belongs, run again if asked, settled.
+
+use crate::current::{self, Current};
+use crate::object::Promise;
+use crate::process::pool::{Ended, PoolCall};
+use crate::runtime::{Lease, Request, Runtime, Turn};
+use crate::scheduler::Id;
+use crate::task::{Body, Placement, Task, TaskOptions};
+use crate::{BoxError, Error, panics, threads, timer};
+use bytes::Bytes;
+use std::sync::{Arc, Weak};
+use std::time::Duration;
+
+pub(crate) struct Job<T: Send + Sync + 'static> {
+    runtime: Runtime,
+    options: TaskOptions,
+    body: Option<Body<T>>,
+    /// Encoded arguments, for a process.
+    args: Vec<Bytes>,
+    promise: Promise<T>,
+    /// Of the current attempt.
+    id: Id,
+    failed: u32,
+}
+
+impl<T: Send + Sync + 'static> Job<T> {
+    pub(crate) fn new(runtime: Runtime, task: Task<T>, promise: Promise<T>) -> Self {
+        let (options, body) = (task.options, Some(task.body));
+        Self { id: runtime.next_id(), runtime, options, body, args: Vec::new(), promise, failed: 0 }
+    }
+
+    /// An input came to nothing, so this task will not run.
+    pub(crate) fn input_failed(&self, input: &Arc<str>, error: Error) {
+        self.promise.error(Error::input_failed(self.promise.name(), input, error));
+    }
+
+    /// Waits for resources, then runs.
+    pub(crate) fn enqueue(mut self) {
+        if let Err(error) = self.prepare() {
+            return self.promise.error(error);
+        }
+        self.can_be_cancelled_in_queue();
+        let (runtime, id, request) = (self.runtime.clone(), self.id, self.request());
+        runtime.enqueue(id, request, Box::new(move |turn| self.start(turn)));
+    }
+
+    /// Its turn in a worker process did not come: it is the next again.
+    fn enqueue_again(self) {
+        self.can_be_cancelled_in_queue();
+        let (runtime, id, request) = (self.runtime.clone(), self.id, self.request());
+        runtime.enqueue_again(id, request, Box::new(move |turn| self.start(turn)));
+    }
+
+    fn can_be_cancelled_in_queue(&self) {
+        let (runtime, id) = (self.runtime.clone(), self.id);
+        self.promise.object().on_cancel(Box::new(move || runtime.cancel(id)));
+    }
+
+    fn request(&self) -> Request {
+        Request {
+            strategy: self.options.strategy,
+            is_pooled: self.options.placement == Placement::Process,
+            ..Request::single(self.promise.name(), &self.options.resources)
+        }
+    }
+
+    /// Encodes the arguments on the thread that submits, not on the one that serves all workers.
+    fn prepare(&mut self) -> Result<(), Error> {
+        match (&self.body, self.options.placement) {
+            (Some(Body::Remote(call)), _) => {
+                self.args = (call.encode)()?;
+                Ok(())
+            }
+            (_, Placement::Thread) => Ok(()),
+            (_, Placement::Process) => Err(Error::NotRegistered {
+                name: format!(
+                    "{} (a closure: only #[mobula::remote] functions leave the process)",
+                    self.promise.name()
+                ),
+                registered: crate::remote::names(),
+            }),
+        }
+    }
+
+    fn start(self, turn: Result<Turn, Error>) {
+        match (turn, self.options.placement) {
+            (Err(error), _) => self.promise.error(error),
+            (Ok(_), _) if self.promise.is_settled() => {}
+            (Ok(turn), Placement::Thread) => match turn.lease() {
+                Ok(lease) => self.start_thread(lease),
+                Err(error) => self.promise.error(error),
+            },
+            (Ok(turn), Placement::Process) => self.start_in_process(turn),
+        }
+    }
+
+    fn start_thread(mut self, lease: Arc<Lease>) {
+        let object = Arc::downgrade(&self.promise.object());
+        let spawned = threads::run(self.options.resources.threads(), move || {
+            self.watch_time();
+            let current =
+                Current { object: self.promise.object(), lease: Some(Arc::clone(&lease)) };
+            let result = current::run(current, || self.run_here());
+            threads::winding_up(|| {
+                // The resources are free before the result is seen: who waits may submit more.
+                drop(lease);
+                self.finish(result);
+            });
+        });
+        if let (Err(error), Some(object)) = (spawned, object.upgrade()) {
+            object.fail(error);
+        }
+    }
+
+    /// On a thread: once its time is over it is only told so.
+    fn watch_time(&self) {
+        let Some(timeout) = self.options.timeout else { return };
+        let object = Arc::downgrade(&self.promise.object());
+        timer::after(timeout, move || {
+            if let Some(object) = Weak::upgrade(&object) {
+                object.expire(timeout);
+            }
+        });
+    }
+
+    fn run_here(&mut self) -> Result<T, Error> {
+        let name = Arc::clone(self.promise.name());
+        let body: Box<dyn FnOnce() -> Result<T, BoxError> + '_> = match &mut self.body {
+            Some(Body::Repeatable(body)) => Box::new(body),
+            Some(Body::Remote(call)) => {
+                let (function, decode, args) = (call.name, call.decode, &self.args);
+                Box::new(move || Ok(decode(&crate::remote::RemoteFn::find(function)?.run(None, args)?)?))
+            }
+            once => match once.take() {
+                Some(Body::Once(body)) => body,
+                _ => return Err(Error::Internal(format!("{name} has nothing to run"))),
+            },
+        };
+        panics::catch(&name, body)
+    }
+
+    fn start_in_process(self, turn: Turn) {
+        let host = match self.runtime.host() {
+            Ok(host) => host.clone(),
+            Err(error) => return self.promise.error(error),
+        };
+        let Some(Body::Remote(call)) = &self.body else { return };
+        let (function, args) = (call.name, self.args.clone());
+        let (name, object) = (Arc::clone(self.promise.name()), self.promise.object());
+        let timeout = self.options.timeout;
+        let finish = Box::new(move |ended| self.process_ended(ended));
+        host.pool().begin(turn, PoolCall { task: name, function, args, timeout, object, finish });
+    }
+
+    fn process_ended(self, ended: Ended) {
+        let decode = match &self.body {
+            Some(Body::Remote(call)) => call.decode,
+            _ => return,
+        };
+        match ended {
+            Ended::Value(bytes) => self.promise.encoded_with(bytes, decode),
+            Ended::Error(error) => self.finish(Err(error)),
+            Ended::NotStarted => self.enqueue_again(),
+        }
+    }
+
+    fn finish(mut self, result: Result<T, Error>) {
+        match result {
+            Err(error) if self.can_retry(&error) => {
+                self.failed += 1;
+                self.id = self.runtime.next_id();
+                let delay = self.options.backoff.delay(self.failed);
+                tracing::info!(task = %self.promise.name(), %error, ?delay, "trying again");
+                timer::after(delay.max(Duration::from_millis(1)), move || self.enqueue());
+            }
+            result => self.promise.resolve(result),
+        }
+    }
+
+    fn can_retry(&self, error: &Error) -> bool {
+        self.body.is_some()
+            && !self.promise.is_settled()
+            && self.options.retries(error, self.failed + 1)
+    }
+}

@@ -1,0 +1,158 @@
+//! The worker's queue of calls, and the thread that runs them one after the other.
+
+use super::child::outcome_of;
+use super::progress::Progress;
+use super::wire::{FromWorker, What};
+use crate::actor::stage::Stage;
+use crate::remote::RemoteFn;
+use crate::threads::STACK_BYTES;
+use crate::{Error, panics};
+use bytes::Bytes;
+use std::collections::VecDeque;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+use tokio::sync::{Notify, mpsc};
+
+/// Behind a call that takes longer, others need not wait.
+const PATIENCE: Duration = Duration::from_millis(10);
+
+/// A call that waits for its turn.
+#[derive(Debug)]
+pub(super) struct Work {
+    pub(super) call: u64,
+    pub(super) what: What,
+    pub(super) function: String,
+    pub(super) args: Vec<Bytes>,
+}
+
+/// The queue. Clones share it.
+#[derive(Clone)]
+pub(super) struct Desk {
+    inner: Arc<Inner>,
+    outbound: mpsc::Sender<FromWorker>,
+}
+
+struct Inner {
+    queue: Mutex<Queue>,
+    more: Condvar,
+    /// Wakes the control thread when there is a reason to look at the clock.
+    waiting: Notify,
+    progress: Progress,
+}
+
+#[derive(Default)]
+struct Queue {
+    waiting: VecDeque<Work>,
+    /// Since when the current call has been running.
+    busy_since: Option<Instant>,
+}
+
+impl Desk {
+    /// Starts the thread.
+    pub(super) fn open(outbound: mpsc::Sender<FromWorker>) -> Result<Self, Error> {
+        let inner = Inner {
+            queue: Mutex::default(),
+            more: Condvar::new(),
+            waiting: Notify::new(),
+            progress: Progress::inherited()?,
+        };
+        let desk = Self { inner: Arc::new(inner), outbound };
+        let thread = std::thread::Builder::new().name("mobula-task".into()).stack_size(STACK_BYTES);
+        let copy = desk.clone();
+        let spawned = thread.spawn(move || copy.work());
+        spawned.map_err(|source| Error::system("starting a thread", source))?;
+        Ok(desk)
+    }
+
+    pub(super) fn add(&self, work: Work) {
+        let mut queue = self.queue();
+        queue.waiting.push_back(work);
+        if queue.busy_since.is_some() {
+            self.inner.waiting.notify_one();
+        } else {
+            self.inner.more.notify_one();
+        }
+    }
+
+    pub(super) fn forget(&self, call: u64) {
+        self.queue().waiting.retain(|work| work.call != call);
+    }
+
+    /// Waits until tasks are stuck behind a long one.
+    pub(super) async fn stuck(&self) {
+        loop {
+            let busy_since = {
+                let queue = self.queue();
+                queue.busy_since.filter(|_| queue.has_tasks())
+            };
+            match busy_since {
+                None => self.inner.waiting.notified().await,
+                Some(since) if since.elapsed() >= PATIENCE => return,
+                Some(since) => tokio::time::sleep_until((since + PATIENCE).into()).await,
+            }
+        }
+    }
+
+    /// Gives waiting tasks back to the driver, who may have room for them elsewhere.
+    pub(super) fn send_back(&self) {
+        let mut queue = self.queue();
+        let (tasks, rest) = std::mem::take(&mut queue.waiting)
+            .into_iter()
+            .partition::<VecDeque<_>, _>(|work| work.what == What::Task);
+        let calls: Vec<u64> = tasks.iter().map(|work| work.call).collect();
+        // With the lock held, so that none of them can have begun.
+        match self.outbound.try_send(FromWorker::Returned { calls }) {
+            Ok(()) => queue.waiting = rest,
+            Err(_) => queue.waiting = tasks,
+        }
+    }
+
+    fn work(&self) {
+        let mut stage = Stage::default();
+        loop {
+            let work = self.next();
+            let since = Instant::now();
+            self.inner.progress.begin(work.call);
+            let outcome = outcome_of(run(&work, &mut stage));
+            let micros = u32::try_from(since.elapsed().as_micros()).unwrap_or(u32::MAX);
+            let reply = FromWorker::Reply { call: work.call, micros, outcome };
+            if self.outbound.blocking_send(reply).is_err() {
+                return;
+            }
+        }
+    }
+
+    fn next(&self) -> Work {
+        let mut queue = self.queue();
+        queue.busy_since = None;
+        loop {
+            if let Some(work) = queue.waiting.pop_front() {
+                queue.busy_since = Some(Instant::now());
+                if queue.has_tasks() {
+                    self.inner.waiting.notify_one();
+                }
+                return work;
+            }
+            queue = self.inner.more.wait(queue).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    fn queue(&self) -> MutexGuard<'_, Queue> {
+        self.inner.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Queue {
+    fn has_tasks(&self) -> bool {
+        self.waiting.front().is_some_and(|work| work.what == What::Task)
+    }
+}
+
+fn run(work: &Work, stage: &mut Stage) -> Result<Bytes, Error> {
+    let (name, args) = (&*work.function, &work.args);
+    match work.what {
+        What::Task => panics::catch(name, || RemoteFn::find(name)?.run(None, args)),
+        What::Build => stage.build(name, args).map(|()| Bytes::new()),
+        What::Method => stage.invoke(name, args),
+    }
+}

@@ -1,0 +1,325 @@
+//! Worker processes that run tasks: kept warm, and kept busy.
+//!
+//! A worker holds the grant of the task that brought it to work. As long as tasks of the same
+//! shape wait, they take their turn in it without asking for a grant of their own, and short ones
+//! are sent ahead, so that the worker never waits for its driver. How many are sent ahead follows
+//! from how long the function took so far: about a millisecond of work. A call that takes longer
+//! than that sends back what is queued behind it.
+
+use super::wire::{FromWorker, ToWorker, What};
+use super::{Environment, Listener, LogTarget, Progress, Sink, WorkerEvent, WorkerLink};
+use super::{check_build, into_result, lost};
+use crate::object::AnyObject;
+use crate::runtime::{Lease, Turn};
+use crate::{Error, threads, timer};
+use bytes::Bytes;
+use std::collections::{BTreeMap, HashMap};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::time::Duration;
+
+/// Microseconds of work that are sent ahead.
+const AHEAD_MICROS: f64 = 1000.0;
+/// Calls that may be under way to one worker.
+const MOST_CALLS: usize = 128;
+/// Room for control frames beside the calls.
+const CONTROL_FRAMES: usize = 64;
+
+/// A task's call, and who hears of its end.
+pub(crate) struct PoolCall {
+    pub(crate) task: Arc<str>,
+    pub(crate) function: &'static str,
+    pub(crate) args: Vec<Bytes>,
+    pub(crate) timeout: Option<Duration>,
+    /// What the task gives: to be cancelled.
+    pub(crate) object: Arc<dyn AnyObject>,
+    pub(crate) finish: Box<dyn FnOnce(Ended) + Send>,
+}
+
+/// How a call ended.
+pub(crate) enum Ended {
+    Value(Bytes),
+    Error(Error),
+    /// It never began: it is as good as new.
+    NotStarted,
+}
+
+/// Workers without work, and what is known of functions. Clones share it.
+#[derive(Clone, Default)]
+pub(crate) struct Pool {
+    inner: Arc<Inner>,
+}
+
+#[derive(Default)]
+struct Inner {
+    idle: Mutex<HashMap<Environment, Vec<Arc<Worker>>>>,
+    /// Microseconds that a call of a function takes.
+    micros: Mutex<HashMap<&'static str, f64>>,
+}
+
+/// A process that runs one call after the other.
+pub(crate) struct Worker {
+    pool: Pool,
+    environment: Environment,
+    link: OnceLock<WorkerLink>,
+    progress: Arc<Progress>,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    /// What it works with; none while it is idle.
+    lease: Option<Arc<Lease>>,
+    calls: BTreeMap<u64, PoolCall>,
+    last_call: u64,
+    is_dead: bool,
+}
+
+impl Pool {
+    /// Runs a call whose turn has come: in the worker that it joins, or in an idle one, or in a
+    /// new one.
+    pub(crate) fn begin(&self, turn: Turn, call: PoolCall) {
+        let lease = match turn {
+            Turn::Joined(worker) => return worker.send(None, call),
+            Turn::Granted(lease) => lease,
+        };
+        let threads = lease.grants[0].threads();
+        let environment = Environment::new(threads, &lease.grants[0].gpus);
+        match self.take_idle(&environment) {
+            Some(worker) => worker.begin(lease, call),
+            None => self.begin_in_new(environment, lease, call),
+        }
+    }
+
+    fn take_idle(&self, environment: &Environment) -> Option<Arc<Worker>> {
+        lock(&self.inner.idle).get_mut(environment)?.pop()
+    }
+
+    /// Starting a process takes milliseconds: not on the thread that serves the others.
+    fn begin_in_new(&self, environment: Environment, lease: Arc<Lease>, call: PoolCall) {
+        let (pool, object) = (self.clone(), Arc::clone(&call.object));
+        let spawned = threads::run(1, move || match pool.start(environment, &lease) {
+            Ok(worker) => worker.begin(lease, call),
+            Err(error) => {
+                drop(lease);
+                (call.finish)(Ended::Error(error));
+            }
+        });
+        if let Err(error) = spawned {
+            object.fail(error);
+        }
+    }
+
+    fn start(&self, environment: Environment, lease: &Lease) -> Result<Arc<Worker>, Error> {
+        let mut worker = None;
+        let (pool, copy) = (self.clone(), environment.clone());
+        let sink = |progress| {
+            let (link, state) = (OnceLock::new(), Mutex::default());
+            let new = Arc::new(Worker { pool, environment: copy, link, progress, state });
+            worker = Some(Arc::clone(&new));
+            Sink::Listener(new)
+        };
+        let log = LogTarget { prefix: Some("[worker]".to_owned()), file: None };
+        let frames = MOST_CALLS + CONTROL_FRAMES;
+        let link = lease.runtime().host()?.start(environment, log, frames, sink)?;
+        let worker = worker.ok_or_else(|| Error::Internal("a link without a worker".into()))?;
+        let _ = worker.link.set(link);
+        Ok(worker)
+    }
+
+    /// Keeps a worker for later, if it is one of not too many.
+    fn keep(&self, worker: &Arc<Worker>) {
+        let most = std::thread::available_parallelism().map_or(1, usize::from);
+        let mut idle = lock(&self.inner.idle);
+        let of_its_kind = idle.entry(worker.environment.clone()).or_default();
+        if of_its_kind.len() < most {
+            of_its_kind.push(Arc::clone(worker));
+        } else {
+            worker.tell(ToWorker::Shutdown);
+        }
+    }
+
+    fn forget(&self, worker: &Arc<Worker>) {
+        if let Some(idle) = lock(&self.inner.idle).get_mut(&worker.environment) {
+            idle.retain(|other| !Arc::ptr_eq(other, worker));
+        }
+    }
+
+    fn learn(&self, function: &'static str, micros: u32) {
+        let (mut known, micros) = (lock(&self.inner.micros), f64::from(micros.max(1)));
+        let average = known.entry(function).or_insert(micros);
+        // Quick to notice that it got slow, slow to believe that it got fast.
+        *average = if micros > *average { micros } else { 0.9 * *average + 0.1 * micros };
+    }
+
+    /// Calls of this function that are to be under way to a worker.
+    fn depth(&self, function: &str) -> usize {
+        let micros = lock(&self.inner.micros).get(function).copied();
+        micros.map_or(1, |micros| (AHEAD_MICROS / micros) as usize).clamp(1, MOST_CALLS)
+    }
+}
+
+impl Worker {
+    fn begin(self: &Arc<Self>, lease: Arc<Lease>, call: PoolCall) {
+        let function = call.function;
+        self.send(Some(lease), call);
+        self.top_up(function);
+    }
+
+    /// Puts a call into the worker's queue, with what it is to work with if it was idle.
+    fn send(self: &Arc<Self>, lease: Option<Arc<Lease>>, call: PoolCall) {
+        let mut state = self.state();
+        if state.is_dead {
+            drop(state);
+            return (call.finish)(Ended::NotStarted);
+        }
+        state.lease = lease.or(state.lease.take());
+        state.last_call += 1;
+        let number = state.last_call;
+        let (function, args) = (call.function.to_owned(), call.args.clone());
+        let (object, task, timeout) = (call.object.clone(), call.task.clone(), call.timeout);
+        state.calls.insert(number, call);
+        // Under the lock, so that calls arrive in the order of their numbers. If it is not taken,
+        // the worker is gone, and its end will say so.
+        self.tell(ToWorker::Call { call: number, what: What::Task, function, args });
+        drop(state);
+        let worker = Arc::downgrade(self);
+        object.on_cancel(Box::new(move || cancel(&worker, number)));
+        if let Some(timeout) = timeout {
+            let worker = Arc::downgrade(self);
+            timer::after(timeout, move || expire(&worker, number, &task, timeout));
+        }
+    }
+
+    fn take_in(self: &Arc<Self>, event: WorkerEvent) {
+        match event {
+            WorkerEvent::Frame(FromWorker::Hello { build }) => {
+                if let Err(error) = check_build(&build) {
+                    self.kill(&error.to_string());
+                }
+            }
+            WorkerEvent::Frame(FromWorker::Reply { call: number, micros, outcome }) => {
+                let Some(call) = self.state().calls.remove(&number) else { return self.rest() };
+                let function = call.function;
+                self.pool.learn(function, micros);
+                (call.finish)(match into_result(&call.task, outcome) {
+                    Ok(value) => Ended::Value(value),
+                    Err(error) => Ended::Error(error),
+                });
+                self.top_up(function);
+            }
+            WorkerEvent::Frame(FromWorker::Returned { calls }) => self.returned(&calls),
+            WorkerEvent::Frame(_) => {}
+            WorkerEvent::Ended(reason) => self.ended(&reason),
+        }
+    }
+
+    /// Sends more calls ahead when few are left, and rests when there are none.
+    fn top_up(self: &Arc<Self>, function: &str) {
+        let depth = self.pool.depth(function);
+        let (lease, under_way) = {
+            let state = self.state();
+            (state.lease.clone(), state.calls.len())
+        };
+        let Some(lease) = lease else { return };
+        if under_way <= depth / 2 {
+            lease.share(self, depth - under_way);
+        }
+        drop(lease);
+        self.rest();
+    }
+
+    /// Gives its resources back when it has nothing to do.
+    fn rest(self: &Arc<Self>) {
+        let lease = {
+            let mut state = self.state();
+            if !state.calls.is_empty() || state.is_dead {
+                return;
+            }
+            state.lease.take()
+        };
+        if lease.is_some() {
+            // Before the resources: who gets them next finds a warm worker.
+            self.pool.keep(self);
+        }
+        drop(lease);
+    }
+
+    /// Calls that were stuck behind a long one.
+    fn returned(self: &Arc<Self>, numbers: &[u64]) {
+        let calls: Vec<PoolCall> = {
+            let mut state = self.state();
+            // The newest first: each goes to the head of the queue.
+            numbers.iter().rev().filter_map(|number| state.calls.remove(number)).collect()
+        };
+        calls.into_iter().for_each(|call| (call.finish)(Ended::NotStarted));
+        self.rest();
+    }
+
+    fn ended(self: &Arc<Self>, reason: &str) {
+        let (calls, lease) = {
+            let mut state = self.state();
+            state.is_dead = true;
+            (std::mem::take(&mut state.calls), state.lease.take())
+        };
+        self.pool.forget(self);
+        let newest = self.progress.newest();
+        for (number, call) in calls.into_iter().rev() {
+            (call.finish)(match number > newest {
+                true => Ended::NotStarted,
+                false => Ended::Error(lost(&call.task, reason.to_owned())),
+            });
+        }
+        drop(lease);
+    }
+
+    fn kill(&self, reason: &str) {
+        if let Some(link) = self.link.get() {
+            link.process().kill_because(reason.to_owned());
+        }
+    }
+
+    fn tell(&self, frame: ToWorker) -> bool {
+        self.link.get().is_some_and(|link| link.send(frame))
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        lock(&self.state)
+    }
+}
+
+impl Listener for Worker {
+    fn hear(self: Arc<Self>, event: WorkerEvent) {
+        self.take_in(event);
+    }
+}
+
+/// A call that has begun is ended with its process; one that has not is forgotten.
+fn cancel(worker: &Weak<Worker>, number: u64) {
+    let Some(worker) = worker.upgrade() else { return };
+    if number <= worker.progress.newest() {
+        let is_running = worker.state().calls.contains_key(&number);
+        return if is_running { worker.kill("its task was cancelled") };
+    }
+    let call = worker.state().calls.remove(&number);
+    worker.tell(ToWorker::Forget { call: number });
+    // Settled already; what it held goes.
+    drop(call);
+    worker.rest();
+}
+
+fn expire(worker: &Weak<Worker>, number: u64, task: &str, after: Duration) {
+    let Some(worker) = worker.upgrade() else { return };
+    let Some(call) = worker.state().calls.remove(&number) else { return };
+    let error = Error::Timeout { what: task.to_owned(), after };
+    if number <= worker.progress.newest() {
+        worker.kill(&format!("{task} took longer than {after:?}"));
+    } else {
+        worker.tell(ToWorker::Forget { call: number });
+    }
+    (call.finish)(Ended::Error(error));
+    worker.rest();
+}
+
+fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,101 @@
+//! How far a worker has come, in a page of memory that it shares with its driver: so the driver
+//! knows, even after a `kill -9`, which calls had begun and which may run elsewhere.
+#![allow(unsafe_code)]
+
+use crate::Error;
+use rustix::fs::MemfdFlags;
+use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// In a worker's environment: the descriptor of the page in its driver.
+pub(crate) const PROGRESS_VARIABLE: &str = "MOBULA_PROGRESS_FD";
+
+const BYTES: usize = 4096;
+
+/// The number of the newest call that has begun, seen by both sides.
+#[derive(Debug)]
+pub(crate) struct Progress {
+    page: NonNull<AtomicU64>,
+    file: OwnedFd,
+}
+
+// SAFETY: the page is only reached through an atomic, and lives as long as this.
+unsafe impl Send for Progress {}
+// SAFETY: as above.
+unsafe impl Sync for Progress {}
+
+impl Progress {
+    /// A new page, for a worker to come.
+    pub(crate) fn create() -> Result<Self, Error> {
+        let failed = |error| Error::system("creating a shared page", error);
+        let file = rustix::fs::memfd_create("mobula-progress", MemfdFlags::CLOEXEC).map_err(failed)?;
+        rustix::fs::ftruncate(&file, BYTES as u64).map_err(failed)?;
+        Self::map(file)
+    }
+
+    /// The page that the driver of this process has created for it.
+    pub(crate) fn inherited() -> Result<Self, Error> {
+        let variable = |name| std::env::var(name).unwrap_or_default();
+        let (driver, fd) = (variable(super::spawn::DRIVER_VARIABLE), variable(PROGRESS_VARIABLE));
+        let file = std::fs::OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open(format!("/proc/{driver}/fd/{fd}"))
+            .map_err(|error| Error::system("opening the shared page", error))?;
+        Self::map(file.into())
+    }
+
+    fn map(file: OwnedFd) -> Result<Self, Error> {
+        let (protection, flags) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED);
+        // SAFETY: a new mapping at an address of the kernel's choice; the file has `BYTES` bytes
+        // and nobody shortens it.
+        let page = unsafe { mmap(std::ptr::null_mut(), BYTES, protection, flags, file.as_fd(), 0) };
+        let page = page.map_err(|error| Error::system("mapping a shared page", error))?;
+        let page = NonNull::new(page.cast()).ok_or_else(|| Error::Internal("mmap: null".into()))?;
+        Ok(Self { page, file })
+    }
+
+    /// This end's descriptor, which the other side opens through `/proc`.
+    pub(crate) fn descriptor(&self) -> i32 {
+        self.file.as_raw_fd()
+    }
+
+    /// Call number `call` is about to run.
+    pub(crate) fn begin(&self, call: u64) {
+        self.cell().store(call, Ordering::Release);
+    }
+
+    /// The number of the newest call that has begun.
+    pub(crate) fn newest(&self) -> u64 {
+        self.cell().load(Ordering::Acquire)
+    }
+
+    fn cell(&self) -> &AtomicU64 {
+        // SAFETY: the page is mapped until `drop`, page-aligned, and only used as this atomic by
+        // both processes.
+        unsafe { self.page.as_ref() }
+    }
+}
+
+impl Drop for Progress {
+    fn drop(&mut self) {
+        // SAFETY: mapped in `map` with this length, and not used after this.
+        let _ = unsafe { munmap(self.page.as_ptr().cast(), BYTES) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn both_ends_see_the_same_page() {
+        let ours = Progress::create().expect("page");
+        let theirs = Progress::map(ours.file.try_clone().expect("duplicate")).expect("mapped");
+        assert_eq!(ours.newest(), 0);
+        theirs.begin(7);
+        assert_eq!(ours.newest(), 7);
+    }
+}

@@ -1,0 +1,308 @@
+//! Tasks that depend on tasks, wait for tasks and submit tasks.
+
+use crate::Test;
+use mobula_core::{
+    Error, ObjectRef, Placement, Resources, Runtime, Task, TaskOptions, collect, remote, task, wait,
+};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::channel;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+const LONG: Duration = Duration::from_secs(60);
+
+pub(crate) const TESTS: &[Test] = &[
+    ("graphs::objects_are_arguments_in_threads_and_processes", objects_as_arguments),
+    ("graphs::a_deep_and_wide_graph_gives_the_right_sum", deep_and_wide),
+    ("graphs::a_chain_of_failures_names_its_root", failures),
+    ("graphs::a_failed_input_does_not_wait_for_the_others", fails_fast),
+    ("graphs::wait_gives_what_is_there", wait_some),
+    ("graphs::nested_tasks_lend_their_cpus", nested),
+    ("graphs::a_task_that_runs_a_group_lends_its_cpu", task_with_group),
+    ("graphs::children_are_cancelled_with_their_parent", cancel_children),
+    ("graphs::errors_are_retried_if_asked", retry_errors),
+    ("graphs::what_takes_too_long_times_out", timeouts),
+    ("graphs::many_short_tasks_share_warm_workers", many_short),
+    ("graphs::a_long_task_does_not_hold_up_those_behind_it", recall),
+    ("graphs::a_killed_worker_loses_only_what_it_ran", lose_one),
+];
+
+#[remote(crate = mobula_core)]
+fn add(a: u64, b: u64) -> u64 {
+    a + b
+}
+
+#[remote(crate = mobula_core)]
+fn divide(a: u64, b: u64) -> Result<u64, String> {
+    a.checked_div(b).ok_or_else(|| format!("{a} by {b}"))
+}
+
+#[remote(crate = mobula_core)]
+fn pid() -> u32 {
+    std::process::id()
+}
+
+fn two_cpus() -> Runtime {
+    Runtime::local(Resources::cpus(2.0)).expect("runtime")
+}
+
+fn objects_as_arguments(runtime: &Runtime) {
+    for (first, second) in [
+        (Placement::Thread, Placement::Process),
+        (Placement::Process, Placement::Thread),
+        (Placement::Process, Placement::Process),
+    ] {
+        let three = runtime.submit(add::remote(1, 2).on(first));
+        let ten = runtime.submit(add::remote(&three, 7).on(second));
+        let sum = runtime.submit(add::remote(three, ten.clone()).on(first));
+        assert_eq!((*sum.get().expect("sum"), *ten.get().expect("ten")), (13, 10));
+    }
+    let put = runtime.put(41u64);
+    assert_eq!(*runtime.submit(add::remote(put, 1)).get().expect("sum"), 42);
+}
+
+fn deep_and_wide(_: &Runtime) {
+    let runtime = two_cpus();
+    let mut tip = runtime.put(0u64);
+    for i in 0..20_000u64 {
+        tip = runtime.submit(Task::with_inputs("next", (tip,), move |(n,)| {
+            Ok::<_, Error>(*n + u64::from(i % 2 == 0))
+        }));
+    }
+    let wide: Vec<ObjectRef<u64>> =
+        (0..20_000).map(|i| runtime.submit(Task::new("leaf", move || Ok::<_, Error>(i)))).collect();
+    let sum = Task::with_inputs("sum", wide, |leaves| {
+        Ok::<_, Error>(leaves.iter().map(|leaf| **leaf).sum::<u64>())
+    });
+    let sum = runtime.submit(sum);
+    assert_eq!(*sum.get_timeout(LONG).expect("sum"), 20_000 * 19_999 / 2);
+    assert_eq!(*tip.get_timeout(LONG).expect("tip"), 10_000);
+}
+
+fn failures(runtime: &Runtime) {
+    let bad = runtime.submit(divide::remote(1, 0).on(Placement::Process));
+    let next = runtime.submit(add::remote(bad, 1).named("next"));
+    let last = runtime.submit(add::remote(next, 1).named("last"));
+    let error = last.get().expect_err("its input's input failed");
+    let text = error.to_string();
+    assert!(text.starts_with("last was not run, because next was not, because "), "{text}");
+    assert!(text.ends_with("divide failed: 1 by 0"), "{text}");
+    assert!(matches!(error, Error::InputFailed { root, .. }
+        if matches!(&*root, Error::TaskFailed { .. })));
+    // A long chain ends without a deep stack, and its error stays short.
+    let mut tip = runtime.submit(divide::remote(1, 0));
+    for _ in 0..10_000 {
+        tip = runtime.submit(add::remote(tip, 1));
+    }
+    let text = tip.get_timeout(LONG).expect_err("its root failed").to_string();
+    assert!(text.len() < 1000 && text.ends_with("1 by 0"), "{text}");
+}
+
+fn fails_fast(_: &Runtime) {
+    let runtime = two_cpus();
+    let (release, gate) = channel::<()>();
+    let slow = runtime.submit(Task::new("slow", move || gate.recv()));
+    let bad = runtime.submit(Task::new("bad", || Err::<u64, _>("no")));
+    let both = Task::with_inputs("both", (slow.clone(), bad), |_| Ok::<_, Error>(()));
+    let error = runtime.submit(both).get_timeout(LONG).expect_err("bad failed").to_string();
+    assert_eq!(error, "both was not run, because bad failed: no");
+    release.send(()).expect("slow waits");
+    slow.get().expect("slow");
+}
+
+fn wait_some(_: &Runtime) {
+    let runtime = two_cpus();
+    let (release, gate) = channel::<()>();
+    let slow = runtime.submit(Task::new("slow", move || gate.recv().map(|()| 0)));
+    let quick = runtime.submit(Task::new("quick", || Ok::<_, Error>(1)));
+    let (ready, pending) = wait(vec![slow, quick], 1, Some(LONG));
+    assert_eq!((*ready[0].get().expect("quick"), ready.len(), pending.len()), (1, 1, 1));
+    let (ready, pending) = wait(pending, 1, Some(Duration::ZERO));
+    assert!(ready.is_empty());
+    release.send(()).expect("slow waits");
+    // More than there are means all.
+    let (ready, pending) = wait(pending, 5, Some(LONG));
+    assert_eq!((ready.len(), pending.len()), (1, 0));
+    assert_eq!(collect(&ready).expect("results").len(), 1);
+}
+
+fn nested(_: &Runtime) {
+    fn fibonacci(runtime: &Runtime, n: u64) -> Result<u64, Error> {
+        if n < 2 {
+            return Ok(n);
+        }
+        let child = |n| {
+            let copy = runtime.clone();
+            runtime.submit(Task::new("fibonacci", move || fibonacci(&copy, n)))
+        };
+        let (a, b) = (child(n - 1), child(n - 2));
+        Ok(*a.get()? + *b.get()?)
+    }
+    // One CPU, and a tree of tasks that each wait for two more.
+    let runtime = Runtime::local(Resources::cpus(1.0)).expect("runtime");
+    let copy = runtime.clone();
+    let root = runtime.submit(Task::new("root", move || fibonacci(&copy, 12)));
+    assert_eq!(*root.get_timeout(LONG).expect("no deadlock"), 144);
+    assert_eq!(runtime.free_resources().cpus, 1.0);
+}
+
+#[remote(crate = mobula_core)]
+fn rank(member: mobula_core::Member) -> usize {
+    member.rank()
+}
+
+fn task_with_group(_: &Runtime) {
+    let runtime = two_cpus();
+    let trials: Vec<ObjectRef<Vec<usize>>> = (0..3)
+        .map(|_| {
+            let copy = runtime.clone();
+            // A trial holds a CPU, and trains with two workers on a machine of two CPUs.
+            runtime.submit(Task::new("trial", move || {
+                let options = mobula_core::GroupOptions {
+                    placement: Placement::Thread,
+                    ..mobula_core::GroupOptions::new("workers", 2)
+                };
+                copy.group(&options, &rank::remote())?.join(LONG)
+            }))
+        })
+        .collect();
+    for trial in trials {
+        assert_eq!(*trial.get_timeout(LONG).expect("no deadlock"), [0, 1]);
+    }
+}
+
+fn cancel_children(_: &Runtime) {
+    let runtime = Runtime::local(Resources::cpus(1.0)).expect("runtime");
+    let (copy, (tell, child_of)) = (runtime.clone(), channel());
+    let parent = runtime.submit(Task::new("parent", move || {
+        let child = copy.submit(Task::new("child", || {
+            while !task::cancelled() {
+                std::thread::yield_now();
+            }
+            Ok::<_, Error>(())
+        }));
+        let _ = tell.send(child.clone());
+        child.get().map(|_| ())
+    }));
+    let child = child_of.recv().expect("the child was submitted");
+    parent.cancel();
+    assert!(matches!(parent.get(), Err(Error::Cancelled { .. })));
+    assert!(matches!(child.get_timeout(LONG), Err(Error::Cancelled { .. })));
+    runtime.submit(Task::new("next", || Ok::<_, Error>(()))).get_timeout(LONG).expect("CPU free");
+}
+
+fn retry_errors(_: &Runtime) {
+    let runtime = two_cpus();
+    let attempts = Arc::new(AtomicUsize::new(0));
+    let count = Arc::clone(&attempts);
+    let flaky = move || match count.fetch_add(1, Ordering::SeqCst) {
+        n if n < 2 => Err(format!("attempt {n}")),
+        n => Ok(n),
+    };
+    let options = TaskOptions { max_retries: 2, retry_errors: true, ..TaskOptions::default() };
+    let flaky_task = || Task::repeatable("flaky", flaky.clone());
+    let object = runtime.submit(flaky_task().with_options(options.clone()));
+    assert_eq!(*object.get_timeout(LONG).expect("the third attempt"), 2);
+    attempts.store(0, Ordering::SeqCst);
+    let one_retry = TaskOptions { max_retries: 1, ..options };
+    let error = runtime.submit(flaky_task().with_options(one_retry)).get_timeout(LONG);
+    assert_eq!(error.expect_err("two attempts are too few").to_string(), "flaky failed: attempt 1");
+    assert_eq!(attempts.load(Ordering::SeqCst), 2);
+}
+
+#[remote(crate = mobula_core)]
+fn sleep_for_ever() {
+    loop {
+        std::thread::park();
+    }
+}
+
+fn timeouts(runtime: &Runtime) {
+    let short = Duration::from_millis(20);
+    for placement in [Placement::Thread, Placement::Process] {
+        let options =
+            TaskOptions { timeout: Some(short), placement, ..TaskOptions::default() };
+        let task = match placement {
+            Placement::Process => sleep_for_ever::remote(),
+            Placement::Thread => Task::new("until told", || {
+                while !task::cancelled() {
+                    std::thread::yield_now();
+                }
+                Ok::<_, Error>(())
+            }),
+        };
+        let result = runtime.submit(task.with_options(options)).get_timeout(LONG);
+        assert!(matches!(&result, Err(Error::Timeout { after, .. }) if *after == short), "{result:?}");
+    }
+}
+
+fn many_short(runtime: &Runtime) {
+    let pids: Vec<ObjectRef<u32>> =
+        (0..2000).map(|_| runtime.submit(pid::remote().on(Placement::Process))).collect();
+    let mut pids: Vec<u32> = collect(&pids).expect("results").iter().map(|pid| **pid).collect();
+    pids.sort_unstable();
+    pids.dedup();
+    assert!(pids.len() <= 8, "2000 tasks in {} processes", pids.len());
+}
+
+/// Blocks until the file is there.
+#[remote(crate = mobula_core)]
+fn wait_for(file: std::path::PathBuf) -> u32 {
+    while !file.exists() {
+        std::thread::yield_now();
+    }
+    0
+}
+
+fn recall(runtime: &Runtime) {
+    // One process at a time, by a resource of its own.
+    let dir = tempfile::tempdir().expect("temporary folder");
+    let gate = dir.path().join("gate");
+    collect(&(0..200).map(|_| runtime.submit(quick(&gate))).collect::<Vec<_>>()).expect("warm");
+    let all: Vec<ObjectRef<u32>> = [runtime.submit(wait_for::remote(gate.clone()).on(Placement::Process))]
+        .into_iter()
+        .chain((0..200).map(|_| runtime.submit(quick(&gate))))
+        .collect();
+    let (_, pending) = wait(all, 200, Some(LONG));
+    assert_eq!(pending.len(), 1, "the short ones have run elsewhere");
+    std::fs::write(&gate, "").expect("write");
+    collect(&pending).expect("the long one");
+}
+
+fn quick(_: &std::path::Path) -> Task<u32> {
+    pid::remote().on(Placement::Process)
+}
+
+/// Kills its process on the first run; a file remembers that there was one.
+#[remote(crate = mobula_core)]
+fn die_at(number: u64, at: u64, log: std::path::PathBuf) -> Result<u64, std::io::Error> {
+    use std::io::Write;
+    writeln!(std::fs::OpenOptions::new().create(true).append(true).open(log)?, "{number}")?;
+    if number == at {
+        std::process::abort();
+    }
+    Ok(number)
+}
+
+fn lose_one(runtime: &Runtime) {
+    let dir = tempfile::tempdir().expect("temporary folder");
+    let log = dir.path().join("log");
+    let results: Mutex<Vec<Result<u64, Error>>> = Mutex::default();
+    let objects: Vec<ObjectRef<u64>> = (0..600)
+        .map(|n| runtime.submit(die_at::remote(n, 400, log.clone()).on(Placement::Process)))
+        .collect();
+    for object in &objects {
+        let result = object.get_timeout(LONG).map(|n| *n);
+        results.lock().expect("lock").push(result);
+    }
+    let results = results.into_inner().expect("results");
+    // Replies that the process had not sent yet are lost with it; what had not begun runs.
+    let begun = std::fs::read_to_string(&log).expect("log");
+    let mut begun: Vec<u64> = begun.lines().map(|line| line.parse().expect("number")).collect();
+    begun.sort_unstable();
+    assert_eq!(begun, (0..600).collect::<Vec<_>>(), "each has begun once, and only once");
+    assert!(matches!(&results[400], Err(Error::WorkerLost { .. })), "{:?}", results[400]);
+    let lost = results.iter().filter(|result| result.is_err()).count();
+    assert!(lost < 200, "{lost} were lost");
+    assert!(results[500..].iter().all(Result::is_ok));
+}
