@@ -35,6 +35,7 @@ pub mod run;
 mod runtime;
 pub mod task;
 pub mod tensorboard;
+pub mod value;
 
 pub use actor::{ActorHandle, ActorOptions, Reply};
 pub use batch::{Batch, BatchSource, BatchStream, Shard, StreamState};
