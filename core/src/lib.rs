@@ -33,6 +33,7 @@ pub mod remote;
 mod resources;
 pub mod run;
 mod runtime;
+mod store;
 pub mod task;
 pub mod tensorboard;
 pub mod value;
