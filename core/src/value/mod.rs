@@ -35,6 +35,7 @@ mod flat;
 pub mod tensor;
 
 pub use blob::Blob;
+pub(crate) use flat::Layout;
 pub use tensor::TensorValue;
 
 use crate::Error;
