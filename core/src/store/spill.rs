@@ -17,7 +17,8 @@ const PREFIX: &str = "mobula-spill";
 #[derive(Debug)]
 pub(crate) struct SpillFolder {
     path: PathBuf,
-    _lock: File,
+    /// None where the file system has no locks; then nobody removes the folder of a killed process.
+    _lock: Option<File>,
 }
 
 impl SpillFolder {
@@ -33,9 +34,14 @@ impl SpillFolder {
                 Err(error) if error.kind() == io::ErrorKind::AlreadyExists => continue,
                 made => made.at("create", &path)?,
             }
-            // Another store's sweep may have been faster than this lock; then there is no folder.
-            if let Some(lock) = lock(&path).at("lock", &path)? {
-                return Ok(Self { path, _lock: lock });
+            match lock(&path) {
+                Ok(Some(lock)) => return Ok(Self { path, _lock: Some(lock) }),
+                // Another store's sweep was faster, and there is no folder any more.
+                Ok(None) => {}
+                Err(error) => {
+                    tracing::debug!(path = %path.display(), %error, "a spill folder has no lock");
+                    return Ok(Self { path, _lock: None });
+                }
             }
         }
         Err(Error::Internal(format!("no name is free in {}", parent.display())))

@@ -1,3 +1,4 @@
+use super::inner::State;
 use super::*;
 use crate::value::{Blob, TensorValue, decode, encode};
 use candle_core::{Device, Tensor};
@@ -176,6 +177,16 @@ fn a_damaged_file_is_a_lost_object_with_its_reason() {
 }
 
 #[test]
+fn a_small_object_with_a_damaged_file_is_lost_too() {
+    let fixture = Fixture::new(50_000);
+    let put = |byte| fixture.store.put(draft(byte, 20_000)).expect("fits");
+    let ids: Vec<_> = (0..4).map(put).collect();
+    let file = fixture.spill_folder().join(ids[0].0.to_string());
+    File::options().write(true).open(file).and_then(|f| f.set_len(5)).expect("truncates");
+    assert!(matches!(fixture.get(ids[0]), Err(StoreError::Lost { .. })));
+}
+
+#[test]
 fn a_disk_that_takes_nothing_refuses_new_objects_until_it_does() {
     let fixture = Fixture::new(BUDGET);
     let (first, second) = (fixture.put(1), fixture.put(2));
@@ -204,13 +215,16 @@ fn another_process_reads_what_is_leased_and_the_store_takes_over_what_it_makes()
     assert_eq!(seen.0, vec![1; LARGE], "its memory lives for as long as the value");
     assert!(Segment::open(&location).is_err(), "its owner has let go of it");
 
-    let theirs = Memory::write(&draft(7, LARGE), &draft(7, LARGE).layout().expect("fits"));
-    let Ok(Memory::Shared(theirs, _)) = theirs else { panic!("a large object is shared") };
+    let theirs = Offer::new(draft(7, LARGE)).expect("memory for a test");
     let _others = [fixture.put(0), fixture.put(1)];
-    let id = fixture.store.adopt(&Place::Shared(theirs.location())).expect("takes over");
+    let id = fixture.store.adopt(&theirs.place()).expect("takes over");
     drop(theirs);
     fixture.check(id, 7);
     fixture.until(|state| state.budget.used() <= BUDGET);
+    let arrived = fixture.store.flat(id).expect("is there");
+    let id = fixture.store.adopt(&Place::Inline(arrived)).expect("as from another host");
+    assert!(matches!(fixture.store.share(id).expect("is there").0, Place::Shared(_)));
+    fixture.check(id, 7);
     let inline = Bytes::from_static(b"not in the flat form");
     let id = fixture.store.adopt(&Place::Inline(inline)).expect("takes anything");
     assert!(matches!(fixture.get(id), Err(StoreError::Failed(Error::Codec { .. }))));

@@ -3,6 +3,7 @@
 use super::*;
 use serde::{Deserialize, Serialize};
 use std::hint::black_box;
+use std::time::{Duration, Instant};
 
 const MIB: usize = 1 << 20;
 
@@ -92,4 +93,12 @@ fn speed() {
     print("encode and decode a struct with 1 MiB", MIB, time(1000, both));
     let small = || store.put(draft(1, 100)).expect("fits");
     print("put 100 bytes", 100, time(1000, small));
+    let (tight, bytes) = (Fixture::new(100 * MIB as u64), 64 * MIB);
+    let blob = Blob::from(vec![1; bytes]);
+    let put = || tight.store.put(Draft::new("a blob", &blob).expect("encodes")).expect("fits");
+    let ids: Vec<_> = (0..3).map(|_| put()).collect();
+    print("put 64 MiB where 64 MiB must be spilled", bytes, time(6, put));
+    let mut next = ids.iter().cycle();
+    let get = || tight.store.get(*next.next().expect("a cycle")).expect("is there");
+    print("get 64 MiB from disk, spilling as much", bytes, time(6, get));
 }
