@@ -113,15 +113,16 @@ impl Inner {
     }
 
     fn move_out(&self, folder: &SpillFolder, id: ObjectId) {
-        let (memory, on_disk) = match self.lock().slots.get(&id) {
-            Some(slot) => (slot.memory.clone(), slot.on_disk),
+        let slot = self.lock().slots.get(&id).map(|slot| (slot.on_disk, slot.memory.clone()));
+        // Moved into the arms, so that it is let go of before the budget hears that it is free.
+        let written = match slot {
             None => return,
-        };
-        let written = match memory {
             // From the last time.
-            _ if on_disk => Ok(()),
-            Some(memory) => memory.read(|bytes| folder.write(id, bytes)),
-            None => Err(Error::Internal(format!("object {} is not in memory", id.0))),
+            Some((true, _memory)) => Ok(()),
+            Some((false, Some(memory))) => memory.read(|bytes| folder.write(id, bytes)),
+            Some((false, None)) => {
+                Err(Error::Internal(format!("object {} is not in memory", id.0)))
+            }
         };
         if let Err(error) = &written {
             tracing::warn!(object = id.0, %error, "an object could not be spilled");

@@ -158,7 +158,7 @@ impl Drop for Mapping {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use std::process::{Command, Stdio};
 
@@ -168,7 +168,7 @@ mod tests {
     }
 
     /// How many descriptors and mappings of this process are of that file.
-    fn holders(inode: u64) -> usize {
+    pub(in crate::store) fn holders(inode: u64) -> usize {
         let is_it = |fd: &std::fs::DirEntry| {
             std::fs::metadata(fd.path()).is_ok_and(|file| file.ino() == inode)
         };

@@ -100,12 +100,18 @@ fn over_budget_the_oldest_is_spilled_and_read_back_when_asked_for() {
     let stats = fixture.store.stats();
     assert_eq!(stats.objects, 5);
     assert!(stats.bytes_in_memory <= BUDGET && stats.bytes_spilled > 3 * LARGE as u64);
+    let mut inodes = Vec::new();
     for (id, byte) in ids.iter().zip(0u8..5).rev() {
         fixture.check(*id, byte);
+        let (place, _lease) = fixture.store.share(*id).expect("is there");
+        let Place::Shared(location) = place else { panic!("a large object is shared") };
+        inodes.push(location.inode);
         assert!(fixture.store.stats().bytes_in_memory <= BUDGET);
     }
     ids.iter().for_each(|id| fixture.store.release(*id));
     assert_eq!(fixture.store.stats(), Stats::default());
+    let held = |inode: &u64| super::segment::tests::holders(*inode) > 0;
+    assert!(!inodes.iter().any(held), "a descriptor or a mapping is left");
     // The mover works in order: when the first of these is on disk, the old files are gone.
     let new: Vec<_> = (0..3).map(|n| fixture.put(n)).collect();
     assert!(fixture.is_spilled(new[0]));

@@ -40,10 +40,11 @@ pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Tensor,
     let wire = Wire::deserialize(deserializer)?;
     let dtype: DType =
         wire.dtype.parse().map_err(|_| D::Error::custom(unknown_dtype(&wire.dtype)))?;
-    let expected = expected_bytes(&wire.shape, dtype);
-    if expected.is_some_and(|bytes| bytes != Some(wire.data.0.len())) {
+    if let Some(expected) = expected_bytes(&wire.shape, dtype)
+        && expected != Some(wire.data.0.len())
+    {
         return Err(D::Error::custom(format!(
-            "a {} tensor of shape {:?} has {} bytes, which is another number than it has elements for",
+            "a {} tensor of shape {:?} cannot have {} bytes",
             wire.dtype,
             wire.shape,
             wire.data.0.len()
@@ -53,11 +54,13 @@ pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Tensor,
         .map_err(D::Error::custom)
 }
 
-/// The bytes that a tensor's elements take; unknown for elements smaller than a byte, and nothing
-/// that fits when they overflow.
+/// The bytes that a tensor's elements take: unknown for elements smaller than a byte; no number
+/// where the strides of such a shape do not fit one.
 fn expected_bytes(shape: &[usize], dtype: DType) -> Option<Option<usize>> {
     let size = dtype.size_in_bytes();
-    (size > 0).then(|| shape.iter().try_fold(size, |bytes, n| bytes.checked_mul(*n)))
+    let strides = shape.iter().try_fold(size, |bytes, n| bytes.checked_mul((*n).max(1)));
+    let bytes = strides.map(|bytes| if shape.contains(&0) { 0 } else { bytes });
+    (size > 0).then_some(bytes)
 }
 
 fn unknown_dtype(name: &str) -> String {

@@ -1,5 +1,6 @@
 use super::*;
 use candle_core::{DType, Device, Tensor};
+use proptest::prelude::{any, prop, prop_assert_eq, proptest};
 use serde::{Deserialize, Deserializer, Serializer};
 use std::collections::BTreeMap;
 
@@ -226,6 +227,7 @@ fn a_tensor_that_lies_about_its_shape_is_refused() {
     let lies = [
         ("f32", vec![3], 8, "8 bytes"),
         ("f32", vec![usize::MAX, 2], 8, "8 bytes"),
+        ("f32", vec![0, usize::MAX, 2], 0, "0 bytes"),
         ("i7", vec![1], 1, "\"i7\""),
     ];
     for (dtype, shape, bytes, expected) in lies {
@@ -265,5 +267,29 @@ fn a_damaged_flat_form_is_refused() {
         let mut bytes = whole.to_vec();
         bytes[at] = 0xff;
         assert!(Encoded::from_flat("a value", &bytes.into()).is_err(), "byte {at}");
+    }
+}
+
+proptest! {
+    #[test]
+    fn blobs_of_any_size_come_back_through_the_flat_form(
+        blobs in prop::collection::vec((any::<u8>(), 0..12_000usize), 0..12),
+    ) {
+        let blobs: Vec<_> = blobs.iter().map(|(b, n)| Blob::from(vec![*b; *n])).collect();
+        let flat = flat(&Draft::new("blobs", &blobs).expect("encodes"));
+        let encoded = Encoded::from_flat("blobs", &flat).expect("well formed");
+        prop_assert_eq!(decode::<Vec<Blob>>("blobs", &encoded).expect("decodes"), blobs);
+    }
+
+    #[test]
+    fn damage_is_an_error_or_another_value_but_no_panic(
+        flips in prop::collection::vec((0..400usize, any::<u8>()), 1..8),
+    ) {
+        let value = (mixed(LARGE), TensorValue(numbers(DType::F32, 5000)));
+        let mut bytes = flat(&Draft::new("a value", &value).expect("encodes")).to_vec();
+        flips.iter().for_each(|(at, byte)| bytes[*at] = *byte);
+        if let Ok(encoded) = Encoded::from_flat("a value", &bytes.into()) {
+            let _ = decode::<(Mixed, TensorValue)>("a value", &encoded);
+        }
     }
 }
