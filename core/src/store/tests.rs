@@ -222,6 +222,9 @@ fn another_process_reads_what_is_leased_and_the_store_takes_over_what_it_makes()
     assert!(Segment::open(&location).is_err(), "its owner has let go of it");
 
     let theirs = Offer::new(draft(7, LARGE)).expect("memory for a test");
+    let read: Blob =
+        decode("a blob", &theirs.place().open().expect("opens")).expect("decodes in place");
+    assert_eq!(read.0, vec![7; LARGE]);
     let _others = [fixture.put(0), fixture.put(1)];
     let id = fixture.store.adopt(&theirs.place()).expect("takes over");
     drop(theirs);
@@ -257,6 +260,8 @@ fn many_threads_put_get_and_release() {
         }
     });
     shared.iter().for_each(|id| fixture.store.release(*id));
+    // One that is just being spilled goes when that is done.
+    fixture.until(|state| state.budget.objects() == 0);
     let state = fixture.store.inner.lock();
     assert!(state.slots.is_empty() && state.lost.is_empty());
     assert_eq!((state.budget.used(), state.budget.objects()), (0, 0));
