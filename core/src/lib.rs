@@ -37,10 +37,12 @@ mod resources;
 pub mod run;
 mod runtime;
 mod scheduler;
+mod store;
 pub mod task;
 pub mod tensorboard;
 mod threads;
 mod timer;
+pub mod value;
 
 pub use actor::{ActorHandle, ActorOptions, ActorRef, RemoteActor, Reply, RestartPolicy};
 pub use batch::{Batch, BatchSource, BatchStream, Shard, StreamState};
