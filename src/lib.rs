@@ -36,9 +36,10 @@
 //! it.
 
 pub use mobula_core::{
-    Batch, BatchSource, BatchStream, BoxError, Checkpoint, CheckpointStore, Error, Flow, GroupTask,
-    Member, ObjectRef, Placement, Resources, RunDir, Runtime, Shard, Task, TaskOptions, console,
-    init, init_with, on_interrupt, random, remote, run,
+    ActorOptions, ActorRef, Backoff, Batch, BatchSource, BatchStream, BoxError, Checkpoint,
+    CheckpointStore, Error, Flow, GroupTask, Member, ObjectRef, Placement, PlacementStrategy,
+    RemoteActor, Resources, RestartPolicy, RunDir, Runtime, Shard, Task, TaskOptions, collect,
+    console, init, init_with, on_interrupt, random, remote, run, wait,
 };
 
 #[cfg(feature = "data")]

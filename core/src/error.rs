@@ -73,7 +73,9 @@ pub enum Error {
         after: Duration,
     },
     /// An amount that is none.
-    #[error("cannot ask for {asked}: amounts are finite and not negative, and of GPUs a fraction of one or whole ones")]
+    #[error(
+        "cannot ask for {asked}: amounts are finite and not negative, and of GPUs a fraction of one or whole ones"
+    )]
     InvalidResources {
         /// What was asked for.
         asked: Box<Resources>,

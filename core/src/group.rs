@@ -1,15 +1,16 @@
 //! Groups: gangs of ranked workers that run one function together, placed all or nothing.
 
-use crate::process::wire::{FromWorker, MemberSpec, ToWorker};
+use crate::object::block_until_ready;
+use crate::parcel::{Packed, Parcel, open_all, pack_all};
+use crate::process::wire::{FromWorker, MemberSpec, Outcome, ToWorker};
 use crate::process::{
     EVENTS, Environment, LogTarget, Sink, WorkerEvent, WorkerLink, check_build, child, into_result,
     lost,
 };
-use crate::object::block_until_ready;
 use crate::remote::{Inputs, decode, encode};
 use crate::runtime::{Lease, Request, Runtime};
 use crate::task::Placement;
-use crate::{Error, Resources, threads};
+use crate::{Error, Resources, store, threads};
 use bytes::Bytes;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -81,8 +82,8 @@ impl GroupOptions {
 pub struct GroupTask<T> {
     function: &'static str,
     inputs: Inputs,
-    encode: Arc<dyn Fn() -> Result<Vec<Bytes>, Error> + Send + Sync>,
-    decode: fn(&[u8]) -> Result<T, Error>,
+    encode: Arc<dyn Fn() -> Result<Vec<Parcel>, Error> + Send + Sync>,
+    decode: fn(&Parcel) -> Result<T, Error>,
 }
 
 impl<T> std::fmt::Debug for GroupTask<T> {
@@ -95,9 +96,9 @@ impl<T: DeserializeOwned> GroupTask<T> {
     pub(crate) fn new(
         function: &'static str,
         inputs: Inputs,
-        encode: impl Fn() -> Result<Vec<Bytes>, Error> + Send + Sync + 'static,
+        encode: impl Fn() -> Result<Vec<Parcel>, Error> + Send + Sync + 'static,
     ) -> Self {
-        let decode = |bytes: &[u8]| decode("the result of a group member", bytes);
+        let decode = |parcel: &Parcel| parcel.decode("the result of a group member");
         Self { function, inputs, encode: Arc::new(encode), decode }
     }
 }
@@ -140,7 +141,9 @@ pub struct Group<T> {
     events: Receiver<(usize, WorkerEvent)>,
     members: Vec<Port>,
     gathering: HashMap<String, Vec<Option<Bytes>>>,
-    decode: fn(&[u8]) -> Result<T, Error>,
+    decode: fn(&Parcel) -> Result<T, Error>,
+    /// Keep the arguments where the members find them.
+    _args: Vec<store::Lease>,
     lease: Arc<Lease>,
     /// The CPUs of the task that watches over the group.
     _lent: Option<crate::current::Lent>,
@@ -179,6 +182,7 @@ impl Runtime {
     pub fn group<T>(&self, options: &GroupOptions, task: &GroupTask<T>) -> Result<Group<T>, Error> {
         block_until_ready(&task.inputs.0);
         let args = (task.encode)()?;
+        let (packed, kept) = pack_all(&args)?;
         if options.placement == Placement::Process {
             self.host()?;
         }
@@ -192,6 +196,7 @@ impl Runtime {
             members: Vec::with_capacity(options.size),
             gathering: HashMap::new(),
             decode: task.decode,
+            _args: kept,
             lease,
             _lent: lent,
         };
@@ -203,9 +208,14 @@ impl Runtime {
                     let lease = Arc::clone(&group.lease);
                     self.start_thread(spec, task.function, &args, &sender, lease)?
                 }
-                Placement::Process => {
-                    self.start_process(options, spec, task.function, &args, &sender, &group.lease)?
-                }
+                Placement::Process => self.start_process(
+                    options,
+                    spec,
+                    task.function,
+                    &packed,
+                    &sender,
+                    &group.lease,
+                )?,
             };
             group.members.push(Port { route, done: false });
         }
@@ -216,7 +226,7 @@ impl Runtime {
         &self,
         spec: MemberSpec,
         function: &'static str,
-        args: &[Bytes],
+        args: &[Parcel],
         events: &SyncSender<(usize, WorkerEvent)>,
         lease: Arc<Lease>,
     ) -> Result<Route, Error> {
@@ -229,7 +239,10 @@ impl Runtime {
         };
         threads::run(threads, move || {
             let member = Member::new(spec, Box::new(send), port);
-            let outcome = child::run(function, &args, member);
+            let outcome = match open_all(&args) {
+                Ok(args) => child::run(function, &args, member).0,
+                Err(error) => Outcome::Failed { message: error.to_string() },
+            };
             let _ = events.send((rank, WorkerEvent::Frame(FromWorker::Done(outcome))));
             // A thread cannot be killed: the CPUs stay taken until the last one has ended.
             drop(lease);
@@ -242,7 +255,7 @@ impl Runtime {
         options: &GroupOptions,
         spec: MemberSpec,
         function: &str,
-        args: &[Bytes],
+        args: &[Packed],
         events: &SyncSender<(usize, WorkerEvent)>,
         group: &Lease,
     ) -> Result<Route, Error> {
@@ -358,7 +371,7 @@ impl<T> Group<T> {
             WorkerEvent::Frame(FromWorker::Done(outcome)) => {
                 self.members[rank].done = true;
                 let value = into_result(&self.who(rank), outcome);
-                Some(self.ended(rank, value.and_then(|bytes| (self.decode)(&bytes))))
+                Some(self.ended(rank, value.and_then(|parcel| (self.decode)(&parcel))))
             }
             WorkerEvent::Frame(FromWorker::Hello { build }) => {
                 check_build(&build).err().map(|error| GroupEvent::Failed { rank, error })

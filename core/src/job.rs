@@ -2,12 +2,13 @@
 
 use crate::current::{self, Current};
 use crate::object::Promise;
+use crate::parcel::{Parcel, open_all};
 use crate::process::pool::{Ended, PoolCall};
+use crate::remote::RemoteFn;
 use crate::runtime::{Lease, Request, Runtime, Turn};
 use crate::scheduler::Id;
 use crate::task::{Body, Placement, Task, TaskOptions};
 use crate::{BoxError, Error, panics, threads, timer};
-use bytes::Bytes;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
@@ -16,7 +17,7 @@ pub(crate) struct Job<T: Send + Sync + 'static> {
     options: TaskOptions,
     body: Option<Body<T>>,
     /// Encoded arguments, for a process.
-    args: Vec<Bytes>,
+    args: Vec<Parcel>,
     promise: Promise<T>,
     /// Of the current attempt.
     id: Id,
@@ -129,7 +130,10 @@ impl<T: Send + Sync + 'static> Job<T> {
             Some(Body::Repeatable(body)) => Box::new(body),
             Some(Body::Remote(call)) => {
                 let (function, decode, args) = (call.name, call.decode, &self.args);
-                Box::new(move || Ok(decode(&crate::remote::RemoteFn::find(function)?.run(None, args)?)?))
+                Box::new(move || {
+                    let result = RemoteFn::find(function)?.run(None, &open_all(args)?)?;
+                    Ok(decode(&Parcel::Inline(result.into_encoded()?))?)
+                })
             }
             once => match once.take() {
                 Some(Body::Once(body)) => body,
@@ -158,7 +162,7 @@ impl<T: Send + Sync + 'static> Job<T> {
             _ => return,
         };
         match ended {
-            Ended::Value(bytes) => self.promise.encoded_with(bytes, decode),
+            Ended::Value(parcel) => self.promise.encoded_with(parcel, decode),
             Ended::Error(error) => self.finish(Err(error)),
             Ended::NotStarted => self.enqueue_again(),
         }

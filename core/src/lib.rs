@@ -30,6 +30,7 @@ mod interrupt;
 mod job;
 mod object;
 mod panics;
+mod parcel;
 mod process;
 pub mod random;
 pub mod remote;

@@ -3,9 +3,8 @@
 //! A result wakes whoever waits for it: a blocked thread, an async task, or a task that has it as
 //! an input. Wake-ups never nest, so a chain of a hundred thousand tasks needs no deep stack.
 
-use crate::remote::decode;
+use crate::parcel::Parcel;
 use crate::{Error, current};
-use bytes::Bytes;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use std::cell::RefCell;
@@ -64,8 +63,8 @@ struct Waiters {
 /// A result as a thread gave it, or as it came from another process: that one is decoded when it
 /// is first asked for, by who asks.
 enum Payload<T> {
-    Value { value: Arc<T>, encoded: OnceLock<Bytes> },
-    Encoded { bytes: Bytes, decode: fn(&[u8]) -> Result<T, Error>, value: OnceLock<Decoded<T>> },
+    Value { value: Arc<T>, encoded: OnceLock<Parcel> },
+    Encoded { parcel: Parcel, decode: fn(&Parcel) -> Result<T, Error>, value: OnceLock<Decoded<T>> },
 }
 
 type Decoded<T> = Result<Arc<T>, Error>;
@@ -74,8 +73,8 @@ impl<T> Payload<T> {
     fn value(&self) -> Result<Arc<T>, Error> {
         match self {
             Self::Value { value, .. } => Ok(Arc::clone(value)),
-            Self::Encoded { bytes, decode, value } => {
-                value.get_or_init(|| decode(bytes).map(Arc::new)).clone()
+            Self::Encoded { parcel, decode, value } => {
+                value.get_or_init(|| decode(parcel).map(Arc::new)).clone()
             }
         }
     }
@@ -127,14 +126,14 @@ impl<T: Send + Sync + 'static> Promise<T> {
 
 impl<T: DeserializeOwned + Send + Sync + 'static> Promise<T> {
     /// A result in the encoding of [`remote`](crate::remote).
-    pub(crate) fn encoded(&self, bytes: Bytes) {
-        self.encoded_with(bytes, |bytes| decode("the result", bytes));
+    pub(crate) fn encoded(&self, parcel: Parcel) {
+        self.encoded_with(parcel, |parcel| parcel.decode("the result"));
     }
 }
 
 impl<T: Send + Sync + 'static> Promise<T> {
-    pub(crate) fn encoded_with(&self, bytes: Bytes, decode: fn(&[u8]) -> Result<T, Error>) {
-        self.slot.settle(Ok(Payload::Encoded { bytes, decode, value: OnceLock::new() }));
+    pub(crate) fn encoded_with(&self, parcel: Parcel, decode: fn(&Parcel) -> Result<T, Error>) {
+        self.slot.settle(Ok(Payload::Encoded { parcel, decode, value: OnceLock::new() }));
     }
 }
 
@@ -314,17 +313,17 @@ impl<T: Send + Sync + 'static> ObjectRef<T> {
     }
 
     /// The result in the encoding of [`remote`](crate::remote), if it is there.
-    pub(crate) fn encoded(&self) -> Option<Result<Bytes, Error>>
+    pub(crate) fn parcel(&self) -> Option<Result<Parcel, Error>>
     where
         T: Serialize,
     {
-        let encode = |value: &Arc<T>| crate::remote::encode(&self.slot.name, &**value);
+        let encode = |value: &Arc<T>| Parcel::new(&self.slot.name, &**value);
         self.slot.outcome.get().map(|outcome| match outcome {
             Err(error) => Err(error.clone()),
-            Ok(Payload::Encoded { bytes, .. }) => Ok(bytes.clone()),
+            Ok(Payload::Encoded { parcel, .. }) => Ok(parcel.clone()),
             Ok(Payload::Value { value, encoded }) => match encoded.get() {
-                Some(bytes) => Ok(bytes.clone()),
-                None => encode(value).map(|bytes| encoded.get_or_init(|| bytes).clone()),
+                Some(parcel) => Ok(parcel.clone()),
+                None => encode(value).map(|parcel| encoded.get_or_init(|| parcel).clone()),
             },
         })
     }
@@ -414,9 +413,9 @@ struct Countdown {
 
 impl Wake for Countdown {
     fn wake(self: Arc<Self>) {
-        let before = self.left.fetch_update(Ordering::AcqRel, Ordering::Acquire, |left| {
-            Some(left.saturating_sub(1))
-        });
+        let before = self
+            .left
+            .fetch_update(Ordering::AcqRel, Ordering::Acquire, |left| Some(left.saturating_sub(1)));
         if before == Ok(1) {
             self.thread.unpark();
         }

@@ -5,7 +5,9 @@
 use crate::actor::remote::{MethodFn, State};
 use crate::group::{GroupTask, Member};
 use crate::object::AnyObject;
+use crate::parcel::{Outgoing, Parcel};
 use crate::task::Task;
+use crate::value::{self, Encoded};
 use crate::{BoxError, Error, ObjectRef};
 use bytes::Bytes;
 use serde::Serialize;
@@ -27,8 +29,8 @@ pub struct RemoteFn {
 
 #[derive(Debug)]
 enum Run {
-    Alone(fn(Call<'_>) -> Result<Bytes, BoxError>),
-    InGroup(fn(Member, Call<'_>) -> Result<Bytes, BoxError>),
+    Alone(fn(Call<'_>) -> Result<Outgoing, BoxError>),
+    InGroup(fn(Member, Call<'_>) -> Result<Outgoing, BoxError>),
     Actor(fn(Call<'_>) -> Result<State, BoxError>),
     Method(MethodFn),
 }
@@ -40,7 +42,7 @@ static BY_NAME: LazyLock<HashMap<&'static str, &'static RemoteFn>> =
 
 impl RemoteFn {
     /// A function under its full path.
-    pub const fn new(name: &'static str, run: fn(Call<'_>) -> Result<Bytes, BoxError>) -> Self {
+    pub const fn new(name: &'static str, run: fn(Call<'_>) -> Result<Outgoing, BoxError>) -> Self {
         let run = Run::Alone(run);
         Self { name, run }
     }
@@ -48,7 +50,7 @@ impl RemoteFn {
     /// A function that group members run, under its full path.
     pub const fn member(
         name: &'static str,
-        run: fn(Member, Call<'_>) -> Result<Bytes, BoxError>,
+        run: fn(Member, Call<'_>) -> Result<Outgoing, BoxError>,
     ) -> Self {
         let run = Run::InGroup(run);
         Self { name, run }
@@ -71,7 +73,11 @@ impl RemoteFn {
         found.ok_or_else(|| Error::NotRegistered { name: name.to_owned(), registered: names() })
     }
 
-    pub(crate) fn run(&self, member: Option<Member>, args: &[Bytes]) -> Result<Bytes, BoxError> {
+    pub(crate) fn run(
+        &self,
+        member: Option<Member>,
+        args: &[Encoded],
+    ) -> Result<Outgoing, BoxError> {
         match (&self.run, member) {
             (Run::Alone(run), None) => run(Call { args }),
             (Run::InGroup(run), Some(member)) => run(member, Call { args }),
@@ -79,14 +85,14 @@ impl RemoteFn {
         }
     }
 
-    pub(crate) fn build(&self, args: &[Bytes]) -> Result<State, BoxError> {
+    pub(crate) fn build(&self, args: &[Encoded]) -> Result<State, BoxError> {
         match &self.run {
             Run::Actor(build) => build(Call { args }),
             _ => Err(self.misused()),
         }
     }
 
-    pub(crate) fn invoke(&self, state: &mut State, args: &[Bytes]) -> Result<Bytes, BoxError> {
+    pub(crate) fn invoke(&self, state: &mut State, args: &[Encoded]) -> Result<Outgoing, BoxError> {
         match &self.run {
             Run::Method(run) => run(state, Call { args }),
             _ => Err(self.misused()),
@@ -108,18 +114,18 @@ pub fn names() -> Vec<String> {
 /// A call as it arrives: one encoded part an argument.
 #[derive(Debug)]
 pub struct Call<'a> {
-    args: &'a [Bytes],
+    args: &'a [Encoded],
 }
 
 impl Call<'_> {
     /// Decodes the arguments, runs the function, encodes its result.
-    pub fn run<A, T, F>(self, function: F) -> Result<Bytes, BoxError>
+    pub fn run<A, T, F>(self, function: F) -> Result<Outgoing, BoxError>
     where
         A: Arguments,
         T: Serialize,
         F: FnOnce(A) -> Result<T, BoxError>,
     {
-        Ok(encode("the result", &function(A::decode(self.args)?)?)?)
+        Ok(Outgoing::new("the result", &function(A::decode(self.args)?)?)?)
     }
 
     /// Decodes the arguments and makes an actor's state of them.
@@ -161,10 +167,10 @@ impl<T> From<&ObjectRef<T>> for Arg<T> {
 }
 
 impl<T: Value> Arg<T> {
-    fn encode(&self, position: usize) -> Result<Bytes, Error> {
+    fn encode(&self, position: usize) -> Result<Parcel, Error> {
         match self {
-            Self::Value(value) => encode(&format!("argument {position}"), value),
-            Self::Object(object) => object.encoded().unwrap_or_else(|| Err(not_there(object))),
+            Self::Value(value) => Parcel::new(ARGUMENTS[position], value),
+            Self::Object(object) => object.parcel().unwrap_or_else(|| Err(not_there(object))),
         }
     }
 
@@ -191,10 +197,10 @@ pub trait Arguments: Sized + Send + 'static {
     type Described: Send + 'static;
 
     #[doc(hidden)]
-    fn decode(parts: &[Bytes]) -> Result<Self, Error>;
+    fn decode(parts: &[Encoded]) -> Result<Self, Error>;
 
     #[doc(hidden)]
-    fn encode(described: &Self::Described) -> Result<Vec<Bytes>, Error>;
+    fn encode(described: &Self::Described) -> Result<Vec<Parcel>, Error>;
 
     #[doc(hidden)]
     fn inputs(described: &Self::Described) -> Inputs;
@@ -215,14 +221,14 @@ macro_rules! arguments {
         impl<$($name: Value),*> Arguments for ($($name,)*) {
             type Described = ($(Arg<$name>,)*);
 
-            fn decode(parts: &[Bytes]) -> Result<Self, Error> {
+            fn decode(parts: &[Encoded]) -> Result<Self, Error> {
                 let expected = [$($position),*].len() as usize;
                 check_count(parts, expected)?;
-                Ok(($(decode::<$name>(ARGUMENTS[$position], &parts[$position])?,)*))
+                Ok(($(value::decode::<$name>(ARGUMENTS[$position], &parts[$position])?,)*))
             }
 
             #[allow(unused_variables)]
-            fn encode(described: &Self::Described) -> Result<Vec<Bytes>, Error> {
+            fn encode(described: &Self::Described) -> Result<Vec<Parcel>, Error> {
                 Ok(vec![$(described.$position.encode($position)?),*])
             }
 
@@ -238,11 +244,11 @@ macro_rules! arguments {
 impl Arguments for () {
     type Described = ();
 
-    fn decode(parts: &[Bytes]) -> Result<Self, Error> {
+    fn decode(parts: &[Encoded]) -> Result<Self, Error> {
         check_count(parts, 0)
     }
 
-    fn encode((): &()) -> Result<Vec<Bytes>, Error> {
+    fn encode((): &()) -> Result<Vec<Parcel>, Error> {
         Ok(Vec::new())
     }
 
@@ -280,7 +286,7 @@ const ARGUMENTS: [&str; 12] = [
     "argument 11",
 ];
 
-fn check_count(parts: &[Bytes], expected: usize) -> Result<(), Error> {
+fn check_count(parts: &[Encoded], expected: usize) -> Result<(), Error> {
     if parts.len() == expected {
         return Ok(());
     }
@@ -292,9 +298,9 @@ fn check_count(parts: &[Bytes], expected: usize) -> Result<(), Error> {
 pub(crate) struct RemoteCall<T> {
     pub(crate) name: &'static str,
     pub(crate) inputs: Inputs,
-    pub(crate) decode: fn(&[u8]) -> Result<T, Error>,
+    pub(crate) decode: fn(&Parcel) -> Result<T, Error>,
     /// Encodes the arguments; all inputs must be there.
-    pub(crate) encode: Box<dyn Fn() -> Result<Vec<Bytes>, Error> + Send>,
+    pub(crate) encode: Box<dyn Fn() -> Result<Vec<Parcel>, Error> + Send>,
 }
 
 impl<T: DeserializeOwned> RemoteCall<T> {
@@ -302,7 +308,7 @@ impl<T: DeserializeOwned> RemoteCall<T> {
         Self {
             name,
             inputs: A::inputs(&args),
-            decode: |bytes| decode("the result", bytes),
+            decode: |parcel| parcel.decode("the result"),
             encode: Box::new(move || A::encode(&args)),
         }
     }

@@ -5,7 +5,7 @@ use crate::object::when_ready;
 use crate::process::ProcessHost;
 use crate::process::pool::Worker;
 use crate::scheduler::{
-    Amounts, Command, Event, Grant, Id, NodeId, Refusal, Scheduler, Shape, PlacementStrategy,
+    Amounts, Command, Event, Grant, Id, NodeId, PlacementStrategy, Refusal, Scheduler, Shape,
 };
 use crate::task::Task;
 use crate::{Error, ObjectRef, Resources, console};
@@ -375,10 +375,9 @@ impl Request {
     fn refused(&self, refusal: Refusal, total: &Amounts) -> Error {
         match refusal {
             Refusal::Closed => closed(&self.name),
-            Refusal::NeverFits => Error::Unplaceable {
-                asked: Box::new(self.total()),
-                total: Box::new(total.into()),
-            },
+            Refusal::NeverFits => {
+                Error::Unplaceable { asked: Box::new(self.total()), total: Box::new(total.into()) }
+            }
         }
     }
 }

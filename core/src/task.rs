@@ -3,7 +3,7 @@
 pub use crate::current::cancelled;
 use crate::object::AnyObject;
 use crate::remote::{Inputs, RemoteCall};
-use crate::{BoxError, Error, ObjectRef, Resources, PlacementStrategy};
+use crate::{BoxError, Error, ObjectRef, PlacementStrategy, Resources};
 use std::sync::Arc;
 use std::time::Duration;
 

@@ -136,7 +136,10 @@ mod tests {
         let (sender, widths) = channel();
         for width in [1, 3] {
             let sender = sender.clone();
-            run(width, move || { let _ = sender.send(rayon::current_num_threads()); }).expect("thread");
+            run(width, move || {
+                let _ = sender.send(rayon::current_num_threads());
+            })
+            .expect("thread");
             assert_eq!(widths.recv().expect("the job ran"), width);
         }
     }
@@ -148,7 +151,12 @@ mod tests {
         let id = || std::thread::current().id();
         run(1, move || {
             let _ = sender.send(id());
-            winding_up(|| run(1, move || { let _ = second.send(id()); }).expect("thread"));
+            winding_up(|| {
+                run(1, move || {
+                    let _ = second.send(id());
+                })
+                .expect("thread")
+            });
         })
         .expect("thread");
         let (first, second) = (ids.recv().expect("first"), ids.recv().expect("second"));

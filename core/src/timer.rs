@@ -52,7 +52,8 @@ static TIMER: LazyLock<Timer> = LazyLock::new(Timer::default);
 pub(crate) fn after(delay: Duration, action: impl FnOnce() + Send + 'static) {
     let mut entries = TIMER.entries();
     entries.count += 1;
-    let entry = Entry { at: Instant::now() + delay, order: entries.count, action: Box::new(action) };
+    let entry =
+        Entry { at: Instant::now() + delay, order: entries.count, action: Box::new(action) };
     entries.heap.push(Reverse(entry));
     if !entries.is_running {
         let thread = std::thread::Builder::new().name("mobula-timer".to_owned());

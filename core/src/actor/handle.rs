@@ -4,9 +4,9 @@ use super::process::ProcessActor;
 use super::remote::Post;
 use super::{ActorOptions, gone};
 use crate::object::block_until_ready;
+use crate::parcel::Parcel;
 use crate::remote::{Arguments, Value};
 use crate::{Error, ObjectRef};
-use bytes::Bytes;
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
@@ -114,13 +114,13 @@ impl ActorRef {
         Ok(self.send(method, args))
     }
 
-    fn send<T: Value>(&self, method: &'static str, args: Vec<Bytes>) -> ObjectRef<T> {
+    fn send<T: Value>(&self, method: &'static str, args: Vec<Parcel>) -> ObjectRef<T> {
         let (object, promise) = ObjectRef::pending(method.into());
         let (credits, bytes) = (Arc::clone(&self.credits), bytes_of(&args));
         let settle = Box::new(move |result| {
             credits.give_back(bytes);
             match result {
-                Ok(bytes) => promise.encoded(bytes),
+                Ok(parcel) => promise.encoded(parcel),
                 Err(error) => promise.error(error),
             }
         });
@@ -146,8 +146,13 @@ impl ActorRef {
     }
 }
 
-fn bytes_of(args: &[Bytes]) -> usize {
-    args.iter().map(Bytes::len).sum()
+/// Bytes that travel in the message; shared memory is the store's to account for.
+fn bytes_of(args: &[Parcel]) -> usize {
+    let bytes = |parcel: &Parcel| match parcel {
+        Parcel::Inline(encoded) => encoded.bytes(),
+        Parcel::Stored(_) => 0,
+    };
+    args.iter().map(bytes).sum()
 }
 
 /// How much an actor's mailbox may hold, and holds.

@@ -4,14 +4,14 @@ use super::handle::ActorRef;
 use super::remote::Post;
 use super::supervisor::Supervisor;
 use super::{ActorOptions, gone};
-use crate::process::wire::{FromWorker, ToWorker, What};
+use crate::parcel::{Packed, Parcel, pack_all};
+use crate::process::wire::{FromWorker, Outcome, ToWorker, What};
 use crate::process::{
     Environment, Listener, LogTarget, Progress, Sink, WorkerEvent, WorkerLink, check_build,
     into_result, lost,
 };
 use crate::runtime::{Lease, Runtime};
-use crate::{Error, console, threads, timer};
-use bytes::Bytes;
+use crate::{Error, console, store, threads, timer};
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::mpsc::{SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -27,14 +27,14 @@ pub(super) struct ProcessActor {
     runtime: Runtime,
     options: ActorOptions,
     constructor: &'static str,
-    args: Vec<Bytes>,
+    args: Vec<Parcel>,
     state: Mutex<State>,
 }
 
 struct State {
     phase: Phase,
     /// Calls that the process has, by number.
-    under_way: BTreeMap<u64, Post>,
+    under_way: BTreeMap<u64, UnderWay>,
     /// Calls that wait for a process.
     queue: VecDeque<Post>,
     last_call: u64,
@@ -52,9 +52,17 @@ enum Phase {
     Dead(Error),
 }
 
+/// A call, and what keeps its arguments where the process finds them.
+struct UnderWay {
+    post: Post,
+    _args: Vec<store::Lease>,
+}
+
 /// One process of the actor.
 struct Life {
     link: WorkerLink,
+    /// Keep the constructor's arguments, which a panic needs again.
+    _args: Vec<store::Lease>,
 }
 
 /// Hears of one process of the actor.
@@ -68,7 +76,7 @@ impl ProcessActor {
         runtime: &Runtime,
         options: &ActorOptions,
         constructor: &'static str,
-        args: Vec<Bytes>,
+        args: Vec<Parcel>,
         lease: Arc<Lease>,
     ) -> Result<ActorRef, Error> {
         let (first, is_built) = sync_channel(1);
@@ -100,8 +108,7 @@ impl ProcessActor {
     /// Starts a process and has it build the actor.
     fn begin_life(self: &Arc<Self>) -> Result<(), Error> {
         let Some(lease) = self.state().lease.clone() else { return Ok(()) };
-        let environment =
-            Environment::new(self.options.resources.threads(), &lease.grants[0].gpus);
+        let environment = Environment::new(self.options.resources.threads(), &lease.grants[0].gpus);
         let name = &self.options.name;
         let log = LogTarget { prefix: Some(format!("[{name}]")), file: None };
         let frames = self.options.mailbox + CONTROL_FRAMES;
@@ -109,14 +116,11 @@ impl ProcessActor {
         // Locked, so that its end is not noticed before its beginning.
         let mut state = self.state();
         let link = self.runtime.host()?.start(environment, log, frames, ear)?;
-        let build = ToWorker::Call {
-            call: 0,
-            what: What::Build,
-            function: self.constructor.to_owned(),
-            args: self.args.clone(),
-        };
+        let (args, kept) = pack_all(&self.args)?;
+        let function = self.constructor.to_owned();
+        let build = ToWorker::Call { call: 0, what: What::Build, function, args };
         link.send(build);
-        state.phase = Phase::Running(Arc::new(Life { link }));
+        state.phase = Phase::Running(Arc::new(Life { link, _args: kept }));
         state.send_queued();
         Ok(())
     }
@@ -169,10 +173,15 @@ impl ProcessActor {
             }
             WorkerEvent::Frame(FromWorker::Reply { call, outcome, .. }) => {
                 let post = self.state().under_way.remove(&call);
-                if let Some(post) = post {
+                let is_shared = matches!(outcome, Outcome::Value(Packed::Shared { .. }));
+                if let Some(UnderWay { post, .. }) = post {
                     (post.settle)(into_result(post.method, outcome));
                 }
-                self.state().leave_if_done();
+                let mut state = self.state();
+                if is_shared {
+                    state.tell(ToWorker::Adopted { call });
+                }
+                state.leave_if_done();
             }
             WorkerEvent::Frame(_) => {}
             WorkerEvent::Ended(reason) => self.lost(&reason, progress),
@@ -241,7 +250,8 @@ impl ProcessActor {
             let mut state = self.state();
             let queue = std::mem::take(&mut state.queue);
             let under_way = std::mem::take(&mut state.under_way);
-            let posts: Vec<Post> = under_way.into_values().chain(queue).collect();
+            let under_way = under_way.into_values().map(|call| call.post);
+            let posts: Vec<Post> = under_way.chain(queue).collect();
             let dead = Phase::Dead(gone_because(&self.options.name, error));
             (posts, std::mem::replace(&mut state.phase, dead), state.lease.take())
         };
@@ -263,14 +273,17 @@ impl State {
         let Phase::Running(life) = &self.phase else { return };
         let life = Arc::clone(life);
         while let Some(post) = self.queue.pop_front() {
-            self.last_call += 1;
-            let frame = ToWorker::Call {
-                call: self.last_call,
-                what: What::Method,
-                function: post.method.to_owned(),
-                args: post.args.clone(),
+            let (args, kept) = match pack_all(&post.args) {
+                Ok(packed) => packed,
+                Err(error) => {
+                    (post.settle)(Err(error));
+                    continue;
+                }
             };
-            self.under_way.insert(self.last_call, post);
+            self.last_call += 1;
+            let (call, function) = (self.last_call, post.method.to_owned());
+            let frame = ToWorker::Call { call, what: What::Method, function, args };
+            self.under_way.insert(call, UnderWay { post, _args: kept });
             // If it is not taken, the process is gone, and its end will say so.
             life.link.send(frame);
         }
@@ -280,7 +293,7 @@ impl State {
     fn take_lost(&mut self, newest: u64, max_retries: u32) -> Vec<Post> {
         let mut failed = Vec::new();
         let mut again = VecDeque::new();
-        for (call, mut post) in std::mem::take(&mut self.under_way) {
+        for (call, UnderWay { mut post, .. }) in std::mem::take(&mut self.under_way) {
             post.lost += u32::from(call <= newest);
             if post.lost > max_retries { failed.push(post) } else { again.push_back(post) }
         }
@@ -290,13 +303,17 @@ impl State {
         failed
     }
 
+    fn tell(&self, frame: ToWorker) {
+        if let Phase::Running(life) = &self.phase {
+            life.link.send(frame);
+        }
+    }
+
     fn leave_if_done(&mut self) {
         if !self.is_closing || !self.under_way.is_empty() || !self.queue.is_empty() {
             return;
         }
-        if let Phase::Running(life) = &self.phase {
-            life.link.send(ToWorker::Shutdown);
-        }
+        self.tell(ToWorker::Shutdown);
     }
 }
 

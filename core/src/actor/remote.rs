@@ -6,11 +6,11 @@ use super::process::ProcessActor;
 use super::stage::Stage;
 use super::{ActorOptions, gone};
 use crate::object::block_until_ready;
+use crate::parcel::{Outgoing, Parcel, open_all};
 use crate::remote::{Arguments, Call, Inputs};
 use crate::runtime::{Lease, Runtime};
 use crate::task::Placement;
 use crate::{BoxError, Error, Resources, threads};
-use bytes::Bytes;
 use std::any::Any;
 use std::marker::PhantomData;
 use std::sync::Arc;
@@ -20,7 +20,7 @@ use std::sync::mpsc::{Receiver, channel, sync_channel};
 pub type State = Box<dyn Any>;
 
 /// How a method works on encoded arguments.
-pub type MethodFn = fn(&mut State, Call<'_>) -> Result<Bytes, BoxError>;
+pub type MethodFn = fn(&mut State, Call<'_>) -> Result<Outgoing, BoxError>;
 
 /// The state that a method works on.
 pub fn state_of<A: 'static>(state: &mut State) -> Result<&mut A, BoxError> {
@@ -32,7 +32,7 @@ pub fn state_of<A: 'static>(state: &mut State) -> Result<&mut A, BoxError> {
 pub struct ActorCall<A> {
     constructor: &'static str,
     inputs: Inputs,
-    encode: Box<dyn Fn() -> Result<Vec<Bytes>, Error> + Send>,
+    encode: Box<dyn Fn() -> Result<Vec<Parcel>, Error> + Send>,
     options: ActorOptions,
     actor: PhantomData<fn() -> A>,
 }
@@ -100,8 +100,8 @@ impl Runtime {
 /// A message: which method, on what, and who hears of the result.
 pub(super) struct Post {
     pub(super) method: &'static str,
-    pub(super) args: Vec<Bytes>,
-    pub(super) settle: Box<dyn FnOnce(Result<Bytes, Error>) + Send>,
+    pub(super) args: Vec<Parcel>,
+    pub(super) settle: Box<dyn FnOnce(Result<Parcel, Error>) + Send>,
     /// How often it was lost with a process.
     pub(super) lost: u32,
 }
@@ -109,14 +109,14 @@ pub(super) struct Post {
 fn start_thread(
     options: &ActorOptions,
     constructor: &'static str,
-    args: Vec<Bytes>,
+    args: Vec<Parcel>,
     lease: Arc<Lease>,
 ) -> Result<ActorRef, Error> {
     let (sender, inbox) = channel();
     let (started, start) = sync_channel(1);
     threads::run(options.resources.threads(), move || {
         let mut stage = Stage::default();
-        let built = stage.build(constructor, &args);
+        let built = open_all(&args).and_then(|args| stage.build(constructor, args));
         let is_built = built.is_ok();
         let _ = started.send(built);
         if is_built {
@@ -131,7 +131,8 @@ fn start_thread(
 /// The mailbox is bounded by the credits of those who send.
 fn work(stage: &mut Stage, inbox: &Receiver<Post>) {
     for post in inbox {
-        let result = stage.invoke(post.method, &post.args);
-        (post.settle)(result);
+        let result = open_all(&post.args).and_then(|args| stage.invoke(post.method, &args));
+        let result = result.and_then(Outgoing::into_encoded);
+        (post.settle)(result.map(Parcel::Inline));
     }
 }

@@ -6,10 +6,12 @@ use super::wire::{
     Assignment, Frames, FromWorker, MAX_FRAME_BYTES, METHOD, MemberSpec, Outcome, ToWorker,
 };
 use crate::group::{Inbox, Member};
+use crate::parcel::{Outgoing, Packed, reader};
 use crate::remote::RemoteFn;
+use crate::store::Offer;
 use crate::threads::STACK_BYTES;
+use crate::value::Encoded;
 use crate::{BoxError, Error, panics};
-use bytes::Bytes;
 use hyper_util::rt::TokioIo;
 use std::io::Read;
 use std::os::unix::net::UnixStream as StdUnixStream;
@@ -73,6 +75,7 @@ async fn session(control: StdUnixStream) -> Result<(), BoxError> {
                     desk.add(Work { call, what, function, args });
                 }
                 Some(ToWorker::Forget { call }) => desk.forget(call),
+                Some(ToWorker::Adopted { call }) => desk.adopted(call),
                 Some(ToWorker::Gathered { key, values }) => inbox.gathered(key, values),
                 Some(ToWorker::Stop) => inbox.stop(),
                 Some(ToWorker::Shutdown) => return Ok(()),
@@ -107,7 +110,7 @@ async fn connect(
 /// Runs the function on its own thread, with a stack deep enough for a backward pass.
 fn start(
     function: String,
-    args: Vec<Bytes>,
+    args: Vec<Packed>,
     spec: MemberSpec,
     outbound: &mpsc::Sender<FromWorker>,
     inbox: &Arc<Inbox>,
@@ -118,29 +121,44 @@ fn start(
     thread.spawn(move || {
         let frames = outbound.clone();
         let send = move |frame| frames.blocking_send(frame).map_err(|_| driver_gone());
-        let outcome = run(&function, &args, Member::new(spec, Box::new(send), inbox));
+        let member = Member::new(spec, Box::new(send), inbox);
+        let reader = reader();
+        let args =
+            args.into_iter().map(|packed| packed.open(&reader)).collect::<Result<Vec<_>, _>>();
+        let (outcome, offer) = match args {
+            Ok(args) => run(&function, &args, member),
+            Err(error) => (Outcome::Failed { message: error.to_string() }, None),
+        };
+        // The process stays until the driver has taken the result.
+        std::mem::forget(offer);
         let _ = outbound.blocking_send(FromWorker::Done(outcome));
     })?;
     Ok(())
 }
 
 /// Runs a group member's function; its end, however it ends, as a value.
-pub(crate) fn run(function: &str, args: &[Bytes], member: Member) -> Outcome {
+pub(crate) fn run(function: &str, args: &[Encoded], member: Member) -> (Outcome, Option<Offer>) {
     outcome_of(panics::catch(function, || RemoteFn::find(function)?.run(Some(member), args)))
 }
 
-/// The end of a function, as it is sent.
-pub(super) fn outcome_of(result: Result<Bytes, Error>) -> Outcome {
-    match result {
-        Ok(value) if value.len() >= MAX_FRAME_BYTES => Outcome::Failed {
-            message: format!("its result has {} bytes, at most {MAX_FRAME_BYTES} fit", value.len()),
-        },
-        Ok(value) => Outcome::Value(value),
-        Err(Error::TaskPanicked { message, location, .. }) => {
-            Outcome::Panicked { message, location }
+/// The end of a function, as it is sent, and what must be kept until it has been taken.
+pub(super) fn outcome_of(result: Result<Outgoing, Error>) -> (Outcome, Option<Offer>) {
+    match result.and_then(Outgoing::into_packed) {
+        Ok((value, offer)) if value.bytes() < MAX_FRAME_BYTES => (Outcome::Value(value), offer),
+        Ok((value, _)) => {
+            let message =
+                format!("its result has {} bytes, at most {MAX_FRAME_BYTES} fit", value.bytes());
+            (Outcome::Failed { message }, None)
         }
-        Err(Error::TaskFailed { message, .. }) => Outcome::Failed { message },
-        Err(other) => Outcome::Failed { message: other.to_string() },
+        Err(error) => (failure(error), None),
+    }
+}
+
+fn failure(error: Error) -> Outcome {
+    match error {
+        Error::TaskPanicked { message, location, .. } => Outcome::Panicked { message, location },
+        Error::TaskFailed { message, .. } => Outcome::Failed { message },
+        other => Outcome::Failed { message: other.to_string() },
     }
 }
 

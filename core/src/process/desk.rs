@@ -4,11 +4,12 @@ use super::child::outcome_of;
 use super::progress::Progress;
 use super::wire::{FromWorker, What};
 use crate::actor::stage::Stage;
+use crate::parcel::{Outgoing, Packed, reader};
 use crate::remote::RemoteFn;
+use crate::store::{Offer, Reader};
 use crate::threads::STACK_BYTES;
 use crate::{Error, panics};
-use bytes::Bytes;
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::sync::{Notify, mpsc};
@@ -22,7 +23,7 @@ pub(super) struct Work {
     pub(super) call: u64,
     pub(super) what: What,
     pub(super) function: String,
-    pub(super) args: Vec<Bytes>,
+    pub(super) args: Vec<Packed>,
 }
 
 /// The queue. Clones share it.
@@ -38,6 +39,9 @@ struct Inner {
     /// Wakes the control thread when there is a reason to look at the clock.
     waiting: Notify,
     progress: Progress,
+    reader: Reader,
+    /// Large results that the driver has not taken yet.
+    offers: Mutex<HashMap<u64, Offer>>,
 }
 
 #[derive(Default)]
@@ -55,6 +59,8 @@ impl Desk {
             more: Condvar::new(),
             waiting: Notify::new(),
             progress: Progress::inherited()?,
+            reader: reader(),
+            offers: Mutex::default(),
         };
         let desk = Self { inner: Arc::new(inner), outbound };
         let thread = std::thread::Builder::new().name("mobula-task".into()).stack_size(STACK_BYTES);
@@ -76,6 +82,16 @@ impl Desk {
 
     pub(super) fn forget(&self, call: u64) {
         self.queue().waiting.retain(|work| work.call != call);
+    }
+
+    /// The driver has the result.
+    pub(super) fn adopted(&self, call: u64) {
+        let offer = self.offers().remove(&call);
+        drop(offer);
+    }
+
+    fn offers(&self) -> MutexGuard<'_, HashMap<u64, Offer>> {
+        self.inner.offers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Waits until tasks are stuck behind a long one.
@@ -111,11 +127,14 @@ impl Desk {
         let mut stage = Stage::default();
         loop {
             let work = self.next();
-            let since = Instant::now();
-            self.inner.progress.begin(work.call);
-            let outcome = outcome_of(run(&work, &mut stage));
+            let (call, since) = (work.call, Instant::now());
+            self.inner.progress.begin(call);
+            let (outcome, offer) = outcome_of(run(work, &self.inner.reader, &mut stage));
+            if let Some(offer) = offer {
+                self.offers().insert(call, offer);
+            }
             let micros = u32::try_from(since.elapsed().as_micros()).unwrap_or(u32::MAX);
-            let reply = FromWorker::Reply { call: work.call, micros, outcome };
+            let reply = FromWorker::Reply { call, micros, outcome };
             if self.outbound.blocking_send(reply).is_err() {
                 return;
             }
@@ -148,11 +167,12 @@ impl Queue {
     }
 }
 
-fn run(work: &Work, stage: &mut Stage) -> Result<Bytes, Error> {
-    let (name, args) = (&*work.function, &work.args);
+fn run(work: Work, reader: &Reader, stage: &mut Stage) -> Result<Outgoing, Error> {
+    let args = work.args.into_iter().map(|packed| packed.open(reader));
+    let (name, args) = (&*work.function, args.collect::<Result<Vec<_>, _>>()?);
     match work.what {
-        What::Task => panics::catch(name, || RemoteFn::find(name)?.run(None, args)),
-        What::Build => stage.build(name, args).map(|()| Bytes::new()),
-        What::Method => stage.invoke(name, args),
+        What::Task => panics::catch(name, || RemoteFn::find(name)?.run(None, &args)),
+        What::Build => stage.build(name, args).and_then(|()| Outgoing::new("nothing", &())),
+        What::Method => stage.invoke(name, &args),
     }
 }

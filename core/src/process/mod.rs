@@ -14,6 +14,7 @@ pub(crate) use logs::LogTarget;
 pub(crate) use progress::Progress;
 
 use crate::Error;
+use crate::parcel::Parcel;
 use pool::Pool;
 use spawn::Spawner;
 use std::io::{ErrorKind, Write};
@@ -183,10 +184,11 @@ pub(crate) fn check_build(got: &str) -> Result<(), Error> {
     Err(Error::BuildMismatch { expected, got: got.to_owned() })
 }
 
-pub(crate) fn into_result(task: &str, outcome: Outcome) -> Result<bytes::Bytes, Error> {
+pub(crate) fn into_result(task: &str, outcome: Outcome) -> Result<Parcel, Error> {
     let task = task.to_owned();
     match outcome {
-        Outcome::Value(value) => Ok(value),
+        // A worker that is gone has taken its large results with it.
+        Outcome::Value(packed) => packed.adopt().map_err(|error| lost(&task, error.to_string())),
         Outcome::Failed { message } => Err(Error::TaskFailed { task, message }),
         Outcome::Panicked { message, location } => {
             Err(Error::TaskPanicked { task, message, location })

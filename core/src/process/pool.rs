@@ -6,13 +6,13 @@
 //! from how long the function took so far: about a millisecond of work. A call that takes longer
 //! than that sends back what is queued behind it.
 
-use super::wire::{FromWorker, ToWorker, What};
+use super::wire::{FromWorker, Outcome, ToWorker, What};
 use super::{Environment, Listener, LogTarget, Progress, Sink, WorkerEvent, WorkerLink};
 use super::{check_build, into_result, lost};
 use crate::object::AnyObject;
+use crate::parcel::{Packed, Parcel, pack_all};
 use crate::runtime::{Lease, Turn};
-use crate::{Error, threads, timer};
-use bytes::Bytes;
+use crate::{Error, store, threads, timer};
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::Duration;
@@ -28,7 +28,7 @@ const CONTROL_FRAMES: usize = 64;
 pub(crate) struct PoolCall {
     pub(crate) task: Arc<str>,
     pub(crate) function: &'static str,
-    pub(crate) args: Vec<Bytes>,
+    pub(crate) args: Vec<Parcel>,
     pub(crate) timeout: Option<Duration>,
     /// What the task gives: to be cancelled.
     pub(crate) object: Arc<dyn AnyObject>,
@@ -37,7 +37,7 @@ pub(crate) struct PoolCall {
 
 /// How a call ended.
 pub(crate) enum Ended {
-    Value(Bytes),
+    Value(Parcel),
     Error(Error),
     /// It never began: it is as good as new.
     NotStarted,
@@ -65,11 +65,17 @@ pub(crate) struct Worker {
     state: Mutex<State>,
 }
 
+/// A call, and what keeps its arguments where the worker finds them.
+struct UnderWay {
+    call: PoolCall,
+    _args: Vec<store::Lease>,
+}
+
 #[derive(Default)]
 struct State {
     /// What it works with; none while it is idle.
     lease: Option<Arc<Lease>>,
-    calls: BTreeMap<u64, PoolCall>,
+    calls: BTreeMap<u64, UnderWay>,
     last_call: u64,
     is_dead: bool,
 }
@@ -167,17 +173,25 @@ impl Worker {
 
     /// Puts a call into the worker's queue, with what it is to work with if it was idle.
     fn send(self: &Arc<Self>, lease: Option<Arc<Lease>>, call: PoolCall) {
+        let (args, kept) = match pack_all(&call.args) {
+            Ok(packed) => packed,
+            Err(error) => {
+                self.state().take(lease);
+                (call.finish)(Ended::Error(error));
+                return self.rest();
+            }
+        };
         let mut state = self.state();
         if state.is_dead {
             drop(state);
             return (call.finish)(Ended::NotStarted);
         }
-        state.lease = lease.or(state.lease.take());
+        state.take(lease);
         state.last_call += 1;
         let number = state.last_call;
-        let (function, args) = (call.function.to_owned(), call.args.clone());
+        let function = call.function.to_owned();
         let (object, task, timeout) = (call.object.clone(), call.task.clone(), call.timeout);
-        state.calls.insert(number, call);
+        state.calls.insert(number, UnderWay { call, _args: kept });
         // Under the lock, so that calls arrive in the order of their numbers. If it is not taken,
         // the worker is gone, and its end will say so.
         self.tell(ToWorker::Call { call: number, what: What::Task, function, args });
@@ -198,13 +212,21 @@ impl Worker {
                 }
             }
             WorkerEvent::Frame(FromWorker::Reply { call: number, micros, outcome }) => {
-                let Some(call) = self.state().calls.remove(&number) else { return self.rest() };
+                let is_shared = matches!(outcome, Outcome::Value(Packed::Shared { .. }));
+                let known = self.state().calls.remove(&number);
+                let Some(UnderWay { call, .. }) = known else {
+                    self.tell(ToWorker::Adopted { call: number });
+                    return self.rest();
+                };
                 let function = call.function;
                 self.pool.learn(function, micros);
                 (call.finish)(match into_result(&call.task, outcome) {
                     Ok(value) => Ended::Value(value),
                     Err(error) => Ended::Error(error),
                 });
+                if is_shared {
+                    self.tell(ToWorker::Adopted { call: number });
+                }
                 self.top_up(function);
             }
             WorkerEvent::Frame(FromWorker::Returned { calls }) => self.returned(&calls),
@@ -249,7 +271,8 @@ impl Worker {
         let calls: Vec<PoolCall> = {
             let mut state = self.state();
             // The newest first: each goes to the head of the queue.
-            numbers.iter().rev().filter_map(|number| state.calls.remove(number)).collect()
+            let take = |number: &u64| state.calls.remove(number).map(|known| known.call);
+            numbers.iter().rev().filter_map(take).collect()
         };
         calls.into_iter().for_each(|call| (call.finish)(Ended::NotStarted));
         self.rest();
@@ -263,7 +286,7 @@ impl Worker {
         };
         self.pool.forget(self);
         let newest = self.progress.newest();
-        for (number, call) in calls.into_iter().rev() {
+        for (number, UnderWay { call, .. }) in calls.into_iter().rev() {
             (call.finish)(match number > newest {
                 true => Ended::NotStarted,
                 false => Ended::Error(lost(&call.task, reason.to_owned())),
@@ -293,12 +316,22 @@ impl Listener for Worker {
     }
 }
 
+impl State {
+    fn take(&mut self, lease: Option<Arc<Lease>>) {
+        if lease.is_some() {
+            self.lease = lease;
+        }
+    }
+}
+
 /// A call that has begun is ended with its process; one that has not is forgotten.
 fn cancel(worker: &Weak<Worker>, number: u64) {
     let Some(worker) = worker.upgrade() else { return };
     if number <= worker.progress.newest() {
         let is_running = worker.state().calls.contains_key(&number);
-        return if is_running { worker.kill("its task was cancelled") };
+        return if is_running {
+            worker.kill("its task was cancelled")
+        };
     }
     let call = worker.state().calls.remove(&number);
     worker.tell(ToWorker::Forget { call: number });
@@ -309,7 +342,7 @@ fn cancel(worker: &Weak<Worker>, number: u64) {
 
 fn expire(worker: &Weak<Worker>, number: u64, task: &str, after: Duration) {
     let Some(worker) = worker.upgrade() else { return };
-    let Some(call) = worker.state().calls.remove(&number) else { return };
+    let Some(UnderWay { call, .. }) = worker.state().calls.remove(&number) else { return };
     let error = Error::Timeout { what: task.to_owned(), after };
     if number <= worker.progress.newest() {
         worker.kill(&format!("{task} took longer than {after:?}"));

@@ -30,7 +30,8 @@ impl Progress {
     /// A new page, for a worker to come.
     pub(crate) fn create() -> Result<Self, Error> {
         let failed = |error| Error::system("creating a shared page", error);
-        let file = rustix::fs::memfd_create("mobula-progress", MemfdFlags::CLOEXEC).map_err(failed)?;
+        let file =
+            rustix::fs::memfd_create("mobula-progress", MemfdFlags::CLOEXEC).map_err(failed)?;
         rustix::fs::ftruncate(&file, BYTES as u64).map_err(failed)?;
         Self::map(file)
     }

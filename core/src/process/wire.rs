@@ -1,6 +1,7 @@
 //! What driver and worker say to each other: one bidirectional gRPC stream per worker, frames in
 //! MessagePack.
 
+use crate::parcel::Packed;
 use crate::remote::decode;
 use bytes::{Buf, BufMut, Bytes};
 use serde::de::DeserializeOwned;
@@ -30,12 +31,14 @@ pub(crate) enum ToWorker {
         /// Its registered name.
         function: String,
         /// Its encoded arguments.
-        args: Vec<Bytes>,
+        args: Vec<Packed>,
         /// Who the worker is in its group.
         member: MemberSpec,
     },
     /// Queue a call; calls are run in the order of their numbers.
-    Call { call: u64, what: What, function: String, args: Vec<Bytes> },
+    Call { call: u64, what: What, function: String, args: Vec<Packed> },
+    /// The driver has the large result of this call.
+    Adopted { call: u64 },
     /// Do not run this call, if it has not begun.
     Forget { call: u64 },
     /// What all members gave for a key, by rank.
@@ -79,7 +82,7 @@ pub(crate) enum FromWorker {
 /// How a function ended.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) enum Outcome {
-    Value(Bytes),
+    Value(Packed),
     Failed { message: String },
     Panicked { message: String, location: String },
 }

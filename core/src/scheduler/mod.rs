@@ -458,7 +458,9 @@ fn candidates(shape: &Shape, view: &[(NodeId, Free)], so_far: &[Grant]) -> Vec<u
     }
     let mut order: Vec<usize> = (0..view.len()).filter(|at| view[*at].0.is_machine()).collect();
     match shape.strategy {
-        PlacementStrategy::Pack | PlacementStrategy::StrictPack => order.sort_by_key(|at| std::cmp::Reverse(used(at))),
+        PlacementStrategy::Pack | PlacementStrategy::StrictPack => {
+            order.sort_by_key(|at| std::cmp::Reverse(used(at)))
+        }
         PlacementStrategy::Spread => {
             let free = |at: &usize| std::cmp::Reverse(view[*at].1.amounts.cpus);
             order.sort_by_key(|at| (used(at), free(at)));

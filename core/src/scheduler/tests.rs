@@ -132,8 +132,14 @@ fn strategies_lay_bundles_out() {
     assert_eq!(place(PlacementStrategy::Spread), [0, 1]);
     assert_eq!(place(PlacementStrategy::StrictSpread), [0, 1]);
     let four = vec![Amounts::cpus(UNIT); 4];
-    assert_eq!(nodes(&submit(&mut three(), 1, shape(&four, PlacementStrategy::Pack))), [0, 0, 1, 1]);
-    assert_eq!(nodes(&submit(&mut three(), 1, shape(&four, PlacementStrategy::Spread))), [0, 1, 2, 0]);
+    assert_eq!(
+        nodes(&submit(&mut three(), 1, shape(&four, PlacementStrategy::Pack))),
+        [0, 0, 1, 1]
+    );
+    assert_eq!(
+        nodes(&submit(&mut three(), 1, shape(&four, PlacementStrategy::Spread))),
+        [0, 1, 2, 0]
+    );
     for strict in [PlacementStrategy::StrictPack, PlacementStrategy::StrictSpread] {
         let refused = submit(&mut three(), 1, shape(&four, strict));
         assert_eq!(refused, [Command::Refuse { id: 1, refusal: Refusal::NeverFits }]);
@@ -221,8 +227,6 @@ fn act() -> impl Strategy<Value = Act> {
     ]
 }
 
-
-
 /// A scheduler and what a runtime would know of it.
 #[derive(Default)]
 struct Life {
@@ -243,7 +247,10 @@ impl Life {
                 self.waiting.push(self.next);
                 let amounts = |(cpus, n): (i64, i64)| Amounts { cpus, ..gpus(0, n) };
                 let bundles = bundles.into_iter().map(amounts).collect();
-                Event::Submit { id: self.next, shape: Shape { bundles, strategy, node: None, is_pooled: false } }
+                Event::Submit {
+                    id: self.next,
+                    shape: Shape { bundles, strategy, node: None, is_pooled: false },
+                }
             }
             Act::Cancel(n) if !self.waiting.is_empty() => {
                 let id = self.waiting.remove(n % self.waiting.len());

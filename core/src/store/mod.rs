@@ -10,9 +10,6 @@
 //! Objects below 64 KiB are plain memory, to be sent along with the message that names them: each
 //! shared one costs a file descriptor and some system calls.
 
-// Until the runtime keeps its objects here, only tests do.
-#![cfg_attr(not(test), allow(dead_code))]
-
 mod budget;
 mod inner;
 mod limits;
@@ -21,7 +18,6 @@ mod reader;
 mod segment;
 mod spill;
 
-#[allow(unused_imports, reason = "for the runtime")]
 pub(crate) use {
     inner::Lease,
     limits::default_budget,

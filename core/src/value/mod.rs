@@ -27,9 +27,6 @@
 //! becomes `Blob(Bytes::from_owner(buffer))`, and on the other side `Buffer::from(blob.0)`, both
 //! without a copy. Blobs in shared memory are aligned to 64 bytes, as Arrow wants them.
 
-// Until the runtime sends its values this way, only tests do.
-#![cfg_attr(not(test), allow(dead_code))]
-
 mod blob;
 mod flat;
 pub mod tensor;
@@ -46,7 +43,8 @@ use serde::de::DeserializeOwned;
 
 /// An encoded value: its head, and the payloads that the head refers to by their index.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Encoded {
+#[doc(hidden)]
+pub struct Encoded {
     pub(crate) head: Bytes,
     pub(crate) buffers: Vec<Bytes>,
 }

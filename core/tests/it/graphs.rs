@@ -1,6 +1,7 @@
 //! Tasks that depend on tasks, wait for tasks and submit tasks.
 
 use crate::Test;
+use mobula_core::value::{Blob, TensorValue};
 use mobula_core::{
     Error, ObjectRef, Placement, Resources, Runtime, Task, TaskOptions, collect, remote, task, wait,
 };
@@ -24,6 +25,8 @@ pub(crate) const TESTS: &[Test] = &[
     ("graphs::what_takes_too_long_times_out", timeouts),
     ("graphs::many_short_tasks_share_warm_workers", many_short),
     ("graphs::a_long_task_does_not_hold_up_those_behind_it", recall),
+    ("graphs::large_objects_travel_in_shared_memory", large_objects),
+    ("graphs::an_object_outlives_the_process_that_made_it", killed_owner),
     ("graphs::a_killed_worker_loses_only_what_it_ran", lose_one),
 ];
 
@@ -220,8 +223,7 @@ fn sleep_for_ever() {
 fn timeouts(runtime: &Runtime) {
     let short = Duration::from_millis(20);
     for placement in [Placement::Thread, Placement::Process] {
-        let options =
-            TaskOptions { timeout: Some(short), placement, ..TaskOptions::default() };
+        let options = TaskOptions { timeout: Some(short), placement, ..TaskOptions::default() };
         let task = match placement {
             Placement::Process => sleep_for_ever::remote(),
             Placement::Thread => Task::new("until told", || {
@@ -232,7 +234,10 @@ fn timeouts(runtime: &Runtime) {
             }),
         };
         let result = runtime.submit(task.with_options(options)).get_timeout(LONG);
-        assert!(matches!(&result, Err(Error::Timeout { after, .. }) if *after == short), "{result:?}");
+        assert!(
+            matches!(&result, Err(Error::Timeout { after, .. }) if *after == short),
+            "{result:?}"
+        );
     }
 }
 
@@ -259,10 +264,11 @@ fn recall(runtime: &Runtime) {
     let dir = tempfile::tempdir().expect("temporary folder");
     let gate = dir.path().join("gate");
     collect(&(0..200).map(|_| runtime.submit(quick(&gate))).collect::<Vec<_>>()).expect("warm");
-    let all: Vec<ObjectRef<u32>> = [runtime.submit(wait_for::remote(gate.clone()).on(Placement::Process))]
-        .into_iter()
-        .chain((0..200).map(|_| runtime.submit(quick(&gate))))
-        .collect();
+    let all: Vec<ObjectRef<u32>> =
+        [runtime.submit(wait_for::remote(gate.clone()).on(Placement::Process))]
+            .into_iter()
+            .chain((0..200).map(|_| runtime.submit(quick(&gate))))
+            .collect();
     let (_, pending) = wait(all, 200, Some(LONG));
     assert_eq!(pending.len(), 1, "the short ones have run elsewhere");
     std::fs::write(&gate, "").expect("write");
@@ -277,7 +283,9 @@ fn quick(_: &std::path::Path) -> Task<u32> {
 #[remote(crate = mobula_core)]
 fn die_at(number: u64, at: u64, log: std::path::PathBuf) -> Result<u64, std::io::Error> {
     use std::io::Write;
-    writeln!(std::fs::OpenOptions::new().create(true).append(true).open(log)?, "{number}")?;
+    let mut log = std::fs::OpenOptions::new().create(true).append(true).open(log)?;
+    // In one write, as several processes write to it.
+    log.write_all(format!("{number}\n").as_bytes())?;
     if number == at {
         std::process::abort();
     }
@@ -305,4 +313,58 @@ fn lose_one(runtime: &Runtime) {
     let lost = results.iter().filter(|result| result.is_err()).count();
     assert!(lost < 200, "{lost} were lost");
     assert!(results[500..].iter().all(Result::is_ok));
+}
+
+#[remote(crate = mobula_core)]
+fn make_blob(bytes: usize) -> Blob {
+    Blob::from(vec![7u8; bytes])
+}
+
+#[remote(crate = mobula_core)]
+fn measure(blob: Blob) -> (usize, u64) {
+    (blob.0.len(), blob.0.iter().map(|byte| u64::from(*byte)).sum())
+}
+
+#[remote(crate = mobula_core)]
+fn double(weights: TensorValue) -> Result<TensorValue, candle_core::Error> {
+    Ok(TensorValue((weights.0 * 2.0)?))
+}
+
+fn large_objects(runtime: &Runtime) {
+    const BYTES: usize = 3 << 20;
+    for place in [Placement::Thread, Placement::Process] {
+        let put = runtime.put(Blob::from(vec![1u8; BYTES]));
+        let made = runtime.submit(make_blob::remote(BYTES).on(place));
+        for (blob, sum) in [(&put, BYTES), (&made, 7 * BYTES)] {
+            for _ in 0..3 {
+                let measured = runtime.submit(measure::remote(blob).on(place));
+                assert_eq!(*measured.get().expect("measured"), (BYTES, sum as u64));
+            }
+        }
+        assert_eq!(made.get().expect("blob").0.len(), BYTES);
+        let ones = candle_core::Tensor::ones(
+            (512, 512),
+            candle_core::DType::F32,
+            &candle_core::Device::Cpu,
+        );
+        let ones = TensorValue(ones.expect("tensor"));
+        let twice = runtime.submit(double::remote(ones).on(place));
+        let four = runtime.submit(double::remote(twice).on(place)).get().expect("tensor");
+        let sum = four.0.sum_all().and_then(|sum| sum.to_scalar::<f32>()).expect("sum");
+        assert_eq!(sum, 4.0 * 512.0 * 512.0);
+    }
+}
+
+fn killed_owner(runtime: &Runtime) {
+    // The process that made it is gone; the driver has it.
+    let made = runtime.submit(make_blob::remote(1 << 20).on(Placement::Process));
+    made.get().expect("made");
+    let dir = tempfile::tempdir().expect("temporary folder");
+    let log = dir.path().join("log");
+    let dying: Vec<_> = (0..4)
+        .map(|_| runtime.submit(die_at::remote(1, 1, log.clone()).on(Placement::Process)))
+        .collect();
+    wait(dying, 4, Some(LONG));
+    let measured = runtime.submit(measure::remote(made).on(Placement::Process));
+    assert_eq!(*measured.get_timeout(LONG).expect("measured"), (1 << 20, 7 << 20));
 }

@@ -83,8 +83,11 @@ fn errors(runtime: &Runtime) {
         assert!(error.ends_with("Counter::divide failed: by zero"), "{error}");
         assert_eq!(*counter.add(0).get().expect("an error leaves the state"), 10);
         let panicked = counter.divide(99).get();
-        assert!(matches!(&panicked, Err(Error::TaskPanicked { message, location, .. })
-            if message == "99 is too much" && location.contains("remote_actors.rs")), "{panicked:?}");
+        assert!(
+            matches!(&panicked, Err(Error::TaskPanicked { message, location, .. })
+            if message == "99 is too much" && location.contains("remote_actors.rs")),
+            "{panicked:?}"
+        );
         assert_eq!(*counter.add(0).get().expect("rebuilt"), 5, "a panic loses the state");
     }
 }
@@ -157,7 +160,8 @@ fn full(runtime: &Runtime) {
 }
 
 fn objects(runtime: &Runtime) {
-    let counter = runtime.spawn(Counter::remote(runtime.put(2)).on(Placement::Process)).expect("actor");
+    let counter =
+        runtime.spawn(Counter::remote(runtime.put(2)).on(Placement::Process)).expect("actor");
     let four = counter.add(2);
     let eight = counter.add(&four);
     assert_eq!(*eight.get().expect("sum"), 8);

@@ -18,7 +18,8 @@ pub(super) fn expand(krate: &TokenStream, item: &ItemImpl) -> Result<TokenStream
     let calls = methods.iter().filter(|method| takes_self(method));
     let calls = calls.map(|method| call(krate, actor, method)).collect::<Result<Vec<_>>>()?;
     let (senders, registrations): (Vec<_>, Vec<_>) = calls.into_iter().unzip();
-    let doc = format!("Sends calls to a `{actor}`, wherever it lives. Clones send to the same one.");
+    let doc =
+        format!("Sends calls to a `{actor}`, wherever it lives. Clones send to the same one.");
     let handle = handle_item(krate, &doc, visibility, actor, &handle, &senders);
     Ok(quote! { #item #remote #handle #(#registrations)* })
 }
@@ -60,7 +61,10 @@ fn handle_item(
 
 fn actor_name(item: &ItemImpl) -> Result<&Ident> {
     if let Some((_, path, _)) = &item.trait_ {
-        return Err(Error::new(path.span(), "#[remote] goes on an actor's own impl, not on one of a trait"));
+        return Err(Error::new(
+            path.span(),
+            "#[remote] goes on an actor's own impl, not on one of a trait",
+        ));
     }
     if !item.generics.params.is_empty() {
         let message = "an actor cannot be generic: it is registered once, by name";

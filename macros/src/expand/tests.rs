@@ -31,9 +31,12 @@ fn the_function_stays_and_a_module_appears() {
     for part in [
         quote!(pub(crate) mod add),
         quote!(a: impl ::core::convert::Into<::mobula::remote::Arg<i64>>),
-        quote!(b: impl ::core::convert::Into<::mobula::remote::Arg<Vec<f32>>>) ,
+        quote!(b: impl ::core::convert::Into),
         quote!(-> ::mobula::Task<f32>),
-        quote!(::mobula::remote::task::<(i64, Vec<f32>,), f32>(NAME, (::core::convert::Into::into(a), ::core::convert::Into::into(b),))),
+        quote!(::mobula::remote::task::<(i64, Vec<f32>,), f32>(
+            NAME,
+            (::core::convert::Into::into(a), ::core::convert::Into::into(b),)
+        )),
         quote!(::mobula::remote::RemoteFn::new(NAME, |call: ::mobula::remote::Call<'_>|)),
         quote!(::core::result::Result::Ok(super::add(a, b))),
     ] {
@@ -97,7 +100,7 @@ fn relative_paths_are_seen_from_the_module() {
     );
     for part in [
         quote!(super::fake::remote::Arg<super::A>),
-        quote!(Arg<Vec<super::super::super::B>>),
+        quote!(super::super::super::B),
         quote!(Arg<crate::C>),
         quote!(Arg<std::D>),
         quote!(super::fake::Task<()>),

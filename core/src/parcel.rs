@@ -1,0 +1,181 @@
+//! Encoded values on their way to and from processes: small ones in the message, large ones in
+//! shared memory, where every process of this host reads the same copy.
+
+use crate::Error;
+use crate::store::{Lease, Location, ObjectId, Offer, Place, Reader, Store, default_budget};
+use crate::value::{Draft, Encoded, decode};
+use bytes::Bytes;
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// Below this, a value travels in the message.
+const INLINE_BELOW: usize = 64 << 10;
+
+/// Bytes of objects that a worker keeps mapped in case they come again.
+const KEEP_MAPPED: u64 = 64 << 20;
+
+/// An encoded value that this process holds.
+#[derive(Clone, Debug)]
+#[doc(hidden)]
+pub enum Parcel {
+    Inline(Encoded),
+    Stored(Arc<Stored>),
+}
+
+/// An object in this process's store, until dropped.
+#[derive(Debug)]
+#[doc(hidden)]
+pub struct Stored {
+    store: Arc<Store>,
+    id: ObjectId,
+}
+
+impl Drop for Stored {
+    fn drop(&mut self) {
+        self.store.release(self.id);
+    }
+}
+
+/// An encoded value in a message.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) enum Packed {
+    Inline { head: Bytes, buffers: Vec<Bytes> },
+    Shared { id: ObjectId, location: Location },
+}
+
+/// An encoded value whose tensors have not been copied yet.
+#[derive(Debug)]
+#[doc(hidden)]
+pub struct Outgoing(Draft);
+
+impl Outgoing {
+    pub(crate) fn new<T: Serialize>(what: &str, value: &T) -> Result<Self, Error> {
+        Draft::new(what, value).map(Self)
+    }
+
+    /// For use in this process.
+    pub(crate) fn into_encoded(self) -> Result<Encoded, Error> {
+        self.0.snapshot()
+    }
+
+    /// For the driver of this process: what is large stays in the offer until the driver has it.
+    pub(crate) fn into_packed(self) -> Result<(Packed, Option<Offer>), Error> {
+        if self.0.layout()?.bytes() < INLINE_BELOW {
+            return Ok((Packed::inline(self.0.snapshot()?), None));
+        }
+        let offer = Offer::new(self.0)?;
+        match offer.place() {
+            Place::Shared(location) => {
+                Ok((Packed::Shared { id: ObjectId(0), location }, Some(offer)))
+            }
+            Place::Inline(flat) => {
+                Ok((Packed::inline(Encoded::from_flat("the result", &flat)?), None))
+            }
+        }
+    }
+}
+
+impl Packed {
+    fn inline(encoded: Encoded) -> Self {
+        Self::Inline { head: encoded.head, buffers: encoded.buffers }
+    }
+
+    /// Bytes that travel in the message.
+    pub(crate) fn bytes(&self) -> usize {
+        match self {
+            Self::Inline { head, buffers } => {
+                head.len() + buffers.iter().map(Bytes::len).sum::<usize>()
+            }
+            Self::Shared { .. } => 0,
+        }
+    }
+
+    /// In a worker: its driver's value, mapped where it is shared.
+    pub(crate) fn open(self, reader: &Reader) -> Result<Encoded, Error> {
+        match self {
+            Self::Inline { head, buffers } => Ok(Encoded { head, buffers }),
+            Self::Shared { id, location } => reader.open(id, &location),
+        }
+    }
+
+    /// In a driver: takes a worker's value over.
+    pub(crate) fn adopt(self) -> Result<Parcel, Error> {
+        match self {
+            Self::Inline { head, buffers } => Ok(Parcel::Inline(Encoded { head, buffers })),
+            Self::Shared { location, .. } => {
+                let store = store()?;
+                let id = store.adopt(&Place::Shared(location))?;
+                Ok(Parcel::Stored(Arc::new(Stored { store, id })))
+            }
+        }
+    }
+}
+
+impl Parcel {
+    /// Encodes a value. A large one waits for room in the store, if it must be made.
+    pub(crate) fn new<T: Serialize + ?Sized>(what: &str, value: &T) -> Result<Self, Error> {
+        let draft = Draft::new(what, value)?;
+        if draft.layout()?.bytes() < INLINE_BELOW {
+            return Ok(Self::Inline(draft.snapshot()?));
+        }
+        let store = store()?;
+        let id = store.put(draft)?;
+        Ok(Self::Stored(Arc::new(Stored { store, id })))
+    }
+
+    /// For a message; a shared object stays in memory as long as the lease is held.
+    pub(crate) fn pack(&self) -> Result<(Packed, Option<Lease>), Error> {
+        match self {
+            Self::Inline(encoded) => Ok((Packed::inline(encoded.clone()), None)),
+            Self::Stored(stored) => match stored.store.share(stored.id)? {
+                (Place::Shared(location), lease) => {
+                    Ok((Packed::Shared { id: stored.id, location }, Some(lease)))
+                }
+                (Place::Inline(flat), _) => {
+                    Ok((Packed::inline(Encoded::from_flat("an object", &flat)?), None))
+                }
+            },
+        }
+    }
+
+    /// For use in this process; read back from disk if it was spilled.
+    pub(crate) fn open(&self) -> Result<Encoded, Error> {
+        match self {
+            Self::Inline(encoded) => Ok(encoded.clone()),
+            Self::Stored(stored) => Ok(stored.store.get(stored.id)?),
+        }
+    }
+
+    pub(crate) fn decode<T: DeserializeOwned>(&self, what: &str) -> Result<T, Error> {
+        decode(what, &self.open()?)
+    }
+}
+
+/// Parcels for one message, and what keeps them in place.
+pub(crate) fn pack_all(parcels: &[Parcel]) -> Result<(Vec<Packed>, Vec<Lease>), Error> {
+    let packed = parcels.iter().map(Parcel::pack).collect::<Result<Vec<_>, _>>()?;
+    let (packed, leases): (Vec<_>, Vec<_>) = packed.into_iter().unzip();
+    Ok((packed, leases.into_iter().flatten().collect()))
+}
+
+/// Opens the arguments of a call in this process.
+pub(crate) fn open_all(parcels: &[Parcel]) -> Result<Vec<Encoded>, Error> {
+    parcels.iter().map(Parcel::open).collect()
+}
+
+/// What a worker reads its driver's objects with.
+pub(crate) fn reader() -> Reader {
+    Reader::new(KEEP_MAPPED)
+}
+
+/// The store of this process, made when it is first needed.
+fn store() -> Result<Arc<Store>, Error> {
+    static STORE: Mutex<Option<Arc<Store>>> = Mutex::new(None);
+    let mut slot = STORE.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(store) = &*slot {
+        return Ok(Arc::clone(store));
+    }
+    let store = Arc::new(Store::new(default_budget(), &std::env::temp_dir())?);
+    Ok(Arc::clone(slot.insert(store)))
+}
