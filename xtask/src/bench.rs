@@ -1,6 +1,7 @@
 //! `cargo xtask bench`: ours against pinned peers, alternately, on the same work, in one run.
 
 mod agreement;
+mod core;
 mod peers;
 mod train;
 mod worker;
@@ -22,6 +23,7 @@ pub(crate) struct Options {
 
 #[derive(Clone, Copy, clap::ValueEnum)]
 enum Layer {
+    Core,
     Train,
 }
 
@@ -43,6 +45,7 @@ struct Case {
 pub(crate) fn run(options: &Options) -> Result<()> {
     warn_if_busy();
     let cases = match options.layer {
+        Layer::Core => core::run(options.quick)?,
         Layer::Train => train::run(options.quick)?,
     };
     if options.json {
