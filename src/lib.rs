@@ -37,8 +37,8 @@
 
 pub use mobula_core::{
     Batch, BatchSource, BatchStream, BoxError, Checkpoint, CheckpointStore, Error, Flow, GroupTask,
-    Member, ObjectRef, Placement, Resources, RunDir, Runtime, Shard, Task, TaskOptions, console,
-    init, init_with, on_interrupt, random, remote, run,
+    Member, ObjectRef, Placement, Resources, RunDir, Runtime, Shard, Task, TaskOptions, World,
+    console, init, init_with, on_interrupt, random, remote, run, world,
 };
 
 #[cfg(feature = "data")]

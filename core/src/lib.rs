@@ -35,6 +35,7 @@ pub mod run;
 mod runtime;
 pub mod task;
 pub mod tensorboard;
+pub mod world;
 
 pub use actor::{ActorHandle, ActorOptions, Reply};
 pub use batch::{Batch, BatchSource, BatchStream, Shard, StreamState};
@@ -48,3 +49,4 @@ pub use resources::{Ledger, Resources};
 pub use run::RunDir;
 pub use runtime::Runtime;
 pub use task::{Flow, ObjectRef, Placement, Task, TaskOptions};
+pub use world::World;
