@@ -12,7 +12,21 @@ const FIRST_RESERVED_STEP: u32 = 0xffff_fff0;
 pub(super) fn in_step(variables: &Variables<'_>) -> bool {
     let Some((_, step)) = variables.first(&STEP_ID) else { return false };
     let is_reserved = step.parse::<u32>().is_ok_and(|step| step >= FIRST_RESERVED_STEP);
-    !is_reserved && variables.text("SLURM_PROCID").is_some()
+    !is_reserved && variables.text("SLURM_PROCID").is_some() && !is_inherited(variables)
+}
+
+/// Whether the step is another job's: a job that was submitted from within a step inherits the
+/// variables of that step where it has none of its own. Then what describes the step disagrees
+/// with what describes the job and its processes.
+fn is_inherited(variables: &Variables<'_>) -> bool {
+    let number = |name| variables.text(name)?.parse::<usize>().ok();
+    let tasks = number("SLURM_NTASKS").zip(number("SLURM_STEP_NUM_TASKS"));
+    if tasks.is_some_and(|(job, step)| job != step) {
+        return true;
+    }
+    let hosts = |name| hostlist::expand(name, &variables.text(name)?).ok();
+    let hosts = hosts("SLURM_JOB_NODELIST").zip(hosts("SLURM_STEP_NODELIST"));
+    hosts.is_some_and(|(job, step)| !step.iter().all(|host| job.contains(host)))
 }
 
 const STEP_ID: [&str; 2] = ["SLURM_STEP_ID", "SLURM_STEPID"];

@@ -159,7 +159,7 @@ fn a_rank_of_srun() {
         &[
             ("SLURM_STEP_ID", "2"),
             ("SLURM_PROCID", "1"),
-            ("SLURM_NTASKS", "6"),
+            ("SLURM_NTASKS", "2"),
             ("SLURM_STEP_NUM_TASKS", "2"),
             ("SLURM_STEP_NODELIST", "node[2,3]"),
             ("SLURM_STEP_TASKS_PER_NODE", "1(x2)"),
@@ -200,6 +200,11 @@ fn a_batch_script_and_the_shell_of_salloc_are_no_ranks() {
     // The step that `salloc` opens its shell in, and the one of a batch script.
     for step in ["4294967290", "4294967291"] {
         good(&with(SRUN, &[("SLURM_STEP_ID", step)]), Launcher::Alone, ALONE, "127.0.0.1:0");
+    }
+    // A job submitted from within a step inherits what it has not itself: seen with Slurm 22.05.
+    for own in [("SLURM_NTASKS", "3"), ("SLURM_JOB_NODELIST", "node[2-4]")] {
+        let inherited = with(SRUN, &[("SLURM_PROCID", "0"), ("SLURM_NODEID", "0"), own]);
+        good(&inherited, Launcher::Alone, ALONE, "127.0.0.1:0");
     }
 }
 

@@ -1,0 +1,79 @@
+//! Launches as a user starts them: `mobula launch`, a real Slurm, `mpirun`. The program that is
+//! launched is this one, which then tells what it finds itself to be.
+
+#[path = "../cli/program.rs"]
+mod program;
+#[path = "../support/slurm.rs"]
+mod slurm;
+
+mod engines;
+mod local;
+mod manifests;
+mod rank;
+mod submitted;
+
+use libtest_mimic::{Arguments, Completion, Failed, Trial};
+use slurm::Slurm;
+use std::process::ExitCode;
+use std::sync::{Arc, Mutex, PoisonError};
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().collect();
+    if arguments.get(1).is_some_and(|role| role == rank::ROLE) {
+        return rank::run(&arguments[2..]);
+    }
+    let cluster = Cluster::default();
+    let plain = [local::TESTS, manifests::TESTS].concat().into_iter().map(|(name, test)| {
+        Trial::test(name, move || {
+            test();
+            Ok(())
+        })
+    });
+    let mpi = engines::MPI_TESTS.iter().map(|(name, test)| {
+        let missing = engines::mpirun_is_missing();
+        Trial::ignorable_test(*name, move || if_there(missing, || Ok(test())))
+    });
+    let slurm =
+        [engines::SLURM_TESTS, submitted::TESTS].concat().into_iter().map(|(name, test)| {
+            let cluster = cluster.clone();
+            Trial::ignorable_test(name, move || if_there(Slurm::missing(), || cluster.with(test)))
+        });
+    let trials = plain.chain(mpi).chain(slurm).collect();
+    let conclusion = libtest_mimic::run(&Arguments::from_args(), trials);
+    cluster.end();
+    conclusion.exit_code()
+}
+
+/// Runs a test that needs other programs. Where they are not installed it is reported as ignored;
+/// continuous integration must have them.
+fn if_there(
+    missing: Option<String>,
+    test: impl FnOnce() -> Result<(), Failed>,
+) -> Result<Completion, Failed> {
+    match missing {
+        None => test().map(|()| Completion::Completed),
+        Some(reason) if std::env::var_os("CI").is_some() => Err(reason.into()),
+        Some(reason) => Ok(Completion::ignored_with(reason)),
+    }
+}
+
+/// The cluster of all tests, started by the first that needs it. One test at a time has it.
+#[derive(Clone, Default)]
+struct Cluster(Arc<Mutex<Option<Result<Slurm, String>>>>);
+
+impl Cluster {
+    fn with(&self, test: fn(&mut Slurm)) -> Result<(), Failed> {
+        let mut cluster = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        match cluster.get_or_insert_with(Slurm::start) {
+            Ok(slurm) => {
+                test(slurm);
+                Ok(())
+            }
+            Err(reason) => Err(reason.as_str().into()),
+        }
+    }
+
+    fn end(&self) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).take();
+    }
+}
