@@ -53,7 +53,7 @@ pub(crate) enum Driver {
 #[derive(Subcommand)]
 pub(crate) enum Launcher {
     /// Start copies of a program: here, under Slurm or under Kubernetes
-    Launch(launch::Options),
+    Launch(Box<launch::Options>),
     #[command(hide = true)]
     LaunchChild(launch::ChildOptions),
     #[command(hide = true)]

@@ -145,11 +145,17 @@ pub(crate) fn mpirun_is_missing() -> Option<String> {
     (!is_open).then(|| "not installed: openmpi-bin".to_owned())
 }
 
-fn four_ranks_of_mpirun() {
+/// Where there are fewer CPUs than ranks, and continuous integration runs as root.
+pub(crate) fn mpirun() -> Command {
     let mut mpirun = Command::new("mpirun");
-    mpirun.args(["--mca", "btl", "self,tcp", "--oversubscribe", "-np", "4", &program(), ROLE]);
-    // Where continuous integration runs as root.
+    mpirun.args(["--mca", "btl", "self,tcp", "--oversubscribe"]);
     mpirun.env("OMPI_ALLOW_RUN_AS_ROOT", "1").env("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1");
+    mpirun
+}
+
+fn four_ranks_of_mpirun() {
+    let mut mpirun = mpirun();
+    mpirun.args(["-np", "4", &program(), ROLE]);
     let ran = program::finish(mpirun);
     let told = told(&ran.stdout);
     assert_eq!(check_agreement(&told), [4], "{ran:?}");

@@ -7,6 +7,7 @@ mod program;
 mod slurm;
 
 mod engines;
+mod guide;
 mod local;
 mod manifests;
 mod rank;
@@ -18,23 +19,25 @@ use std::process::ExitCode;
 use std::sync::{Arc, Mutex, PoisonError};
 
 fn main() -> ExitCode {
-    let arguments: Vec<String> = std::env::args().collect();
-    if arguments.get(1).is_some_and(|role| role == rank::ROLE) {
-        return rank::run(&arguments[2..]);
+    if let Some(arguments) = rank::arguments() {
+        return rank::run(&arguments);
     }
     let cluster = Cluster::default();
-    let plain = [local::TESTS, manifests::TESTS].concat().into_iter().map(|(name, test)| {
-        Trial::test(name, move || {
-            test();
-            Ok(())
-        })
-    });
-    let mpi = engines::MPI_TESTS.iter().map(|(name, test)| {
+    let plain =
+        [local::TESTS, manifests::TESTS, guide::TESTS].concat().into_iter().map(|(name, test)| {
+            Trial::test(name, move || {
+                test();
+                Ok(())
+            })
+        });
+    let mpi = [engines::MPI_TESTS, guide::MPI_TESTS].concat().into_iter().map(|(name, test)| {
         let missing = engines::mpirun_is_missing();
-        Trial::ignorable_test(*name, move || if_there(missing, || Ok(test())))
+        Trial::ignorable_test(name, move || if_there(missing, || Ok(test())))
     });
-    let slurm =
-        [engines::SLURM_TESTS, submitted::TESTS].concat().into_iter().map(|(name, test)| {
+    let slurm = [engines::SLURM_TESTS, submitted::TESTS, guide::SLURM_TESTS]
+        .concat()
+        .into_iter()
+        .map(|(name, test)| {
             let cluster = cluster.clone();
             Trial::ignorable_test(name, move || if_there(Slurm::missing(), || cluster.with(test)))
         });

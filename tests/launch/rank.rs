@@ -9,6 +9,18 @@ use std::process::ExitCode;
 /// The first argument of this binary as a launched program.
 pub(crate) const ROLE: &str = "be-a-rank";
 
+/// Its name as a launched program.
+pub(crate) const PROGRAM: &str = "program";
+
+/// The arguments for [`run`], if this process is a launched program.
+pub(crate) fn arguments() -> Option<Vec<String>> {
+    let mut words = std::env::args();
+    if Path::new(&words.next()?).file_name()? == PROGRAM {
+        return Some(words.collect());
+    }
+    (words.next()? == ROLE).then(|| words.collect())
+}
+
 /// What one copy tells, as a line of JSON.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Told {
