@@ -3,12 +3,11 @@
 use crate::program::{self, Finished};
 use crate::rank::{ROLE, check_agreement, program, told};
 use crate::slurm::{NODES, Slurm};
+use crate::{SlurmTest, Test};
 use mobula::World;
 use mobula::world::Launcher;
 use std::collections::BTreeSet;
 use std::process::Command;
-
-type SlurmTest = (&'static str, fn(&mut Slurm));
 
 pub(crate) const SLURM_TESTS: &[SlurmTest] = &[
     ("slurm::six_ranks_on_three_nodes", six_ranks_on_three_nodes),
@@ -20,7 +19,7 @@ pub(crate) const SLURM_TESTS: &[SlurmTest] = &[
     ("slurm::a_node_is_killed_and_comes_back", a_node_is_killed_and_comes_back),
 ];
 
-pub(crate) const MPI_TESTS: &[(&str, fn())] = &[("mpirun::four_ranks", four_ranks_of_mpirun)];
+pub(crate) const MPI_TESTS: &[Test] = &[("mpirun::four_ranks", four_ranks_of_mpirun)];
 
 /// Runs a command of Slurm to its end.
 pub(crate) fn run(slurm: &Slurm, words: &[&str]) -> Finished {

@@ -4,17 +4,17 @@ use crate::engines;
 use crate::program::{Finished, command, finish};
 use crate::rank::{PROGRAM, check_agreement, program, told, told_in};
 use crate::slurm::{Slurm, poll};
+use crate::{SlurmTest, Test};
 use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
 const GUIDE: &str = include_str!("../../docs/guides/cluster.md");
 
-pub(crate) const TESTS: &[(&str, fn())] =
+pub(crate) const TESTS: &[Test] =
     &[("guide::on_this_machine", on_this_machine), ("guide::kubernetes", kubernetes)];
-pub(crate) const MPI_TESTS: &[(&str, fn())] = &[("guide::mpirun", mpirun)];
-pub(crate) const SLURM_TESTS: &[(&str, fn(&mut Slurm))] =
-    &[("guide::slurm", slurm), ("guide::srun", srun)];
+pub(crate) const MPI_TESTS: &[Test] = &[("guide::mpirun", mpirun)];
+pub(crate) const SLURM_TESTS: &[SlurmTest] = &[("guide::slurm", slurm), ("guide::srun", srun)];
 
 /// The words of the one command that begins with `begin`.
 fn words(begin: &str) -> Vec<&'static str> {

@@ -1,5 +1,6 @@
 //! `mobula launch --workers`: copies on this machine.
 
+use crate::Test;
 use crate::program::{Finished, Running, mobula};
 use crate::rank::{ROLE, check_agreement, program, told};
 use crate::slurm::poll;
@@ -7,7 +8,7 @@ use mobula::world::Launcher;
 use rustix::process::{Pid, Signal, kill_process};
 use std::time::Duration;
 
-pub(crate) const TESTS: &[(&str, fn())] = &[
+pub(crate) const TESTS: &[Test] = &[
     ("local::four_copies_agree", four_copies_agree),
     ("local::one_failure_ends_all", one_failure_ends_all),
     ("local::a_program_that_cannot_start", a_program_that_cannot_start),

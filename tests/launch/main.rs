@@ -18,21 +18,25 @@ use slurm::Slurm;
 use std::process::ExitCode;
 use std::sync::{Arc, Mutex, PoisonError};
 
+/// A test under its name.
+type Test = (&'static str, fn());
+/// One that has the cluster for itself.
+type SlurmTest = (&'static str, fn(&mut Slurm));
+
 fn main() -> ExitCode {
     if let Some(arguments) = rank::arguments() {
         return rank::run(&arguments);
     }
     let cluster = Cluster::default();
-    let plain =
-        [local::TESTS, manifests::TESTS, guide::TESTS].concat().into_iter().map(|(name, test)| {
-            Trial::test(name, move || {
-                test();
-                Ok(())
-            })
-        });
+    let passed = |test: fn()| {
+        test();
+        Ok(())
+    };
+    let plain = [local::TESTS, manifests::TESTS, guide::TESTS].concat().into_iter();
+    let plain = plain.map(|(name, test)| Trial::test(name, move || passed(test)));
     let mpi = [engines::MPI_TESTS, guide::MPI_TESTS].concat().into_iter().map(|(name, test)| {
         let missing = engines::mpirun_is_missing();
-        Trial::ignorable_test(name, move || if_there(missing, || Ok(test())))
+        Trial::ignorable_test(name, move || if_there(missing, || passed(test)))
     });
     let slurm = [engines::SLURM_TESTS, submitted::TESTS, guide::SLURM_TESTS]
         .concat()

@@ -1,10 +1,11 @@
 //! What `--print` shows, word for word. `UPDATE_GOLDEN=1` writes the files anew.
 
+use crate::Test;
 use crate::program::{Finished, command, finish};
 use std::path::Path;
 use std::process::Command;
 
-pub(crate) const TESTS: &[(&str, fn())] = &[
+pub(crate) const TESTS: &[Test] = &[
     ("print::the_script_for_slurm", the_script_for_slurm),
     ("print::the_manifest_for_kubernetes", the_manifest_for_kubernetes),
     ("print::what_cannot_be_is_refused", what_cannot_be_is_refused),

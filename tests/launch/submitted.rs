@@ -1,12 +1,11 @@
 //! Jobs that `mobula launch --slurm` has submitted.
 
+use crate::SlurmTest;
 use crate::program::{self, Finished};
 use crate::rank::{ROLE, Told, check_agreement, program, told_in};
 use crate::slurm::{Slurm, poll};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
-
-type SlurmTest = (&'static str, fn(&mut Slurm));
 
 pub(crate) const TESTS: &[SlurmTest] = &[
     ("slurm::a_job_is_written_and_submitted", a_job_is_written_and_submitted),
