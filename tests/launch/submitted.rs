@@ -5,7 +5,7 @@ use crate::program::{self, Finished};
 use crate::rank::{ROLE, Told, check_agreement, program, told_in};
 use crate::slurm::{Slurm, poll};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 pub(crate) const TESTS: &[SlurmTest] = &[
     ("slurm::a_job_is_written_and_submitted", a_job_is_written_and_submitted),
@@ -17,6 +17,9 @@ pub(crate) const TESTS: &[SlurmTest] = &[
 
 /// Jobs of a second; a busy machine takes several.
 const DEADLINE: Duration = Duration::from_secs(60);
+
+/// After it, the clock shows another second for sure.
+const NEXT_SECOND: Duration = Duration::from_millis(1500);
 
 /// A job in a folder whose name a shell would take apart.
 struct Job<'a> {
@@ -68,11 +71,14 @@ impl<'a> Job<'a> {
         poll(DEADLINE, over).unwrap_or_else(|| self.give_up("it goes on"));
     }
 
-    /// Slurm holds back a job that was requeued, for two minutes: too long for a test.
+    /// Slurm holds back a job that was requeued, for two minutes: too long for a test. But not at
+    /// once: a node refuses what was begun in the second in which the job ended there before.
     fn wait_told_after_requeue(&self, count: usize) -> Vec<Told> {
         let update = format!("JobId={}", self.id);
+        let mut requeued = None;
         let enough = || {
-            if self.state() == "PENDING" {
+            let is_pending = self.state() == "PENDING";
+            if is_pending && requeued.get_or_insert_with(Instant::now).elapsed() > NEXT_SECOND {
                 self.slurm.ask("scontrol", &["update", &update, "StartTime=now"]);
             }
             Some(told_in(&self.log())).filter(|told| told.len() >= count)
@@ -83,7 +89,7 @@ impl<'a> Job<'a> {
     fn give_up(&self, what: &str) -> ! {
         let log = std::fs::read_to_string(self.log()).unwrap_or_default();
         let job = self.slurm.ask("scontrol", &["show", "job", &self.id]);
-        panic!("{what}\n{log}\n{job}")
+        panic!("{what}\n{log}\n{job}\n{}", self.slurm.logs())
     }
 }
 

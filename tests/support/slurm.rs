@@ -193,7 +193,8 @@ impl Slurm {
         Ok(())
     }
 
-    fn logs(&self) -> String {
+    /// The last lines that its daemons have written.
+    pub(crate) fn logs(&self) -> String {
         let files = fs::read_dir(self.folder.join("log")).into_iter().flatten().flatten();
         let tail = |path: PathBuf| {
             let text = fs::read_to_string(&path).unwrap_or_default();
