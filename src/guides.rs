@@ -1,5 +1,7 @@
 //! The README and the guides of `docs/guides/`, so that their snippets are compiled and run by `cargo test`.
 
+#[doc = include_str!("../docs/guides/cluster.md")]
+mod cluster {}
 #[doc = include_str!("../docs/guides/data.md")]
 mod data {}
 #[doc = include_str!("../docs/guides/serve.md")]

@@ -225,6 +225,16 @@ pub enum Error {
         /// The state's value.
         got: String,
     },
+    /// A variable of the environment that tells of a launch is missing or wrong.
+    #[error("{variable} is {}, expected {expected}", got.as_ref().map_or("not set".to_owned(), |v| format!("{v:?}")))]
+    LaunchVariable {
+        /// Its name.
+        variable: String,
+        /// Its value, `None` where it is not set.
+        got: Option<String>,
+        /// What would have been right, and why.
+        expected: String,
+    },
     /// A system call failed.
     #[error("{what} failed: {source}")]
     System {

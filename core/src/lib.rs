@@ -44,6 +44,7 @@ pub mod tensorboard;
 mod threads;
 mod timer;
 pub mod value;
+pub mod world;
 
 pub use actor::{ActorHandle, ActorOptions, ActorRef, RemoteActor, Reply, RestartPolicy};
 pub use batch::{Batch, BatchSource, BatchStream, Shard, StreamState};
@@ -59,3 +60,4 @@ pub use run::RunDir;
 pub use runtime::Runtime;
 pub use scheduler::PlacementStrategy;
 pub use task::{Backoff, Flow, Placement, Task, TaskOptions};
+pub use world::World;

@@ -1,6 +1,7 @@
 //! The subcommands, a file each.
 
 mod doctor;
+mod launch;
 mod new;
 pub(crate) mod output;
 mod runs;
@@ -11,17 +12,27 @@ mod sweep;
 
 use clap::{Parser, Subcommand};
 use mobula::Runtime;
+use std::process::ExitCode;
 
 /// ML pipelines in Rust: data, training, search and serving from one binary
 #[derive(Parser)]
 #[command(name = "mobula", version)]
 pub(crate) struct Cli {
     #[command(subcommand)]
-    command: Command,
+    pub(crate) command: Command,
 }
 
 #[derive(Subcommand)]
-enum Command {
+pub(crate) enum Command {
+    #[command(flatten)]
+    Driver(Driver),
+    #[command(flatten)]
+    Launcher(Launcher),
+}
+
+/// The commands that work with a runtime.
+#[derive(Subcommand)]
+pub(crate) enum Driver {
     /// Check this machine: CPUs, threads, memory, GPUs, worker processes
     Doctor(doctor::Options),
     /// List runs, or show one with its metrics, checkpoints and logs
@@ -38,16 +49,38 @@ enum Command {
     New(new::Options),
 }
 
-impl Cli {
-    pub(crate) fn run(self, runtime: &Runtime) -> anyhow::Result<()> {
-        match self.command {
-            Command::Doctor(options) => doctor::run(&options, runtime),
-            Command::Runs(command) => runs::run(&command),
+/// The commands that start other programs, and have no runtime of their own.
+#[derive(Subcommand)]
+pub(crate) enum Launcher {
+    /// Start copies of a program: here, under Slurm or under Kubernetes
+    Launch(Box<launch::Options>),
+    #[command(hide = true)]
+    LaunchChild(launch::ChildOptions),
+    #[command(hide = true)]
+    LaunchGuard,
+}
+
+impl Driver {
+    pub(crate) fn run(self, runtime: &Runtime) -> anyhow::Result<ExitCode> {
+        match self {
+            Self::Doctor(options) => doctor::run(&options, runtime),
+            Self::Runs(command) => runs::run(&command),
             #[cfg(feature = "tune")]
-            Command::Sweep(command) => sweep::run(&command, runtime),
+            Self::Sweep(command) => sweep::run(&command, runtime),
             #[cfg(all(feature = "serve", feature = "train"))]
-            Command::Serve(options) => serve::run(&options, runtime),
-            Command::New(options) => new::run(&options),
+            Self::Serve(options) => serve::run(&options, runtime),
+            Self::New(options) => new::run(&options),
+        }?;
+        Ok(ExitCode::SUCCESS)
+    }
+}
+
+impl Launcher {
+    pub(crate) fn run(self) -> anyhow::Result<ExitCode> {
+        match self {
+            Self::Launch(options) => launch::run(&options),
+            Self::LaunchChild(options) => launch::run_child(&options),
+            Self::LaunchGuard => launch::run_guard(),
         }
     }
 }

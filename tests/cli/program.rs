@@ -1,4 +1,5 @@
 //! Running the command, to its end or in the background.
+#![allow(dead_code)] // Several test binaries share this file; not all use all of it.
 
 use rustix::process::{Pid, Signal, kill_process};
 use std::ffi::OsStr;
@@ -45,7 +46,12 @@ pub(crate) fn command(args: &[impl AsRef<OsStr>]) -> Command {
 
 /// Runs the command to its end.
 pub(crate) fn mobula(args: &[impl AsRef<OsStr>]) -> Finished {
-    let mut running = Running::start(args);
+    finish(command(args))
+}
+
+/// Runs any command to its end.
+pub(crate) fn finish(command: Command) -> Finished {
+    let mut running = Running::of(command);
     let code = running.wait(DEADLINE).code();
     let rest = |lines: &Receiver<String>| lines.iter().map(|line| line + "\n").collect();
     Finished { code, stdout: rest(&running.stdout), stderr: rest(&running.stderr) }
@@ -60,7 +66,11 @@ pub(crate) struct Running {
 
 impl Running {
     pub(crate) fn start(args: &[impl AsRef<OsStr>]) -> Self {
-        let mut command = command(args);
+        Self::of(command(args))
+    }
+
+    pub(crate) fn of(mut command: Command) -> Self {
+        command.stdin(Stdio::null());
         let mut child =
             command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("the command");
         let stdout = lines(child.stdout.take().expect("a pipe"));
@@ -85,15 +95,24 @@ impl Running {
 
     /// What Ctrl-C sends.
     pub(crate) fn interrupt(&self) {
-        let pid = Pid::from_child(&self.child);
-        kill_process(pid, Signal::INT).expect("the command still runs");
+        kill_process(self.id(), Signal::INT).expect("the command still runs");
+    }
+
+    /// The process id.
+    pub(crate) fn id(&self) -> Pid {
+        Pid::from_child(&self.child)
+    }
+
+    /// The exit status, if it has ended.
+    pub(crate) fn ended(&mut self) -> Option<ExitStatus> {
+        self.child.try_wait().expect("a child")
     }
 
     /// The exit status. Panics when that takes longer than `deadline`.
     pub(crate) fn wait(&mut self, deadline: Duration) -> ExitStatus {
         let begun = Instant::now();
         loop {
-            if let Some(status) = self.child.try_wait().expect("a child") {
+            if let Some(status) = self.ended() {
                 return status;
             }
             assert!(begun.elapsed() < deadline, "still running after {deadline:?}");

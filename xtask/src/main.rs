@@ -4,6 +4,7 @@
 //! cargo xtask verify                  everything that must hold before a change goes in; writes nothing
 //! cargo xtask fix                     format, and apply what clippy can repair by itself
 //! cargo xtask smoke                   `mobula new`: what it writes must build, run and pass its test
+//! cargo xtask slurm srun -N3 hostname a Slurm of three nodes on this machine, while a command runs
 //! cargo xtask bench train --quick     ours against pinned peers on the same work
 //! ```
 #![forbid(unsafe_code)]
@@ -14,6 +15,7 @@ mod dependencies;
 mod features;
 mod imports;
 mod licence;
+mod slurm;
 mod smoke;
 mod tidy;
 mod verify;
@@ -36,6 +38,8 @@ enum Task {
     Fix,
     /// Write a crate with `mobula new`, build it, run it, test it
     Smoke,
+    /// Start a Slurm of three nodes on this machine, and a command or a shell that sees it
+    Slurm(slurm::Options),
     /// Measure ours against pinned peers on the same work
     Bench(bench::Options),
 }
@@ -45,6 +49,7 @@ fn main() -> ExitCode {
         Task::Verify(options) => verify::run(&options),
         Task::Fix => fix(),
         Task::Smoke => smoke::run(),
+        Task::Slurm(options) => slurm::run(&options),
         Task::Bench(options) => bench::run(&options),
     };
     match outcome {
