@@ -30,7 +30,7 @@ pub fn init_with(total: Resources) -> Result<Runtime, Error> {
         return Err(Error::InitTwice);
     }
     if let Some(mut control) = spawn::inherited_control()? {
-        // Started ahead, it waits here: one thread, no memory to speak of.
+        // Before its first thread, as that could read the environment.
         let Some(assignment) = child::assignment(&mut control) else { std::process::exit(0) };
         spawn::set_environment(&assignment.environment);
         std::process::exit(work(control));

@@ -74,7 +74,7 @@ pub(crate) struct Request {
 }
 
 struct Waiting {
-    request: Arc<Request>,
+    request: Request,
     start: Start,
 }
 
@@ -137,8 +137,8 @@ impl Lease {
     /// Waits until the CPUs are back: before anyone else gets any.
     pub(crate) fn reclaim(&self) {
         let (back, is_back) = sync_channel(1);
-        self.runtime.state().resumes.insert(self.id, back);
-        self.runtime.step(Event::Reclaim { id: self.id });
+        let event = Event::Reclaim { id: self.id };
+        self.runtime.step_with(event, |state| drop(state.resumes.insert(self.id, back)));
         // The sender goes without a word when the scheduler has lost the grant: then nothing is
         // left to wait for.
         let _ = is_back.recv();
@@ -224,22 +224,21 @@ impl Runtime {
         if let Some(asked) = asked {
             return start(Err(Error::InvalidResources { asked: Box::new(asked.clone()) }));
         }
-        let shape = request.shape();
-        self.state().starts.insert(id, Waiting { request: Arc::new(request), start });
-        self.step(Event::Submit { id, shape });
+        let event = Event::Submit { id, shape: request.shape() };
+        self.step_with(event, |state| drop(state.starts.insert(id, Waiting { request, start })));
     }
 
     /// A request whose turn in a worker process did not come goes back to the head of its queue.
     pub(crate) fn enqueue_again(&self, id: Id, request: Request, start: Start) {
-        let shape = request.shape();
-        self.state().starts.insert(id, Waiting { request: Arc::new(request), start });
-        self.step(Event::Return { id, shape });
+        let event = Event::Return { id, shape: request.shape() };
+        self.step_with(event, |state| drop(state.starts.insert(id, Waiting { request, start })));
     }
 
     /// Takes a request back that has not had its turn.
     pub(crate) fn cancel(&self, id: Id) {
-        let waiting = self.state().starts.remove(&id);
-        self.step(Event::Cancel { id });
+        let mut waiting = None;
+        self.step_with(Event::Cancel { id }, |state| waiting = state.starts.remove(&id));
+        // What it holds is dropped outside of the lock.
         drop(waiting);
     }
 
@@ -275,29 +274,42 @@ impl Runtime {
     }
 
     fn share(&self, holder: Id, worker: &Arc<Worker>, max: usize) {
-        for start in self.take_steps(Event::Join { holder, max }, Some(worker)) {
-            start();
-        }
+        self.take_steps(Event::Join { holder, max }, |_| {}, Some(worker));
     }
 
     /// Tells the scheduler what happened, and does what it says.
     fn step(&self, event: Event) {
-        for step in self.take_steps(event, None) {
-            step();
-        }
+        self.step_with(event, |_| {});
     }
 
-    /// What is to be done, outside of the lock.
-    fn take_steps(&self, event: Event, joined: Option<&Arc<Worker>>) -> Vec<Step> {
-        let mut state = self.state();
-        let mut commands = std::mem::take(&mut state.commands);
-        state.scheduler.step(event, &mut commands);
-        let mut steps: Vec<Step> = Vec::with_capacity(commands.len());
-        for command in commands.drain(..) {
-            self.perform(&mut state, command, joined, &mut steps);
+    /// The same, after a change of the state under the same lock.
+    fn step_with(&self, event: Event, change: impl FnOnce(&mut State)) {
+        self.take_steps(event, change, None);
+    }
+
+    fn take_steps(
+        &self,
+        event: Event,
+        change: impl FnOnce(&mut State),
+        joined: Option<&Arc<Worker>>,
+    ) {
+        let mut steps = Vec::new();
+        {
+            let mut state = self.state();
+            change(&mut state);
+            let mut commands = std::mem::take(&mut state.commands);
+            state.scheduler.step(event, &mut commands);
+            let orders = commands.drain(..);
+            orders.for_each(|command| self.perform(&mut state, command, joined, &mut steps));
+            state.commands = commands;
         }
-        state.commands = commands;
-        steps
+        for Step { start, turn } in steps {
+            match start {
+                Some(start) => start(turn),
+                // Cancelled in this moment: what it was granted goes back.
+                None => drop(turn),
+            }
+        }
     }
 
     fn perform(
@@ -311,18 +323,14 @@ impl Runtime {
             Command::Start { id, grants } => {
                 let runtime = self.clone();
                 let lease = Arc::new(Lease { runtime, id, grants, is_lent: Mutex::new(false) });
-                match state.starts.remove(&id) {
-                    Some(waiting) => {
-                        steps.push(Box::new(move || (waiting.start)(Ok(Turn::Granted(lease)))));
-                    }
-                    // Cancelled in this moment: the lease goes back, outside of the lock.
-                    None => steps.push(Box::new(move || drop(lease))),
-                }
+                let start = state.starts.remove(&id).map(|waiting| waiting.start);
+                steps.push(Step { start, turn: Ok(Turn::Granted(lease)) });
             }
             Command::Joined { ids, .. } => {
                 for waiting in ids.iter().filter_map(|id| state.starts.remove(id)) {
                     let Some(worker) = joined.cloned() else { continue };
-                    steps.push(Box::new(move || (waiting.start)(Ok(Turn::Joined(worker)))));
+                    let turn = Ok(Turn::Joined(worker));
+                    steps.push(Step { start: Some(waiting.start), turn });
                 }
             }
             Command::Resume { id } => {
@@ -333,7 +341,7 @@ impl Runtime {
             Command::Refuse { id, refusal } => {
                 let Some(waiting) = state.starts.remove(&id) else { return };
                 let error = waiting.request.refused(refusal, &state.scheduler.total());
-                steps.push(Box::new(move || (waiting.start)(Err(error))));
+                steps.push(Step { start: Some(waiting.start), turn: Err(error) });
             }
             Command::Lost { id } => drop(state.resumes.remove(&id)),
         }
@@ -344,7 +352,11 @@ impl Runtime {
     }
 }
 
-type Step = Box<dyn FnOnce()>;
+/// A request whose turn has come, to be told so outside of the lock.
+struct Step {
+    start: Option<Start>,
+    turn: Result<Turn, Error>,
+}
 
 impl Request {
     /// One bundle, on a thread or in a process of its own.

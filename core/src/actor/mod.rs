@@ -89,9 +89,12 @@ impl ActorOptions {
     }
 }
 
-/// A message: works on the state. Says whether the state can still be trusted: after a panic it
-/// cannot, and is built anew.
-type Message<S> = Box<dyn FnOnce(&mut S) -> bool + Send>;
+/// A message: works on the state of the actor of that name. Says whether the state can still be
+/// trusted: after a panic it cannot, and is built anew.
+type Message<S> = Box<dyn FnOnce(&mut S, &str) -> bool + Send>;
+
+/// What comes back. The error is boxed, so that a reply is no larger than its value.
+type Answer<R> = Result<R, Box<Error>>;
 
 /// Sends work to an actor. Messages of one sender are handled in order. The actor ends when its
 /// last handle is dropped and its mailbox is empty.
@@ -125,7 +128,8 @@ impl<S: 'static> ActorHandle<S> {
     ) -> Result<R, Error> {
         let (message, reply) = self.message(work);
         self.mailbox.blocking_send(message).map_err(|_| self.gone())?;
-        reply.inner.blocking_recv().unwrap_or_else(|_| Err(self.gone()))
+        let answer = reply.inner.blocking_recv();
+        answer.unwrap_or_else(|_| Err(self.gone().into())).map_err(|error| *error)
     }
 
     /// Runs `work` on the state, or refuses with [`Error::MailboxFull`].
@@ -149,12 +153,11 @@ impl<S: 'static> ActorHandle<S> {
         work: impl FnOnce(&mut S) -> R + Send + 'static,
     ) -> (Message<S>, Reply<R>) {
         let (sender, inner) = oneshot::channel();
-        let name = Arc::clone(&self.name);
-        let message: Message<S> = Box::new(move |state| {
-            let result = panics::catch(&name, || Ok(work(state)));
+        let message: Message<S> = Box::new(move |state, name| {
+            let result = panics::catch(name, || Ok(work(state)));
             let intact = result.is_ok();
             // The caller may have gone; the work is done all the same.
-            let _ = sender.send(result);
+            let _ = sender.send(result.map_err(Box::new));
             intact
         });
         let name = Arc::clone(&self.name);
@@ -170,7 +173,7 @@ impl<S: 'static> ActorHandle<S> {
 #[derive(Debug)]
 pub struct Reply<R> {
     name: Arc<str>,
-    inner: oneshot::Receiver<Result<R, Error>>,
+    inner: oneshot::Receiver<Answer<R>>,
 }
 
 impl<R> Future for Reply<R> {
@@ -178,7 +181,8 @@ impl<R> Future for Reply<R> {
 
     fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
         let answer = Pin::new(&mut self.inner).poll(context);
-        answer.map(|result| result.unwrap_or_else(|_| Err(gone(&self.name))))
+        let gone = |_| Err(gone(&self.name).into());
+        answer.map(|result| result.unwrap_or_else(gone).map_err(|error| *error))
     }
 }
 
@@ -224,7 +228,7 @@ impl<S: 'static> Running<S> {
         };
         let _ = started.send(Ok(()));
         while let Some(message) = self.inbox.blocking_recv() {
-            if message(&mut state) {
+            if message(&mut state, &self.name) {
                 continue;
             }
             match panics::catch(&self.name, || (self.build)()) {

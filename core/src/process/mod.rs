@@ -19,7 +19,6 @@ use pool::Pool;
 use spawn::Spawner;
 use std::io::{ErrorKind, Write};
 use std::os::unix::net::UnixStream;
-use std::sync::mpsc::Receiver;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 use wire::{Assignment, Outcome};
@@ -85,8 +84,6 @@ fn gpu_ids(granted: &[usize]) -> String {
 #[derive(Default)]
 struct Alive {
     processes: Vec<Weak<link::Process>>,
-    /// A process that was started ahead.
-    spare: Option<Receiver<Result<spawn::Started, Error>>>,
     closing: bool,
 }
 
@@ -99,7 +96,7 @@ impl ProcessHost {
         &self.tokio
     }
 
-    /// Starts a worker, or puts the one to use that waits for it.
+    /// Starts a worker.
     pub(crate) fn start(
         &self,
         environment: Environment,
@@ -108,10 +105,7 @@ impl ProcessHost {
         sink: impl FnOnce(Arc<Progress>) -> Sink,
     ) -> Result<WorkerLink, Error> {
         let progress = Arc::new(Progress::create()?);
-        let mut started = match self.take_spare() {
-            Some(spare) => spare,
-            None => self.spawner.spawn()?,
-        };
+        let mut started = self.spawner.spawn()?;
         environment.assign(&progress, &mut started.control)?;
         let link = WorkerLink::new(started, log, sink(Arc::clone(&progress)), frames, &self.tokio)?;
         // The worker opens it when it gets there.
@@ -123,16 +117,7 @@ impl ProcessHost {
         }
         alive.processes.retain(|process| process.strong_count() > 0);
         alive.processes.push(Arc::downgrade(link.process()));
-        // The next one is ready sooner.
-        alive.spare = self.spawner.order().ok();
         Ok(link)
-    }
-
-    /// The process that was started ahead, if it lives.
-    fn take_spare(&self) -> Option<spawn::Started> {
-        let spare = self.alive().spare.take()?;
-        let mut spare = spare.recv().ok()?.ok()?;
-        matches!(spare.child.try_wait(), Ok(None)).then_some(spare)
     }
 
     pub(crate) fn pool(&self) -> &Pool {
@@ -151,7 +136,6 @@ impl ProcessHost {
     pub(crate) fn kill_all(&self) -> Vec<Arc<link::Process>> {
         let mut alive = self.alive();
         alive.closing = true;
-        alive.spare = None;
         let processes: Vec<_> = alive.processes.drain(..).filter_map(|p| p.upgrade()).collect();
         processes.iter().for_each(|process| process.kill());
         processes

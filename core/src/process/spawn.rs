@@ -13,7 +13,7 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
-use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::mpsc::{SyncSender, sync_channel};
 
 /// In a worker's environment: the file descriptor of its control stream.
 pub(crate) const WORKER_VARIABLE: &str = "MOBULA_WORKER_FD";
@@ -56,16 +56,10 @@ impl Spawner {
 
     /// A new process, which waits for its [`Assignment`](super::wire::Assignment).
     pub(crate) fn spawn(&self) -> Result<Started, Error> {
-        let gone = || Error::Internal("the spawner thread has ended".to_owned());
-        self.order()?.recv().map_err(|_| gone())?
-    }
-
-    /// The same, for who does not want to wait.
-    pub(crate) fn order(&self) -> Result<Receiver<Result<Started, Error>>, Error> {
         let (reply, answer) = sync_channel(1);
         let gone = || Error::Internal("the spawner thread has ended".to_owned());
         self.requests.send(reply).map_err(|_| gone())?;
-        Ok(answer)
+        answer.recv().map_err(|_| gone())?
     }
 }
 

@@ -14,6 +14,7 @@ pub(crate) use node::{Grant, NodeId};
 
 use node::Free;
 use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
 
 /// A request, unique in its runtime.
 pub(crate) type Id = u64;
@@ -99,13 +100,15 @@ struct Node {
 /// Waiting requests of one shape.
 #[derive(Debug)]
 struct Queue {
-    shape: Shape,
+    shape: Arc<Shape>,
     waiting: VecDeque<(u64, Id)>,
+    /// With which set of nodes the shape was last found to fit.
+    fits: Option<u64>,
 }
 
 #[derive(Debug)]
 struct Held {
-    shape: Shape,
+    shape: Arc<Shape>,
     grants: Vec<Grant>,
     cpus: Cpus,
 }
@@ -122,11 +125,13 @@ enum Cpus {
 pub(crate) struct Scheduler {
     nodes: Vec<Node>,
     queues: Vec<Queue>,
-    by_shape: HashMap<Shape, usize>,
+    by_shape: HashMap<Arc<Shape>, usize>,
     /// Waiting requests and their queue; who is not in here any more is skipped in the queue.
     waiting: HashMap<Id, usize>,
     held: HashMap<Id, Held>,
     reclaims: VecDeque<Id>,
+    /// Counts the changes of the set of nodes.
+    node_set: u64,
     arrivals: u64,
     /// Counts down with each request that goes back to the head of its queue.
     returns: u64,
@@ -173,11 +178,11 @@ impl Scheduler {
         if self.closed {
             return out.push(Command::Refuse { id, refusal: Refusal::Closed });
         }
-        if !self.could_ever_fit(&shape) {
+        let queue = self.queue_of(shape);
+        if !self.could_ever_fit(queue) {
             return out.push(Command::Refuse { id, refusal: Refusal::NeverFits });
         }
         self.arrivals += 1;
-        let queue = self.queue_of(shape);
         self.waiting.insert(id, queue);
         let waiting = &mut self.queues[queue].waiting;
         waiting.push_back((RETURNS + self.arrivals, id));
@@ -259,11 +264,13 @@ impl Scheduler {
 
     fn add_node(&mut self, id: NodeId, total: Amounts, out: &mut Vec<Command>) {
         self.nodes.push(Node { id, free: Free::all(&total), total });
+        self.node_set += 1;
         self.dispatch(out);
     }
 
     fn lose_node(&mut self, node: NodeId, out: &mut Vec<Command>) {
         self.nodes.retain(|n| n.id != node);
+        self.node_set += 1;
         let there = |held: &Held| held.grants.iter().any(|grant| grant.node == node);
         let mut lost: Vec<Id> =
             self.held.iter().filter(|(_, held)| there(held)).map(|(id, _)| *id).collect();
@@ -287,8 +294,9 @@ impl Scheduler {
             return queue;
         }
         self.forget_empty_queues();
-        self.by_shape.insert(shape.clone(), self.queues.len());
-        self.queues.push(Queue { shape, waiting: VecDeque::new() });
+        let shape = Arc::new(shape);
+        self.by_shape.insert(Arc::clone(&shape), self.queues.len());
+        self.queues.push(Queue { shape, waiting: VecDeque::new(), fits: None });
         self.queues.len() - 1
     }
 
@@ -311,12 +319,48 @@ impl Scheduler {
 
     /// Grants whatever can be granted now.
     fn dispatch(&mut self, out: &mut Vec<Command>) {
+        if let Some(queue) = self.only_simple_queue() {
+            return self.serve_simple(queue, out);
+        }
         let mut view: Vec<(NodeId, Free)> =
             self.nodes.iter().map(|node| (node.id, node.free.clone())).collect();
         self.resume(&mut view, out);
         for queue in self.in_order() {
             self.serve(queue, &mut view, out);
         }
+    }
+
+    /// The queue that holds somebody, if it is the only one, of single bundles, on one node: what
+    /// most programs have all the time.
+    fn only_simple_queue(&mut self) -> Option<usize> {
+        if self.nodes.len() != 1 || !self.reclaims.is_empty() {
+            return None;
+        }
+        let mut heads = (0..self.queues.len()).filter(|queue| self.head_of(*queue).is_some());
+        let only = heads.next().filter(|_| heads.next().is_none())?;
+        let shape = &self.queues[only].shape;
+        (shape.bundles.len() == 1 && shape.node.is_none()).then_some(only)
+    }
+
+    /// [`Scheduler::serve`] where nothing can be in the way, without a trial.
+    fn serve_simple(&mut self, queue: usize, out: &mut Vec<Command>) {
+        let shape = Arc::clone(&self.queues[queue].shape);
+        let amounts = &shape.bundles[0];
+        while self.head(queue).is_some()
+            && let Some(gpus) = self.nodes[0].free.take(amounts)
+        {
+            let Some(id) = self.pop(queue) else { return };
+            let grants = vec![Grant { node: self.nodes[0].id, amounts: amounts.clone(), gpus }];
+            let held = Held { shape: Arc::clone(&shape), grants: grants.clone(), cpus: Cpus::Held };
+            self.held.insert(id, held);
+            out.push(Command::Start { id, grants });
+        }
+    }
+
+    /// The oldest entry of a queue that still waits.
+    fn head_of(&self, queue: usize) -> Option<Id> {
+        let mut ids = self.queues[queue].waiting.iter().map(|(_, id)| *id);
+        ids.find(|id| self.waiting.contains_key(id))
     }
 
     /// Gives CPUs back to those who lent them.
@@ -358,14 +402,14 @@ impl Scheduler {
         while self.head(queue).is_some() {
             let Some(grants) = place(&self.queues[queue].shape, view) else {
                 // What waits for a node to come holds up nobody.
-                if self.could_ever_fit(&self.queues[queue].shape) {
+                if self.could_ever_fit(queue) {
                     reserve(&self.queues[queue].shape, view);
                 }
                 return;
             };
             let Some(id) = self.pop(queue) else { return };
             grants.iter().for_each(|grant| self.take_from_node(grant));
-            let shape = self.queues[queue].shape.clone();
+            let shape = Arc::clone(&self.queues[queue].shape);
             self.held.insert(id, Held { shape, grants: grants.clone(), cpus: Cpus::Held });
             out.push(Command::Start { id, grants });
         }
@@ -386,7 +430,16 @@ impl Scheduler {
         Some(id)
     }
 
-    fn could_ever_fit(&self, shape: &Shape) -> bool {
+    fn could_ever_fit(&mut self, queue: usize) -> bool {
+        if self.queues[queue].fits == Some(self.node_set) {
+            return true;
+        }
+        let fits = self.fits_when_all_is_free(&self.queues[queue].shape);
+        self.queues[queue].fits = fits.then_some(self.node_set);
+        fits
+    }
+
+    fn fits_when_all_is_free(&self, shape: &Shape) -> bool {
         let mut empty: Vec<(NodeId, Free)> =
             self.nodes.iter().map(|node| (node.id, Free::all(&node.total))).collect();
         place(shape, &mut empty).is_some()

@@ -343,7 +343,7 @@ impl Life {
         }
         let nodes_that_could = |id: &Id| {
             let queue = self.scheduler.waiting[id];
-            self.scheduler.could_ever_fit(&self.scheduler.queues[queue].shape)
+            self.scheduler.fits_when_all_is_free(&self.scheduler.queues[queue].shape)
         };
         let stuck: Vec<&Id> = self.waiting.iter().filter(|id| nodes_that_could(id)).collect();
         assert!(stuck.is_empty(), "{stuck:?} could run and does not");
