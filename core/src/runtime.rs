@@ -48,6 +48,8 @@ impl std::fmt::Debug for Runtime {
 }
 
 struct Inner {
+    /// New requests. Who submits does not wait for the state: whoever has it takes them in.
+    inbox: Mutex<Vec<(Event, Id, Waiting)>>,
     state: Mutex<State>,
     next_id: AtomicU64,
     host: Option<ProcessHost>,
@@ -161,7 +163,7 @@ impl Runtime {
     }
 
     pub(crate) fn with_host(total: &Resources, host: Option<ProcessHost>) -> Self {
-        let inner = Inner { state: Mutex::default(), next_id: AtomicU64::new(1), host };
+        let inner = Inner { inbox: Mutex::default(), state: Mutex::default(), next_id: AtomicU64::new(1), host };
         let runtime = Self { inner: Arc::new(inner) };
         runtime.step(Event::NodeJoined { node: HERE, total: total.into() });
         runtime
@@ -225,7 +227,8 @@ impl Runtime {
             return start(Err(Error::InvalidResources { asked: Box::new(asked.clone()) }));
         }
         let event = Event::Submit { id, shape: request.shape() };
-        self.step_with(event, |state| drop(state.starts.insert(id, Waiting { request, start })));
+        lock(&self.inner.inbox).push((event, id, Waiting { request, start }));
+        self.take_in();
     }
 
     /// A request whose turn in a worker process did not come goes back to the head of its queue.
@@ -295,21 +298,46 @@ impl Runtime {
     ) {
         let mut steps = Vec::new();
         {
-            let mut state = self.state();
+            let mut state = lock(&self.inner.state);
+            // First what came first.
+            self.empty_inbox(&mut state, &mut steps);
             change(&mut state);
-            let mut commands = std::mem::take(&mut state.commands);
-            state.scheduler.step(event, &mut commands);
-            let orders = commands.drain(..);
-            orders.for_each(|command| self.perform(&mut state, command, joined, &mut steps));
-            state.commands = commands;
+            self.decide(&mut state, event, joined, &mut steps);
         }
-        for Step { start, turn } in steps {
-            match start {
-                Some(start) => start(turn),
-                // Cancelled in this moment: what it was granted goes back.
-                None => drop(turn),
-            }
+        steps.into_iter().for_each(Step::take);
+        self.take_in();
+    }
+
+    /// Takes in what is new. If another thread has the state, it looks here when it has done.
+    fn take_in(&self) {
+        while !lock(&self.inner.inbox).is_empty() {
+            let Ok(mut state) = self.inner.state.try_lock() else { return };
+            let mut steps = Vec::new();
+            self.empty_inbox(&mut state, &mut steps);
+            drop(state);
+            steps.into_iter().for_each(Step::take);
         }
+    }
+
+    fn empty_inbox(&self, state: &mut State, steps: &mut Vec<Step>) {
+        let inbox = std::mem::take(&mut *lock(&self.inner.inbox));
+        for (event, id, waiting) in inbox {
+            state.starts.insert(id, waiting);
+            self.decide(state, event, None, steps);
+        }
+    }
+
+    fn decide(
+        &self,
+        state: &mut State,
+        event: Event,
+        joined: Option<&Arc<Worker>>,
+        steps: &mut Vec<Step>,
+    ) {
+        let mut commands = std::mem::take(&mut state.commands);
+        state.scheduler.step(event, &mut commands);
+        commands.drain(..).for_each(|command| self.perform(state, command, joined, steps));
+        state.commands = commands;
     }
 
     fn perform(
@@ -347,8 +375,10 @@ impl Runtime {
         }
     }
 
+    /// The state, after all that was submitted.
     fn state(&self) -> MutexGuard<'_, State> {
-        self.inner.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.take_in();
+        lock(&self.inner.state)
     }
 }
 
@@ -356,6 +386,20 @@ impl Runtime {
 struct Step {
     start: Option<Start>,
     turn: Result<Turn, Error>,
+}
+
+impl Step {
+    fn take(self) {
+        match self.start {
+            Some(start) => start(self.turn),
+            // Cancelled in this moment: what it was granted goes back.
+            None => drop(self.turn),
+        }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Request {
