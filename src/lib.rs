@@ -36,10 +36,11 @@
 //! it.
 
 pub use mobula_core::{
-    ActorOptions, ActorRef, Backoff, Batch, BatchSource, BatchStream, BoxError, Checkpoint,
-    CheckpointStore, Error, Flow, GroupTask, Member, ObjectRef, Placement, PlacementStrategy,
-    RemoteActor, Resources, RestartPolicy, RunDir, Runtime, Shard, Task, TaskOptions, World,
-    collect, console, init, init_with, on_interrupt, random, remote, run, value, wait, world,
+    ActorOptions, ActorPool, ActorRef, Backoff, Batch, BatchSource, BatchStream, BoxError, Bundle,
+    Checkpoint, CheckpointStore, Error, Flow, GroupTask, Member, ObjectRef, Placement,
+    PlacementGroup, PlacementGroupOptions, PlacementStrategy, RemoteActor, Resources,
+    RestartPolicy, RunDir, Runtime, Shard, Task, TaskOptions, World, collect, console, init,
+    init_with, on_interrupt, random, remote, run, value, wait, world,
 };
 
 #[cfg(feature = "data")]

@@ -137,6 +137,22 @@ pub enum Error {
         /// File and line.
         location: String,
     },
+    /// A bundle that a placement group does not have.
+    #[error("placement group {group} has no bundle {index}: it has {bundles}, counted from 0")]
+    NoSuchBundle {
+        /// The group.
+        group: String,
+        /// The bundle asked for.
+        index: usize,
+        /// How many there are.
+        bundles: usize,
+    },
+    /// What waited for a bundle whose placement group is gone.
+    #[error("{name} was not placed: the placement group that its bundle belongs to is gone")]
+    BundleGone {
+        /// Who waited.
+        name: String,
+    },
     /// A task was not run, because what it needed came to nothing.
     #[error("{task} was not run, because {}{root}", through(via))]
     InputFailed {
@@ -176,6 +192,14 @@ pub enum Error {
         actor: String,
         /// Its bound.
         capacity: usize,
+    },
+    /// No actor of this name and type is alive.
+    #[error(
+        "there is no actor named {name:?} of this type; it was never started here, or its last handle is gone"
+    )]
+    NoSuchActor {
+        /// The name asked for.
+        name: String,
     },
     /// A value could not be encoded for, or decoded from, another process.
     #[error("cannot {action} {what}: {source}")]

@@ -39,6 +39,8 @@ pub struct GroupOptions {
     pub resources: Resources,
     /// Where the members run. Default: each in a process of its own.
     pub placement: Placement,
+    /// Bytes of resident memory beyond which a member's process is killed. Default: none.
+    pub memory_limit: Option<u64>,
     /// How long to wait for resources that others hold. Default: 10 minutes.
     pub placement_timeout: Duration,
     /// Which incarnation this is; a restart counts it up. Default: 0.
@@ -67,6 +69,7 @@ impl GroupOptions {
             size,
             resources: Resources::cpus(1.0),
             placement: Placement::Process,
+            memory_limit: None,
             placement_timeout: Duration::from_secs(600),
             generation: 0,
             context: Bytes::new(),
@@ -265,7 +268,8 @@ impl Runtime {
             file: options.log_dir.as_ref().map(|dir| dir.join(format!("rank-{}.log", spec.rank))),
         };
         let gpus = &group.grants[spec.rank].gpus;
-        let environment = Environment::new(options.resources.threads(), gpus);
+        let environment = Environment::new(options.resources.threads(), gpus)
+            .with_memory_limit(options.memory_limit);
         let sink = |_| Sink::Channel(sender);
         let link = self.host()?.start(environment, log, FRAMES, sink)?;
         forward(spec.rank, inbox, events.clone())?;

@@ -60,7 +60,10 @@ impl<T: Send + Sync + 'static> Job<T> {
     fn request(&self) -> Request {
         Request {
             strategy: self.options.strategy,
-            is_pooled: self.options.placement == Placement::Process,
+            bundle: self.options.bundle,
+            // One with a limit of its own has a worker of its own kind.
+            is_pooled: self.options.placement == Placement::Process
+                && self.options.memory_limit.is_none(),
             ..Request::single(self.promise.name(), &self.options.resources)
         }
     }
@@ -151,9 +154,12 @@ impl<T: Send + Sync + 'static> Job<T> {
         let Some(Body::Remote(call)) = &self.body else { return };
         let (function, args) = (call.name, self.args.clone());
         let (name, object) = (Arc::clone(self.promise.name()), self.promise.object());
-        let timeout = self.options.timeout;
+        let (timeout, memory_limit) = (self.options.timeout, self.options.memory_limit);
         let finish = Box::new(move |ended| self.process_ended(ended));
-        host.pool().begin(turn, PoolCall { task: name, function, args, timeout, object, finish });
+        host.pool().begin(
+            turn,
+            PoolCall { task: name, function, args, timeout, memory_limit, object, finish },
+        );
     }
 
     fn process_ended(self, ended: Ended) {

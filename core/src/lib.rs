@@ -31,6 +31,7 @@ mod job;
 mod object;
 mod panics;
 mod parcel;
+mod placement;
 mod process;
 pub mod random;
 pub mod remote;
@@ -46,7 +47,10 @@ mod timer;
 pub mod value;
 pub mod world;
 
-pub use actor::{ActorHandle, ActorOptions, ActorRef, RemoteActor, Reply, RestartPolicy};
+pub use actor::{
+    ActorHandle, ActorOptions, ActorPool, ActorPoolOptions, ActorRef, RemoteActor, Reply,
+    RestartPolicy,
+};
 pub use batch::{Batch, BatchSource, BatchStream, Shard, StreamState};
 pub use checkpoint::{Checkpoint, CheckpointStore};
 pub use error::{BoxError, Error};
@@ -55,6 +59,7 @@ pub use init::{init, init_with};
 pub use interrupt::{InterruptGuard, on_interrupt};
 pub use mobula_macros::remote;
 pub use object::{ObjectRef, collect, wait};
+pub use placement::{Bundle, PlacementGroup, PlacementGroupOptions};
 pub use resources::Resources;
 pub use run::RunDir;
 pub use runtime::Runtime;

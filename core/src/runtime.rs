@@ -1,5 +1,6 @@
 //! The runtime: hands events to the scheduler, and performs what it commands.
 
+use crate::actor::{ActorRef, WeakActor};
 use crate::job::Job;
 use crate::object::when_ready;
 use crate::process::ProcessHost;
@@ -8,7 +9,8 @@ use crate::scheduler::{
     Amounts, Command, Event, Grant, Id, NodeId, PlacementStrategy, Refusal, Scheduler, Shape,
 };
 use crate::task::Task;
-use crate::{Error, ObjectRef, Resources, console};
+use crate::{Bundle, Error, ObjectRef, Resources, console};
+use std::any::TypeId;
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{RecvTimeoutError, SyncSender, sync_channel};
@@ -52,6 +54,8 @@ struct Inner {
     inbox: Mutex<Vec<(Event, Id, Waiting)>>,
     state: Mutex<State>,
     next_id: AtomicU64,
+    /// Typed actors by type and name.
+    actors: Mutex<HashMap<(TypeId, String), WeakActor>>,
     host: Option<ProcessHost>,
 }
 
@@ -62,6 +66,9 @@ struct State {
     starts: HashMap<Id, Waiting>,
     /// Who is blocked until its CPUs are back.
     resumes: HashMap<Id, SyncSender<()>>,
+    /// The GPUs of each bundle, as its node numbers them.
+    bundle_gpus: HashMap<NodeId, Vec<usize>>,
+    bundles: u64,
     /// Kept for its memory.
     commands: Vec<Command>,
 }
@@ -71,6 +78,8 @@ pub(crate) struct Request {
     pub(crate) name: Arc<str>,
     pub(crate) bundles: Vec<Resources>,
     pub(crate) strategy: PlacementStrategy,
+    /// The only place where it may go.
+    pub(crate) bundle: Option<Bundle>,
     /// Whether it may share the worker process, and the grant, of another one of its shape.
     pub(crate) is_pooled: bool,
 }
@@ -163,7 +172,13 @@ impl Runtime {
     }
 
     pub(crate) fn with_host(total: &Resources, host: Option<ProcessHost>) -> Self {
-        let inner = Inner { inbox: Mutex::default(), state: Mutex::default(), next_id: AtomicU64::new(1), host };
+        let inner = Inner {
+            inbox: Mutex::default(),
+            state: Mutex::default(),
+            next_id: AtomicU64::new(1),
+            actors: Mutex::default(),
+            host,
+        };
         let runtime = Self { inner: Arc::new(inner) };
         runtime.step(Event::NodeJoined { node: HERE, total: total.into() });
         runtime
@@ -208,6 +223,17 @@ impl Runtime {
         if let Some(host) = &self.inner.host {
             host.shutdown();
         }
+    }
+
+    pub(crate) fn remember_actor<A: 'static>(&self, actor: &ActorRef) {
+        let mut actors = lock(&self.inner.actors);
+        actors.retain(|_, actor| actor.upgrade().is_some());
+        actors.insert((TypeId::of::<A>(), actor.name().to_owned()), actor.downgrade());
+    }
+
+    pub(crate) fn find_actor<A: 'static>(&self, name: &str) -> Option<ActorRef> {
+        let key = (TypeId::of::<A>(), name.to_owned());
+        lock(&self.inner.actors).get(&key).and_then(WeakActor::upgrade)
     }
 
     /// The host of worker processes, or why there is none.
@@ -274,6 +300,24 @@ impl Runtime {
                 })
             }
         }
+    }
+
+    /// Makes what was granted a place of its own.
+    pub(crate) fn open_bundle(&self, grant: &Grant) -> NodeId {
+        let node = {
+            let mut state = self.state();
+            state.bundles += 1;
+            let node = NodeId::bundle(state.bundles);
+            state.bundle_gpus.insert(node, grant.gpus.clone());
+            node
+        };
+        self.step(Event::NodeJoined { node, total: grant.amounts.clone() });
+        node
+    }
+
+    pub(crate) fn close_bundle(&self, node: NodeId) {
+        let forget = |state: &mut State| drop(state.bundle_gpus.remove(&node));
+        self.step_with(Event::NodeLost { node }, forget);
     }
 
     fn share(&self, holder: Id, worker: &Arc<Worker>, max: usize) {
@@ -348,7 +392,8 @@ impl Runtime {
         steps: &mut Vec<Step>,
     ) {
         match command {
-            Command::Start { id, grants } => {
+            Command::Start { id, mut grants } => {
+                grants.iter_mut().for_each(|grant| state.name_gpus(grant));
                 let runtime = self.clone();
                 let lease = Arc::new(Lease { runtime, id, grants, is_lent: Mutex::new(false) });
                 let start = state.starts.remove(&id).map(|waiting| waiting.start);
@@ -382,6 +427,15 @@ impl Runtime {
     }
 }
 
+impl State {
+    /// A bundle counts its GPUs from 0; its node knows which they are.
+    fn name_gpus(&self, grant: &mut Grant) {
+        if let Some(names) = self.bundle_gpus.get(&grant.node) {
+            grant.gpus.iter_mut().for_each(|gpu| *gpu = names[*gpu]);
+        }
+    }
+}
+
 /// A request whose turn has come, to be told so outside of the lock.
 struct Step {
     start: Option<Start>,
@@ -409,6 +463,7 @@ impl Request {
             name: Arc::clone(name),
             bundles: vec![resources.clone()],
             strategy: PlacementStrategy::default(),
+            bundle: None,
             is_pooled: false,
         }
     }
@@ -417,7 +472,7 @@ impl Request {
         Shape {
             bundles: self.bundles.iter().map(Amounts::from).collect(),
             strategy: self.strategy,
-            node: None,
+            node: self.bundle.map(|bundle| bundle.0),
             is_pooled: self.is_pooled,
         }
     }
@@ -431,6 +486,7 @@ impl Request {
     fn refused(&self, refusal: Refusal, total: &Amounts) -> Error {
         match refusal {
             Refusal::Closed => closed(&self.name),
+            Refusal::NodeGone => Error::BundleGone { name: self.name.to_string() },
             Refusal::NeverFits => {
                 Error::Unplaceable { asked: Box::new(self.total()), total: Box::new(total.into()) }
             }

@@ -3,7 +3,7 @@
 pub use crate::current::cancelled;
 use crate::object::AnyObject;
 use crate::remote::{Inputs, RemoteCall};
-use crate::{BoxError, Error, ObjectRef, PlacementStrategy, Resources};
+use crate::{BoxError, Bundle, Error, ObjectRef, PlacementStrategy, Resources};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -76,6 +76,8 @@ pub struct TaskOptions {
     pub placement: Placement,
     /// On which node it goes, where there are several. Default: pack.
     pub strategy: PlacementStrategy,
+    /// The bundle of a placement group that it takes its resources from. Default: none.
+    pub bundle: Option<Bundle>,
     /// How often it is run again after its worker process was lost or too slow. Default: 0.
     pub max_retries: u32,
     /// Whether errors and panics of the task itself are retried too. Default: no. A closure that
@@ -86,6 +88,10 @@ pub struct TaskOptions {
     /// How long one attempt may run. In a process it is killed then. On a thread its result is
     /// [`Error::Timeout`] then, [`cancelled`] says so to it, and it is not retried. Default: none.
     pub timeout: Option<Duration>,
+    /// Bytes of resident memory beyond which its worker process is killed: the task is lost, and
+    /// retried if asked. Threads share one memory, so for them there is no such limit.
+    /// Default: none.
+    pub memory_limit: Option<u64>,
 }
 
 impl Default for TaskOptions {
@@ -94,10 +100,12 @@ impl Default for TaskOptions {
             resources: Resources::cpus(1.0),
             placement: Placement::Thread,
             strategy: PlacementStrategy::default(),
+            bundle: None,
             max_retries: 0,
             retry_errors: false,
             backoff: Backoff::default(),
             timeout: None,
+            memory_limit: None,
         }
     }
 }

@@ -8,12 +8,12 @@ use crate::parcel::Parcel;
 use crate::remote::{Arguments, Value};
 use crate::{Error, ObjectRef};
 use std::sync::mpsc::Sender;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 
 /// A type whose `impl` carries `#[mobula::remote]`.
 pub trait RemoteActor: 'static {
     /// What its messages are sent through.
-    type Handle: From<ActorRef>;
+    type Handle: From<ActorRef> + AsRef<ActorRef>;
 }
 
 /// Sends calls to an actor, wherever it lives. Calls of one sender are handled in order. The actor
@@ -21,15 +21,18 @@ pub trait RemoteActor: 'static {
 /// `#[mobula::remote]` generates around this.
 #[derive(Clone)]
 pub struct ActorRef {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
     name: Arc<str>,
     credits: Arc<Credits>,
     route: Route,
 }
 
-#[derive(Clone)]
 enum Route {
     Thread(Sender<Post>),
-    Process(Arc<ProcessHandle>),
+    Process(ProcessHandle),
 }
 
 /// Closes the actor with the last handle.
@@ -43,34 +46,49 @@ impl Drop for ProcessHandle {
 
 impl std::fmt::Debug for ActorRef {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("ActorRef").field("name", &self.name).finish_non_exhaustive()
+        f.debug_struct("ActorRef").field("name", &self.inner.name).finish_non_exhaustive()
     }
 }
 
 impl ActorRef {
     pub(super) fn on_thread(options: &ActorOptions, mailbox: Sender<Post>) -> Self {
-        let (name, credits) = (options.name.as_str().into(), Credits::new(options));
-        Self { name, credits, route: Route::Thread(mailbox) }
+        Self::new(options, Route::Thread(mailbox))
     }
 
     pub(super) fn in_process(options: &ActorOptions, actor: Arc<ProcessActor>) -> Self {
+        Self::new(options, Route::Process(ProcessHandle(actor)))
+    }
+
+    fn new(options: &ActorOptions, route: Route) -> Self {
         let (name, credits) = (options.name.as_str().into(), Credits::new(options));
-        Self { name, credits, route: Route::Process(Arc::new(ProcessHandle(actor))) }
+        Self { inner: Arc::new(Inner { name, credits, route }) }
+    }
+
+    pub(crate) fn downgrade(&self) -> WeakActor {
+        WeakActor(Arc::downgrade(&self.inner))
     }
 
     /// The actor's name.
     pub fn name(&self) -> &str {
-        &self.name
+        &self.inner.name
+    }
+
+    /// Whether calls still reach it: not when its process is gone for good.
+    pub fn is_alive(&self) -> bool {
+        match &self.inner.route {
+            Route::Thread(_) => true,
+            Route::Process(actor) => actor.0.is_alive(),
+        }
     }
 
     /// Calls that were sent and have not ended.
     pub fn pending(&self) -> usize {
-        self.credits.lock().messages
+        self.inner.credits.lock().messages
     }
 
     /// The process it lives in, if it has one of its own and that is running.
     pub fn pid(&self) -> Option<u32> {
-        match &self.route {
+        match &self.inner.route {
             Route::Thread(_) => None,
             Route::Process(actor) => actor.0.pid(),
         }
@@ -79,7 +97,7 @@ impl ActorRef {
     /// Ends the actor at once where it lives in a process: calls under way fail. An actor on a
     /// thread cannot be ended from outside.
     pub fn kill(&self) {
-        if let Route::Process(actor) = &self.route {
+        if let Route::Process(actor) = &self.inner.route {
             actor.0.kill();
         }
     }
@@ -93,7 +111,7 @@ impl ActorRef {
         block_until_ready(&P::inputs(&args).0);
         match P::encode(&args) {
             Ok(args) => {
-                self.credits.take(bytes_of(&args));
+                self.inner.credits.take(bytes_of(&args));
                 self.send(method, args)
             }
             Err(error) => self.refused(method, error),
@@ -107,8 +125,8 @@ impl ActorRef {
         args: P::Described,
     ) -> Result<ObjectRef<T>, Error> {
         let args = P::encode(&args)?;
-        if !self.credits.try_take(bytes_of(&args)) {
-            let (actor, capacity) = (self.name.to_string(), self.credits.most_messages);
+        if !self.inner.credits.try_take(bytes_of(&args)) {
+            let (actor, capacity) = (self.inner.name.to_string(), self.inner.credits.most_messages);
             return Err(Error::MailboxFull { actor, capacity });
         }
         Ok(self.send(method, args))
@@ -116,7 +134,7 @@ impl ActorRef {
 
     fn send<T: Value>(&self, method: &'static str, args: Vec<Parcel>) -> ObjectRef<T> {
         let (object, promise) = ObjectRef::pending(method.into());
-        let (credits, bytes) = (Arc::clone(&self.credits), bytes_of(&args));
+        let (credits, bytes) = (Arc::clone(&self.inner.credits), bytes_of(&args));
         let settle = Box::new(move |result| {
             credits.give_back(bytes);
             match result {
@@ -129,10 +147,10 @@ impl ActorRef {
     }
 
     fn post(&self, post: Post) {
-        match &self.route {
+        match &self.inner.route {
             Route::Thread(mailbox) => {
                 if let Err(refused) = mailbox.send(post) {
-                    (refused.0.settle)(Err(gone(&self.name)));
+                    (refused.0.settle)(Err(gone(&self.inner.name)));
                 }
             }
             Route::Process(actor) => actor.0.post(post),
@@ -143,6 +161,15 @@ impl ActorRef {
         let (object, promise) = ObjectRef::pending(method.into());
         promise.error(error);
         object
+    }
+}
+
+/// An actor for as long as others have handles to it.
+pub(crate) struct WeakActor(Weak<Inner>);
+
+impl WeakActor {
+    pub(crate) fn upgrade(&self) -> Option<ActorRef> {
+        self.0.upgrade().map(|inner| ActorRef { inner })
     }
 }
 

@@ -4,17 +4,20 @@
 //! ones, which live on a thread or in a process of their own.
 
 mod handle;
+mod pool;
 mod process;
 pub mod remote;
 pub(crate) mod stage;
 mod supervisor;
 
+pub(crate) use handle::WeakActor;
 pub use handle::{ActorRef, RemoteActor};
+pub use pool::{ActorPool, ActorPoolOptions};
 pub use supervisor::RestartPolicy;
 
 use crate::runtime::{Lease, Request, Runtime};
 use crate::task::Placement;
-use crate::{BoxError, Error, Resources, console, panics, threads};
+use crate::{BoxError, Bundle, Error, Resources, console, panics, threads};
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -40,6 +43,10 @@ pub struct ActorOptions {
     /// How often a call that was running when the process was lost is sent to the next one; those
     /// that only waited always are. Default: 0.
     pub max_task_retries: u32,
+    /// Bytes of resident memory beyond which its process, if it has one, is killed. Default: none.
+    pub memory_limit: Option<u64>,
+    /// The bundle of a placement group that it takes its resources from. Default: none.
+    pub bundle: Option<Bundle>,
     /// How long to wait for resources that others hold. Default: 10 minutes.
     pub placement_timeout: Duration,
 }
@@ -55,6 +62,8 @@ impl ActorOptions {
             placement: Placement::Thread,
             restart: RestartPolicy::default(),
             max_task_retries: 0,
+            memory_limit: None,
+            bundle: None,
             placement_timeout: Duration::from_secs(600),
         }
     }
@@ -72,7 +81,8 @@ impl ActorOptions {
 
 impl ActorOptions {
     fn request(&self) -> Request {
-        Request::single(&self.name.as_str().into(), &self.resources)
+        let bundle = self.bundle;
+        Request { bundle, ..Request::single(&self.name.as_str().into(), &self.resources) }
     }
 
     fn refuse_process(&self) -> Result<(), Error> {

@@ -108,7 +108,9 @@ impl ProcessActor {
     /// Starts a process and has it build the actor.
     fn begin_life(self: &Arc<Self>) -> Result<(), Error> {
         let Some(lease) = self.state().lease.clone() else { return Ok(()) };
-        let environment = Environment::new(self.options.resources.threads(), &lease.grants[0].gpus);
+        let threads = self.options.resources.threads();
+        let environment = Environment::new(threads, &lease.grants[0].gpus)
+            .with_memory_limit(self.options.memory_limit);
         let name = &self.options.name;
         let log = LogTarget { prefix: Some(format!("[{name}]")), file: None };
         let frames = self.options.mailbox + CONTROL_FRAMES;
@@ -130,6 +132,10 @@ impl ProcessActor {
             Phase::Running(life) => Some(life.link.process().pid()),
             _ => None,
         }
+    }
+
+    pub(super) fn is_alive(&self) -> bool {
+        !matches!(self.state().phase, Phase::Dead(_))
     }
 
     pub(super) fn kill(&self) {

@@ -15,6 +15,7 @@ use std::any::Any;
 use std::marker::PhantomData;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, channel, sync_channel};
+use std::time::Duration;
 
 /// The state of an actor, of whatever type.
 pub type State = Box<dyn Any>;
@@ -62,6 +63,12 @@ impl<A> ActorCall<A> {
         self
     }
 
+    /// The same actor, if its resources are free right now.
+    pub(crate) fn at_once(mut self) -> Self {
+        self.options.placement_timeout = Duration::ZERO;
+        self
+    }
+
     /// The same actor under another name.
     pub fn named(mut self, name: impl Into<String>) -> Self {
         self.options.name = name.into();
@@ -93,7 +100,16 @@ impl Runtime {
                 ProcessActor::start(self, &call.options, call.constructor, args, lease)?
             }
         };
+        self.remember_actor::<A>(&actor);
         Ok(A::Handle::from(actor))
+    }
+
+    /// The newest actor of this type and name that still has a handle somewhere.
+    ///
+    /// Errors when there is none.
+    pub fn named_actor<A: RemoteActor>(&self, name: &str) -> Result<A::Handle, Error> {
+        let none = || Error::NoSuchActor { name: name.to_owned() };
+        self.find_actor::<A>(name).map(A::Handle::from).ok_or_else(none)
     }
 }
 

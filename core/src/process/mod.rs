@@ -4,6 +4,7 @@ pub(crate) mod child;
 mod desk;
 mod link;
 mod logs;
+mod memory;
 pub(crate) mod pool;
 mod progress;
 pub(crate) mod spawn;
@@ -42,13 +43,19 @@ pub(crate) struct Environment {
     threads: usize,
     /// `CUDA_VISIBLE_DEVICES`, if the driver has GPUs to give.
     gpus: Option<String>,
+    /// Bytes of memory beyond which it is killed.
+    memory_limit: Option<u64>,
 }
 
 impl Environment {
     /// Threads for the CPUs that were asked for, and the GPUs that were granted.
     pub(crate) fn new(threads: usize, gpus: &[usize]) -> Self {
         let gpus = (crate::resources::visible_gpus() > 0).then(|| gpu_ids(gpus));
-        Self { threads, gpus }
+        Self { threads, gpus, memory_limit: None }
+    }
+
+    pub(crate) fn with_memory_limit(self, memory_limit: Option<u64>) -> Self {
+        Self { memory_limit, ..self }
     }
 
     /// Tells a new process. One that has ended already is not told, and its end says why.
@@ -106,10 +113,14 @@ impl ProcessHost {
     ) -> Result<WorkerLink, Error> {
         let progress = Arc::new(Progress::create()?);
         let mut started = self.spawner.spawn()?;
+        let memory_limit = environment.memory_limit;
         environment.assign(&progress, &mut started.control)?;
         let link = WorkerLink::new(started, log, sink(Arc::clone(&progress)), frames, &self.tokio)?;
         // The worker opens it when it gets there.
         let link = link.with_progress(progress);
+        if let Some(limit) = memory_limit {
+            memory::limit(link.process(), limit);
+        }
         let mut alive = self.alive();
         if alive.closing {
             // The link is dropped, and its process ends.

@@ -30,6 +30,7 @@ pub(crate) struct PoolCall {
     pub(crate) function: &'static str,
     pub(crate) args: Vec<Parcel>,
     pub(crate) timeout: Option<Duration>,
+    pub(crate) memory_limit: Option<u64>,
     /// What the task gives: to be cancelled.
     pub(crate) object: Arc<dyn AnyObject>,
     pub(crate) finish: Box<dyn FnOnce(Ended) + Send>,
@@ -89,7 +90,8 @@ impl Pool {
             Turn::Granted(lease) => lease,
         };
         let threads = lease.grants[0].threads();
-        let environment = Environment::new(threads, &lease.grants[0].gpus);
+        let environment =
+            Environment::new(threads, &lease.grants[0].gpus).with_memory_limit(call.memory_limit);
         match self.take_idle(&environment) {
             Some(worker) => worker.begin(lease, call),
             None => self.begin_in_new(environment, lease, call),

@@ -86,6 +86,8 @@ pub(crate) enum Command {
 pub(crate) enum Refusal {
     /// More than all nodes together, or than any single one, could give.
     NeverFits,
+    /// The only node that would do is gone.
+    NodeGone,
     /// The scheduler was closed.
     Closed,
 }
@@ -180,7 +182,10 @@ impl Scheduler {
         }
         let queue = self.queue_of(shape);
         if !self.could_ever_fit(queue) {
-            return out.push(Command::Refuse { id, refusal: Refusal::NeverFits });
+            let named = self.queues[queue].shape.node;
+            let is_gone = named.is_some_and(|node| self.nodes.iter().all(|n| n.id != node));
+            let refusal = if is_gone { Refusal::NodeGone } else { Refusal::NeverFits };
+            return out.push(Command::Refuse { id, refusal });
         }
         self.arrivals += 1;
         self.waiting.insert(id, queue);
@@ -233,9 +238,8 @@ impl Scheduler {
     }
 
     fn join(&mut self, holder: Id, max: usize, out: &mut Vec<Command>) {
-        let Some(held) = self.held.get(&holder).filter(|held| held.cpus == Cpus::Held) else {
-            return;
-        };
+        let may_share = |held: &&Held| held.cpus == Cpus::Held && held.shape.is_pooled;
+        let Some(held) = self.held.get(&holder).filter(may_share) else { return };
         let Some(&queue) = self.by_shape.get(&held.shape) else { return };
         let ids: Vec<Id> = (0..max).map_while(|_| self.pop_if_oldest(queue)).collect();
         if !ids.is_empty() {
@@ -271,6 +275,7 @@ impl Scheduler {
     fn lose_node(&mut self, node: NodeId, out: &mut Vec<Command>) {
         self.nodes.retain(|n| n.id != node);
         self.node_set += 1;
+        self.refuse_who_waits_for(node, out);
         let there = |held: &Held| held.grants.iter().any(|grant| grant.node == node);
         let mut lost: Vec<Id> =
             self.held.iter().filter(|(_, held)| there(held)).map(|(id, _)| *id).collect();
@@ -278,6 +283,17 @@ impl Scheduler {
         out.extend(lost.iter().map(|id| Command::Lost { id: *id }));
         // What the lost ones hold on other nodes is free.
         lost.iter().for_each(|id| self.release(*id, out));
+    }
+
+    fn refuse_who_waits_for(&mut self, node: NodeId, out: &mut Vec<Command>) {
+        let only_there = |queue: &&mut Queue| queue.shape.node == Some(node);
+        for queue in self.queues.iter_mut().filter(only_there) {
+            for (_, id) in queue.waiting.drain(..) {
+                if self.waiting.remove(&id).is_some() {
+                    out.push(Command::Refuse { id, refusal: Refusal::NodeGone });
+                }
+            }
+        }
     }
 
     fn close(&mut self, out: &mut Vec<Command>) {

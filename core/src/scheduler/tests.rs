@@ -181,23 +181,24 @@ fn bundles_are_only_for_those_who_name_them() {
 
 #[test]
 fn joining_passes_nobody_who_came_earlier() {
+    let pooled = |n| Shape { is_pooled: true, ..cpus(n) };
     let mut s = machines(&[Amounts::cpus(UNIT)]);
     for id in 1..=3 {
-        submit(&mut s, id, cpus(1));
+        submit(&mut s, id, pooled(1));
     }
     let joined = step(&mut s, Event::Join { holder: 1, max: 1 });
     assert_eq!(joined, [Command::Joined { holder: 1, ids: vec![2] }]);
     submit(&mut s, 4, shape(&[Amounts::cpus(UNIT / 2)], PlacementStrategy::Pack));
-    submit(&mut s, 5, cpus(1));
+    submit(&mut s, 5, pooled(1));
     let joined = step(&mut s, Event::Join { holder: 1, max: 9 });
     assert_eq!(joined, [Command::Joined { holder: 1, ids: vec![3] }], "4 came before 5");
-    step(&mut s, Event::Return { id: 2, shape: cpus(1) });
+    step(&mut s, Event::Return { id: 2, shape: pooled(1) });
     assert_eq!(started(&step(&mut s, Event::Release { id: 1 })), [2], "it goes first again");
 }
 
 #[derive(Clone, Debug)]
 enum Act {
-    Submit { bundles: Vec<(i64, i64)>, strategy: PlacementStrategy },
+    Submit { bundles: Vec<(i64, i64)>, strategy: PlacementStrategy, is_pooled: bool },
     Cancel(usize),
     Release(usize),
     Lend(usize),
@@ -216,7 +217,9 @@ fn act() -> impl Strategy<Value = Act> {
     ]);
     let bundles = prop::collection::vec((0i64..=3 * UNIT, 0i64..=2), 1..4);
     prop_oneof![
-        6 => (bundles, strategy).prop_map(|(bundles, strategy)| Act::Submit { bundles, strategy }),
+        6 => (bundles, strategy, any::<bool>()).prop_map(|(bundles, strategy, is_pooled)| {
+            Act::Submit { bundles, strategy, is_pooled }
+        }),
         1 => (0usize..64).prop_map(Act::Cancel),
         6 => (0usize..64).prop_map(Act::Release),
         2 => (0usize..64).prop_map(Act::Lend),
@@ -242,14 +245,14 @@ struct Life {
 impl Life {
     fn act(&mut self, act: Act) {
         let event = match act {
-            Act::Submit { bundles, strategy } => {
+            Act::Submit { bundles, strategy, is_pooled } => {
                 self.next += 1;
                 self.waiting.push(self.next);
                 let amounts = |(cpus, n): (i64, i64)| Amounts { cpus, ..gpus(0, n) };
                 let bundles = bundles.into_iter().map(amounts).collect();
                 Event::Submit {
                     id: self.next,
-                    shape: Shape { bundles, strategy, node: None, is_pooled: false },
+                    shape: Shape { bundles, strategy, node: None, is_pooled },
                 }
             }
             Act::Cancel(n) if !self.waiting.is_empty() => {

@@ -27,6 +27,7 @@ pub(crate) const TESTS: &[Test] = &[
     ("graphs::a_long_task_does_not_hold_up_those_behind_it", recall),
     ("graphs::large_objects_travel_in_shared_memory", large_objects),
     ("graphs::an_object_outlives_the_process_that_made_it", killed_owner),
+    ("graphs::a_worker_over_its_memory_limit_dies_alone", over_limit),
     ("graphs::a_killed_worker_loses_only_what_it_ran", lose_one),
 ];
 
@@ -367,4 +368,29 @@ fn killed_owner(runtime: &Runtime) {
     wait(dying, 4, Some(LONG));
     let measured = runtime.submit(measure::remote(made).on(Placement::Process));
     assert_eq!(*measured.get_timeout(LONG).expect("measured"), (1 << 20, 7 << 20));
+}
+
+/// Takes so much memory, and says so.
+#[remote(crate = mobula_core)]
+fn take(mebibytes: usize) -> usize {
+    let taken = vec![1u8; mebibytes << 20];
+    let end = std::time::Instant::now() + Duration::from_secs(10);
+    // Until it is killed, or a while if it is not.
+    while mebibytes > 100 && std::time::Instant::now() < end {
+        std::thread::yield_now();
+    }
+    taken.len()
+}
+
+fn over_limit(runtime: &Runtime) {
+    let limited = |mebibytes| {
+        let memory_limit = Some(200 << 20);
+        let placement = Placement::Process;
+        let options = TaskOptions { memory_limit, placement, ..TaskOptions::default() };
+        runtime.submit(take::remote(mebibytes).with_options(options))
+    };
+    let (small, large) = (limited(1), limited(400));
+    let error = large.get_timeout(LONG).expect_err("over the limit").to_string();
+    assert!(error.contains("over its limit of 200 MiB"), "{error}");
+    assert_eq!(*small.get_timeout(LONG).expect("within the limit"), 1 << 20);
 }

@@ -5,6 +5,7 @@ mod actors;
 mod driver;
 mod graphs;
 mod groups;
+mod placement;
 mod remote_actors;
 mod tasks;
 
@@ -24,6 +25,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         driver::TESTS,
         graphs::TESTS,
         groups::TESTS,
+        placement::TESTS,
         remote_actors::TESTS,
         tasks::TESTS,
     ]

@@ -43,6 +43,12 @@ fn handle_item(
             }
         }
 
+        impl ::core::convert::AsRef<#krate::ActorRef> for #handle {
+            fn as_ref(&self) -> &#krate::ActorRef {
+                &self.0
+            }
+        }
+
         impl #krate::RemoteActor for #actor {
             type Handle = #handle;
         }

@@ -1,0 +1,81 @@
+//! Memory limits of worker processes: one thread looks at their resident size.
+
+use super::link::Process;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::Duration;
+
+/// How often it looks.
+const INTERVAL: Duration = Duration::from_millis(50);
+
+struct Watched {
+    process: Weak<Process>,
+    limit: u64,
+    peak: u64,
+}
+
+struct Watch {
+    processes: Vec<Watched>,
+    is_running: bool,
+}
+
+static WATCH: Mutex<Watch> = Mutex::new(Watch { processes: Vec::new(), is_running: false });
+
+/// Kills the process when it holds more than `limit` bytes of memory. It dies alone, before the
+/// system picks a victim.
+pub(super) fn limit(process: &Arc<Process>, limit: u64) {
+    let mut watch = lock();
+    watch.processes.push(Watched { process: Arc::downgrade(process), limit, peak: 0 });
+    if !watch.is_running {
+        let thread = std::thread::Builder::new().name("mobula-memory".to_owned());
+        watch.is_running = thread.spawn(look_around).is_ok();
+    }
+}
+
+/// Ends when nothing is left to watch.
+fn look_around() {
+    loop {
+        std::thread::sleep(INTERVAL);
+        let mut watch = lock();
+        watch.processes.retain_mut(Watched::look);
+        if watch.processes.is_empty() {
+            watch.is_running = false;
+            return;
+        }
+    }
+}
+
+impl Watched {
+    /// `false` when there is nothing more to see.
+    fn look(&mut self) -> bool {
+        let Some(process) = self.process.upgrade() else { return false };
+        if process.wait(Duration::ZERO).is_some() {
+            return false;
+        }
+        self.peak = self.peak.max(resident_bytes(process.pid()).unwrap_or(0));
+        if self.peak <= self.limit {
+            return true;
+        }
+        process.kill_because(over_limit(self.peak, self.limit));
+        false
+    }
+}
+
+fn over_limit(peak: u64, limit: u64) -> String {
+    let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
+    format!(
+        "its process held {:.0} MiB of memory, over its limit of {:.0} MiB, and was killed",
+        mib(peak),
+        mib(limit)
+    )
+}
+
+/// What a process holds in memory, if it lives.
+fn resident_bytes(pid: u32) -> Option<u64> {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/statm")).ok()?;
+    let pages: u64 = text.split_whitespace().nth(1)?.parse().ok()?;
+    Some(pages * rustix::param::page_size() as u64)
+}
+
+fn lock() -> MutexGuard<'static, Watch> {
+    WATCH.lock().unwrap_or_else(PoisonError::into_inner)
+}
