@@ -2,6 +2,8 @@
 
 #[doc = include_str!("../docs/guides/cluster.md")]
 mod cluster {}
+#[doc = include_str!("../docs/guides/core.md")]
+mod core {}
 #[doc = include_str!("../docs/guides/data.md")]
 mod data {}
 #[doc = include_str!("../docs/guides/serve.md")]
