@@ -7,7 +7,8 @@ use std::sync::Arc;
 
 /// What a thread knows of its task.
 pub(crate) struct Current {
-    pub(crate) object: Arc<dyn AnyObject>,
+    /// What it gives; an actor gives something else with every call.
+    pub(crate) object: Option<Arc<dyn AnyObject>>,
     /// What it holds while it runs; none where another process accounts for it.
     pub(crate) lease: Option<Arc<Lease>>,
 }
@@ -41,7 +42,7 @@ pub(crate) fn with<R>(look: impl FnOnce(&Current) -> R) -> Option<R> {
 
 /// Whether the task that runs on this thread was cancelled. Long tasks ask now and then.
 pub fn cancelled() -> bool {
-    with(|task| task.object.is_cancelled()).unwrap_or(false)
+    with(|task| task.object.as_ref().is_some_and(|object| object.is_cancelled())).unwrap_or(false)
 }
 
 /// Lends the CPUs of this thread's task to others until the guard is dropped, which waits for

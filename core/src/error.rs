@@ -111,6 +111,12 @@ pub enum Error {
         /// What this binary registers.
         registered: Vec<String>,
     },
+    /// Two functions that `#[mobula::remote]` registered under one name.
+    #[error("two remote functions are named {name:?}; rename one, or move it out of its function")]
+    RegisteredTwice {
+        /// The name.
+        name: String,
+    },
     /// A worker process runs another build than its driver.
     #[error("worker runs build {got}, expected {expected}: driver and workers must be one binary")]
     BuildMismatch {

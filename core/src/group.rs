@@ -25,9 +25,6 @@ use tokio::sync::mpsc;
 /// How long the processes of a finished group may take to leave.
 const GOODBYE: Duration = Duration::from_secs(1);
 
-/// Frames under way to a member.
-const FRAMES: usize = 256;
-
 /// How a group is placed. Every default is here.
 #[derive(Clone, Debug)]
 pub struct GroupOptions {
@@ -271,7 +268,7 @@ impl Runtime {
         let environment = Environment::new(options.resources.threads(), gpus)
             .with_memory_limit(options.memory_limit);
         let sink = |_| Sink::Channel(sender);
-        let link = self.host()?.start(environment, log, FRAMES, sink)?;
+        let link = self.host()?.start(environment, log, sink)?;
         forward(spec.rank, inbox, events.clone())?;
         link.send(ToWorker::Run {
             function: function.to_owned(),
@@ -323,7 +320,7 @@ impl<T> Group<T> {
     /// The next event, or `None` when none came within `timeout`. Call it often: gatherings of
     /// the members advance here.
     pub fn next_event(&mut self, timeout: Duration) -> Option<GroupEvent<T>> {
-        let deadline = Instant::now() + timeout;
+        let deadline = far_deadline(timeout);
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
             let (rank, event) = self.events.recv_timeout(left).ok()?;
@@ -336,7 +333,7 @@ impl<T> Group<T> {
     /// Waits until every member has returned and gives their results by rank, or the first
     /// failure. Reports are dropped.
     pub fn join(mut self, timeout: Duration) -> Result<Vec<T>, Error> {
-        let deadline = Instant::now() + timeout;
+        let deadline = far_deadline(timeout);
         let mut values: Vec<Option<T>> = self.members.iter().map(|_| None).collect();
         while values.iter().any(Option::is_none) {
             let left = deadline.saturating_duration_since(Instant::now());
@@ -435,6 +432,12 @@ impl<T> Drop for Group<T> {
             }
         }
     }
+}
+
+/// A time that one can count with, however long the timeout.
+fn far_deadline(timeout: Duration) -> Instant {
+    const YEAR: Duration = Duration::from_secs(365 * 24 * 3600);
+    Instant::now() + timeout.min(YEAR)
 }
 
 /// What a group's function knows of itself, and its line to the driver and the other members.

@@ -37,19 +37,36 @@ impl<T: Send + Sync + 'static> Job<T> {
 
     /// Waits for resources, then runs.
     pub(crate) fn enqueue(mut self) {
+        if self.promise.is_settled() {
+            return;
+        }
         if let Err(error) = self.prepare() {
             return self.promise.error(error);
         }
         self.can_be_cancelled_in_queue();
         let (runtime, id, request) = (self.runtime.clone(), self.id, self.request());
+        let object = self.promise.object();
         runtime.enqueue(id, request, Box::new(move |turn| self.start(turn)));
+        // Cancelled just before it was in the queue, where it would hold up others.
+        if object.is_cancelled() {
+            runtime.cancel(id);
+        }
     }
 
     /// Its turn in a worker process did not come: it is the next again.
-    fn enqueue_again(self) {
+    fn enqueue_again(mut self) {
+        if self.promise.is_settled() {
+            return;
+        }
+        // The old id may still be that of the grant which its worker holds.
+        self.id = self.runtime.next_id();
         self.can_be_cancelled_in_queue();
         let (runtime, id, request) = (self.runtime.clone(), self.id, self.request());
+        let object = self.promise.object();
         runtime.enqueue_again(id, request, Box::new(move |turn| self.start(turn)));
+        if object.is_cancelled() {
+            runtime.cancel(id);
+        }
     }
 
     fn can_be_cancelled_in_queue(&self) {
@@ -71,7 +88,10 @@ impl<T: Send + Sync + 'static> Job<T> {
     /// Encodes the arguments on the thread that submits, not on the one that serves all workers.
     fn prepare(&mut self) -> Result<(), Error> {
         match (&self.body, self.options.placement) {
-            (Some(Body::Remote(call)), _) => {
+            (Some(Body::Remote(call)), placement) => {
+                if placement == Placement::Process {
+                    self.runtime.host()?;
+                }
                 self.args = (call.encode)()?;
                 Ok(())
             }
@@ -103,7 +123,7 @@ impl<T: Send + Sync + 'static> Job<T> {
         let spawned = threads::run(self.options.resources.threads(), move || {
             self.watch_time();
             let current =
-                Current { object: self.promise.object(), lease: Some(Arc::clone(&lease)) };
+                Current { object: Some(self.promise.object()), lease: Some(Arc::clone(&lease)) };
             let result = current::run(current, || self.run_here());
             threads::winding_up(|| {
                 // The resources are free before the result is seen: who waits may submit more.
@@ -111,8 +131,9 @@ impl<T: Send + Sync + 'static> Job<T> {
                 self.finish(result);
             });
         });
-        if let (Err(error), Some(object)) = (spawned, object.upgrade()) {
-            object.fail(error);
+        if let (Err(refused), Some(object)) = (spawned, object.upgrade()) {
+            // Before its promise is dropped, which would only say that it was cancelled.
+            object.fail(refused.error.clone());
         }
     }
 

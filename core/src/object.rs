@@ -10,6 +10,7 @@ use serde::de::DeserializeOwned;
 use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::future::{Future, IntoFuture};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
@@ -227,6 +228,12 @@ impl<T: Send + Sync> AnyObject for Slot<T> {
             children.retain(|child| child.upgrade().is_some_and(|child| !child.is_ready()));
         }
         children.push(child);
+        drop(children);
+        // One that was submitted after the cancellation.
+        if self.is_cancelled() {
+            let late = std::mem::take(&mut *lock(&self.children));
+            late.iter().filter_map(Weak::upgrade).for_each(|child| child.cancel());
+        }
     }
 
     fn on_cancel(&self, kill: Box<dyn FnOnce() + Send>) {
@@ -253,7 +260,7 @@ impl<T: Send + Sync + 'static> ObjectRef<T> {
             kill: Mutex::default(),
         });
         let child = Arc::downgrade(&slot);
-        current::with(|task| task.object.adopt(child));
+        current::with(|task| task.object.as_ref().map(|parent| parent.adopt(child)));
         (Self { slot: Arc::clone(&slot) }, Promise { slot })
     }
 
@@ -428,7 +435,8 @@ fn block_on_objects<T: Send + Sync + 'static>(
     count: usize,
     timeout: Option<Duration>,
 ) {
-    let deadline = timeout.map(|timeout| Instant::now() + timeout);
+    // Later than there are times is never.
+    let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
     let left = AtomicUsize::new(count.min(objects.len()));
     let countdown = Arc::new(Countdown { left, thread: std::thread::current() });
     let waker = Waker::from(Arc::clone(&countdown));
@@ -547,7 +555,11 @@ fn wake_all(wakers: impl Iterator<Item = Waker>) {
         return;
     }
     while let Some(waker) = WAKING.with_borrow_mut(|queue| queue.as_mut()?.pop_front()) {
-        waker.wake();
+        // A panic of somebody's waker must not keep the others asleep.
+        let woken = catch_unwind(AssertUnwindSafe(|| waker.wake()));
+        if woken.is_err() {
+            tracing::error!("a waker panicked");
+        }
     }
     WAKING.with_borrow_mut(|queue| *queue = None);
 }

@@ -37,8 +37,15 @@ enum Run {
 
 inventory::collect!(RemoteFn);
 
-static BY_NAME: LazyLock<HashMap<&'static str, &'static RemoteFn>> =
-    LazyLock::new(|| inventory::iter::<RemoteFn>.into_iter().map(|f| (f.name, f)).collect());
+/// `None`: two functions have this name, as two of one name inside different functions would.
+static BY_NAME: LazyLock<HashMap<&'static str, Option<&'static RemoteFn>>> = LazyLock::new(|| {
+    let mut by_name = HashMap::new();
+    for function in inventory::iter::<RemoteFn> {
+        let entry = by_name.entry(function.name);
+        entry.and_modify(|known| *known = None).or_insert(Some(function));
+    }
+    by_name
+});
 
 impl RemoteFn {
     /// A function under its full path.
@@ -69,8 +76,11 @@ impl RemoteFn {
     }
 
     pub(crate) fn find(name: &str) -> Result<&'static Self, Error> {
-        let found = BY_NAME.get(name).copied();
-        found.ok_or_else(|| Error::NotRegistered { name: name.to_owned(), registered: names() })
+        match BY_NAME.get(name) {
+            Some(Some(function)) => Ok(function),
+            Some(None) => Err(Error::RegisteredTwice { name: name.to_owned() }),
+            None => Err(Error::NotRegistered { name: name.to_owned(), registered: names() }),
+        }
     }
 
     pub(crate) fn run(

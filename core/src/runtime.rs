@@ -14,7 +14,7 @@ use std::any::TypeId;
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{RecvTimeoutError, SyncSender, sync_channel};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::Duration;
 
 /// After this, who waits for resources that others hold is told so.
@@ -40,11 +40,14 @@ pub struct Runtime {
 
 impl std::fmt::Debug for Runtime {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let state = self.state();
+        let (total, free, waiting) = self.with_state(|state| {
+            let scheduler = &state.scheduler;
+            (scheduler.total(), scheduler.free(), scheduler.waiting())
+        });
         f.debug_struct("Runtime")
-            .field("total", &state.scheduler.total())
-            .field("free", &state.scheduler.free())
-            .field("waiting", &state.scheduler.waiting())
+            .field("total", &total)
+            .field("free", &free)
+            .field("waiting", &waiting)
             .finish()
     }
 }
@@ -186,12 +189,12 @@ impl Runtime {
 
     /// All resources of this runtime, free or taken.
     pub fn resources(&self) -> Resources {
-        (&self.state().scheduler.total()).into()
+        (&self.with_state(|state| state.scheduler.total())).into()
     }
 
     /// What is free now.
     pub fn free_resources(&self) -> Resources {
-        (&self.state().scheduler.free()).into()
+        (&self.with_state(|state| state.scheduler.free())).into()
     }
 
     /// Queues the task until its inputs are there and its resources are free, then runs it. What
@@ -304,13 +307,12 @@ impl Runtime {
 
     /// Makes what was granted a place of its own.
     pub(crate) fn open_bundle(&self, grant: &Grant) -> NodeId {
-        let node = {
-            let mut state = self.state();
+        let node = self.with_state(|state| {
             state.bundles += 1;
             let node = NodeId::bundle(state.bundles);
             state.bundle_gpus.insert(node, grant.gpus.clone());
             node
-        };
+        });
         self.step(Event::NodeJoined { node, total: grant.amounts.clone() });
         node
     }
@@ -348,17 +350,25 @@ impl Runtime {
             change(&mut state);
             self.decide(&mut state, event, joined, &mut steps);
         }
-        steps.into_iter().for_each(Step::take);
+        // Who submitted meanwhile relies on this look.
         self.take_in();
+        steps.into_iter().for_each(Step::take);
     }
 
     /// Takes in what is new. If another thread has the state, it looks here when it has done.
     fn take_in(&self) {
         while !lock(&self.inner.inbox).is_empty() {
-            let Ok(mut state) = self.inner.state.try_lock() else { return };
+            let mut state = match self.inner.state.try_lock() {
+                Ok(state) => state,
+                Err(TryLockError::Poisoned(state)) => state.into_inner(),
+                Err(TryLockError::WouldBlock) => return,
+            };
             let mut steps = Vec::new();
             self.empty_inbox(&mut state, &mut steps);
             drop(state);
+            if !steps.is_empty() {
+                self.take_in();
+            }
             steps.into_iter().for_each(Step::take);
         }
     }
@@ -420,10 +430,13 @@ impl Runtime {
         }
     }
 
-    /// The state, after all that was submitted.
-    fn state(&self) -> MutexGuard<'_, State> {
+    /// Looks at the state, after all that was submitted.
+    fn with_state<R>(&self, look: impl FnOnce(&mut State) -> R) -> R {
         self.take_in();
-        lock(&self.inner.state)
+        let result = look(&mut lock(&self.inner.state));
+        // Who submitted meanwhile relies on this look.
+        self.take_in();
+        result
     }
 }
 

@@ -41,9 +41,10 @@ struct Own {
 
 /// Runs `job` on a thread whose rayon pool has `width` threads: this one, if it is about to be
 /// free and fits, else one that is parked, else a new one.
-pub(crate) fn run(width: usize, job: impl FnOnce() + Send + 'static) -> Result<(), Error> {
+pub(crate) fn run(width: usize, job: impl FnOnce() + Send + 'static) -> Result<(), Refused> {
     let Some(job) = keep_for_this_thread(width, Box::new(job)) else { return Ok(()) };
-    match lock(&PARKED).entry(width).or_default().pop() {
+    let seat = lock(&PARKED).entry(width).or_default().pop();
+    match seat {
         Some(seat) => {
             *lock(&seat.job) = Some(job);
             seat.called.notify_one();
@@ -74,10 +75,32 @@ fn keep_for_this_thread(width: usize, job: Job) -> Option<Job> {
     })
 }
 
-fn start(width: usize, job: Job) -> Result<(), Error> {
+/// A job that found no thread, and why. Its owner may say so before it drops the job.
+pub(crate) struct Refused {
+    pub(crate) error: Error,
+    _job: Option<Job>,
+}
+
+impl From<Refused> for Error {
+    fn from(refused: Refused) -> Self {
+        refused.error
+    }
+}
+
+fn start(width: usize, job: Job) -> Result<(), Refused> {
     let thread = std::thread::Builder::new().name("mobula-task".to_owned()).stack_size(STACK_BYTES);
-    let spawned = thread.spawn(move || serve(width, job));
-    spawned.map(drop).map_err(|source| Error::system("starting a thread", source))
+    let slot = Arc::new(Mutex::new(Some(job)));
+    let copy = Arc::clone(&slot);
+    let spawned = thread.spawn(move || {
+        let job = lock(&copy).take();
+        if let Some(job) = job {
+            serve(width, job);
+        }
+    });
+    spawned.map(drop).map_err(|source| {
+        let error = Error::system("starting a thread", source);
+        Refused { error, _job: lock(&slot).take() }
+    })
 }
 
 fn serve(width: usize, first: Job) {
@@ -139,6 +162,7 @@ mod tests {
             run(width, move || {
                 let _ = sender.send(rayon::current_num_threads());
             })
+            .map_err(Error::from)
             .expect("thread");
             assert_eq!(widths.recv().expect("the job ran"), width);
         }
@@ -155,9 +179,11 @@ mod tests {
                 run(1, move || {
                     let _ = second.send(id());
                 })
+                .map_err(Error::from)
                 .expect("thread")
             });
         })
+        .map_err(Error::from)
         .expect("thread");
         let (first, second) = (ids.recv().expect("first"), ids.recv().expect("second"));
         assert_eq!(first, second);

@@ -2,6 +2,7 @@
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Condvar, LazyLock, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -50,10 +51,11 @@ static TIMER: LazyLock<Timer> = LazyLock::new(Timer::default);
 
 /// Runs `action` on the timer's thread after `delay`; it must be short.
 pub(crate) fn after(delay: Duration, action: impl FnOnce() + Send + 'static) {
+    // Later than there are times is never.
+    let Some(at) = Instant::now().checked_add(delay) else { return };
     let mut entries = TIMER.entries();
     entries.count += 1;
-    let entry =
-        Entry { at: Instant::now() + delay, order: entries.count, action: Box::new(action) };
+    let entry = Entry { at, order: entries.count, action: Box::new(action) };
     entries.heap.push(Reverse(entry));
     if !entries.is_running {
         let thread = std::thread::Builder::new().name("mobula-timer".to_owned());
@@ -77,8 +79,10 @@ impl Timer {
                 Some(_) => {
                     let entry = entries.heap.pop();
                     drop(entries);
-                    if let Some(Reverse(entry)) = entry {
-                        (entry.action)();
+                    if let Some(Reverse(entry)) = entry
+                        && catch_unwind(AssertUnwindSafe(entry.action)).is_err()
+                    {
+                        tracing::error!("what was to happen later panicked");
                     }
                     self.entries()
                 }

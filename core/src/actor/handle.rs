@@ -134,9 +134,10 @@ impl ActorRef {
 
     fn send<T: Value>(&self, method: &'static str, args: Vec<Parcel>) -> ObjectRef<T> {
         let (object, promise) = ObjectRef::pending(method.into());
-        let (credits, bytes) = (Arc::clone(&self.inner.credits), bytes_of(&args));
+        // Given back however the call ends.
+        let credit = Credit { credits: Arc::clone(&self.inner.credits), bytes: bytes_of(&args) };
         let settle = Box::new(move |result| {
-            credits.give_back(bytes);
+            drop(credit);
             match result {
                 Ok(parcel) => promise.encoded(parcel),
                 Err(error) => promise.error(error),
@@ -188,6 +189,18 @@ struct Credits {
     most_bytes: usize,
     used: Mutex<Used>,
     room: Condvar,
+}
+
+/// A call's place in the mailbox.
+struct Credit {
+    credits: Arc<Credits>,
+    bytes: usize,
+}
+
+impl Drop for Credit {
+    fn drop(&mut self) {
+        self.credits.give_back(self.bytes);
+    }
 }
 
 #[derive(Default)]

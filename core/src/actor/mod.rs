@@ -15,7 +15,8 @@ pub use handle::{ActorRef, RemoteActor};
 pub use pool::{ActorPool, ActorPoolOptions};
 pub use supervisor::RestartPolicy;
 
-use crate::runtime::{Lease, Request, Runtime};
+use crate::current::{self, Current};
+use crate::runtime::{Request, Runtime};
 use crate::task::Placement;
 use crate::{BoxError, Bundle, Error, Resources, console, panics, threads};
 use std::future::Future;
@@ -24,6 +25,9 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
+
+/// What a channel can be made for.
+const MOST_MESSAGES: usize = 1 << 30;
 
 /// How an actor is placed. Every default is here.
 #[derive(Clone, Debug)]
@@ -212,12 +216,15 @@ impl Runtime {
     ) -> Result<ActorHandle<S>, Error> {
         options.refuse_process()?;
         let lease = self.lease(options.request(), options.placement_timeout)?;
-        let (mailbox, inbox) = mpsc::channel(options.mailbox);
+        let (mailbox, inbox) = mpsc::channel(options.mailbox.clamp(1, MOST_MESSAGES));
         let (started, start) = std::sync::mpsc::sync_channel(1);
         let name: Arc<str> = options.name.as_str().into();
-        let actor =
-            Running { name: Arc::clone(&name), inbox, build: Box::new(build), _lease: lease };
-        threads::run(options.resources.threads(), move || actor.run(&started))?;
+        let actor = Running { name: Arc::clone(&name), inbox, build: Box::new(build) };
+        // Its messages may wait for other work, and lend its CPUs meanwhile.
+        let current = Current { object: None, lease: Some(lease) };
+        threads::run(options.resources.threads(), move || {
+            current::run(current, || actor.run(&started));
+        })?;
         start.recv().unwrap_or_else(|_| Err(gone(&name)))?;
         Ok(ActorHandle { name, mailbox })
     }
@@ -227,7 +234,6 @@ struct Running<S> {
     name: Arc<str>,
     inbox: mpsc::Receiver<Message<S>>,
     build: Box<dyn FnMut() -> Result<S, BoxError> + Send>,
-    _lease: Arc<Lease>,
 }
 
 impl<S: 'static> Running<S> {

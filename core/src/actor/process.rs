@@ -17,9 +17,6 @@ use std::sync::mpsc::{SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-/// Room for control frames beside the calls.
-const CONTROL_FRAMES: usize = 64;
-
 /// How long a constructor may take.
 const BUILD_TIMEOUT: Duration = Duration::from_secs(600);
 
@@ -41,7 +38,10 @@ struct State {
     supervisor: Supervisor,
     /// Who waits for the first construction.
     first: Option<SyncSender<Result<(), Error>>>,
+    /// No more calls will come.
     is_closing: bool,
+    /// It is to end, whatever waits.
+    is_killed: bool,
     lease: Option<Arc<Lease>>,
 }
 
@@ -88,6 +88,7 @@ impl ProcessActor {
             supervisor: Supervisor::new(options.restart),
             first: Some(first),
             is_closing: false,
+            is_killed: false,
             lease: Some(lease),
         };
         let actor = Arc::new(Self {
@@ -113,17 +114,21 @@ impl ProcessActor {
             .with_memory_limit(self.options.memory_limit);
         let name = &self.options.name;
         let log = LogTarget { prefix: Some(format!("[{name}]")), file: None };
-        let frames = self.options.mailbox + CONTROL_FRAMES;
         let ear = |progress| Sink::Listener(Arc::new(Ear { actor: Arc::clone(self), progress }));
         // Locked, so that its end is not noticed before its beginning.
         let mut state = self.state();
-        let link = self.runtime.host()?.start(environment, log, frames, ear)?;
+        if matches!(state.phase, Phase::Dead(_)) {
+            return Ok(());
+        }
+        let link = self.runtime.host()?.start(environment, log, ear)?;
         let (args, kept) = pack_all(&self.args)?;
         let function = self.constructor.to_owned();
         let build = ToWorker::Call { call: 0, what: What::Build, function, args };
         link.send(build);
         state.phase = Phase::Running(Arc::new(Life { link, _args: kept }));
-        state.send_queued();
+        let failed = state.send_queued();
+        drop(state);
+        settle_all(failed);
         Ok(())
     }
 
@@ -139,8 +144,18 @@ impl ProcessActor {
     }
 
     pub(super) fn kill(&self) {
-        self.state().is_closing = true;
-        self.end_process("it was killed by its owner");
+        const REASON: &str = "it was killed by its owner";
+        let is_running = {
+            let mut state = self.state();
+            state.is_killed = true;
+            matches!(state.phase, Phase::Running(_))
+        };
+        if is_running {
+            self.end_process(REASON);
+        } else {
+            // Between two processes there is nothing to wait for.
+            self.die(&lost(&self.options.name, REASON.to_owned()));
+        }
     }
 
     fn end_process(&self, reason: &str) {
@@ -164,7 +179,9 @@ impl ProcessActor {
             return (post.settle)(Err(error));
         }
         state.queue.push_back(post);
-        state.send_queued();
+        let failed = state.send_queued();
+        drop(state);
+        settle_all(failed);
     }
 
     fn hear(self: &Arc<Self>, event: WorkerEvent, progress: &Progress) {
@@ -214,7 +231,9 @@ impl ProcessActor {
         let (failed, next) = {
             let mut state = self.state();
             let failed = state.take_lost(newest, self.options.max_task_retries);
-            let is_done = state.is_closing || matches!(state.phase, Phase::Dead(_));
+            let is_done = state.is_killed
+                || matches!(state.phase, Phase::Dead(_))
+                || (state.is_closing && state.queue.is_empty());
             let next = if is_done { None } else { state.supervisor.lost(Instant::now()) };
             if next.is_some() {
                 state.phase = Phase::Starting;
@@ -244,8 +263,8 @@ impl ProcessActor {
                     copy.die(&error);
                 }
             });
-            if let Err(error) = spawned {
-                actor.die(&error);
+            if let Err(refused) = spawned {
+                actor.die(&refused.error);
             }
         });
     }
@@ -254,6 +273,9 @@ impl ProcessActor {
     fn die(&self, error: &Error) {
         let (posts, life, lease) = {
             let mut state = self.state();
+            if matches!(state.phase, Phase::Dead(_)) {
+                return;
+            }
             let queue = std::mem::take(&mut state.queue);
             let under_way = std::mem::take(&mut state.under_way);
             let under_way = under_way.into_values().map(|call| call.post);
@@ -274,15 +296,18 @@ impl ProcessActor {
 }
 
 impl State {
-    /// Sends what waits to the process, if there is one.
-    fn send_queued(&mut self) {
-        let Phase::Running(life) = &self.phase else { return };
+    /// Sends what waits to the process, if there is one. Gives what cannot be sent, to be settled
+    /// outside of the lock.
+    #[must_use]
+    fn send_queued(&mut self) -> Vec<(Post, Error)> {
+        let mut failed = Vec::new();
+        let Phase::Running(life) = &self.phase else { return failed };
         let life = Arc::clone(life);
         while let Some(post) = self.queue.pop_front() {
             let (args, kept) = match pack_all(&post.args) {
                 Ok(packed) => packed,
                 Err(error) => {
-                    (post.settle)(Err(error));
+                    failed.push((post, error));
                     continue;
                 }
             };
@@ -293,6 +318,7 @@ impl State {
             // If it is not taken, the process is gone, and its end will say so.
             life.link.send(frame);
         }
+        failed
     }
 
     /// What the lost process had: the failed ones; the others go back to the queue, in order.
@@ -321,6 +347,10 @@ impl State {
         }
         self.tell(ToWorker::Shutdown);
     }
+}
+
+fn settle_all(failed: Vec<(Post, Error)>) {
+    failed.into_iter().for_each(|(post, error)| (post.settle)(Err(error)));
 }
 
 fn gone_because(name: &str, error: &Error) -> Error {

@@ -5,6 +5,7 @@ use super::handle::{ActorRef, RemoteActor};
 use super::process::ProcessActor;
 use super::stage::Stage;
 use super::{ActorOptions, gone};
+use crate::current::{self, Current};
 use crate::object::block_until_ready;
 use crate::parcel::{Outgoing, Parcel, open_all};
 use crate::remote::{Arguments, Call, Inputs};
@@ -135,10 +136,11 @@ fn start_thread(
         let built = open_all(&args).and_then(|args| stage.build(constructor, args));
         let is_built = built.is_ok();
         let _ = started.send(built);
+        // Its calls may wait for other work, and lend its CPUs meanwhile.
+        let current = Current { object: None, lease: Some(lease) };
         if is_built {
-            work(&mut stage, &inbox);
+            current::run(current, || work(&mut stage, &inbox));
         }
-        drop(lease);
     })?;
     start.recv().unwrap_or_else(|_| Err(gone(&options.name)))?;
     Ok(ActorRef::on_thread(options, sender))

@@ -9,6 +9,7 @@ use crate::remote::RemoteFn;
 use crate::store::{Offer, Reader};
 use crate::threads::STACK_BYTES;
 use crate::{Error, panics};
+use rustix::process::{Signal, kill_process};
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -47,7 +48,9 @@ struct Inner {
 #[derive(Default)]
 struct Queue {
     waiting: VecDeque<Work>,
-    /// Since when the current call has been running.
+    /// The call that runs.
+    current: Option<u64>,
+    /// Since when it has been running.
     busy_since: Option<Instant>,
 }
 
@@ -80,8 +83,26 @@ impl Desk {
         }
     }
 
+    /// The driver has no use for this call. If it runs, this process ends with it, before another
+    /// call can begin; if it waits, it is given back; if it has ended, its reply is on its way.
     pub(super) fn forget(&self, call: u64) {
-        self.queue().waiting.retain(|work| work.call != call);
+        let mut queue = self.queue();
+        if queue.current == Some(call) {
+            let _ = kill_process(rustix::process::getpid(), Signal::KILL);
+        }
+        let before = queue.waiting.len();
+        queue.waiting.retain(|work| work.call != call);
+        let was_waiting = queue.waiting.len() < before;
+        drop(queue);
+        if was_waiting {
+            self.tell_later(FromWorker::Returned { calls: vec![call] });
+        }
+    }
+
+    /// Sends a frame from the control thread, which must not wait for room that it makes itself.
+    fn tell_later(&self, frame: FromWorker) {
+        let outbound = self.outbound.clone();
+        tokio::spawn(async move { drop(outbound.send(frame).await) });
     }
 
     /// The driver has the result.
@@ -111,19 +132,22 @@ impl Desk {
 
     /// Gives waiting tasks back to the driver, who may have room for them elsewhere.
     pub(super) fn send_back(&self) {
-        let mut queue = self.queue();
-        let (tasks, rest) = std::mem::take(&mut queue.waiting)
-            .into_iter()
-            .partition::<VecDeque<_>, _>(|work| work.what == What::Task);
+        let tasks = {
+            let mut queue = self.queue();
+            let (tasks, rest) = std::mem::take(&mut queue.waiting)
+                .into_iter()
+                .partition::<VecDeque<_>, _>(|work| work.what == What::Task);
+            queue.waiting = rest;
+            tasks
+        };
         let calls: Vec<u64> = tasks.iter().map(|work| work.call).collect();
-        // With the lock held, so that none of them can have begun.
-        match self.outbound.try_send(FromWorker::Returned { calls }) {
-            Ok(()) => queue.waiting = rest,
-            Err(_) => queue.waiting = tasks,
-        }
+        self.tell_later(FromWorker::Returned { calls });
     }
 
     fn work(&self) {
+        // A panic that nothing has caught, such as one in a destructor, would leave a process
+        // that lives and never answers.
+        let _end = EndWithThread;
         let mut stage = Stage::default();
         loop {
             let work = self.next();
@@ -135,18 +159,26 @@ impl Desk {
             }
             let micros = u32::try_from(since.elapsed().as_micros()).unwrap_or(u32::MAX);
             let reply = FromWorker::Reply { call, micros, outcome };
+            self.rest();
             if self.outbound.blocking_send(reply).is_err() {
                 return;
             }
         }
     }
 
-    fn next(&self) -> Work {
+    /// Nothing runs, so nothing can be stuck behind it.
+    fn rest(&self) {
         let mut queue = self.queue();
         queue.busy_since = None;
+        queue.current = None;
+    }
+
+    fn next(&self) -> Work {
+        let mut queue = self.queue();
         loop {
             if let Some(work) = queue.waiting.pop_front() {
                 queue.busy_since = Some(Instant::now());
+                queue.current = Some(work.call);
                 if queue.has_tasks() {
                     self.inner.waiting.notify_one();
                 }
@@ -158,6 +190,18 @@ impl Desk {
 
     fn queue(&self) -> MutexGuard<'_, Queue> {
         self.inner.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Ends the process if its thread ends by a panic.
+struct EndWithThread;
+
+impl Drop for EndWithThread {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("worker {}: the thread that runs calls has panicked", std::process::id());
+            std::process::exit(101);
+        }
     }
 }
 

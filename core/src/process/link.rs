@@ -14,7 +14,7 @@ use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 use tokio::net::UnixStream;
 use tokio::sync::{mpsc, oneshot};
-use tokio_stream::wrappers::ReceiverStream;
+use tokio_stream::wrappers::UnboundedReceiverStream;
 use tonic::codec::Streaming;
 use tonic::{Request, Response, Status};
 
@@ -26,8 +26,6 @@ const SECOND_LOOK: Duration = Duration::from_secs(1);
 const HELLO_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long the output of a process that has ended is waited for.
 const LAST_WORDS: Duration = Duration::from_secs(1);
-/// Frames under way to a worker.
-const OUTBOUND_FRAMES: usize = 256;
 
 /// What the driver hears of a worker.
 #[derive(Debug)]
@@ -66,22 +64,22 @@ impl Sink {
 /// A running worker process. Dropping it kills the process.
 #[derive(Debug)]
 pub(crate) struct WorkerLink {
-    frames: mpsc::Sender<ToWorker>,
+    /// Not bounded here: calls are, by their senders, and a control frame must always get through.
+    frames: mpsc::UnboundedSender<ToWorker>,
     process: Arc<Process>,
     progress: Option<Arc<Progress>>,
 }
 
 impl WorkerLink {
     /// Serves the control stream of a process that was just started; its frames and its end go to
-    /// `sink`. Up to `frames` frames may be under way to it.
+    /// `sink`.
     pub(crate) fn new(
         started: Started,
         log: LogTarget,
         sink: Sink,
-        frames: usize,
         tokio: &tokio::runtime::Handle,
     ) -> Result<Self, Error> {
-        let (frames, outbound) = mpsc::channel(frames.max(OUTBOUND_FRAMES));
+        let (frames, outbound) = mpsc::unbounded_channel();
         let process = Arc::new(Process::new(started.child));
         let drained = watch(&process, started.output, log.clone())?;
         let _entered = tokio.enter();
@@ -102,9 +100,9 @@ impl WorkerLink {
         self
     }
 
-    /// Sends a frame; `false` when the worker is gone or does not listen.
+    /// Sends a frame; `false` when the worker is gone.
     pub(crate) fn send(&self, frame: ToWorker) -> bool {
-        self.frames.try_send(frame).is_ok()
+        self.frames.send(frame).is_ok()
     }
 
     pub(crate) fn process(&self) -> &Arc<Process> {
@@ -237,7 +235,7 @@ struct Session {
 }
 
 impl Session {
-    async fn serve(self, control: UnixStream, outbound: mpsc::Receiver<ToWorker>) {
+    async fn serve(self, control: UnixStream, outbound: mpsc::UnboundedReceiver<ToWorker>) {
         let (opened, mut inbound) = mpsc::channel(1);
         let service = Connect { outbound: Arc::new(Mutex::new(Some(outbound))), opened };
         let incoming = stream::once(async { Ok::<_, Infallible>(control) });
@@ -320,7 +318,7 @@ fn silent() -> String {
 /// The one-method gRPC service of a control stream.
 #[derive(Clone)]
 struct Connect {
-    outbound: Arc<Mutex<Option<mpsc::Receiver<ToWorker>>>>,
+    outbound: Arc<Mutex<Option<mpsc::UnboundedReceiver<ToWorker>>>>,
     opened: mpsc::Sender<Streaming<FromWorker>>,
 }
 
@@ -364,7 +362,7 @@ impl tower_service::Service<Request<Streaming<FromWorker>>> for Method {
             let outbound = outbound.ok_or_else(|| Status::already_exists("one stream a worker"))?;
             let gone = |_| Status::unavailable("the driver is shutting down");
             opened.send(request.into_inner()).await.map_err(gone)?;
-            Ok(Response::new(ReceiverStream::new(outbound).map(Ok).boxed()))
+            Ok(Response::new(UnboundedReceiverStream::new(outbound).map(Ok).boxed()))
         })
     }
 }

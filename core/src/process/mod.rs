@@ -108,14 +108,13 @@ impl ProcessHost {
         &self,
         environment: Environment,
         log: LogTarget,
-        frames: usize,
         sink: impl FnOnce(Arc<Progress>) -> Sink,
     ) -> Result<WorkerLink, Error> {
         let progress = Arc::new(Progress::create()?);
         let mut started = self.spawner.spawn()?;
         let memory_limit = environment.memory_limit;
         environment.assign(&progress, &mut started.control)?;
-        let link = WorkerLink::new(started, log, sink(Arc::clone(&progress)), frames, &self.tokio)?;
+        let link = WorkerLink::new(started, log, sink(Arc::clone(&progress)), &self.tokio)?;
         // The worker opens it when it gets there.
         let link = link.with_progress(progress);
         if let Some(limit) = memory_limit {

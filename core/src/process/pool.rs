@@ -21,8 +21,6 @@ use std::time::Duration;
 const AHEAD_MICROS: f64 = 1000.0;
 /// Calls that may be under way to one worker.
 const MOST_CALLS: usize = 128;
-/// Room for control frames beside the calls.
-const CONTROL_FRAMES: usize = 64;
 
 /// A task's call, and who hears of its end.
 pub(crate) struct PoolCall {
@@ -69,6 +67,8 @@ pub(crate) struct Worker {
 /// A call, and what keeps its arguments where the worker finds them.
 struct UnderWay {
     call: PoolCall,
+    /// Its time is over; the worker was told.
+    is_late: bool,
     _args: Vec<store::Lease>,
 }
 
@@ -112,8 +112,9 @@ impl Pool {
                 (call.finish)(Ended::Error(error));
             }
         });
-        if let Err(error) = spawned {
-            object.fail(error);
+        if let Err(refused) = spawned {
+            // Before the promise is dropped, which would only say that it was cancelled.
+            object.fail(refused.error.clone());
         }
     }
 
@@ -127,8 +128,7 @@ impl Pool {
             Sink::Listener(new)
         };
         let log = LogTarget { prefix: Some("[worker]".to_owned()), file: None };
-        let frames = MOST_CALLS + CONTROL_FRAMES;
-        let link = lease.runtime().host()?.start(environment, log, frames, sink)?;
+        let link = lease.runtime().host()?.start(environment, log, sink)?;
         let worker = worker.ok_or_else(|| Error::Internal("a link without a worker".into()))?;
         let _ = worker.link.set(link);
         Ok(worker)
@@ -184,25 +184,28 @@ impl Worker {
             }
         };
         let mut state = self.state();
-        if state.is_dead {
-            drop(state);
-            return (call.finish)(Ended::NotStarted);
-        }
         state.take(lease);
+        // One that has lost its work meanwhile has no resources for this either.
+        if state.is_dead || state.lease.is_none() {
+            let lease = state.lease.take();
+            drop(state);
+            (call.finish)(Ended::NotStarted);
+            return drop(lease);
+        }
         state.last_call += 1;
         let number = state.last_call;
         let function = call.function.to_owned();
-        let (object, task, timeout) = (call.object.clone(), call.task.clone(), call.timeout);
-        state.calls.insert(number, UnderWay { call, _args: kept });
+        let (object, timeout) = (call.object.clone(), call.timeout);
+        state.calls.insert(number, UnderWay { call, is_late: false, _args: kept });
         // Under the lock, so that calls arrive in the order of their numbers. If it is not taken,
         // the worker is gone, and its end will say so.
         self.tell(ToWorker::Call { call: number, what: What::Task, function, args });
         drop(state);
         let worker = Arc::downgrade(self);
-        object.on_cancel(Box::new(move || cancel(&worker, number)));
+        object.on_cancel(Box::new(move || call_off(&worker, number, false)));
         if let Some(timeout) = timeout {
             let worker = Arc::downgrade(self);
-            timer::after(timeout, move || expire(&worker, number, &task, timeout));
+            timer::after(timeout, move || call_off(&worker, number, true));
         }
     }
 
@@ -270,13 +273,12 @@ impl Worker {
 
     /// Calls that were stuck behind a long one.
     fn returned(self: &Arc<Self>, numbers: &[u64]) {
-        let calls: Vec<PoolCall> = {
+        let calls: Vec<UnderWay> = {
             let mut state = self.state();
             // The newest first: each goes to the head of the queue.
-            let take = |number: &u64| state.calls.remove(number).map(|known| known.call);
-            numbers.iter().rev().filter_map(take).collect()
+            numbers.iter().rev().filter_map(|number| state.calls.remove(number)).collect()
         };
-        calls.into_iter().for_each(|call| (call.finish)(Ended::NotStarted));
+        calls.into_iter().for_each(UnderWay::not_started);
         self.rest();
     }
 
@@ -288,11 +290,14 @@ impl Worker {
         };
         self.pool.forget(self);
         let newest = self.progress.newest();
-        for (number, UnderWay { call, .. }) in calls.into_iter().rev() {
-            (call.finish)(match number > newest {
-                true => Ended::NotStarted,
-                false => Ended::Error(lost(&call.task, reason.to_owned())),
-            });
+        // One that ended before its first call would end before it again, and so for ever.
+        let first = calls.keys().next().copied().filter(|_| newest == 0);
+        for (number, known) in calls.into_iter().rev() {
+            if number > newest && first != Some(number) {
+                known.not_started();
+            } else {
+                known.lost(reason);
+            }
         }
         drop(lease);
     }
@@ -326,33 +331,33 @@ impl State {
     }
 }
 
-/// A call that has begun is ended with its process; one that has not is forgotten.
-fn cancel(worker: &Weak<Worker>, number: u64) {
-    let Some(worker) = worker.upgrade() else { return };
-    if number <= worker.progress.newest() {
-        let is_running = worker.state().calls.contains_key(&number);
-        return if is_running {
-            worker.kill("its task was cancelled")
-        };
+impl UnderWay {
+    fn not_started(self) {
+        match self.timeout() {
+            Some(error) => (self.call.finish)(Ended::Error(error)),
+            None => (self.call.finish)(Ended::NotStarted),
+        }
     }
-    let call = worker.state().calls.remove(&number);
-    worker.tell(ToWorker::Forget { call: number });
-    // Settled already; what it held goes.
-    drop(call);
-    worker.rest();
+
+    fn lost(self, reason: &str) {
+        let error = self.timeout().unwrap_or_else(|| lost(&self.call.task, reason.to_owned()));
+        (self.call.finish)(Ended::Error(error));
+    }
+
+    fn timeout(&self) -> Option<Error> {
+        let after = self.call.timeout.filter(|_| self.is_late)?;
+        Some(Error::Timeout { what: self.call.task.to_string(), after })
+    }
 }
 
-fn expire(worker: &Weak<Worker>, number: u64, task: &str, after: Duration) {
+/// A call is cancelled, or its time is over. Only the worker knows whether it has begun: it gives
+/// back what has not, ends itself with what has, and its answer is on its way otherwise.
+fn call_off(worker: &Weak<Worker>, number: u64, is_late: bool) {
     let Some(worker) = worker.upgrade() else { return };
-    let Some(UnderWay { call, .. }) = worker.state().calls.remove(&number) else { return };
-    let error = Error::Timeout { what: task.to_owned(), after };
-    if number <= worker.progress.newest() {
-        worker.kill(&format!("{task} took longer than {after:?}"));
-    } else {
-        worker.tell(ToWorker::Forget { call: number });
-    }
-    (call.finish)(Ended::Error(error));
-    worker.rest();
+    let mut state = worker.state();
+    let Some(known) = state.calls.get_mut(&number) else { return };
+    known.is_late |= is_late;
+    worker.tell(ToWorker::Forget { call: number });
 }
 
 fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

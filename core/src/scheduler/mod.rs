@@ -229,9 +229,13 @@ impl Scheduler {
     }
 
     fn reclaim(&mut self, id: Id, out: &mut Vec<Command>) {
-        let Some(held) = self.held.get_mut(&id).filter(|held| held.cpus == Cpus::Lent) else {
-            return;
+        let Some(held) = self.held.get_mut(&id) else {
+            // Its node was lost while it waited for other work.
+            return out.push(Command::Lost { id });
         };
+        if held.cpus != Cpus::Lent {
+            return;
+        }
         held.cpus = Cpus::Wanted;
         self.reclaims.push_back(id);
         self.dispatch(out);

@@ -25,12 +25,16 @@ pub(crate) fn requested() -> bool {
 /// The driver program under test.
 pub(crate) fn run() -> Result<(), Box<dyn std::error::Error>> {
     let mode = std::env::var(MODE)?;
-    if mode == "forgotten" && std::env::var_os("MOBULA_WORKER_FD").is_some() {
+    if mode.starts_with("forgotten") && std::env::var_os("MOBULA_WORKER_FD").is_some() {
         // A main() that calls init() only in some branch which its workers do not take.
         Runtime::local(mobula_core::Resources::cpus(1.0))?;
         return Err("a worker got a runtime of its own".into());
     }
     let runtime = mobula_core::init()?;
+    if mode == "forgotten task" {
+        let task = crate::tasks::hypotenuse::remote(3.0, 4.0).on(mobula_core::Placement::Process);
+        return Err(format!("{:?}", runtime.submit(task).get_timeout(LONG)).into());
+    }
     let dir = std::env::var("MOBULA_TEST_DIR")?;
     let _hint = mobula_core::on_interrupt(|| Some("Resume with: again".to_owned()));
     let options = GroupOptions::new("orphans", 2);
@@ -114,6 +118,15 @@ fn forgotten(_: &Runtime) {
     assert!(said.contains("did not call mobula::init() first"), "{said}");
     assert!(said.contains("exited with code 2"), "{said}");
     assert!(!dir.path().join("0").exists(), "the function must not have run");
+}
+
+/// Its worker ends before it begins, and is not started again and again.
+pub(crate) fn a_task_in_a_program_that_forgot_init() {
+    let dir = tempfile::tempdir().expect("temporary folder");
+    let mut driver = start("forgotten task", dir.path());
+    assert!(!wait(&mut driver).success());
+    let said = std::io::read_to_string(driver.stderr.take().expect("piped")).expect("read");
+    assert!(said.contains("WorkerLost") && said.contains("exited with code 2"), "{said}");
 }
 
 fn wait(driver: &mut Child) -> ExitStatus {

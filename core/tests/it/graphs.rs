@@ -28,6 +28,9 @@ pub(crate) const TESTS: &[Test] = &[
     ("graphs::large_objects_travel_in_shared_memory", large_objects),
     ("graphs::an_object_outlives_the_process_that_made_it", killed_owner),
     ("graphs::a_worker_over_its_memory_limit_dies_alone", over_limit),
+    ("graphs::calling_off_hurts_nobody_else", call_off),
+    ("graphs::any_timeout_is_a_timeout", long_timeouts),
+    ("graphs::a_task_whose_worker_never_begins_is_lost", never_begins),
     ("graphs::a_killed_worker_loses_only_what_it_ran", lose_one),
 ];
 
@@ -393,4 +396,54 @@ fn over_limit(runtime: &Runtime) {
     let error = large.get_timeout(LONG).expect_err("over the limit").to_string();
     assert!(error.contains("over its limit of 200 MiB"), "{error}");
     assert_eq!(*small.get_timeout(LONG).expect("within the limit"), 1 << 20);
+}
+
+/// Spins so long, then gives the number.
+#[remote(crate = mobula_core)]
+fn spin(micros: u64, number: u64) -> u64 {
+    let end = std::time::Instant::now() + Duration::from_micros(micros);
+    while std::time::Instant::now() < end {
+        std::hint::spin_loop();
+    }
+    number
+}
+
+fn call_off(runtime: &Runtime) {
+    // Cancelled and late ones, at every moment of their lives, among others that must not notice.
+    let late = |n: u64| TaskOptions {
+        placement: Placement::Process,
+        timeout: (n % 5 == 1).then(|| Duration::from_micros(50 * (n % 37))),
+        ..TaskOptions::default()
+    };
+    let objects: Vec<ObjectRef<u64>> = (0..1500u64)
+        .map(|n| {
+            let object = runtime.submit(spin::remote(13 * (n % 11), n).with_options(late(n)));
+            if n % 5 == 2 {
+                let earlier = object.clone();
+                std::thread::yield_now();
+                earlier.cancel();
+            }
+            object
+        })
+        .collect();
+    for (n, object) in (0u64..).zip(&objects) {
+        match object.get_timeout(LONG) {
+            Ok(value) => assert_eq!(*value, n),
+            Err(Error::Cancelled { .. }) => assert_eq!(n % 5, 2),
+            Err(Error::Timeout { after, .. }) => assert!(n % 5 == 1 && after < LONG, "{n} hangs"),
+            Err(error) => panic!("task {n}, which nobody called off: {error}"),
+        }
+    }
+}
+
+fn long_timeouts(runtime: &Runtime) {
+    let options = TaskOptions { timeout: Some(Duration::MAX), ..TaskOptions::default() };
+    let object = runtime.submit(add::remote(1, 2).with_options(options));
+    assert_eq!(*object.get_timeout(Duration::MAX).expect("sum"), 3);
+    let (ready, _) = wait(vec![object], 1, Some(Duration::MAX));
+    assert_eq!(ready.len(), 1);
+}
+
+fn never_begins(_: &Runtime) {
+    crate::driver::a_task_in_a_program_that_forgot_init();
 }

@@ -11,6 +11,7 @@ mod tasks;
 
 use libtest_mimic::{Arguments, Trial};
 use mobula_core::Runtime;
+use std::time::{Duration, Instant};
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     if driver::requested() {
@@ -37,7 +38,20 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             Ok(())
         })
     });
-    libtest_mimic::run(&arguments, trials.collect()).exit();
+    let conclusion = libtest_mimic::run(&arguments, trials.collect());
+    if !conclusion.has_failed() {
+        all_is_given_back(&runtime);
+    }
+    conclusion.exit();
+}
+
+/// Whatever the tests did to their tasks, no CPU may be lost.
+fn all_is_given_back(runtime: &Runtime) {
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while runtime.free_resources() != runtime.resources() {
+        assert!(Instant::now() < deadline, "free at the end: {}", runtime.free_resources());
+        std::thread::yield_now();
+    }
 }
 
 /// A test under its name.

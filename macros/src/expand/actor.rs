@@ -148,7 +148,9 @@ fn call(
     let (visibility, ident) = (&method.vis, &method.sig.ident);
     let name = registered(actor, ident);
     let value = signature.output.value();
-    let result = result(&signature, quote!(actor.#ident(#(#names),*)));
+    // No argument can be called so.
+    let state = format_ident!("__mobula_actor");
+    let result = result(&signature, quote!(#state.#ident(#(#names),*)));
     let docs = method.attrs.iter().filter(|attribute| attribute.path().is_ident("doc"));
     let docs: Vec<_> = docs.collect();
     let try_ident = format_ident!("try_{ident}");
@@ -174,7 +176,7 @@ fn call(
     let registration = quote! {
         #krate::remote::inventory::submit! {
             #krate::remote::RemoteFn::method(#name, |state, call: #krate::remote::Call<'_>| {
-                let actor = #krate::remote::state_of::<#actor>(state)?;
+                let #state = #krate::remote::state_of::<#actor>(state)?;
                 call.run::<(#(#types,)*), #value, _>(move |(#(#names,)*): (#(#types,)*)| #result)
             })
         }

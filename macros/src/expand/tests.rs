@@ -174,7 +174,7 @@ fn an_actor_gets_a_constructor_a_handle_and_registrations() {
         quote!(-> mobula_core::ObjectRef<u64>).to_string(),
         "pub fn try_add".to_owned(),
         "\"::Counter::add\"".to_owned(),
-        "map_err (actor . add (n)".to_owned(),
+        "map_err (__mobula_actor . add (n)".to_owned(),
         quote!(Ok(Counter::new(start))).to_string(),
     ] {
         assert!(text.contains(&part), "{part}\nis missing in\n{text}");
