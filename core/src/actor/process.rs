@@ -140,7 +140,8 @@ impl ProcessActor {
     }
 
     pub(super) fn is_alive(&self) -> bool {
-        !matches!(self.state().phase, Phase::Dead(_))
+        let state = self.state();
+        !state.is_killed && !matches!(state.phase, Phase::Dead(_))
     }
 
     pub(super) fn kill(&self) {
@@ -241,7 +242,6 @@ impl ProcessActor {
             (failed, next)
         };
         let error = || lost(&self.options.name, reason.to_owned());
-        failed.into_iter().for_each(|post| (post.settle)(Err(error())));
         match next {
             Some(delay) => self.restart_after(delay, reason),
             None => {
@@ -250,6 +250,8 @@ impl ProcessActor {
                 drop(first.map(|first| first.send(Err(error()))));
             }
         }
+        // After that, so that who hears of the loss finds the actor as it is now.
+        failed.into_iter().for_each(|post| (post.settle)(Err(error())));
     }
 
     fn restart_after(self: &Arc<Self>, delay: Duration, reason: &str) {

@@ -83,11 +83,13 @@ fn actor_name(item: &ItemImpl) -> Result<&Ident> {
 }
 
 fn methods(item: &ItemImpl) -> Vec<&ImplItemFn> {
-    let function = |item| match item {
-        &ImplItem::Fn(ref function) => Some(function),
-        _ => None,
-    };
-    item.items.iter().filter_map(function).collect()
+    let mut methods = Vec::new();
+    for item in &item.items {
+        if let ImplItem::Fn(function) = item {
+            methods.push(function);
+        }
+    }
+    methods
 }
 
 fn takes_self(method: &ImplItemFn) -> bool {
