@@ -139,7 +139,7 @@ impl<A: RemoteActor> ActorPool<A> {
     /// Starts one more; beyond the first ones only if that needs no waiting for resources.
     fn grow(&self, members: &mut Members<A::Handle>) -> Result<(), Error> {
         let mut call = (self.make)(members.started);
-        if members.started >= self.options.min {
+        if members.handles.len() >= self.options.min {
             call = call.at_once();
         }
         members.handles.push(self.runtime.spawn(call)?);

@@ -411,6 +411,8 @@ fn spin(micros: u64, number: u64) -> u64 {
 fn call_off(runtime: &Runtime) {
     // Cancelled and late ones, at every moment of their lives, among others that must not notice.
     let late = |n: u64| TaskOptions {
+        // Other tests end their workers, and with them what has just ended there: not these.
+        resources: Resources::cpus(2.0),
         placement: Placement::Process,
         timeout: (n % 5 == 1).then(|| Duration::from_micros(50 * (n % 37))),
         ..TaskOptions::default()
