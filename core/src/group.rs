@@ -382,7 +382,10 @@ impl<T> Group<T> {
                 None
             }
             WorkerEvent::Frame(
-                FromWorker::Beat | FromWorker::Reply { .. } | FromWorker::Returned { .. },
+                FromWorker::Beat
+                | FromWorker::Reply { .. }
+                | FromWorker::Returned { .. }
+                | FromWorker::Doomed { .. },
             ) => None,
             WorkerEvent::Ended(_) if self.members[rank].done => None,
             WorkerEvent::Ended(reason) => {

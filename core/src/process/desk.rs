@@ -9,7 +9,6 @@ use crate::remote::RemoteFn;
 use crate::store::{Offer, Reader};
 use crate::threads::STACK_BYTES;
 use crate::{Error, panics};
-use rustix::process::{Signal, kill_process};
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -50,6 +49,8 @@ struct Queue {
     waiting: VecDeque<Work>,
     /// The call that runs.
     current: Option<u64>,
+    /// Nothing begins any more.
+    is_doomed: bool,
     /// Since when it has been running.
     busy_since: Option<Instant>,
 }
@@ -83,12 +84,15 @@ impl Desk {
         }
     }
 
-    /// The driver has no use for this call. If it runs, this process ends with it, before another
-    /// call can begin; if it waits, it is given back; if it has ended, its reply is on its way.
+    /// The driver has no use for this call. If it runs, no other call begins and the driver is
+    /// asked to end this process; if it waits, it is given back; if it has ended, its reply is on
+    /// its way.
     pub(super) fn forget(&self, call: u64) {
         let mut queue = self.queue();
         if queue.current == Some(call) {
-            let _ = kill_process(rustix::process::getpid(), Signal::KILL);
+            queue.is_doomed = true;
+            drop(queue);
+            return self.tell_later(FromWorker::Doomed { call });
         }
         let before = queue.waiting.len();
         queue.waiting.retain(|work| work.call != call);
@@ -176,7 +180,7 @@ impl Desk {
     fn next(&self) -> Work {
         let mut queue = self.queue();
         loop {
-            if let Some(work) = queue.waiting.pop_front() {
+            if let Some(work) = queue.take_next() {
                 queue.busy_since = Some(Instant::now());
                 queue.current = Some(work.call);
                 if queue.has_tasks() {
@@ -206,6 +210,10 @@ impl Drop for EndWithThread {
 }
 
 impl Queue {
+    fn take_next(&mut self) -> Option<Work> {
+        if self.is_doomed { None } else { self.waiting.pop_front() }
+    }
+
     fn has_tasks(&self) -> bool {
         self.waiting.front().is_some_and(|work| work.what == What::Task)
     }

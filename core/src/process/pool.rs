@@ -235,6 +235,7 @@ impl Worker {
                 self.top_up(function);
             }
             WorkerEvent::Frame(FromWorker::Returned { calls }) => self.returned(&calls),
+            WorkerEvent::Frame(FromWorker::Doomed { .. }) => self.kill("its task was called off"),
             WorkerEvent::Frame(_) => {}
             WorkerEvent::Ended(reason) => self.ended(&reason),
         }

@@ -75,6 +75,9 @@ pub(crate) enum FromWorker {
     Done(Outcome),
     /// A call has ended, after so many microseconds of running.
     Reply { call: u64, micros: u32, outcome: Outcome },
+    /// This call, which the driver has no use for, runs, and no other will begin: the process is
+    /// to be ended. All earlier replies have gone before this.
+    Doomed { call: u64 },
     /// These were queued behind a long one, and can run elsewhere.
     Returned { calls: Vec<u64> },
 }

@@ -108,14 +108,14 @@ fn a_holder_that_ends_while_its_cpus_are_lent_gives_back_the_rest_only() {
 #[test]
 fn gpus_are_handed_out_one_by_one() {
     let mut s = machines(&[gpus(8, 2)]);
-    let half = Amounts { gpus: UNIT / 2, ..Amounts::default() };
+    let half = [Amounts { gpus: UNIT / 2, ..Amounts::default() }];
     let chosen = |commands: Vec<Command>| match &commands[..] {
         [Command::Start { grants, .. }] => grants[0].gpus.clone(),
         other => panic!("expected one start, got {other:?}"),
     };
-    assert_eq!(chosen(submit(&mut s, 1, shape(&[half.clone()], PlacementStrategy::Pack))), [0]);
+    assert_eq!(chosen(submit(&mut s, 1, shape(&half, PlacementStrategy::Pack))), [0]);
     assert_eq!(chosen(submit(&mut s, 2, shape(&[gpus(1, 1)], PlacementStrategy::Pack))), [1]);
-    assert_eq!(chosen(submit(&mut s, 3, shape(&[half.clone()], PlacementStrategy::Pack))), [0]);
+    assert_eq!(chosen(submit(&mut s, 3, shape(&half, PlacementStrategy::Pack))), [0]);
     step(&mut s, Event::Release { id: 1 });
     // A half is free on GPU 0, but no whole one.
     assert!(submit(&mut s, 4, shape(&[gpus(0, 1)], PlacementStrategy::Pack)).is_empty());

@@ -86,6 +86,7 @@ impl From<Encoded> for Draft {
 }
 
 /// Encodes a value. Blobs are shared, tensors are copied.
+#[cfg(test)]
 pub(crate) fn encode<T: Serialize + ?Sized>(what: &str, value: &T) -> Result<Encoded, Error> {
     Draft::new(what, value)?.snapshot()
 }
