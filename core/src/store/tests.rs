@@ -5,7 +5,6 @@ use candle_core::{Device, Tensor};
 use std::fs::File;
 use std::path::PathBuf;
 
-
 const LARGE: usize = 100_000;
 /// Room for two large objects, not three.
 const BUDGET: u64 = 250_000;
