@@ -238,9 +238,14 @@ impl Runtime {
             sent.map_err(|_| lost("the driver", "it dropped the group".to_owned()))
         };
         threads::run(threads, move || {
-            let member = Member::new(spec, Box::new(send), port);
+            let member = Member::new(spec, Box::new(send), Arc::clone(&port));
             let outcome = match open_all(&args) {
-                Ok(args) => child::run(function, &args, member).0,
+                Ok(args) => {
+                    let (outcome, offer) = child::run(function, &args, member);
+                    // Until the group has taken it, a large result stays where it is.
+                    port.offers().extend(offer);
+                    outcome
+                }
                 Err(error) => Outcome::Failed { message: error.to_string() },
             };
             let _ = events.send((rank, WorkerEvent::Frame(FromWorker::Done(outcome))));
@@ -532,6 +537,8 @@ pub(crate) struct Inbox {
     stop: AtomicBool,
     closed: AtomicBool,
     gathered: Mutex<HashMap<String, Vec<Bytes>>>,
+    /// Large results of a member on a thread.
+    offers: Mutex<Vec<store::Offer>>,
     arrived: Condvar,
 }
 
@@ -543,6 +550,10 @@ impl Inbox {
     pub(crate) fn gathered(&self, key: String, values: Vec<Bytes>) {
         self.gathered.lock().unwrap_or_else(PoisonError::into_inner).insert(key, values);
         self.arrived.notify_all();
+    }
+
+    fn offers(&self) -> std::sync::MutexGuard<'_, Vec<store::Offer>> {
+        self.offers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Nobody will send any more: whoever waits is woken.
