@@ -159,6 +159,36 @@ pub enum Error {
         /// Who waited.
         name: String,
     },
+    /// What waited for a node that is gone.
+    #[error("{name} was not placed: the node that it was to run on is gone")]
+    NodeGone {
+        /// Who waited.
+        name: String,
+    },
+    /// What is to run on a thread was given a place on another machine.
+    #[error(
+        "{name} runs on a thread of the driver, but its bundle or node is another machine's; place it in a process"
+    )]
+    ThreadElsewhere {
+        /// What was to run.
+        name: String,
+    },
+    /// A value that was on a node which is gone.
+    #[error("the value of {object} was lost: {reason}")]
+    ObjectLost {
+        /// Whose value.
+        object: String,
+        /// Where it was, and why it was not made again.
+        reason: String,
+    },
+    /// This program could not join its driver, or open its door to the other nodes.
+    #[error("cannot {action}: {reason}")]
+    Join {
+        /// What was attempted.
+        action: String,
+        /// Why it failed, and what to do.
+        reason: String,
+    },
     /// A task was not run, because what it needed came to nothing.
     #[error("{task} was not run, because {}{root}", through(via))]
     InputFailed {
@@ -320,7 +350,7 @@ impl Error {
 
     /// Whether the same work may succeed when tried again on another worker.
     pub fn is_retryable(&self) -> bool {
-        matches!(self, Self::WorkerLost { .. } | Self::Timeout { .. })
+        matches!(self, Self::WorkerLost { .. } | Self::Timeout { .. } | Self::ObjectLost { .. })
     }
 
     /// Whether the receiver refused because it has too much to do.

@@ -10,7 +10,7 @@ use crate::process::{
 use crate::remote::{Inputs, decode, encode};
 use crate::runtime::{Lease, Request, Runtime};
 use crate::task::Placement;
-use crate::{Error, Resources, store, threads};
+use crate::{Error, Node, PlacementStrategy, Resources, store, threads};
 use bytes::Bytes;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -36,6 +36,8 @@ pub struct GroupOptions {
     pub resources: Resources,
     /// Where the members run. Default: each in a process of its own.
     pub placement: Placement,
+    /// How the members are laid out over the nodes. Default: pack.
+    pub strategy: PlacementStrategy,
     /// Bytes of resident memory beyond which a member's process is killed. Default: none.
     pub memory_limit: Option<u64>,
     /// How long to wait for resources that others hold. Default: 10 minutes.
@@ -66,6 +68,7 @@ impl GroupOptions {
             size,
             resources: Resources::cpus(1.0),
             placement: Placement::Process,
+            strategy: PlacementStrategy::default(),
             memory_limit: None,
             placement_timeout: Duration::from_secs(600),
             generation: 0,
@@ -143,7 +146,8 @@ pub struct Group<T> {
     gathering: HashMap<String, Vec<Option<Bytes>>>,
     decode: fn(&Parcel) -> Result<T, Error>,
     /// Keep the arguments where the members find them.
-    _args: Vec<store::Lease>,
+    _args: Vec<Parcel>,
+    _leases: Vec<store::Lease>,
     lease: Arc<Lease>,
     /// The CPUs of the task that watches over the group.
     _lent: Option<crate::current::Lent>,
@@ -182,7 +186,6 @@ impl Runtime {
     pub fn group<T>(&self, options: &GroupOptions, task: &GroupTask<T>) -> Result<Group<T>, Error> {
         block_until_ready(&task.inputs.0);
         let args = (task.encode)()?;
-        let (packed, kept) = pack_all(&args)?;
         if options.placement == Placement::Process {
             self.host()?;
         }
@@ -196,7 +199,8 @@ impl Runtime {
             members: Vec::with_capacity(options.size),
             gathering: HashMap::new(),
             decode: task.decode,
-            _args: kept,
+            _args: args.clone(),
+            _leases: Vec::new(),
             lease,
             _lent: lent,
         };
@@ -208,14 +212,12 @@ impl Runtime {
                     let lease = Arc::clone(&group.lease);
                     self.start_thread(spec, task.function, &args, &sender, lease)?
                 }
-                Placement::Process => self.start_process(
-                    options,
-                    spec,
-                    task.function,
-                    &packed,
-                    &sender,
-                    &group.lease,
-                )?,
+                Placement::Process => {
+                    let (packed, kept) = pack_all(&args, group.lease.grants[rank].node)?;
+                    group._leases.extend(kept);
+                    let events = sender.clone();
+                    self.start_process(options, spec, task.function, packed, events, &group.lease)?
+                }
             };
             group.members.push(Port { route, done: false });
         }
@@ -260,26 +262,22 @@ impl Runtime {
         options: &GroupOptions,
         spec: MemberSpec,
         function: &str,
-        args: &[Packed],
-        events: &SyncSender<(usize, WorkerEvent)>,
-        group: &Lease,
+        args: Vec<Packed>,
+        events: SyncSender<(usize, WorkerEvent)>,
+        lease: &Lease,
     ) -> Result<Route, Error> {
         let (sender, inbox) = mpsc::channel(EVENTS);
         let log = LogTarget {
             prefix: options.show_logs.then(|| format!("[rank {}]", spec.rank)),
             file: options.log_dir.as_ref().map(|dir| dir.join(format!("rank-{}.log", spec.rank))),
+            ..LogTarget::default()
         };
-        let gpus = &group.grants[spec.rank].gpus;
-        let environment = Environment::new(options.resources.threads(), gpus)
+        let grant = &lease.grants[spec.rank];
+        let environment = Environment::new(options.resources.threads(), &grant.gpus)
             .with_memory_limit(options.memory_limit);
-        let sink = |_| Sink::Channel(sender);
-        let link = self.host()?.start(environment, log, sink)?;
-        forward(spec.rank, inbox, events.clone())?;
-        link.send(ToWorker::Run {
-            function: function.to_owned(),
-            args: args.to_vec(),
-            member: spec,
-        });
+        let link = self.host()?.start(grant.node, environment, log, Sink::Channel(sender))?;
+        forward(spec.rank, inbox, events)?;
+        link.send(ToWorker::Run { function: function.to_owned(), args, member: spec });
         Ok(Route::Process(link))
     }
 }
@@ -306,7 +304,13 @@ impl GroupOptions {
     /// One bundle a member.
     fn request(&self) -> Request {
         let bundles = vec![self.resources.clone(); self.size];
-        Request { bundles, ..Request::single(&self.name.as_str().into(), &self.resources) }
+        let (strategy, node) = (self.strategy, Node::for_placement(self.placement));
+        Request {
+            bundles,
+            strategy,
+            node,
+            ..Request::single(&self.name.as_str().into(), &self.resources)
+        }
     }
 
     fn member(&self, rank: usize) -> MemberSpec {
@@ -363,7 +367,7 @@ impl<T> Group<T> {
     /// Process ids of the members that are processes, by rank.
     pub fn pids(&self) -> Vec<Option<u32>> {
         let pid = |member: &Port| match &member.route {
-            Route::Process(link) => Some(link.process().pid()),
+            Route::Process(link) => link.pid(),
             Route::Thread(_) => None,
         };
         self.members.iter().map(pid).collect()
@@ -393,8 +397,8 @@ impl<T> Group<T> {
                 | FromWorker::Doomed { .. },
             ) => None,
             WorkerEvent::Ended(_) if self.members[rank].done => None,
-            WorkerEvent::Ended(reason) => {
-                Some(self.ended(rank, Err(lost(&self.who(rank), reason))))
+            WorkerEvent::Ended(end) => {
+                Some(self.ended(rank, Err(lost(&self.who(rank), end.reason))))
             }
         }
     }
@@ -430,13 +434,13 @@ impl<T> Drop for Group<T> {
     fn drop(&mut self) {
         for member in &self.members {
             match &member.route {
-                Route::Process(link) if !member.done => link.process().kill(),
+                Route::Process(link) if !member.done => link.kill(),
                 route => route.send(ToWorker::Shutdown),
             }
         }
         for member in &self.members {
             if let Route::Process(link) = &member.route {
-                link.process().wait(GOODBYE);
+                link.wait(GOODBYE);
             }
         }
     }

@@ -1,5 +1,6 @@
 //! The first line of `main`: the driver gets its runtime, a worker never returns.
 
+use crate::nodes::{self, Role};
 use crate::process::{ProcessHost, child, spawn};
 use crate::{Error, Resources, Runtime, interrupt, panics};
 use std::os::unix::net::UnixStream;
@@ -35,6 +36,11 @@ pub fn init_with(total: Resources) -> Result<Runtime, Error> {
         spawn::set_environment(&assignment.environment);
         std::process::exit(work(control));
     }
+    let door = match nodes::role()? {
+        Role::Member(join) => std::process::exit(nodes::serve(join, &total)),
+        Role::Driver(door) => Some(door),
+        Role::Alone => None,
+    };
     let tokio = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(1)
         .thread_name("mobula-control")
@@ -45,7 +51,9 @@ pub fn init_with(total: Resources) -> Result<Runtime, Error> {
     interrupt::listen(host.clone()).map_err(|e| Error::system("listening for signals", e))?;
     // It serves until the process ends, whoever still holds a runtime.
     std::mem::forget(tokio);
-    Ok(Runtime::with_host(&total, Some(host)))
+    let runtime = Runtime::with_host(&total, Some(host));
+    door.map(|door| nodes::open(door, &runtime)).transpose()?;
+    Ok(runtime)
 }
 
 /// The life of a worker process; gives its exit code.

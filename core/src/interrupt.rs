@@ -1,7 +1,7 @@
 //! Ctrl-C and its kin: everything ends within two seconds, and the user reads how to go on.
 
-use crate::console;
 use crate::process::ProcessHost;
+use crate::{console, nodes};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
@@ -73,6 +73,7 @@ async fn end_on(mut signal: Signal, kind: SignalKind, host: ProcessHost) {
         console::note("Interrupted: stopping.");
         host.kill_all();
         run_hooks();
+        nodes::say_goodbye();
         host.shutdown();
         std::process::exit(code);
     });

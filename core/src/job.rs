@@ -1,14 +1,16 @@
 //! One task on its way: queued, run where it belongs, run again if asked, settled.
 
 use crate::current::{self, Current};
-use crate::object::Promise;
+use crate::nodes::Recipe;
+use crate::object::{Promise, when_ready};
 use crate::parcel::{Parcel, open_all};
 use crate::process::pool::{Ended, PoolCall};
-use crate::remote::RemoteFn;
+use crate::remote::{RemoteCall, RemoteFn};
 use crate::runtime::{Lease, Request, Runtime, Turn};
 use crate::scheduler::Id;
 use crate::task::{Body, Placement, Task, TaskOptions};
-use crate::{BoxError, Error, panics, threads, timer};
+use crate::{BoxError, Error, Node, ObjectRef, panics, threads, timer};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
@@ -22,12 +24,26 @@ pub(crate) struct Job<T: Send + Sync + 'static> {
     /// Of the current attempt.
     id: Id,
     failed: u32,
+    /// How often an argument was lost on its way, before it ran.
+    losses: u32,
 }
+
+/// Then the way is at fault.
+const MOST_LOSSES: u32 = 3;
 
 impl<T: Send + Sync + 'static> Job<T> {
     pub(crate) fn new(runtime: Runtime, task: Task<T>, promise: Promise<T>) -> Self {
         let (options, body) = (task.options, Some(task.body));
-        Self { id: runtime.next_id(), runtime, options, body, args: Vec::new(), promise, failed: 0 }
+        Self {
+            id: runtime.next_id(),
+            runtime,
+            options,
+            body,
+            args: Vec::new(),
+            promise,
+            failed: 0,
+            losses: 0,
+        }
     }
 
     /// An input came to nothing, so this task will not run.
@@ -78,6 +94,7 @@ impl<T: Send + Sync + 'static> Job<T> {
         Request {
             strategy: self.options.strategy,
             bundle: self.options.bundle,
+            node: self.options.node.or(Node::for_placement(self.options.placement)),
             // One with a limit of its own has a worker of its own kind.
             is_pooled: self.options.placement == Placement::Process
                 && self.options.memory_limit.is_none(),
@@ -110,12 +127,18 @@ impl<T: Send + Sync + 'static> Job<T> {
         match (turn, self.options.placement) {
             (Err(error), _) => self.promise.error(error),
             (Ok(_), _) if self.promise.is_settled() => {}
-            (Ok(turn), Placement::Thread) => match turn.lease() {
+            (Ok(turn), Placement::Thread) => match self.lease_here(turn) {
                 Ok(lease) => self.start_thread(lease),
                 Err(error) => self.promise.error(error),
             },
-            (Ok(turn), Placement::Process) => self.start_in_process(turn),
+            (Ok(turn), Placement::Process) => self.start_when_at_hand(turn),
         }
+    }
+
+    fn lease_here(&self, turn: Turn) -> Result<Arc<Lease>, Error> {
+        let lease = turn.lease()?;
+        lease.check_here(self.promise.name())?;
+        Ok(lease)
     }
 
     fn start_thread(mut self, lease: Arc<Lease>) {
@@ -167,6 +190,56 @@ impl<T: Send + Sync + 'static> Job<T> {
         panics::catch(&name, body)
     }
 
+    /// Its arguments may be on other machines, or be lost with one.
+    fn start_when_at_hand(mut self, turn: Turn) {
+        let again: Result<Vec<_>, Error> =
+            self.args.iter_mut().filter_map(|parcel| parcel.remake().transpose()).collect();
+        match again {
+            Err(error) => self.promise.error(error),
+            Ok(again) if !again.is_empty() => {
+                // Those who make them may need what this would hold.
+                drop(turn);
+                let objects = again.iter().map(ObjectRef::object).collect();
+                when_ready(objects, move |failure| match failure {
+                    None => self.enqueue_again(),
+                    Some((input, error)) => self.input_failed(&input, error),
+                });
+            }
+            Ok(_) if self.args.iter().all(|parcel| parcel.is_at_hand(turn.node())) => {
+                self.start_in_process(turn);
+            }
+            Ok(_) => self.fetch_and_start(turn),
+        }
+    }
+
+    /// Waits for its arguments on a thread of its own.
+    fn fetch_and_start(self, turn: Turn) {
+        let object = self.promise.object();
+        let spawned = threads::run(1, move || {
+            // What cannot be fetched is found out again when it is packed.
+            let _ = self.args.iter().try_for_each(Parcel::bring);
+            self.start_in_process(turn);
+        });
+        if let Err(refused) = spawned {
+            object.fail(refused.error.clone());
+        }
+    }
+
+    /// How to make the result again, if its machine is lost: only what may be run again is.
+    fn recipe(&self, function: &'static str) -> Recipe {
+        let (runtime, options, args) =
+            (self.runtime.downgrade(), self.options.clone(), self.args.clone());
+        let (name, left) = (Arc::clone(self.promise.name()), AtomicU32::new(options.max_retries));
+        Box::new(move || {
+            let one_less = |left: u32| left.checked_sub(1);
+            left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, one_less).ok()?;
+            tracing::info!(task = %name, "its result was lost; running it again");
+            let call = RemoteCall::raw(function, args.clone());
+            let task = Task::remote(Arc::clone(&name), call).with_options(options.clone());
+            Some(runtime.upgrade()?.submit(task))
+        })
+    }
+
     fn start_in_process(self, turn: Turn) {
         let host = match self.runtime.host() {
             Ok(host) => host.clone(),
@@ -183,13 +256,20 @@ impl<T: Send + Sync + 'static> Job<T> {
         );
     }
 
-    fn process_ended(self, ended: Ended) {
-        let decode = match &self.body {
-            Some(Body::Remote(call)) => call.decode,
+    fn process_ended(mut self, ended: Ended) {
+        let (function, decode) = match &self.body {
+            Some(Body::Remote(call)) => (call.name, call.decode),
             _ => return,
         };
         match ended {
-            Ended::Value(parcel) => self.promise.encoded_with(parcel, decode),
+            Ended::Value(parcel) => {
+                parcel.remember(|| self.recipe(function));
+                self.promise.encoded_with(parcel, decode);
+            }
+            Ended::Error(Error::ObjectLost { .. }) if self.losses < MOST_LOSSES => {
+                self.losses += 1;
+                self.enqueue_again();
+            }
             Ended::Error(error) => self.finish(Err(error)),
             Ended::NotStarted => self.enqueue_again(),
         }

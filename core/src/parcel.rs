@@ -1,13 +1,17 @@
 //! Encoded values on their way to and from processes: small ones in the message, large ones in
 //! shared memory, where every process of this host reads the same copy.
 
-use crate::Error;
+use crate::nodes::{self, Far, FarPlace, Recipe};
+use crate::scheduler::NodeId;
 use crate::store::{Lease, Location, ObjectId, Offer, Place, Reader, Store, default_budget};
 use crate::value::{Draft, Encoded, decode};
+use crate::{Error, ObjectRef};
 use bytes::Bytes;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use tokio::sync::mpsc;
 
 /// Below this, a value travels in the message.
 const INLINE_BELOW: usize = 64 << 10;
@@ -21,6 +25,8 @@ const KEEP_MAPPED: u64 = 64 << 20;
 pub enum Parcel {
     Inline(Encoded),
     Stored(Arc<Stored>),
+    /// On another machine.
+    Far(Arc<Far>),
 }
 
 /// An object in this process's store, until dropped.
@@ -29,19 +35,75 @@ pub enum Parcel {
 pub struct Stored {
     store: Arc<Store>,
     id: ObjectId,
+    /// Whether other machines have been told of it, and may have copies.
+    is_known_elsewhere: AtomicBool,
 }
 
 impl Drop for Stored {
     fn drop(&mut self) {
         self.store.release(self.id);
+        if self.is_known_elsewhere.load(Ordering::Relaxed) {
+            nodes::forget_everywhere(NodeId::HERE, self.id);
+        }
+    }
+}
+
+impl Stored {
+    fn new(store: Arc<Store>, id: ObjectId) -> Self {
+        Self { store, id, is_known_elsewhere: AtomicBool::new(false) }
+    }
+
+    /// Takes over what another process of this machine has made.
+    pub(crate) fn adopt(location: Location) -> Result<Self, Error> {
+        let store = store()?;
+        let id = store.adopt(&Place::Shared(location))?;
+        Ok(Self::new(store, id))
+    }
+
+    /// Takes in so many bytes that come from another machine, in pieces.
+    pub(crate) fn receive(bytes: u64, pieces: mpsc::Receiver<Bytes>) -> Result<Self, Error> {
+        let store = store()?;
+        let id = store.receive(bytes, pieces)?;
+        Ok(Self::new(store, id))
+    }
+
+    pub(crate) fn id(&self) -> ObjectId {
+        self.id
+    }
+
+    /// For a message to a process of this machine.
+    pub(crate) fn pack(&self) -> Result<(Packed, Option<Lease>), Error> {
+        match self.store.share(self.id)? {
+            (Place::Shared(location), lease) => {
+                Ok((Packed::Shared { id: self.id, location }, Some(lease)))
+            }
+            (Place::Inline(flat), _) => {
+                Ok((Packed::inline(Encoded::from_flat("an object", &flat)?), None))
+            }
+        }
+    }
+
+    /// For a message to another machine, which fetches it from here.
+    fn place(&self) -> FarPlace {
+        self.is_known_elsewhere.store(true, Ordering::Relaxed);
+        let bytes = self.store.bytes(self.id);
+        FarPlace { holder: NodeId::HERE, id: self.id, bytes, address: None }
     }
 }
 
 /// An encoded value in a message.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) enum Packed {
-    Inline { head: Bytes, buffers: Vec<Bytes> },
-    Shared { id: ObjectId, location: Location },
+    Inline {
+        head: Bytes,
+        buffers: Vec<Bytes>,
+    },
+    Shared {
+        id: ObjectId,
+        location: Location,
+    },
+    /// On another machine than the one that the message is for, perhaps.
+    Far(FarPlace),
 }
 
 /// An encoded value whose tensors have not been copied yet.
@@ -87,7 +149,7 @@ impl Packed {
             Self::Inline { head, buffers } => {
                 head.len() + buffers.iter().map(Bytes::len).sum::<usize>()
             }
-            Self::Shared { .. } => 0,
+            Self::Shared { .. } | Self::Far(_) => 0,
         }
     }
 
@@ -96,18 +158,18 @@ impl Packed {
         match self {
             Self::Inline { head, buffers } => Ok(Encoded { head, buffers }),
             Self::Shared { id, location } => reader.open(id, &location),
+            Self::Far(_) => Err(Error::Internal("a value did not come along".to_owned())),
         }
     }
 
-    /// In a driver: takes a worker's value over.
-    pub(crate) fn adopt(self) -> Result<Parcel, Error> {
+    /// In a driver: takes a worker's value over. One on another machine stays there.
+    pub(crate) fn adopt(self, name: &str) -> Result<Parcel, Error> {
         match self {
             Self::Inline { head, buffers } => Ok(Parcel::Inline(Encoded { head, buffers })),
             Self::Shared { location, .. } => {
-                let store = store()?;
-                let id = store.adopt(&Place::Shared(location))?;
-                Ok(Parcel::Stored(Arc::new(Stored { store, id })))
+                Stored::adopt(location).map(|stored| Parcel::Stored(Arc::new(stored)))
             }
+            Self::Far(place) => Ok(Parcel::Far(Arc::new(Far::new(name.into(), place)))),
         }
     }
 }
@@ -121,22 +183,57 @@ impl Parcel {
         }
         let store = store()?;
         let id = store.put(draft)?;
-        Ok(Self::Stored(Arc::new(Stored { store, id })))
+        Ok(Self::Stored(Arc::new(Stored::new(store, id))))
     }
 
-    /// For a message; a shared object stays in memory as long as the lease is held.
-    pub(crate) fn pack(&self) -> Result<(Packed, Option<Lease>), Error> {
+    /// For a message to a machine; a shared object stays in memory as long as the lease is held.
+    pub(crate) fn pack(&self, node: NodeId) -> Result<(Packed, Option<Lease>), Error> {
         match self {
             Self::Inline(encoded) => Ok((Packed::inline(encoded.clone()), None)),
-            Self::Stored(stored) => match stored.store.share(stored.id)? {
-                (Place::Shared(location), lease) => {
-                    Ok((Packed::Shared { id: stored.id, location }, Some(lease)))
-                }
-                (Place::Inline(flat), _) => {
-                    Ok((Packed::inline(Encoded::from_flat("an object", &flat)?), None))
-                }
+            Self::Stored(stored) if node == NodeId::HERE => stored.pack(),
+            Self::Stored(stored) => Ok((Packed::Far(stored.place()), None)),
+            Self::Far(far) if node == NodeId::HERE => far.bring()?.pack(node),
+            Self::Far(far) => match far.remake()? {
+                None => Ok((Packed::Far(far.place()), None)),
+                Some(again) => again.get()?.pack(node),
             },
         }
+    }
+
+    /// How to make it again, if its machine should be lost.
+    pub(crate) fn remember(&self, recipe: impl FnOnce() -> Recipe) {
+        if let Self::Far(far) = self {
+            far.remember(recipe());
+        }
+    }
+
+    /// Whether it can be packed for this machine at once.
+    pub(crate) fn is_at_hand(&self, node: NodeId) -> bool {
+        match self {
+            Self::Inline(_) | Self::Stored(_) => true,
+            Self::Far(far) => far.here().is_some() || (node != NodeId::HERE && !far.is_gone()),
+        }
+    }
+
+    /// Waits until it is here, or at least somewhere.
+    pub(crate) fn bring(&self) -> Result<(), Error> {
+        match self {
+            Self::Inline(_) | Self::Stored(_) => Ok(()),
+            Self::Far(far) => far.bring().map(drop),
+        }
+    }
+
+    /// The task that makes it again, if it is lost. Once that has been done, this is what it made.
+    pub(crate) fn remake(&mut self) -> Result<Option<ObjectRef<Self>>, Error> {
+        while let Self::Far(far) = self
+            && let Some(again) = far.remake()?
+        {
+            match again.value() {
+                Some(made) => *self = (*made?).clone(),
+                None => return Ok(Some(again)),
+            }
+        }
+        Ok(None)
     }
 
     /// For use in this process; read back from disk if it was spilled.
@@ -144,6 +241,7 @@ impl Parcel {
         match self {
             Self::Inline(encoded) => Ok(encoded.clone()),
             Self::Stored(stored) => Ok(stored.store.get(stored.id)?),
+            Self::Far(far) => far.bring()?.open(),
         }
     }
 
@@ -152,9 +250,12 @@ impl Parcel {
     }
 }
 
-/// Parcels for one message, and what keeps them in place.
-pub(crate) fn pack_all(parcels: &[Parcel]) -> Result<(Vec<Packed>, Vec<Lease>), Error> {
-    let packed = parcels.iter().map(Parcel::pack).collect::<Result<Vec<_>, _>>()?;
+/// Parcels for one message to a machine, and what keeps them in place.
+pub(crate) fn pack_all(
+    parcels: &[Parcel],
+    node: NodeId,
+) -> Result<(Vec<Packed>, Vec<Lease>), Error> {
+    let packed = parcels.iter().map(|parcel| parcel.pack(node)).collect::<Result<Vec<_>, _>>()?;
     let (packed, leases): (Vec<_>, Vec<_>) = packed.into_iter().unzip();
     Ok((packed, leases.into_iter().flatten().collect()))
 }
@@ -170,7 +271,7 @@ pub(crate) fn reader() -> Reader {
 }
 
 /// The store of this process, made when it is first needed.
-fn store() -> Result<Arc<Store>, Error> {
+pub(crate) fn store() -> Result<Arc<Store>, Error> {
     static STORE: Mutex<Option<Arc<Store>>> = Mutex::new(None);
     let mut slot = STORE.lock().unwrap_or_else(PoisonError::into_inner);
     if let Some(store) = &*slot {

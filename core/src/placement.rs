@@ -2,6 +2,7 @@
 
 use crate::runtime::{Lease, Request, Runtime};
 use crate::scheduler::{NodeId, PlacementStrategy};
+use crate::task::Placement;
 use crate::{Error, Resources};
 use std::sync::Arc;
 use std::time::Duration;
@@ -62,6 +63,41 @@ pub struct PlacementGroup {
 /// One bundle of a placement group, to be named in the options of a task or an actor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Bundle(pub(crate) NodeId);
+
+/// A machine of this runtime, to be named in the options of a task or an actor; see
+/// [`Runtime::nodes`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Node(pub(crate) NodeId);
+
+impl Node {
+    /// The driver's own machine, the only one that threads run on.
+    pub const HERE: Self = Self(NodeId::HERE);
+
+    /// Where something of this placement may go, if nobody has said.
+    pub(crate) fn for_placement(placement: Placement) -> Option<Self> {
+        (placement == Placement::Thread).then_some(Self::HERE)
+    }
+}
+
+impl std::fmt::Display for Node {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "node {}", self.0.0)
+    }
+}
+
+/// What is known of a machine.
+#[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
+pub struct NodeInfo {
+    /// How it is named in options.
+    pub node: Node,
+    /// The name of its host.
+    pub host: String,
+    /// All that it has.
+    pub total: Resources,
+    /// What of it is free now.
+    pub free: Resources,
+}
 
 impl Runtime {
     /// Waits until all bundles can be had, and takes them together: two groups never hold half of

@@ -324,6 +324,18 @@ impl<T: DeserializeOwned> RemoteCall<T> {
     }
 }
 
+impl RemoteCall<Parcel> {
+    /// A call whose arguments are encoded, and whose result is to stay so.
+    pub(crate) fn raw(name: &'static str, args: Vec<Parcel>) -> Self {
+        Self {
+            name,
+            inputs: Inputs::default(),
+            decode: |parcel| Ok(parcel.clone()),
+            encode: Box::new(move || Ok(args.clone())),
+        }
+    }
+}
+
 /// Describes a call of the function registered as `name`.
 pub fn task<A: Arguments, T>(name: &'static str, args: A::Described) -> Task<T>
 where

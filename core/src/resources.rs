@@ -49,15 +49,30 @@ impl Resources {
     }
 
     /// This machine: its CPUs as the scheduler lets us use them, its memory, and the GPUs that
-    /// `CUDA_VISIBLE_DEVICES` names or `/dev/nvidia*` shows.
+    /// `CUDA_VISIBLE_DEVICES` names or `/dev/nvidia*` shows. In a step of a Slurm job, at most what
+    /// the job has on this node.
     pub fn of_this_machine() -> Self {
         let cpus = std::thread::available_parallelism().map_or(1, usize::from);
-        Self {
+        let machine = Self {
             cpus: cpus as f64,
             gpus: visible_gpus() as f64,
             memory: memory_bytes(),
             custom: BTreeMap::new(),
+        };
+        machine.within_step(|name| std::env::var(name).ok())
+    }
+
+    /// Not every cluster binds the processes of a job to the CPUs and the memory that it has.
+    fn within_step(self, lookup: impl Fn(&str) -> Option<String>) -> Self {
+        if lookup("SLURM_STEP_ID").is_none() {
+            return self;
         }
+        let number = |name| lookup(name).and_then(|text| text.parse::<u32>().ok());
+        let cpus = number("SLURM_CPUS_ON_NODE").map_or(self.cpus, f64::from);
+        // 0 stands for all that the node has.
+        let mib = number("SLURM_MEM_PER_NODE").filter(|mib| *mib > 0);
+        let memory = mib.map_or(self.memory, |mib| u64::from(mib) << 20);
+        Self { cpus: self.cpus.min(cpus), memory: self.memory.min(memory), ..self }
     }
 
     /// So many times these resources.
@@ -149,6 +164,23 @@ mod tests {
         let text = error.to_string();
         assert!(text.contains("64 CPU") && text.contains("2 CPU"), "{text}");
         assert!(Resources::cpus(1.0).with_custom("tpu", 1.0).check_within(&total).is_err());
+    }
+
+    #[test]
+    fn a_step_of_a_job_has_no_more_than_the_job() {
+        let machine = || Resources::cpus(64.0).with_memory(256 << 30);
+        let within = |step: &[(&str, &str)]| {
+            machine().within_step(|name| {
+                let found = step.iter().find(|(known, _)| *known == name);
+                found.map(|(_, value)| (*value).to_owned())
+            })
+        };
+        let job = [("SLURM_CPUS_ON_NODE", "4"), ("SLURM_MEM_PER_NODE", "4096")];
+        let step = [&[("SLURM_STEP_ID", "0")], &job[..]].concat();
+        assert_eq!(within(&step), Resources::cpus(4.0).with_memory(4 << 30));
+        // A batch script is no step, and `--mem=0` asks for all.
+        assert_eq!(within(&job), machine());
+        assert_eq!(within(&[("SLURM_STEP_ID", "0"), ("SLURM_MEM_PER_NODE", "0")]), machine());
     }
 
     #[test]

@@ -9,19 +9,16 @@ use crate::scheduler::{
     Amounts, Command, Event, Grant, Id, NodeId, PlacementStrategy, Refusal, Scheduler, Shape,
 };
 use crate::task::Task;
-use crate::{Bundle, Error, ObjectRef, Resources, console};
+use crate::{Bundle, Error, Node, NodeInfo, ObjectRef, Resources, console, nodes};
 use std::any::TypeId;
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{RecvTimeoutError, SyncSender, sync_channel};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError, Weak};
 use std::time::Duration;
 
 /// After this, who waits for resources that others hold is told so.
 const PLACEMENT_NOTE: Duration = Duration::from_secs(5);
-
-/// The node that this process accounts for itself.
-const HERE: NodeId = NodeId(0);
 
 /// Places tasks, actors and groups on this machine. Clones share one account of resources.
 ///
@@ -69,9 +66,11 @@ struct State {
     starts: HashMap<Id, Waiting>,
     /// Who is blocked until its CPUs are back.
     resumes: HashMap<Id, SyncSender<()>>,
-    /// The GPUs of each bundle, as its node numbers them.
-    bundle_gpus: HashMap<NodeId, Vec<usize>>,
-    bundles: u64,
+    /// Where each bundle of a placement group is.
+    bundles: HashMap<NodeId, Grant>,
+    bundles_so_far: u64,
+    /// The names of the nodes that have joined.
+    nodes: BTreeMap<NodeId, String>,
     /// Kept for its memory.
     commands: Vec<Command>,
 }
@@ -83,6 +82,8 @@ pub(crate) struct Request {
     pub(crate) strategy: PlacementStrategy,
     /// The only place where it may go.
     pub(crate) bundle: Option<Bundle>,
+    /// The same for a whole machine.
+    pub(crate) node: Option<Node>,
     /// Whether it may share the worker process, and the grant, of another one of its shape.
     pub(crate) is_pooled: bool,
 }
@@ -104,10 +105,36 @@ pub(crate) enum Turn {
 }
 
 impl Turn {
+    /// The machine that it is to run on.
+    pub(crate) fn node(&self) -> NodeId {
+        match self {
+            Self::Granted(lease) => lease.node(),
+            Self::Joined(worker) => worker.node(),
+        }
+    }
+
     pub(crate) fn lease(self) -> Result<Arc<Lease>, Error> {
         match self {
             Self::Granted(lease) => Ok(lease),
             Self::Joined(_) => Err(Error::Internal("joined without asking to".to_owned())),
+        }
+    }
+}
+
+/// A runtime for as long as others use it.
+pub(crate) struct WeakRuntime(Weak<Inner>);
+
+impl WeakRuntime {
+    pub(crate) fn upgrade(&self) -> Option<Runtime> {
+        self.0.upgrade().map(|inner| Runtime { inner })
+    }
+}
+
+impl Drop for Inner {
+    /// The program is about to end, and the other nodes with it.
+    fn drop(&mut self) {
+        if self.host.is_some() {
+            nodes::say_goodbye();
         }
     }
 }
@@ -135,6 +162,19 @@ impl Drop for Lease {
 impl Lease {
     pub(crate) fn runtime(&self) -> &Runtime {
         &self.runtime
+    }
+
+    /// The machine of its first, and mostly only, bundle.
+    pub(crate) fn node(&self) -> NodeId {
+        self.grants[0].node
+    }
+
+    /// For what runs on a thread of this process.
+    pub(crate) fn check_here(&self, name: &str) -> Result<(), Error> {
+        if self.grants.iter().all(|grant| grant.node == NodeId::HERE) {
+            return Ok(());
+        }
+        Err(Error::ThreadElsewhere { name: name.to_owned() })
     }
 
     /// Lets others have the CPUs for now. `false` if they have them already.
@@ -183,7 +223,7 @@ impl Runtime {
             host,
         };
         let runtime = Self { inner: Arc::new(inner) };
-        runtime.step(Event::NodeJoined { node: HERE, total: total.into() });
+        runtime.step(Event::NodeJoined { node: NodeId::HERE, total: total.into() });
         runtime
     }
 
@@ -195,6 +235,20 @@ impl Runtime {
     /// What is free now.
     pub fn free_resources(&self) -> Resources {
         (&self.with_state(|state| state.scheduler.free())).into()
+    }
+
+    /// The machines of this runtime: the driver's own, and those that have joined it.
+    pub fn nodes(&self) -> Vec<NodeInfo> {
+        self.with_state(|state| {
+            let machines = state.scheduler.machines();
+            let info = |(node, total, free): (NodeId, &Amounts, &Amounts)| NodeInfo {
+                node: Node(node),
+                host: state.nodes.get(&node).cloned().unwrap_or_else(nodes::host_name),
+                total: total.into(),
+                free: free.into(),
+            };
+            machines.map(info).collect()
+        })
     }
 
     /// Queues the task until its inputs are there and its resources are free, then runs it. What
@@ -224,6 +278,7 @@ impl Runtime {
     pub fn shutdown(&self) {
         self.step(Event::Close);
         if let Some(host) = &self.inner.host {
+            nodes::say_goodbye();
             host.shutdown();
         }
     }
@@ -308,9 +363,9 @@ impl Runtime {
     /// Makes what was granted a place of its own.
     pub(crate) fn open_bundle(&self, grant: &Grant) -> NodeId {
         let node = self.with_state(|state| {
-            state.bundles += 1;
-            let node = NodeId::bundle(state.bundles);
-            state.bundle_gpus.insert(node, grant.gpus.clone());
+            state.bundles_so_far += 1;
+            let node = NodeId::bundle(state.bundles_so_far);
+            state.bundles.insert(node, grant.clone());
             node
         });
         self.step(Event::NodeJoined { node, total: grant.amounts.clone() });
@@ -318,8 +373,34 @@ impl Runtime {
     }
 
     pub(crate) fn close_bundle(&self, node: NodeId) {
-        let forget = |state: &mut State| drop(state.bundle_gpus.remove(&node));
+        let forget = |state: &mut State| drop(state.bundles.remove(&node));
         self.step_with(Event::NodeLost { node }, forget);
+    }
+
+    /// Accounts for a machine that has joined.
+    pub(crate) fn add_node(&self, node: NodeId, name: String, total: &Resources) {
+        let event = Event::NodeJoined { node, total: total.into() };
+        self.step_with(event, |state| drop(state.nodes.insert(node, name)));
+    }
+
+    /// Nothing is placed on this machine any more, nor on the bundles that are pieces of it.
+    pub(crate) fn lose_node(&self, node: NodeId) {
+        let bundles: Vec<NodeId> = self.with_state(|state| {
+            state.nodes.remove(&node);
+            let there = state.bundles.iter().filter(|(_, grant)| grant.node == node);
+            there.map(|(bundle, _)| *bundle).collect()
+        });
+        self.step(Event::NodeLost { node });
+        bundles.into_iter().for_each(|bundle| self.close_bundle(bundle));
+    }
+
+    /// Whether this machine is still there.
+    pub(crate) fn has_node(&self, node: NodeId) -> bool {
+        node == NodeId::HERE || self.with_state(|state| state.nodes.contains_key(&node))
+    }
+
+    pub(crate) fn downgrade(&self) -> WeakRuntime {
+        WeakRuntime(Arc::downgrade(&self.inner))
     }
 
     fn share(&self, holder: Id, worker: &Arc<Worker>, max: usize) {
@@ -403,7 +484,7 @@ impl Runtime {
     ) {
         match command {
             Command::Start { id, mut grants } => {
-                grants.iter_mut().for_each(|grant| state.name_gpus(grant));
+                grants.iter_mut().for_each(|grant| state.locate(grant));
                 let runtime = self.clone();
                 let lease = Arc::new(Lease { runtime, id, grants, is_lent: Mutex::new(false) });
                 let start = state.starts.remove(&id).map(|waiting| waiting.start);
@@ -441,10 +522,11 @@ impl Runtime {
 }
 
 impl State {
-    /// A bundle counts its GPUs from 0; its node knows which they are.
-    fn name_gpus(&self, grant: &mut Grant) {
-        if let Some(names) = self.bundle_gpus.get(&grant.node) {
-            grant.gpus.iter_mut().for_each(|gpu| *gpu = names[*gpu]);
+    /// A bundle is a piece of a machine, and counts its GPUs from 0: which machine, which GPUs.
+    fn locate(&self, grant: &mut Grant) {
+        if let Some(bundle) = self.bundles.get(&grant.node) {
+            grant.node = bundle.node;
+            grant.gpus.iter_mut().for_each(|gpu| *gpu = bundle.gpus[*gpu]);
         }
     }
 }
@@ -477,6 +559,7 @@ impl Request {
             bundles: vec![resources.clone()],
             strategy: PlacementStrategy::default(),
             bundle: None,
+            node: None,
             is_pooled: false,
         }
     }
@@ -485,7 +568,7 @@ impl Request {
         Shape {
             bundles: self.bundles.iter().map(Amounts::from).collect(),
             strategy: self.strategy,
-            node: self.bundle.map(|bundle| bundle.0),
+            node: self.bundle.map(|bundle| bundle.0).or(self.node.map(|node| node.0)),
             is_pooled: self.is_pooled,
         }
     }
@@ -499,6 +582,9 @@ impl Request {
     fn refused(&self, refusal: Refusal, total: &Amounts) -> Error {
         match refusal {
             Refusal::Closed => closed(&self.name),
+            Refusal::NodeGone if self.bundle.is_none() => {
+                Error::NodeGone { name: self.name.to_string() }
+            }
             Refusal::NodeGone => Error::BundleGone { name: self.name.to_string() },
             Refusal::NeverFits => {
                 Error::Unplaceable { asked: Box::new(self.total()), total: Box::new(total.into()) }

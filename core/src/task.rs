@@ -3,7 +3,7 @@
 pub use crate::current::cancelled;
 use crate::object::AnyObject;
 use crate::remote::{Inputs, RemoteCall};
-use crate::{BoxError, Bundle, Error, ObjectRef, PlacementStrategy, Resources};
+use crate::{BoxError, Bundle, Error, Node, ObjectRef, PlacementStrategy, Resources};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -78,6 +78,8 @@ pub struct TaskOptions {
     pub strategy: PlacementStrategy,
     /// The bundle of a placement group that it takes its resources from. Default: none.
     pub bundle: Option<Bundle>,
+    /// The only machine that it may run on. Default: any, and for threads the driver's.
+    pub node: Option<Node>,
     /// How often it is run again after its worker process was lost or too slow. Default: 0.
     pub max_retries: u32,
     /// Whether errors and panics of the task itself are retried too. Default: no. A closure that
@@ -101,6 +103,7 @@ impl Default for TaskOptions {
             placement: Placement::Thread,
             strategy: PlacementStrategy::default(),
             bundle: None,
+            node: None,
             max_retries: 0,
             retry_errors: false,
             backoff: Backoff::default(),

@@ -11,6 +11,7 @@ mod guide;
 mod local;
 mod manifests;
 mod rank;
+mod spread;
 mod submitted;
 
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
@@ -32,13 +33,15 @@ fn main() -> ExitCode {
         test();
         Ok(())
     };
-    let plain = [local::TESTS, manifests::TESTS, guide::TESTS].concat().into_iter();
+    let plain = [local::TESTS, manifests::TESTS, guide::TESTS, spread::TESTS].concat().into_iter();
     let plain = plain.map(|(name, test)| Trial::test(name, move || passed(test)));
-    let mpi = [engines::MPI_TESTS, guide::MPI_TESTS].concat().into_iter().map(|(name, test)| {
-        let missing = engines::mpirun_is_missing();
-        Trial::ignorable_test(name, move || if_there(missing, || passed(test)))
-    });
-    let slurm = [engines::SLURM_TESTS, submitted::TESTS, guide::SLURM_TESTS]
+    let mpi = [engines::MPI_TESTS, guide::MPI_TESTS, spread::MPI_TESTS].concat().into_iter().map(
+        |(name, test)| {
+            let missing = engines::mpirun_is_missing();
+            Trial::ignorable_test(name, move || if_there(missing, || passed(test)))
+        },
+    );
+    let slurm = [engines::SLURM_TESTS, submitted::TESTS, guide::SLURM_TESTS, spread::SLURM_TESTS]
         .concat()
         .into_iter()
         .map(|(name, test)| {

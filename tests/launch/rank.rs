@@ -1,5 +1,6 @@
 //! The program that is launched, and what its copies have told.
 
+use crate::spread;
 use mobula::World;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -38,6 +39,9 @@ const VARIABLES: [&str; 5] =
 
 /// Tells what it is; then does what it was asked to: `resolve`, `fail-at-first`, `wait`.
 pub(crate) fn run(arguments: &[String]) -> ExitCode {
+    if arguments.first().is_some_and(|first| first == spread::SPREAD) {
+        return spread::run(arguments);
+    }
     let world = match World::from_env() {
         Ok(world) => world,
         Err(error) => {

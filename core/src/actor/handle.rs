@@ -109,13 +109,24 @@ impl ActorRef {
         args: P::Described,
     ) -> ObjectRef<T> {
         block_until_ready(&P::inputs(&args).0);
-        match P::encode(&args) {
+        match P::encode(&args).and_then(|args| self.bring(args)) {
             Ok(args) => {
                 self.inner.credits.take(bytes_of(&args));
                 self.send(method, args)
             }
             Err(error) => self.refused(method, error),
         }
+    }
+
+    /// Has values fetched from other machines, if need be, while the caller waits.
+    fn bring(&self, args: Vec<Parcel>) -> Result<Vec<Parcel>, Error> {
+        let node = match &self.inner.route {
+            Route::Thread(_) => None,
+            Route::Process(actor) => actor.0.node(),
+        };
+        let far = args.iter().filter(|parcel| node.is_some_and(|node| !parcel.is_at_hand(node)));
+        far.map(Parcel::bring).collect::<Result<Vec<_>, _>>()?;
+        Ok(args)
     }
 
     /// Sends a call, or refuses with [`Error::MailboxFull`].
@@ -178,7 +189,7 @@ impl WeakActor {
 fn bytes_of(args: &[Parcel]) -> usize {
     let bytes = |parcel: &Parcel| match parcel {
         Parcel::Inline(encoded) => encoded.bytes(),
-        Parcel::Stored(_) => 0,
+        Parcel::Stored(_) | Parcel::Far(_) => 0,
     };
     args.iter().map(bytes).sum()
 }

@@ -18,7 +18,7 @@ pub use supervisor::RestartPolicy;
 use crate::current::{self, Current};
 use crate::runtime::{Request, Runtime};
 use crate::task::Placement;
-use crate::{BoxError, Bundle, Error, Resources, console, panics, threads};
+use crate::{BoxError, Bundle, Error, Node, Resources, console, panics, threads};
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -51,6 +51,8 @@ pub struct ActorOptions {
     pub memory_limit: Option<u64>,
     /// The bundle of a placement group that it takes its resources from. Default: none.
     pub bundle: Option<Bundle>,
+    /// The only machine that it may live on. Default: any, and for threads the driver's.
+    pub node: Option<Node>,
     /// How long to wait for resources that others hold. Default: 10 minutes.
     pub placement_timeout: Duration,
 }
@@ -68,6 +70,7 @@ impl ActorOptions {
             max_task_retries: 0,
             memory_limit: None,
             bundle: None,
+            node: None,
             placement_timeout: Duration::from_secs(600),
         }
     }
@@ -85,8 +88,8 @@ impl ActorOptions {
 
 impl ActorOptions {
     fn request(&self) -> Request {
-        let bundle = self.bundle;
-        Request { bundle, ..Request::single(&self.name.as_str().into(), &self.resources) }
+        let (bundle, node) = (self.bundle, self.node.or(Node::for_placement(self.placement)));
+        Request { bundle, node, ..Request::single(&self.name.as_str().into(), &self.resources) }
     }
 
     fn refuse_process(&self) -> Result<(), Error> {
@@ -216,6 +219,7 @@ impl Runtime {
     ) -> Result<ActorHandle<S>, Error> {
         options.refuse_process()?;
         let lease = self.lease(options.request(), options.placement_timeout)?;
+        lease.check_here(&options.name)?;
         let (mailbox, inbox) = mpsc::channel(options.mailbox.clamp(1, MOST_MESSAGES));
         let (started, start) = std::sync::mpsc::sync_channel(1);
         let name: Arc<str> = options.name.as_str().into();

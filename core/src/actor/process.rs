@@ -7,10 +7,11 @@ use super::{ActorOptions, gone};
 use crate::parcel::{Packed, Parcel, pack_all};
 use crate::process::wire::{FromWorker, Outcome, ToWorker, What};
 use crate::process::{
-    Environment, Listener, LogTarget, Progress, Sink, WorkerEvent, WorkerLink, check_build,
-    into_result, lost,
+    End, Environment, Listener, LogTarget, Sink, WorkerEvent, WorkerLink, check_build, into_result,
+    lost,
 };
 use crate::runtime::{Lease, Runtime};
+use crate::scheduler::NodeId;
 use crate::{Error, console, store, threads, timer};
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::mpsc::{SyncSender, sync_channel};
@@ -61,14 +62,9 @@ struct UnderWay {
 /// One process of the actor.
 struct Life {
     link: WorkerLink,
+    node: NodeId,
     /// Keep the constructor's arguments, which a panic needs again.
     _args: Vec<store::Lease>,
-}
-
-/// Hears of one process of the actor.
-struct Ear {
-    actor: Arc<ProcessActor>,
-    progress: Arc<Progress>,
 }
 
 impl ProcessActor {
@@ -108,33 +104,59 @@ impl ProcessActor {
 
     /// Starts a process and has it build the actor.
     fn begin_life(self: &Arc<Self>) -> Result<(), Error> {
-        let Some(lease) = self.state().lease.clone() else { return Ok(()) };
+        let Some(lease) = self.lease()? else { return Ok(()) };
         let threads = self.options.resources.threads();
         let environment = Environment::new(threads, &lease.grants[0].gpus)
             .with_memory_limit(self.options.memory_limit);
         let name = &self.options.name;
-        let log = LogTarget { prefix: Some(format!("[{name}]")), file: None };
-        let ear = |progress| Sink::Listener(Arc::new(Ear { actor: Arc::clone(self), progress }));
+        let log = LogTarget::prefixed(format!("[{name}]"));
         // Locked, so that its end is not noticed before its beginning.
         let mut state = self.state();
         if matches!(state.phase, Phase::Dead(_)) {
             return Ok(());
         }
-        let link = self.runtime.host()?.start(environment, log, ear)?;
-        let (args, kept) = pack_all(&self.args)?;
+        let (node, ear) =
+            (lease.grants[0].node, Sink::Listener(Arc::clone(self) as Arc<dyn Listener>));
+        let link = self.runtime.host()?.start(node, environment, log, ear)?;
+        let (args, kept) = pack_all(&self.args, node)?;
         let function = self.constructor.to_owned();
         let build = ToWorker::Call { call: 0, what: What::Build, function, args };
         link.send(build);
-        state.phase = Phase::Running(Arc::new(Life { link, _args: kept }));
+        state.phase = Phase::Running(Arc::new(Life { link, node, _args: kept }));
         let failed = state.send_queued();
         drop(state);
         settle_all(failed);
         Ok(())
     }
 
+    /// What it has to live on: somewhere else, if its machine is gone. `None` when it is to end.
+    fn lease(&self) -> Result<Option<Arc<Lease>>, Error> {
+        let lease = self.state().lease.clone();
+        let Some(lease) = lease.filter(|lease| !self.runtime.has_node(lease.node())) else {
+            return Ok(self.state().lease.clone());
+        };
+        // The GPUs and bundles of the lost machine are gone with it.
+        drop(lease);
+        drop(self.state().lease.take());
+        let lease = self.runtime.lease(self.options.request(), self.options.placement_timeout)?;
+        let mut state = self.state();
+        if !matches!(state.phase, Phase::Dead(_)) {
+            state.lease = Some(lease);
+        }
+        Ok(state.lease.clone())
+    }
+
+    /// The machine that it lives on, while it has a process.
+    pub(super) fn node(&self) -> Option<NodeId> {
+        match &self.state().phase {
+            Phase::Running(life) => Some(life.node),
+            _ => None,
+        }
+    }
+
     pub(super) fn pid(&self) -> Option<u32> {
         match &self.state().phase {
-            Phase::Running(life) => Some(life.link.process().pid()),
+            Phase::Running(life) => life.link.pid(),
             _ => None,
         }
     }
@@ -161,7 +183,7 @@ impl ProcessActor {
 
     fn end_process(&self, reason: &str) {
         if let Phase::Running(life) = &self.state().phase {
-            life.link.process().kill_because(reason.to_owned());
+            life.link.kill_because(reason.to_owned());
         }
     }
 
@@ -185,7 +207,7 @@ impl ProcessActor {
         settle_all(failed);
     }
 
-    fn hear(self: &Arc<Self>, event: WorkerEvent, progress: &Progress) {
+    fn take_in(self: &Arc<Self>, event: WorkerEvent) {
         match event {
             WorkerEvent::Frame(FromWorker::Hello { build }) => {
                 if let Err(error) = check_build(&build) {
@@ -208,7 +230,7 @@ impl ProcessActor {
                 state.leave_if_done();
             }
             WorkerEvent::Frame(_) => {}
-            WorkerEvent::Ended(reason) => self.lost(&reason, progress),
+            WorkerEvent::Ended(end) => self.lost(&end),
         }
     }
 
@@ -227,8 +249,8 @@ impl ProcessActor {
 
     /// The process is gone: what had not begun waits for the next one, and what had begun is lost,
     /// or waits too if that was asked for.
-    fn lost(self: &Arc<Self>, reason: &str, progress: &Progress) {
-        let newest = progress.newest();
+    fn lost(self: &Arc<Self>, end: &End) {
+        let (reason, newest) = (&end.reason, end.newest_call);
         let (failed, next) = {
             let mut state = self.state();
             let failed = state.take_lost(newest, self.options.max_task_retries);
@@ -241,7 +263,7 @@ impl ProcessActor {
             }
             (failed, next)
         };
-        let error = || lost(&self.options.name, reason.to_owned());
+        let error = || lost(&self.options.name, reason.clone());
         match next {
             Some(delay) => self.restart_after(delay, reason),
             None => {
@@ -306,7 +328,7 @@ impl State {
         let Phase::Running(life) = &self.phase else { return failed };
         let life = Arc::clone(life);
         while let Some(post) = self.queue.pop_front() {
-            let (args, kept) = match pack_all(&post.args) {
+            let (args, kept) = match pack_all(&post.args, life.node) {
                 Ok(packed) => packed,
                 Err(error) => {
                     failed.push((post, error));
@@ -362,8 +384,8 @@ fn gone_because(name: &str, error: &Error) -> Error {
     }
 }
 
-impl Listener for Ear {
+impl Listener for ProcessActor {
     fn hear(self: Arc<Self>, event: WorkerEvent) {
-        self.actor.hear(event, &self.progress);
+        self.take_in(event);
     }
 }

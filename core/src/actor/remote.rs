@@ -131,6 +131,7 @@ fn start_thread(
 ) -> Result<ActorRef, Error> {
     let (sender, inbox) = channel();
     let (started, start) = sync_channel(1);
+    lease.check_here(&options.name)?;
     threads::run(options.resources.threads(), move || {
         let mut stage = Stage::default();
         let built = open_all(&args).and_then(|args| stage.build(constructor, args));

@@ -6,6 +6,7 @@ use super::spawn::Started;
 use super::wire::{Frames, FromWorker, MAX_FRAME_BYTES, ToWorker};
 use crate::{Error, interrupt};
 use futures::stream::{self, StreamExt};
+use serde::{Deserialize, Serialize};
 use std::convert::Infallible;
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Child, ExitStatus};
@@ -28,11 +29,26 @@ const HELLO_TIMEOUT: Duration = Duration::from_secs(30);
 const LAST_WORDS: Duration = Duration::from_secs(1);
 
 /// What the driver hears of a worker.
-#[derive(Debug)]
+#[derive(Debug, Serialize, Deserialize)]
 pub(crate) enum WorkerEvent {
     Frame(FromWorker),
-    /// The last one: the process is gone, and how.
-    Ended(String),
+    /// The last one: the process is gone.
+    Ended(End),
+}
+
+/// How a worker ended.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct End {
+    pub(crate) reason: String,
+    /// The number of the newest call that had begun.
+    pub(crate) newest_call: u64,
+}
+
+impl End {
+    /// A worker of which nobody knows how far it had come.
+    pub(crate) fn unknown(reason: String) -> Self {
+        Self { reason, newest_call: u64::MAX }
+    }
 }
 
 /// Who hears of a worker.
@@ -50,7 +66,7 @@ pub(crate) trait Listener: Send + Sync {
 
 impl Sink {
     /// `false` when nobody listens any more.
-    async fn send(&self, event: WorkerEvent) -> bool {
+    pub(crate) async fn send(&self, event: WorkerEvent) -> bool {
         match self {
             Self::Channel(channel) => channel.send(event).await.is_ok(),
             Self::Listener(listener) => {
@@ -61,20 +77,20 @@ impl Sink {
     }
 }
 
-/// A running worker process. Dropping it kills the process.
+/// A running worker process of this machine. Dropping it kills the process.
 #[derive(Debug)]
-pub(crate) struct WorkerLink {
+pub(crate) struct LocalLink {
     /// Not bounded here: calls are, by their senders, and a control frame must always get through.
     frames: mpsc::UnboundedSender<ToWorker>,
     process: Arc<Process>,
-    progress: Option<Arc<Progress>>,
 }
 
-impl WorkerLink {
+impl LocalLink {
     /// Serves the control stream of a process that was just started; its frames and its end go to
     /// `sink`.
     pub(crate) fn new(
         started: Started,
+        progress: Progress,
         log: LogTarget,
         sink: Sink,
         tokio: &tokio::runtime::Handle,
@@ -89,15 +105,9 @@ impl WorkerLink {
             .map_err(|e| Error::system("opening a control stream", e))?;
         let control = UnixStream::from_std(started.control)
             .map_err(|e| Error::system("opening a control stream", e))?;
-        let session = Session { sink, process: Arc::clone(&process), drained, log };
+        let session = Session { sink, process: Arc::clone(&process), progress, drained, log };
         tokio.spawn(session.serve(control, outbound));
-        Ok(Self { frames, process, progress: None })
-    }
-
-    /// Keeps the shared page open for the worker.
-    pub(crate) fn with_progress(mut self, progress: Arc<Progress>) -> Self {
-        self.progress = Some(progress);
-        self
+        Ok(Self { frames, process })
     }
 
     /// Sends a frame; `false` when the worker is gone.
@@ -110,7 +120,7 @@ impl WorkerLink {
     }
 }
 
-impl Drop for WorkerLink {
+impl Drop for LocalLink {
     fn drop(&mut self) {
         self.process.kill();
     }
@@ -230,6 +240,8 @@ fn watch(
 struct Session {
     sink: Sink,
     process: Arc<Process>,
+    /// Kept open for the worker.
+    progress: Progress,
     drained: oneshot::Receiver<()>,
     log: LogTarget,
 }
@@ -263,8 +275,9 @@ impl Session {
         let _ = tokio::time::timeout(LAST_WORDS, self.drained).await;
         let (process, log) = (self.process, self.log);
         let end = tokio::task::spawn_blocking(move || process.describe_end(&log)).await;
-        let end = WorkerEvent::Ended(end.unwrap_or_default());
-        self.sink.send(end).await;
+        let reason = end.unwrap_or_default();
+        let end = End { reason, newest_call: self.progress.newest() };
+        self.sink.send(WorkerEvent::Ended(end)).await;
     }
 
     /// Passes frames on until the stream closes, breaks or falls silent.

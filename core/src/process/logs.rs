@@ -4,16 +4,37 @@ use crate::console;
 use std::fs::{File, OpenOptions};
 use std::io::{BufRead, BufReader, PipeReader, Read, Write};
 use std::path::PathBuf;
+use std::sync::Arc;
 
 const MAX_LINE: u64 = 64 << 10;
 
 /// Where the output of one worker goes.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Default)]
 pub(crate) struct LogTarget {
     /// Put before each line on the driver's stderr; `None` shows nothing there.
     pub(crate) prefix: Option<String>,
     /// Appended to, if given.
     pub(crate) file: Option<PathBuf>,
+    /// Gets each line, without its end, in place of this machine's stderr.
+    pub(crate) lines: Option<Arc<dyn Fn(String) + Send + Sync>>,
+}
+
+impl LogTarget {
+    /// Onto the driver's stderr, behind a prefix.
+    pub(crate) fn prefixed(prefix: String) -> Self {
+        Self { prefix: Some(prefix), ..Self::default() }
+    }
+
+    /// To who passes the lines on.
+    pub(crate) fn lines(take: impl Fn(String) + Send + Sync + 'static) -> Self {
+        Self { lines: Some(Arc::new(take)), ..Self::default() }
+    }
+}
+
+impl std::fmt::Debug for LogTarget {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("LogTarget").field("prefix", &self.prefix).field("file", &self.file).finish()
+    }
 }
 
 /// Copies lines until every writer has closed the pipe. Never fails: a full disk must not block
@@ -27,8 +48,12 @@ pub(crate) fn pump(output: PipeReader, target: &LogTarget) {
         if let Some(file) = &mut file {
             let _ = file.write_all(&line);
         }
+        let text = || String::from_utf8_lossy(&line).trim_end().to_owned();
+        if let Some(lines) = &target.lines {
+            lines(text());
+        }
         if let Some(prefix) = &target.prefix {
-            console::note(format!("{prefix} {}", String::from_utf8_lossy(&line).trim_end()));
+            console::note(format!("{prefix} {}", text()));
         }
         line.clear();
     }

@@ -9,14 +9,19 @@ pub(crate) mod pool;
 mod progress;
 pub(crate) mod spawn;
 pub(crate) mod wire;
+mod worker;
 
-pub(crate) use link::{Listener, Sink, WorkerEvent, WorkerLink};
+pub(crate) use link::{End, Listener, Sink, WorkerEvent};
 pub(crate) use logs::LogTarget;
-pub(crate) use progress::Progress;
+use progress::Progress;
+pub(crate) use worker::WorkerLink;
 
-use crate::Error;
 use crate::parcel::Parcel;
+use crate::scheduler::NodeId;
+use crate::{Error, nodes};
+use link::LocalLink;
 use pool::Pool;
+use serde::{Deserialize, Serialize};
 use spawn::Spawner;
 use std::io::{ErrorKind, Write};
 use std::os::unix::net::UnixStream;
@@ -38,11 +43,11 @@ pub(crate) struct ProcessHost {
 }
 
 /// What a worker is to have, beside what its driver has.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub(crate) struct Environment {
     threads: usize,
-    /// `CUDA_VISIBLE_DEVICES`, if the driver has GPUs to give.
-    gpus: Option<String>,
+    /// Of its node's GPUs.
+    gpus: Vec<usize>,
     /// Bytes of memory beyond which it is killed.
     memory_limit: Option<u64>,
 }
@@ -50,8 +55,7 @@ pub(crate) struct Environment {
 impl Environment {
     /// Threads for the CPUs that were asked for, and the GPUs that were granted.
     pub(crate) fn new(threads: usize, gpus: &[usize]) -> Self {
-        let gpus = (crate::resources::visible_gpus() > 0).then(|| gpu_ids(gpus));
-        Self { threads, gpus, memory_limit: None }
+        Self { threads, gpus: gpus.to_vec(), memory_limit: None }
     }
 
     pub(crate) fn with_memory_limit(self, memory_limit: Option<u64>) -> Self {
@@ -64,7 +68,9 @@ impl Environment {
             ("RAYON_NUM_THREADS".to_owned(), self.threads.to_string()),
             (progress::PROGRESS_VARIABLE.to_owned(), progress.descriptor().to_string()),
         ];
-        environment.extend(self.gpus.map(|gpus| ("CUDA_VISIBLE_DEVICES".to_owned(), gpus)));
+        if crate::resources::visible_gpus() > 0 {
+            environment.push(("CUDA_VISIBLE_DEVICES".to_owned(), gpu_ids(&self.gpus)));
+        }
         let bytes = crate::remote::encode("an assignment", &Assignment { environment })?;
         let message = [&(bytes.len() as u32).to_le_bytes()[..], &bytes].concat();
         match control.write_all(&message) {
@@ -76,7 +82,7 @@ impl Environment {
     }
 }
 
-/// GPUs as CUDA is to see them: the driver's own list decides what the first one is.
+/// GPUs as CUDA is to see them: this process's own list decides what the first one is.
 fn gpu_ids(granted: &[usize]) -> String {
     let visible = std::env::var("CUDA_VISIBLE_DEVICES").unwrap_or_default();
     let names: Vec<&str> = visible.split(',').map(str::trim).collect();
@@ -103,20 +109,31 @@ impl ProcessHost {
         &self.tokio
     }
 
-    /// Starts a worker.
+    /// Starts a worker on a node.
     pub(crate) fn start(
+        &self,
+        node: NodeId,
+        environment: Environment,
+        log: LogTarget,
+        sink: Sink,
+    ) -> Result<WorkerLink, Error> {
+        if node == NodeId::HERE {
+            return self.start_here(environment, log, sink).map(WorkerLink::Here);
+        }
+        nodes::hub()?.start(node, environment, log, sink).map(WorkerLink::There)
+    }
+
+    fn start_here(
         &self,
         environment: Environment,
         log: LogTarget,
-        sink: impl FnOnce(Arc<Progress>) -> Sink,
-    ) -> Result<WorkerLink, Error> {
-        let progress = Arc::new(Progress::create()?);
+        sink: Sink,
+    ) -> Result<LocalLink, Error> {
+        let progress = Progress::create()?;
         let mut started = self.spawner.spawn()?;
         let memory_limit = environment.memory_limit;
         environment.assign(&progress, &mut started.control)?;
-        let link = WorkerLink::new(started, log, sink(Arc::clone(&progress)), &self.tokio)?;
-        // The worker opens it when it gets there.
-        let link = link.with_progress(progress);
+        let link = LocalLink::new(started, progress, log, sink, &self.tokio)?;
         if let Some(limit) = memory_limit {
             memory::limit(link.process(), limit);
         }
@@ -182,10 +199,15 @@ pub(crate) fn into_result(task: &str, outcome: Outcome) -> Result<Parcel, Error>
     let task = task.to_owned();
     match outcome {
         // A worker that is gone has taken its large results with it.
-        Outcome::Value(packed) => packed.adopt().map_err(|error| lost(&task, error.to_string())),
+        Outcome::Value(packed) => {
+            packed.adopt(&task).map_err(|error| lost(&task, error.to_string()))
+        }
         Outcome::Failed { message } => Err(Error::TaskFailed { task, message }),
         Outcome::Panicked { message, location } => {
             Err(Error::TaskPanicked { task, message, location })
+        }
+        Outcome::InputLost { reason } => {
+            Err(Error::ObjectLost { object: format!("an argument of {task}"), reason })
         }
     }
 }

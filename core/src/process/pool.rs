@@ -7,11 +7,12 @@
 //! than that sends back what is queued behind it.
 
 use super::wire::{FromWorker, Outcome, ToWorker, What};
-use super::{Environment, Listener, LogTarget, Progress, Sink, WorkerEvent, WorkerLink};
+use super::{End, Environment, Listener, LogTarget, Sink, WorkerEvent, WorkerLink};
 use super::{check_build, into_result, lost};
 use crate::object::AnyObject;
 use crate::parcel::{Packed, Parcel, pack_all};
 use crate::runtime::{Lease, Turn};
+use crate::scheduler::NodeId;
 use crate::{Error, store, threads, timer};
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
@@ -50,7 +51,7 @@ pub(crate) struct Pool {
 
 #[derive(Default)]
 struct Inner {
-    idle: Mutex<HashMap<Environment, Vec<Arc<Worker>>>>,
+    idle: Mutex<HashMap<(NodeId, Environment), Vec<Arc<Worker>>>>,
     /// Microseconds that a call of a function takes.
     micros: Mutex<HashMap<&'static str, f64>>,
 }
@@ -58,9 +59,9 @@ struct Inner {
 /// A process that runs one call after the other.
 pub(crate) struct Worker {
     pool: Pool,
-    environment: Environment,
+    /// Where it runs, and what it has: who wants the same may have it.
+    kind: (NodeId, Environment),
     link: OnceLock<WorkerLink>,
-    progress: Arc<Progress>,
     state: Mutex<State>,
 }
 
@@ -89,23 +90,23 @@ impl Pool {
             Turn::Joined(worker) => return worker.send(None, call),
             Turn::Granted(lease) => lease,
         };
-        let threads = lease.grants[0].threads();
-        let environment =
-            Environment::new(threads, &lease.grants[0].gpus).with_memory_limit(call.memory_limit);
-        match self.take_idle(&environment) {
+        let grant = &lease.grants[0];
+        let environment = Environment::new(grant.threads(), &grant.gpus);
+        let kind = (grant.node, environment.with_memory_limit(call.memory_limit));
+        match self.take_idle(&kind) {
             Some(worker) => worker.begin(lease, call),
-            None => self.begin_in_new(environment, lease, call),
+            None => self.begin_in_new(kind, lease, call),
         }
     }
 
-    fn take_idle(&self, environment: &Environment) -> Option<Arc<Worker>> {
-        lock(&self.inner.idle).get_mut(environment)?.pop()
+    fn take_idle(&self, kind: &(NodeId, Environment)) -> Option<Arc<Worker>> {
+        lock(&self.inner.idle).get_mut(kind)?.pop()
     }
 
     /// Starting a process takes milliseconds: not on the thread that serves the others.
-    fn begin_in_new(&self, environment: Environment, lease: Arc<Lease>, call: PoolCall) {
+    fn begin_in_new(&self, kind: (NodeId, Environment), lease: Arc<Lease>, call: PoolCall) {
         let (pool, object) = (self.clone(), Arc::clone(&call.object));
-        let spawned = threads::run(1, move || match pool.start(environment, &lease) {
+        let spawned = threads::run(1, move || match pool.start(kind, &lease) {
             Ok(worker) => worker.begin(lease, call),
             Err(error) => {
                 drop(lease);
@@ -118,18 +119,13 @@ impl Pool {
         }
     }
 
-    fn start(&self, environment: Environment, lease: &Lease) -> Result<Arc<Worker>, Error> {
-        let mut worker = None;
-        let (pool, copy) = (self.clone(), environment.clone());
-        let sink = |progress| {
-            let (link, state) = (OnceLock::new(), Mutex::default());
-            let new = Arc::new(Worker { pool, environment: copy, link, progress, state });
-            worker = Some(Arc::clone(&new));
-            Sink::Listener(new)
-        };
-        let log = LogTarget { prefix: Some("[worker]".to_owned()), file: None };
-        let link = lease.runtime().host()?.start(environment, log, sink)?;
-        let worker = worker.ok_or_else(|| Error::Internal("a link without a worker".into()))?;
+    fn start(&self, kind: (NodeId, Environment), lease: &Lease) -> Result<Arc<Worker>, Error> {
+        let (node, environment) = kind.clone();
+        let (pool, link, state) = (self.clone(), OnceLock::new(), Mutex::default());
+        let worker = Arc::new(Worker { pool, kind, link, state });
+        let log = LogTarget::prefixed("[worker]".to_owned());
+        let sink = Sink::Listener(Arc::clone(&worker) as Arc<dyn Listener>);
+        let link = lease.runtime().host()?.start(node, environment, log, sink)?;
         let _ = worker.link.set(link);
         Ok(worker)
     }
@@ -138,7 +134,7 @@ impl Pool {
     fn keep(&self, worker: &Arc<Worker>) {
         let most = std::thread::available_parallelism().map_or(1, usize::from);
         let mut idle = lock(&self.inner.idle);
-        let of_its_kind = idle.entry(worker.environment.clone()).or_default();
+        let of_its_kind = idle.entry(worker.kind.clone()).or_default();
         if of_its_kind.len() < most {
             of_its_kind.push(Arc::clone(worker));
         } else {
@@ -147,7 +143,7 @@ impl Pool {
     }
 
     fn forget(&self, worker: &Arc<Worker>) {
-        if let Some(idle) = lock(&self.inner.idle).get_mut(&worker.environment) {
+        if let Some(idle) = lock(&self.inner.idle).get_mut(&worker.kind) {
             idle.retain(|other| !Arc::ptr_eq(other, worker));
         }
     }
@@ -167,6 +163,10 @@ impl Pool {
 }
 
 impl Worker {
+    pub(crate) fn node(&self) -> NodeId {
+        self.kind.0
+    }
+
     fn begin(self: &Arc<Self>, lease: Arc<Lease>, call: PoolCall) {
         let function = call.function;
         self.send(Some(lease), call);
@@ -175,7 +175,7 @@ impl Worker {
 
     /// Puts a call into the worker's queue, with what it is to work with if it was idle.
     fn send(self: &Arc<Self>, lease: Option<Arc<Lease>>, call: PoolCall) {
-        let (args, kept) = match pack_all(&call.args) {
+        let (args, kept) = match pack_all(&call.args, self.node()) {
             Ok(packed) => packed,
             Err(error) => {
                 self.state().take(lease);
@@ -237,7 +237,7 @@ impl Worker {
             WorkerEvent::Frame(FromWorker::Returned { calls }) => self.returned(&calls),
             WorkerEvent::Frame(FromWorker::Doomed { .. }) => self.kill("its task was called off"),
             WorkerEvent::Frame(_) => {}
-            WorkerEvent::Ended(reason) => self.ended(&reason),
+            WorkerEvent::Ended(end) => self.ended(&end),
         }
     }
 
@@ -283,21 +283,21 @@ impl Worker {
         self.rest();
     }
 
-    fn ended(self: &Arc<Self>, reason: &str) {
+    fn ended(self: &Arc<Self>, end: &End) {
         let (calls, lease) = {
             let mut state = self.state();
             state.is_dead = true;
             (std::mem::take(&mut state.calls), state.lease.take())
         };
         self.pool.forget(self);
-        let newest = self.progress.newest();
+        let newest = end.newest_call;
         // One that ended before its first call would end before it again, and so for ever.
         let first = calls.keys().next().copied().filter(|_| newest == 0);
         for (number, known) in calls.into_iter().rev() {
             if number > newest && first != Some(number) {
                 known.not_started();
             } else {
-                known.lost(reason);
+                known.lost(&end.reason);
             }
         }
         drop(lease);
@@ -305,7 +305,7 @@ impl Worker {
 
     fn kill(&self, reason: &str) {
         if let Some(link) = self.link.get() {
-            link.process().kill_because(reason.to_owned());
+            link.kill_because(reason.to_owned());
         }
     }
 

@@ -86,8 +86,38 @@ pub(crate) enum FromWorker {
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) enum Outcome {
     Value(Packed),
-    Failed { message: String },
-    Panicked { message: String, location: String },
+    Failed {
+        message: String,
+    },
+    Panicked {
+        message: String,
+        location: String,
+    },
+    /// It was not run: an argument could not be brought to its machine.
+    InputLost {
+        reason: String,
+    },
+}
+
+impl ToWorker {
+    /// The values that it refers to.
+    pub(crate) fn packed_mut(&mut self) -> &mut [Packed] {
+        match self {
+            Self::Run { args, .. } | Self::Call { args, .. } => args,
+            _ => &mut [],
+        }
+    }
+}
+
+impl FromWorker {
+    /// The value that it refers to.
+    pub(crate) fn packed_mut(&mut self) -> Option<&mut Packed> {
+        match self {
+            Self::Done(Outcome::Value(value)) => Some(value),
+            Self::Reply { outcome: Outcome::Value(value), .. } => Some(value),
+            _ => None,
+        }
+    }
 }
 
 /// Who a worker is in its group.

@@ -166,6 +166,12 @@ impl Scheduler {
         self.sum(|node| &node.free.amounts)
     }
 
+    /// Each machine with all that it has, and what of it is free.
+    pub(crate) fn machines(&self) -> impl Iterator<Item = (NodeId, &Amounts, &Amounts)> {
+        let machines = self.nodes.iter().filter(|node| node.id.is_machine());
+        machines.map(|node| (node.id, &node.total, &node.free.amounts))
+    }
+
     pub(crate) fn waiting(&self) -> usize {
         self.waiting.len()
     }
@@ -359,7 +365,8 @@ impl Scheduler {
         let mut heads = (0..self.queues.len()).filter(|queue| self.head_of(*queue).is_some());
         let only = heads.next().filter(|_| heads.next().is_none())?;
         let shape = &self.queues[only].shape;
-        (shape.bundles.len() == 1 && shape.node.is_none()).then_some(only)
+        let anywhere = shape.node.is_none_or(|node| node == self.nodes[0].id);
+        (shape.bundles.len() == 1 && anywhere).then_some(only)
     }
 
     /// [`Scheduler::serve`] where nothing can be in the way, without a trial.

@@ -1,12 +1,16 @@
 //! What one node has, and what of it is free.
 
 use super::amounts::{Amounts, UNIT};
+use serde::{Deserialize, Serialize};
 
 /// A machine, or a bundle of a placement group, which is a piece of one.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub(crate) struct NodeId(pub(crate) u64);
 
 impl NodeId {
+    /// The driver's own machine.
+    pub(crate) const HERE: Self = Self(0);
+
     /// Bundles of placement groups are numbered from here.
     const FIRST_BUNDLE: u64 = 1 << 32;
 

@@ -6,9 +6,11 @@ use crate::Error;
 use crate::value::{Draft, Encoded, Layout};
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
+use std::cell::RefCell;
 use std::fs::File;
 use std::io::{self, BufReader, Write};
 use std::sync::{Arc, Weak};
+use tokio::sync::mpsc;
 
 /// Smaller objects are plain memory.
 const SHARED_FROM: usize = 64 << 10;
@@ -99,6 +101,19 @@ impl Memory {
         Self::make(bytes, |out| {
             let mut file = BufReader::with_capacity(bytes.min(READ_BYTES), file);
             io::copy(&mut file, out).map(drop)
+        })
+    }
+
+    /// Takes in what comes in pieces, and waits for each.
+    pub(super) fn receive(bytes: u64, pieces: mpsc::Receiver<Bytes>) -> Result<Self, Error> {
+        let too_large = |error| Error::system("receiving an object", io::Error::other(error));
+        let bytes = usize::try_from(bytes).map_err(too_large)?;
+        let pieces = RefCell::new(pieces);
+        Self::make(bytes, |out| {
+            while let Some(piece) = pieces.borrow_mut().blocking_recv() {
+                out.write_all(&piece)?;
+            }
+            Ok(())
         })
     }
 

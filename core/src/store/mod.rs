@@ -42,6 +42,7 @@ use spill::SpillFolder;
 use std::path::Path;
 use std::sync::Arc;
 use std::thread::JoinHandle;
+use tokio::sync::mpsc;
 
 /// Names an object in the store that holds it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -144,7 +145,10 @@ impl Store {
     /// in memory already, so it is let in over the budget if need be, and others are spilled.
     /// After this the other process may let go of it.
     pub(crate) fn adopt(&self, place: &Place) -> Result<ObjectId, StoreError> {
-        let memory = Memory::of(place)?;
+        Ok(self.take_in(Memory::of(place)?))
+    }
+
+    fn take_in(&self, memory: Memory) -> ObjectId {
         let bytes = memory.bytes();
         let mut state = self.inner.lock();
         let id = state.add(bytes);
@@ -152,7 +156,23 @@ impl Store {
         drop(state);
         self.inner.step(Event::Insert { id, bytes, pinned: false, adopted: true });
         self.inner.step(Event::EndUse(id));
-        Ok(id)
+        id
+    }
+
+    /// Takes in an object of so many bytes, in its flat form, from another machine, in pieces.
+    /// Waits for each.
+    pub(crate) fn receive(
+        &self,
+        bytes: u64,
+        pieces: mpsc::Receiver<Bytes>,
+    ) -> Result<ObjectId, StoreError> {
+        let memory = Memory::receive(bytes, pieces)?;
+        Ok(self.take_in(memory))
+    }
+
+    /// How large an object is.
+    pub(crate) fn bytes(&self, id: ObjectId) -> u64 {
+        self.inner.lock().slots.get(&id).map_or(0, |slot| slot.bytes)
     }
 
     /// The object, mapped; read back from disk if it was spilled. It stays in memory for as long

@@ -2,6 +2,7 @@
 
 use super::tail::{Tail, measurement};
 use crate::{Error, Flow, Trial};
+use mobula_core::World;
 use mobula_core::error::AtPath;
 use mobula_core::run::RUN_DIR_VARIABLE;
 use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, kill_process_group, waitid};
@@ -97,7 +98,10 @@ impl Group {
     ) -> Result<Self, Error> {
         let output = open_log(log)?;
         let spawn_error = |source| Error::Spawn { program: "sh".into(), source };
-        let child = Command::new("sh")
+        let mut trial = Command::new("sh");
+        // Where the sweep is one copy of a launch, its trials are none.
+        World::remove_from(&mut trial);
+        let child = trial
             .args(["-c", GATE, "trial"])
             .args(command)
             .env(RUN_DIR_VARIABLE, run_dir)

@@ -1,0 +1,48 @@
+//! Other machines. The driver's copy of the program opens a door; the first copy on every other
+//! machine joins it as that machine's *agent*, tells what the machine has, starts worker processes
+//! when asked to, and passes on what they and the driver say to each other.
+//!
+//! A worker sees no difference: it talks to its agent as it would to its driver. What the agent adds
+//! is the way of large values. They stay in the store of the machine that made them, and a message
+//! only says where ([`FarPlace`]); a machine that needs one fetches it from the other, once, without
+//! a detour over the driver.
+//!
+//! Invariants:
+//! * NODE-1: nobody joins, and nobody gets a value, without the secret.
+//! * NODE-2: a machine that has been silent for 4 seconds is lost: nothing is placed there any more,
+//!   before anybody hears that its workers are gone.
+//! * NODE-3: an agent ends with its driver, and its workers end with it.
+
+mod agent;
+mod far;
+mod hub;
+mod object;
+mod role;
+mod secret;
+mod server;
+mod transfer;
+mod wire;
+mod worker;
+
+pub(crate) use far::FarLink;
+pub(crate) use hub::{hub, say_goodbye};
+pub(crate) use object::{Far, FarPlace, Recipe};
+pub(crate) use role::{Role, role};
+pub(crate) use transfer::forget_everywhere;
+
+use crate::{Error, Resources, Runtime};
+
+/// Becomes an agent, or a copy that only waits; gives the exit code.
+pub(crate) fn serve(join: role::Join, total: &Resources) -> i32 {
+    agent::serve(join, total)
+}
+
+/// Opens the driver's door, and waits for the others to come in.
+pub(crate) fn open(door: role::Door, runtime: &Runtime) -> Result<(), Error> {
+    hub::open(door, runtime)
+}
+
+/// This machine's name.
+pub(crate) fn host_name() -> String {
+    rustix::system::uname().nodename().to_string_lossy().into_owned()
+}

@@ -1,0 +1,174 @@
+//! Values on their way from one machine's store to another's.
+
+use super::object::FarPlace;
+use super::secret::Secret;
+use super::wire::{FETCH, Piece, Wanted};
+use crate::parcel::{Stored, store};
+use crate::process::wire::{Frames, MAX_FRAME_BYTES};
+use crate::scheduler::NodeId;
+use crate::store::ObjectId;
+use crate::{BoxError, Error};
+use bytes::Bytes;
+use futures::stream::{self, BoxStream, StreamExt};
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::Duration;
+use tokio::sync::{OnceCell, mpsc};
+use tonic::transport::{Channel, Endpoint};
+use tonic::{Request, Status};
+
+/// What is sent at a time.
+const PIECE_BYTES: usize = 1 << 20;
+/// Pieces that may wait to be written.
+const PIECES: usize = 8;
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// A holder that sends nothing for so long is taken for gone.
+const PIECE_TIMEOUT: Duration = Duration::from_secs(30);
+/// Bytes on their way that need no acknowledgement yet.
+pub(super) const WINDOW: u32 = 16 << 20;
+
+/// What this process needs to get values from others.
+pub(super) struct Transfers {
+    pub(super) tokio: tokio::runtime::Handle,
+    pub(super) secret: Secret,
+    /// Where the driver is, unless this is it.
+    pub(super) driver: Option<SocketAddr>,
+    channels: Mutex<HashMap<SocketAddr, Channel>>,
+}
+
+static TRANSFERS: OnceLock<Transfers> = OnceLock::new();
+
+/// To be called once, before the first value is needed.
+pub(super) fn set_up(tokio: tokio::runtime::Handle, secret: Secret, driver: Option<SocketAddr>) {
+    let channels = Mutex::default();
+    // A second call would be a second `init`, which is refused.
+    let _ = TRANSFERS.set(Transfers { tokio, secret, driver, channels });
+}
+
+fn transfers() -> Result<&'static Transfers, Error> {
+    TRANSFERS.get().ok_or_else(|| Error::Internal("this process has no other nodes".to_owned()))
+}
+
+/// Nobody refers to this value any more, wherever there are copies of it.
+pub(crate) fn forget_everywhere(holder: NodeId, id: ObjectId) {
+    if let Ok(hub) = super::hub() {
+        hub.forget(holder, id);
+    }
+}
+
+/// Copies of other machines' values, in this process's store.
+#[derive(Default)]
+pub(super) struct Copies {
+    copies: Mutex<HashMap<(NodeId, ObjectId), Arc<OnceCell<Arc<Stored>>>>>,
+}
+
+impl Copies {
+    /// A copy of the value; whoever asks for it at the same time shares one transfer.
+    pub(super) async fn bring(&self, place: FarPlace) -> Result<Arc<Stored>, Error> {
+        let cell = Arc::clone(self.lock().entry((place.holder, place.id)).or_default());
+        cell.get_or_try_init(|| transfers_fetch(place)).await.cloned()
+    }
+
+    /// The same from a thread that may wait.
+    pub(super) fn bring_blocking(&self, place: FarPlace) -> Result<Arc<Stored>, Error> {
+        let _lent = crate::current::lend();
+        let wait = || transfers().and_then(|t| t.tokio.block_on(self.bring(place)));
+        match tokio::runtime::Handle::try_current() {
+            // Such a thread serves others, who go on elsewhere meanwhile.
+            Ok(_) => tokio::task::block_in_place(wait),
+            Err(_) => wait(),
+        }
+    }
+
+    /// Keeps a value of this machine for as long as the driver refers to it.
+    pub(super) fn keep(&self, here: NodeId, stored: Arc<Stored>) {
+        let cell = Arc::new(OnceCell::new_with(Some(Arc::clone(&stored))));
+        self.lock().insert((here, stored.id()), cell);
+    }
+
+    pub(super) fn forget(&self, holder: NodeId, id: ObjectId) {
+        // Dropped outside of the lock: its memory may have to be given back.
+        let copy = self.lock().remove(&(holder, id));
+        drop(copy);
+    }
+
+    pub(super) fn has_one(&self) -> bool {
+        self.only().is_some()
+    }
+
+    /// The copy, of who keeps one.
+    pub(super) fn only(&self) -> Option<Arc<Stored>> {
+        self.lock().values().find_map(|cell| cell.get().cloned())
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<(NodeId, ObjectId), Arc<OnceCell<Arc<Stored>>>>> {
+        self.copies.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+async fn transfers_fetch(place: FarPlace) -> Result<Arc<Stored>, Error> {
+    let transfers = transfers()?;
+    let failed = |error: BoxError| {
+        Error::system("fetching a value from another node", std::io::Error::other(error))
+    };
+    // On the runtime of the transfers, whichever thread waits for it.
+    let fetch = transfers.tokio.spawn(transfers.fetch(place));
+    fetch.await.map_err(|error| failed(error.into()))?.map_err(failed)
+}
+
+impl Transfers {
+    async fn fetch(&self, place: FarPlace) -> Result<Arc<Stored>, BoxError> {
+        let address = place.address.or(self.driver).ok_or("nobody knows where its holder is")?;
+        let mut grpc = tonic::client::Grpc::new(self.channel(address)?)
+            .max_decoding_message_size(MAX_FRAME_BYTES);
+        grpc.ready().await?;
+        let mut request = Request::new(Wanted { id: place.id });
+        self.secret.show(request.metadata_mut())?;
+        let codec = Frames::<Wanted, Piece>::default();
+        let path = http::uri::PathAndQuery::from_static(FETCH);
+        let mut pieces = grpc.server_streaming(request, path, codec).await?.into_inner();
+        let (sender, received) = mpsc::channel::<Bytes>(PIECES);
+        let write = tokio::task::spawn_blocking(move || Stored::receive(place.bytes, received));
+        while let Some(Piece(bytes)) =
+            tokio::time::timeout(PIECE_TIMEOUT, pieces.message()).await??
+        {
+            // It has failed already, and says why.
+            if sender.send(bytes).await.is_err() {
+                break;
+            }
+        }
+        drop(sender);
+        Ok(Arc::new(write.await??))
+    }
+
+    fn channel(&self, address: SocketAddr) -> Result<Channel, BoxError> {
+        let mut channels = self.channels.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(channel) = channels.get(&address) {
+            return Ok(channel.clone());
+        }
+        let endpoint = Endpoint::from_shared(format!("http://{address}"))?
+            .connect_timeout(CONNECT_TIMEOUT)
+            .initial_stream_window_size(WINDOW)
+            .initial_connection_window_size(WINDOW)
+            .tcp_nodelay(true);
+        let _entered = self.tokio.enter();
+        let channel = endpoint.connect_lazy();
+        channels.insert(address, channel.clone());
+        Ok(channel)
+    }
+}
+
+/// A value of this process's store, piece by piece.
+pub(super) async fn give_out(
+    wanted: Wanted,
+) -> Result<BoxStream<'static, Result<Piece, Status>>, Status> {
+    let gone = |error: Error| Status::not_found(error.to_string());
+    let flat = tokio::task::spawn_blocking(move || -> Result<Bytes, Error> {
+        Ok(store()?.flat(wanted.id)?)
+    });
+    let flat = flat.await.map_err(|error| Status::internal(error.to_string()))?.map_err(gone)?;
+    let starts = (0..flat.len()).step_by(PIECE_BYTES);
+    let pieces = starts.map(move |at| Ok(Piece(flat.slice(at..flat.len().min(at + PIECE_BYTES)))));
+    Ok(stream::iter(pieces).boxed())
+}

@@ -1,0 +1,225 @@
+//! One worker process of an agent: what is for it and what it says, with the values on their way.
+
+use super::object::FarPlace;
+use super::transfer::Copies;
+use super::wire::{CREDITS, FromNode};
+use crate::Error;
+use crate::parcel::{Packed, Stored};
+use crate::process::wire::{FromWorker, Outcome, ToWorker};
+use crate::process::{End, Environment, LogTarget, ProcessHost, Sink, WorkerEvent, WorkerLink};
+use crate::scheduler::NodeId;
+use crate::store::Lease;
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use tokio::sync::{Semaphore, mpsc};
+
+/// Where a worker is to live.
+#[derive(Clone)]
+pub(super) struct Home {
+    pub(super) node: NodeId,
+    pub(super) host: ProcessHost,
+    pub(super) out: mpsc::Sender<FromNode>,
+    pub(super) copies: Arc<Copies>,
+}
+
+/// The driver's orders for one worker.
+pub(super) struct Orders {
+    frames: mpsc::UnboundedSender<ToWorker>,
+    kills: mpsc::UnboundedSender<Option<String>>,
+    credits: Arc<Semaphore>,
+}
+
+impl Orders {
+    pub(super) fn frame(&self, frame: ToWorker) {
+        // One that is gone has said so.
+        let _ = self.frames.send(frame);
+    }
+
+    pub(super) fn kill(&self, reason: Option<String>) {
+        let _ = self.kills.send(reason);
+    }
+
+    pub(super) fn taken(&self, events: usize) {
+        self.credits.add_permits(events);
+    }
+
+    pub(super) fn is_over(&self) -> bool {
+        self.kills.is_closed()
+    }
+}
+
+/// Starts a process, and passes on what comes and goes.
+pub(super) fn start(number: u64, environment: Environment, home: Home) -> Orders {
+    let (frames, inbox) = mpsc::unbounded_channel();
+    let (kills, killed) = mpsc::unbounded_channel();
+    let credits = Arc::new(Semaphore::new(CREDITS));
+    let worker = Worker { number, home, credits: Arc::clone(&credits), kept: Arc::default() };
+    tokio::spawn(worker.live(environment, inbox, killed));
+    Orders { frames, kills, credits }
+}
+
+/// Values that calls under way refer to.
+type Kept = HashMap<u64, Vec<(Arc<Stored>, Lease)>>;
+
+#[derive(Clone)]
+struct Worker {
+    number: u64,
+    home: Home,
+    credits: Arc<Semaphore>,
+    kept: Arc<Mutex<Kept>>,
+}
+
+impl Worker {
+    async fn live(
+        self,
+        environment: Environment,
+        inbox: mpsc::UnboundedReceiver<ToWorker>,
+        mut killed: mpsc::UnboundedReceiver<Option<String>>,
+    ) {
+        let (sink, events) = mpsc::channel(CREDITS);
+        let link = match self.start(environment, Sink::Channel(sink)).await {
+            Ok(link) => Arc::new(link),
+            Err(error) => {
+                let end = End { reason: error.to_string(), newest_call: 0 };
+                return self.say(WorkerEvent::Ended(end)).await;
+            }
+        };
+        let pid = link.pid().unwrap_or_default();
+        let _ = self.home.out.send(FromNode::Started { worker: self.number, pid }).await;
+        let deliver = tokio::spawn(self.clone().deliver(inbox, Arc::clone(&link)));
+        let speak = self.speak(events, &link);
+        tokio::pin!(speak);
+        loop {
+            tokio::select! {
+                () = &mut speak => break,
+                Some(reason) = killed.recv() => match reason {
+                    Some(reason) => link.kill_because(reason),
+                    None => link.kill(),
+                },
+            }
+        }
+        deliver.abort();
+    }
+
+    /// Takes milliseconds: not on a thread that serves others.
+    async fn start(&self, environment: Environment, sink: Sink) -> Result<WorkerLink, Error> {
+        let (host, out, worker) = (self.home.host.clone(), self.home.out.clone(), self.number);
+        // A driver that does not read them blocks the worker at last, as a terminal would.
+        let lines = move |line| drop(out.blocking_send(FromNode::Line { worker, line }));
+        let log = LogTarget::lines(lines);
+        let start = move || host.start(NodeId::HERE, environment, log, sink);
+        let started = tokio::task::spawn_blocking(start).await;
+        started.map_err(|error| Error::Internal(error.to_string()))?
+    }
+
+    /// What the driver has for the worker, in its order.
+    async fn deliver(self, mut inbox: mpsc::UnboundedReceiver<ToWorker>, link: Arc<WorkerLink>) {
+        while let Some(mut frame) = inbox.recv().await {
+            match self.localise(&mut frame).await {
+                Ok(kept) if kept.is_empty() => {}
+                Ok(kept) => drop(self.kept().insert(key(&frame), kept)),
+                Err(error) => {
+                    self.refuse(&frame, &error).await;
+                    continue;
+                }
+            }
+            link.send(frame);
+        }
+    }
+
+    /// Brings the values that the frame refers to onto this machine.
+    async fn localise(&self, frame: &mut ToWorker) -> Result<Vec<(Arc<Stored>, Lease)>, Error> {
+        let mut kept = Vec::new();
+        for packed in frame.packed_mut() {
+            let Packed::Far(place) = *packed else { continue };
+            let stored = self.home.copies.bring(place).await?;
+            let here = Arc::clone(&stored);
+            let shared = tokio::task::spawn_blocking(move || here.pack()).await;
+            let (local, lease) = shared.map_err(|e| Error::Internal(e.to_string()))??;
+            *packed = local;
+            kept.extend(lease.map(|lease| (stored, lease)));
+        }
+        Ok(kept)
+    }
+
+    /// A call whose values are not to be had is not run.
+    async fn refuse(&self, frame: &ToWorker, error: &Error) {
+        let outcome = Outcome::InputLost { reason: error.to_string() };
+        let answer = match frame {
+            ToWorker::Call { call, .. } => FromWorker::Reply { call: *call, micros: 0, outcome },
+            _ => FromWorker::Done(outcome),
+        };
+        self.say_within_credits(WorkerEvent::Frame(answer)).await;
+    }
+
+    /// What the worker says, until its end.
+    async fn speak(&self, mut events: mpsc::Receiver<WorkerEvent>, link: &WorkerLink) {
+        while let Some(event) = events.recv().await {
+            match event {
+                WorkerEvent::Frame(frame) => {
+                    let frame = self.take_over(frame, link).await;
+                    self.say_within_credits(WorkerEvent::Frame(frame)).await;
+                }
+                end => {
+                    self.say(end).await;
+                    return;
+                }
+            }
+        }
+    }
+
+    /// Keeps the values that the worker has made, and lets go of what it needs no more.
+    async fn take_over(&self, mut frame: FromWorker, link: &WorkerLink) -> FromWorker {
+        match &frame {
+            FromWorker::Reply { call, .. } if *call > 0 => drop(self.kept().remove(call)),
+            FromWorker::Returned { calls } => {
+                calls.iter().for_each(|call| drop(self.kept().remove(call)));
+            }
+            _ => {}
+        }
+        let call = match &frame {
+            FromWorker::Reply { call, .. } => Some(*call),
+            _ => None,
+        };
+        let Some(packed) = frame.packed_mut() else { return frame };
+        let Packed::Shared { location, .. } = *packed else { return frame };
+        let adopted = tokio::task::spawn_blocking(move || Stored::adopt(location)).await;
+        match adopted.map_err(|error| Error::Internal(error.to_string())).and_then(|a| a) {
+            Ok(stored) => {
+                let (holder, id) = (self.home.node, stored.id());
+                let bytes = location.bytes;
+                self.home.copies.keep(holder, Arc::new(stored));
+                *packed = Packed::Far(FarPlace { holder, id, bytes, address: None });
+            }
+            // The driver takes this for the loss that it is.
+            Err(error) => tracing::warn!(%error, "a result could not be taken over"),
+        }
+        if let Some(call) = call {
+            link.send(ToWorker::Adopted { call });
+        }
+        frame
+    }
+
+    async fn say_within_credits(&self, event: WorkerEvent) {
+        if let Ok(credit) = self.credits.acquire().await {
+            credit.forget();
+        }
+        self.say(event).await;
+    }
+
+    async fn say(&self, event: WorkerEvent) {
+        let _ = self.home.out.send(FromNode::Event { worker: self.number, event }).await;
+    }
+
+    fn kept(&self) -> MutexGuard<'_, Kept> {
+        self.kept.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A member's arguments are kept until its process ends, an actor's too.
+fn key(frame: &ToWorker) -> u64 {
+    match frame {
+        ToWorker::Call { call, .. } => *call,
+        _ => u64::MAX,
+    }
+}
