@@ -1,5 +1,6 @@
 //! The task that runs on this thread: whether it was cancelled, and the CPUs it can lend.
 
+use crate::nested::nested;
 use crate::object::AnyObject;
 use crate::runtime::Lease;
 use std::cell::RefCell;
@@ -11,6 +12,8 @@ pub(crate) struct Current {
     pub(crate) object: Option<Arc<dyn AnyObject>>,
     /// What it holds while it runs; none where another process accounts for it.
     pub(crate) lease: Option<Arc<Lease>>,
+    /// Its number, in a worker process.
+    pub(crate) call: Option<u64>,
 }
 
 thread_local! {
@@ -48,14 +51,34 @@ pub fn cancelled() -> bool {
 /// Lends the CPUs of this thread's task to others until the guard is dropped, which waits for
 /// them to come back.
 pub(crate) fn lend() -> Option<Lent> {
-    with(|task| task.lease.clone()).flatten().and_then(|lease| lease.lend().then_some(Lent(lease)))
+    with(|task| match (&task.lease, task.call) {
+        (Some(lease), _) => lease.lend().then(|| Lent::Here(Arc::clone(lease))),
+        // Its driver accounts for it.
+        (None, Some(_)) => nested().filter(|nested| nested.has_pending()).map(|nested| {
+            nested.lend();
+            Lent::ByDriver
+        }),
+        (None, None) => None,
+    })
+    .flatten()
+}
+
+/// The call that runs on this thread of a worker process.
+pub(crate) fn call() -> Option<u64> {
+    with(|task| task.call).flatten()
 }
 
 #[derive(Debug)]
-pub(crate) struct Lent(Arc<Lease>);
+pub(crate) enum Lent {
+    Here(Arc<Lease>),
+    ByDriver,
+}
 
 impl Drop for Lent {
     fn drop(&mut self) {
-        self.0.reclaim();
+        match self {
+            Self::Here(lease) => lease.reclaim(),
+            Self::ByDriver => nested().into_iter().for_each(|nested| nested.reclaim()),
+        }
     }
 }

@@ -103,6 +103,16 @@ pub enum Error {
          make `let runtime = mobula::init()?;` the first line of main()"
     )]
     InitMissing,
+    /// `Runtime::current()` outside of a task.
+    #[error(
+        "no task, actor or group member runs on this thread; pass the Runtime of mobula::init() on instead"
+    )]
+    NoCurrentRuntime,
+    /// An actor or a group in processes was asked for in a worker process.
+    #[error(
+        "a worker process can submit tasks; actors and groups in processes are started by the driver, or by a task on one of its threads"
+    )]
+    OnlyInDriver,
     /// A function that no `#[mobula::remote]` registered.
     #[error("no remote function is named {name:?}; registered: {}", registered.join(", "))]
     NotRegistered {

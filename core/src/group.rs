@@ -275,7 +275,7 @@ impl Runtime {
         let grant = &lease.grants[spec.rank];
         let environment = Environment::new(options.resources.threads(), &grant.gpus)
             .with_memory_limit(options.memory_limit);
-        let link = self.host()?.start(grant.node, environment, log, Sink::Channel(sender))?;
+        let link = self.host()?.start(grant.node, environment, log, Sink::channel(sender))?;
         forward(spec.rank, inbox, events)?;
         link.send(ToWorker::Run { function: function.to_owned(), args, member: spec });
         Ok(Route::Process(link))
@@ -394,7 +394,12 @@ impl<T> Group<T> {
                 FromWorker::Beat
                 | FromWorker::Reply { .. }
                 | FromWorker::Returned { .. }
-                | FromWorker::Doomed { .. },
+                | FromWorker::Doomed { .. }
+                | FromWorker::Submit { .. }
+                | FromWorker::CallOff { .. }
+                | FromWorker::Release { .. }
+                | FromWorker::Lend
+                | FromWorker::Reclaim,
             ) => None,
             WorkerEvent::Ended(_) if self.members[rank].done => None,
             WorkerEvent::Ended(end) => {

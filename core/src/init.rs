@@ -51,7 +51,7 @@ pub fn init_with(total: Resources) -> Result<Runtime, Error> {
     interrupt::listen(host.clone()).map_err(|e| Error::system("listening for signals", e))?;
     // It serves until the process ends, whoever still holds a runtime.
     std::mem::forget(tokio);
-    let runtime = Runtime::with_host(&total, Some(host));
+    let runtime = Runtime::with_host(&total, host);
     door.map(|door| nodes::open(door, &runtime)).transpose()?;
     Ok(runtime)
 }

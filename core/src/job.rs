@@ -1,13 +1,14 @@
 //! One task on its way: queued, run where it belongs, run again if asked, settled.
 
 use crate::current::{self, Current};
+use crate::nested::{Nested, Submission};
 use crate::nodes::Recipe;
 use crate::object::{Promise, when_ready};
-use crate::parcel::{Parcel, open_all};
+use crate::parcel::{Parcel, open_all, pack_all};
 use crate::process::pool::{Ended, PoolCall};
 use crate::remote::{RemoteCall, RemoteFn};
 use crate::runtime::{Lease, Request, Runtime, Turn};
-use crate::scheduler::Id;
+use crate::scheduler::{Id, NodeId};
 use crate::task::{Body, Placement, Task, TaskOptions};
 use crate::{BoxError, Error, Node, ObjectRef, panics, threads, timer};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -59,6 +60,11 @@ impl<T: Send + Sync + 'static> Job<T> {
         if let Err(error) = self.prepare() {
             return self.promise.error(error);
         }
+        if self.options.placement == Placement::Process
+            && let Some(nested) = self.runtime.nested().cloned()
+        {
+            return self.have_driver_run(&nested);
+        }
         self.can_be_cancelled_in_queue();
         let (runtime, id, request) = (self.runtime.clone(), self.id, self.request());
         let object = self.promise.object();
@@ -85,6 +91,31 @@ impl<T: Send + Sync + 'static> Job<T> {
         }
     }
 
+    /// In a worker process: its driver places it, and retries it if need be.
+    fn have_driver_run(self, nested: &Arc<Nested>) {
+        let Some(Body::Remote(call)) = &self.body else { return };
+        let (function, decode) = (call.name.to_owned(), call.decode);
+        let (args, kept) = match pack_all(&self.args, NodeId::HERE) {
+            Ok(packed) => packed,
+            Err(error) => return self.promise.error(error),
+        };
+        let (object, name) = (self.promise.object(), self.promise.name().to_string());
+        let options = self.options.clone();
+        let submission = Submission { by: current::call(), name, function, args, options };
+        let ticket = nested.submit(
+            submission,
+            Box::new(move |result| {
+                drop(kept);
+                match result {
+                    Ok(parcel) => self.promise.encoded_with(parcel, decode),
+                    Err(error) => self.promise.error(error),
+                }
+            }),
+        );
+        let nested = Arc::clone(nested);
+        object.on_cancel(Box::new(move || nested.call_off(ticket)));
+    }
+
     fn can_be_cancelled_in_queue(&self) {
         let (runtime, id) = (self.runtime.clone(), self.id);
         self.promise.object().on_cancel(Box::new(move || runtime.cancel(id)));
@@ -107,7 +138,7 @@ impl<T: Send + Sync + 'static> Job<T> {
         match (&self.body, self.options.placement) {
             (Some(Body::Remote(call)), placement) => {
                 if placement == Placement::Process {
-                    self.runtime.host()?;
+                    self.runtime.check_processes()?;
                 }
                 self.args = (call.encode)()?;
                 Ok(())
@@ -145,8 +176,11 @@ impl<T: Send + Sync + 'static> Job<T> {
         let object = Arc::downgrade(&self.promise.object());
         let spawned = threads::run(self.options.resources.threads(), move || {
             self.watch_time();
-            let current =
-                Current { object: Some(self.promise.object()), lease: Some(Arc::clone(&lease)) };
+            let current = Current {
+                object: Some(self.promise.object()),
+                lease: Some(Arc::clone(&lease)),
+                call: None,
+            };
             let result = current::run(current, || self.run_here());
             threads::winding_up(|| {
                 // The resources are free before the result is seen: who waits may submit more.

@@ -28,6 +28,7 @@ pub mod group;
 mod init;
 mod interrupt;
 mod job;
+mod nested;
 mod nodes;
 mod object;
 mod panics;

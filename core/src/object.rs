@@ -264,6 +264,13 @@ impl<T: Send + Sync + 'static> ObjectRef<T> {
         (Self { slot: Arc::clone(&slot) }, Promise { slot })
     }
 
+    /// An error that is there.
+    pub(crate) fn failed(name: Arc<str>, error: Error) -> Self {
+        let (object, promise) = Self::pending(name);
+        promise.error(error);
+        object
+    }
+
     /// A result that is there.
     pub(crate) fn ready(name: Arc<str>, value: T) -> Self {
         let (object, promise) = Self::pending(name);

@@ -1,6 +1,7 @@
 //! Encoded values on their way to and from processes: small ones in the message, large ones in
 //! shared memory, where every process of this host reads the same copy.
 
+use crate::nested::Up;
 use crate::nodes::{self, Far, FarPlace, Recipe};
 use crate::scheduler::NodeId;
 use crate::store::{Lease, Location, ObjectId, Offer, Place, Reader, Store, default_budget};
@@ -27,6 +28,8 @@ pub enum Parcel {
     Stored(Arc<Stored>),
     /// On another machine.
     Far(Arc<Far>),
+    /// In a worker process: its driver has it.
+    Up(Arc<Up>),
 }
 
 /// An object in this process's store, until dropped.
@@ -104,6 +107,10 @@ pub(crate) enum Packed {
     },
     /// On another machine than the one that the message is for, perhaps.
     Far(FarPlace),
+    /// What the driver holds for the worker that says so.
+    Held {
+        ticket: u64,
+    },
 }
 
 /// An encoded value whose tensors have not been copied yet.
@@ -149,7 +156,7 @@ impl Packed {
             Self::Inline { head, buffers } => {
                 head.len() + buffers.iter().map(Bytes::len).sum::<usize>()
             }
-            Self::Shared { .. } | Self::Far(_) => 0,
+            Self::Shared { .. } | Self::Far(_) | Self::Held { .. } => 0,
         }
     }
 
@@ -158,7 +165,7 @@ impl Packed {
         match self {
             Self::Inline { head, buffers } => Ok(Encoded { head, buffers }),
             Self::Shared { id, location } => reader.open(id, &location),
-            Self::Far(_) => Err(Error::Internal("a value did not come along".to_owned())),
+            Self::Far(_) | Self::Held { .. } => Err(misplaced()),
         }
     }
 
@@ -170,6 +177,7 @@ impl Packed {
                 Stored::adopt(location).map(|stored| Parcel::Stored(Arc::new(stored)))
             }
             Self::Far(place) => Ok(Parcel::Far(Arc::new(Far::new(name.into(), place)))),
+            Self::Held { .. } => Err(misplaced()),
         }
     }
 }
@@ -192,6 +200,7 @@ impl Parcel {
             Self::Inline(encoded) => Ok((Packed::inline(encoded.clone()), None)),
             Self::Stored(stored) if node == NodeId::HERE => stored.pack(),
             Self::Stored(stored) => Ok((Packed::Far(stored.place()), None)),
+            Self::Up(up) => Ok((up.pack(), None)),
             Self::Far(far) if node == NodeId::HERE => far.bring()?.pack(node),
             Self::Far(far) => match far.remake()? {
                 None => Ok((Packed::Far(far.place()), None)),
@@ -210,7 +219,7 @@ impl Parcel {
     /// Whether it can be packed for this machine at once.
     pub(crate) fn is_at_hand(&self, node: NodeId) -> bool {
         match self {
-            Self::Inline(_) | Self::Stored(_) => true,
+            Self::Inline(_) | Self::Stored(_) | Self::Up(_) => true,
             Self::Far(far) => far.here().is_some() || (node != NodeId::HERE && !far.is_gone()),
         }
     }
@@ -218,7 +227,7 @@ impl Parcel {
     /// Waits until it is here, or at least somewhere.
     pub(crate) fn bring(&self) -> Result<(), Error> {
         match self {
-            Self::Inline(_) | Self::Stored(_) => Ok(()),
+            Self::Inline(_) | Self::Stored(_) | Self::Up(_) => Ok(()),
             Self::Far(far) => far.bring().map(drop),
         }
     }
@@ -242,12 +251,17 @@ impl Parcel {
             Self::Inline(encoded) => Ok(encoded.clone()),
             Self::Stored(stored) => Ok(stored.store.get(stored.id)?),
             Self::Far(far) => far.bring()?.open(),
+            Self::Up(up) => up.open(),
         }
     }
 
     pub(crate) fn decode<T: DeserializeOwned>(&self, what: &str) -> Result<T, Error> {
         decode(what, &self.open()?)
     }
+}
+
+fn misplaced() -> Error {
+    Error::Internal("a value did not come along with its message".to_owned())
 }
 
 /// Parcels for one message to a machine, and what keeps them in place.

@@ -4,6 +4,7 @@ use crate::runtime::{Lease, Request, Runtime};
 use crate::scheduler::{NodeId, PlacementStrategy};
 use crate::task::Placement;
 use crate::{Error, Resources};
+use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -61,12 +62,12 @@ pub struct PlacementGroup {
 }
 
 /// One bundle of a placement group, to be named in the options of a task or an actor.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Bundle(pub(crate) NodeId);
 
 /// A machine of this runtime, to be named in the options of a task or an actor; see
 /// [`Runtime::nodes`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Node(pub(crate) NodeId);
 
 impl Node {

@@ -83,6 +83,10 @@ impl RemoteFn {
         }
     }
 
+    pub(crate) fn name(&self) -> &'static str {
+        self.name
+    }
+
     pub(crate) fn run(
         &self,
         member: Option<Member>,

@@ -2,6 +2,7 @@
 
 use crate::actor::{ActorRef, WeakActor};
 use crate::job::Job;
+use crate::nested::{self, Nested};
 use crate::object::when_ready;
 use crate::process::ProcessHost;
 use crate::process::pool::Worker;
@@ -9,7 +10,7 @@ use crate::scheduler::{
     Amounts, Command, Event, Grant, Id, NodeId, PlacementStrategy, Refusal, Scheduler, Shape,
 };
 use crate::task::Task;
-use crate::{Bundle, Error, Node, NodeInfo, ObjectRef, Resources, console, nodes};
+use crate::{Bundle, Error, Node, NodeInfo, ObjectRef, Resources, console, current, nodes};
 use std::any::TypeId;
 use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -57,6 +58,8 @@ struct Inner {
     /// Typed actors by type and name.
     actors: Mutex<HashMap<(TypeId, String), WeakActor>>,
     host: Option<ProcessHost>,
+    /// In a worker process, what has its driver run tasks in processes.
+    nested: Option<Arc<Nested>>,
 }
 
 #[derive(Default)]
@@ -211,16 +214,53 @@ impl Runtime {
     /// [`init`](crate::init).
     pub fn local(total: Resources) -> Result<Self, Error> {
         crate::init::refuse_uninitialised_worker();
-        Ok(Self::with_host(&total, None))
+        Ok(Self::new(&total, None, None))
     }
 
-    pub(crate) fn with_host(total: &Resources, host: Option<ProcessHost>) -> Self {
+    /// The runtime of the task, the actor or the group's member that runs on this thread: the
+    /// driver's; or that of the worker process, which has its driver run what is placed in
+    /// processes, and runs threads on its own CPUs. Actors and groups in processes, and what is
+    /// known of other machines, are the driver's only.
+    ///
+    /// Errors where no such thing runs.
+    ///
+    /// ```
+    /// use mobula_core::{Error, Resources, Runtime, Task};
+    ///
+    /// let runtime = Runtime::local(Resources::cpus(1.0))?;
+    /// let outer = runtime.submit(Task::new("outer", || {
+    ///     let inner = Runtime::current()?.submit(Task::new("inner", || Ok::<_, String>(6 * 7)));
+    ///     Ok::<_, Error>(*inner.get()?)
+    /// }));
+    /// assert_eq!(*outer.get()?, 42);
+    /// # Ok::<(), Error>(())
+    /// ```
+    pub fn current() -> Result<Self, Error> {
+        let of_task = current::with(|task| task.lease.as_ref().map(|l| l.runtime().clone()));
+        let of_process = || nested::nested().map(|nested| nested.runtime().clone());
+        of_task.flatten().or_else(of_process).ok_or(Error::NoCurrentRuntime)
+    }
+
+    /// The runtime of a worker process.
+    pub(crate) fn in_worker(cpus: &Resources, nested: Arc<Nested>) -> Self {
+        Self::new(cpus, None, Some(nested))
+    }
+
+    /// That of a driver, which can start processes.
+    pub(crate) fn with_host(total: &Resources, host: ProcessHost) -> Self {
+        let runtime = Self::new(total, Some(host), None);
+        nested::set_driver(&runtime);
+        runtime
+    }
+
+    fn new(total: &Resources, host: Option<ProcessHost>, nested: Option<Arc<Nested>>) -> Self {
         let inner = Inner {
             inbox: Mutex::default(),
             state: Mutex::default(),
             next_id: AtomicU64::new(1),
             actors: Mutex::default(),
             host,
+            nested,
         };
         let runtime = Self { inner: Arc::new(inner) };
         runtime.step(Event::NodeJoined { node: NodeId::HERE, total: total.into() });
@@ -296,7 +336,20 @@ impl Runtime {
 
     /// The host of worker processes, or why there is none.
     pub(crate) fn host(&self) -> Result<&ProcessHost, Error> {
-        self.inner.host.as_ref().ok_or(Error::InitMissing)
+        let missing = || match self.inner.nested {
+            Some(_) => Error::OnlyInDriver,
+            None => Error::InitMissing,
+        };
+        self.inner.host.as_ref().ok_or_else(missing)
+    }
+
+    /// Whether tasks can run in processes, or why they cannot.
+    pub(crate) fn check_processes(&self) -> Result<(), Error> {
+        if self.inner.nested.is_some() { Ok(()) } else { self.host().map(drop) }
+    }
+
+    pub(crate) fn nested(&self) -> Option<&Arc<Nested>> {
+        self.inner.nested.as_ref()
     }
 
     /// The id of a request to be queued.

@@ -4,11 +4,12 @@ pub use crate::current::cancelled;
 use crate::object::AnyObject;
 use crate::remote::{Inputs, RemoteCall};
 use crate::{BoxError, Bundle, Error, Node, ObjectRef, PlacementStrategy, Resources};
+use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 use std::time::Duration;
 
 /// Where a task or an actor runs.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Placement {
     /// On a thread of this process: shares memory, starts in microseconds.
     #[default]
@@ -41,7 +42,7 @@ impl Flow {
 
 /// How long to wait before the next attempt: `initial` after the first one, then `factor` times
 /// longer each time, up to `max`.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Backoff {
     /// Before the second attempt. Default: 50 ms.
     pub initial: Duration,
@@ -68,7 +69,7 @@ impl Backoff {
 }
 
 /// How a task is placed, retried and ended. Every default is here.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct TaskOptions {
     /// What it holds while it runs. Default: 1 CPU.
     pub resources: Resources,

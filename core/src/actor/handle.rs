@@ -189,7 +189,7 @@ impl WeakActor {
 fn bytes_of(args: &[Parcel]) -> usize {
     let bytes = |parcel: &Parcel| match parcel {
         Parcel::Inline(encoded) => encoded.bytes(),
-        Parcel::Stored(_) | Parcel::Far(_) => 0,
+        Parcel::Stored(_) | Parcel::Far(_) | Parcel::Up(_) => 0,
     };
     args.iter().map(bytes).sum()
 }

@@ -225,7 +225,7 @@ impl Runtime {
         let name: Arc<str> = options.name.as_str().into();
         let actor = Running { name: Arc::clone(&name), inbox, build: Box::new(build) };
         // Its messages may wait for other work, and lend its CPUs meanwhile.
-        let current = Current { object: None, lease: Some(lease) };
+        let current = Current { object: None, lease: Some(lease), call: None };
         threads::run(options.resources.threads(), move || {
             current::run(current, || actor.run(&started));
         })?;

@@ -4,6 +4,7 @@ use super::handle::ActorRef;
 use super::remote::Post;
 use super::supervisor::Supervisor;
 use super::{ActorOptions, gone};
+use crate::object::AnyObject;
 use crate::parcel::{Packed, Parcel, pack_all};
 use crate::process::wire::{FromWorker, Outcome, ToWorker, What};
 use crate::process::{
@@ -116,7 +117,7 @@ impl ProcessActor {
             return Ok(());
         }
         let (node, ear) =
-            (lease.grants[0].node, Sink::Listener(Arc::clone(self) as Arc<dyn Listener>));
+            (lease.grants[0].node, Sink::listener(Arc::clone(self) as Arc<dyn Listener>));
         let link = self.runtime.host()?.start(node, environment, log, ear)?;
         let (args, kept) = pack_all(&self.args, node)?;
         let function = self.constructor.to_owned();
@@ -387,5 +388,14 @@ fn gone_because(name: &str, error: &Error) -> Error {
 impl Listener for ProcessActor {
     fn hear(self: Arc<Self>, event: WorkerEvent) {
         self.take_in(event);
+    }
+
+    fn lease(&self) -> Option<Arc<Lease>> {
+        self.state().lease.clone()
+    }
+
+    /// A call's result may be wanted whatever becomes of its caller.
+    fn object_of(&self, _: u64) -> Option<Arc<dyn AnyObject>> {
+        None
     }
 }

@@ -138,7 +138,7 @@ fn start_thread(
         let is_built = built.is_ok();
         let _ = started.send(built);
         // Its calls may wait for other work, and lend its CPUs meanwhile.
-        let current = Current { object: None, lease: Some(lease) };
+        let current = Current { object: None, lease: Some(lease), call: None };
         if is_built {
             current::run(current, || work(&mut stage, &inbox));
         }

@@ -54,6 +54,10 @@ impl FarLink {
             ended: Condvar::new(),
         });
         let link = Self { node: Arc::clone(node), worker };
+        let (replies, id) = (Arc::downgrade(node), node.id());
+        let sink = sink.with_tickets(id, move |frame| {
+            replies.upgrade().map(|node| node.send(ToNode::Frame { worker: number, frame }));
+        });
         link.node.tokio().spawn(pass_on(Arc::downgrade(&link.node), number, inbox, sink));
         link
     }

@@ -293,6 +293,10 @@ impl Hub {
 }
 
 impl NodeLink {
+    pub(super) fn id(&self) -> NodeId {
+        self.id
+    }
+
     pub(super) fn tokio(&self) -> &tokio::runtime::Handle {
         &self.tokio
     }

@@ -4,6 +4,7 @@ use super::object::FarPlace;
 use super::transfer::Copies;
 use super::wire::{CREDITS, FromNode};
 use crate::Error;
+use crate::nested::Failure;
 use crate::parcel::{Packed, Stored};
 use crate::process::wire::{FromWorker, Outcome, ToWorker};
 use crate::process::{End, Environment, LogTarget, ProcessHost, Sink, WorkerEvent, WorkerLink};
@@ -77,7 +78,7 @@ impl Worker {
         mut killed: mpsc::UnboundedReceiver<Option<String>>,
     ) {
         let (sink, events) = mpsc::channel(CREDITS);
-        let link = match self.start(environment, Sink::Channel(sink)).await {
+        let link = match self.start(environment, Sink::channel(sink)).await {
             Ok(link) => Arc::new(link),
             Err(error) => {
                 let end = End { reason: error.to_string(), newest_call: 0 };
@@ -119,7 +120,7 @@ impl Worker {
                 Ok(kept) if kept.is_empty() => {}
                 Ok(kept) => drop(self.kept().insert(key(&frame), kept)),
                 Err(error) => {
-                    self.refuse(&frame, &error).await;
+                    self.refuse(&frame, &error, &link).await;
                     continue;
                 }
             }
@@ -143,10 +144,15 @@ impl Worker {
     }
 
     /// A call whose values are not to be had is not run.
-    async fn refuse(&self, frame: &ToWorker, error: &Error) {
+    async fn refuse(&self, frame: &ToWorker, error: &Error, link: &WorkerLink) {
         let outcome = Outcome::InputLost { reason: error.to_string() };
         let answer = match frame {
             ToWorker::Call { call, .. } => FromWorker::Reply { call: *call, micros: 0, outcome },
+            ToWorker::Resolved { ticket, .. } => {
+                let failure = Failure::from(error);
+                link.send(ToWorker::Resolved { ticket: *ticket, result: Err(failure) });
+                return;
+            }
             _ => FromWorker::Done(outcome),
         };
         self.say_within_credits(WorkerEvent::Frame(answer)).await;
@@ -175,14 +181,25 @@ impl Worker {
             FromWorker::Returned { calls } => {
                 calls.iter().for_each(|call| drop(self.kept().remove(call)));
             }
+            FromWorker::Release { ticket } => drop(self.kept().remove(&(TICKETS + ticket))),
             _ => {}
         }
         let call = match &frame {
             FromWorker::Reply { call, .. } => Some(*call),
             _ => None,
         };
-        let Some(packed) = frame.packed_mut() else { return frame };
-        let Packed::Shared { location, .. } = *packed else { return frame };
+        for packed in frame.packed_mut() {
+            self.adopt(packed).await;
+        }
+        if let Some(call) = call {
+            link.send(ToWorker::Adopted { call });
+        }
+        frame
+    }
+
+    /// Takes over a value of the worker, if it is a large one.
+    async fn adopt(&self, packed: &mut Packed) {
+        let Packed::Shared { location, .. } = *packed else { return };
         let adopted = tokio::task::spawn_blocking(move || Stored::adopt(location)).await;
         match adopted.map_err(|error| Error::Internal(error.to_string())).and_then(|a| a) {
             Ok(stored) => {
@@ -194,10 +211,6 @@ impl Worker {
             // The driver takes this for the loss that it is.
             Err(error) => tracing::warn!(%error, "a result could not be taken over"),
         }
-        if let Some(call) = call {
-            link.send(ToWorker::Adopted { call });
-        }
-        frame
     }
 
     async fn say_within_credits(&self, event: WorkerEvent) {
@@ -216,10 +229,14 @@ impl Worker {
     }
 }
 
+/// Results for the worker are kept beside the arguments of its calls.
+const TICKETS: u64 = 1 << 63;
+
 /// A member's arguments are kept until its process ends, an actor's too.
 fn key(frame: &ToWorker) -> u64 {
     match frame {
         ToWorker::Call { call, .. } => *call,
+        ToWorker::Resolved { ticket, .. } => TICKETS + ticket,
         _ => u64::MAX,
     }
 }

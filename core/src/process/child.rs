@@ -11,7 +11,7 @@ use crate::remote::RemoteFn;
 use crate::store::Offer;
 use crate::threads::STACK_BYTES;
 use crate::value::Encoded;
-use crate::{BoxError, Error, panics};
+use crate::{BoxError, Error, nested, panics};
 use hyper_util::rt::TokioIo;
 use std::io::Read;
 use std::os::unix::net::UnixStream as StdUnixStream;
@@ -59,6 +59,7 @@ async fn session(control: StdUnixStream) -> Result<(), BoxError> {
     let mut inbound = connect(control, frames).await?;
     let inbox = Arc::new(Inbox::default());
     let desk = Desk::open(outbound.clone())?;
+    nested::open(outbound.clone());
     let mut beat = tokio::time::interval(BEAT_INTERVAL);
     loop {
         tokio::select! {
@@ -76,6 +77,16 @@ async fn session(control: StdUnixStream) -> Result<(), BoxError> {
                 }
                 Some(ToWorker::Forget { call }) => desk.forget(call),
                 Some(ToWorker::Adopted { call }) => desk.adopted(call),
+                Some(ToWorker::Resolved { ticket, result }) => {
+                    if let Some(nested) = nested::nested() {
+                        nested.resolved(ticket, result);
+                    }
+                }
+                Some(ToWorker::Resume) => {
+                    if let Some(nested) = nested::nested() {
+                        nested.resumed();
+                    }
+                }
                 Some(ToWorker::Gathered { key, values }) => inbox.gathered(key, values),
                 Some(ToWorker::Stop) => inbox.stop(),
                 Some(ToWorker::Shutdown) => return Ok(()),

@@ -4,6 +4,7 @@ use super::child::outcome_of;
 use super::progress::Progress;
 use super::wire::{FromWorker, What};
 use crate::actor::stage::Stage;
+use crate::current::{self, Current};
 use crate::parcel::{Outgoing, Packed, reader};
 use crate::remote::RemoteFn;
 use crate::store::{Offer, Reader};
@@ -157,7 +158,9 @@ impl Desk {
             let work = self.next();
             let (call, since) = (work.call, Instant::now());
             self.inner.progress.begin(call);
-            let (outcome, offer) = outcome_of(run(work, &self.inner.reader, &mut stage));
+            let current = Current { object: None, lease: None, call: Some(call) };
+            let result = current::run(current, || run(work, &self.inner.reader, &mut stage));
+            let (outcome, offer) = outcome_of(result);
             if let Some(offer) = offer {
                 self.offers().insert(call, offer);
             }

@@ -4,6 +4,10 @@ use super::Progress;
 use super::logs::{LogTarget, pump};
 use super::spawn::Started;
 use super::wire::{Frames, FromWorker, MAX_FRAME_BYTES, ToWorker};
+use crate::nested::Tickets;
+use crate::object::AnyObject;
+use crate::runtime::Lease;
+use crate::scheduler::NodeId;
 use crate::{Error, interrupt};
 use futures::stream::{self, StreamExt};
 use serde::{Deserialize, Serialize};
@@ -52,7 +56,13 @@ impl End {
 }
 
 /// Who hears of a worker.
-pub(crate) enum Sink {
+pub(crate) struct Sink {
+    to: To,
+    /// What the worker submits is not for who hears of it.
+    tickets: Option<Arc<Tickets>>,
+}
+
+enum To {
     /// Who reads when it can; until then the worker waits.
     Channel(mpsc::Sender<WorkerEvent>),
     /// Who never waits.
@@ -62,14 +72,59 @@ pub(crate) enum Sink {
 /// Takes in what a worker says, at once.
 pub(crate) trait Listener: Send + Sync {
     fn hear(self: Arc<Self>, event: WorkerEvent);
+
+    /// What the worker works with now, to be lent while it waits.
+    fn lease(&self) -> Option<Arc<Lease>>;
+
+    /// What this call of the worker's queue is to give.
+    fn object_of(&self, call: u64) -> Option<Arc<dyn AnyObject>>;
 }
 
 impl Sink {
+    pub(crate) fn channel(channel: mpsc::Sender<WorkerEvent>) -> Self {
+        Self { to: To::Channel(channel), tickets: None }
+    }
+
+    pub(crate) fn listener(listener: Arc<dyn Listener>) -> Self {
+        Self { to: To::Listener(listener), tickets: None }
+    }
+
+    /// Lets the worker submit tasks, if this process is a driver.
+    pub(crate) fn with_tickets(
+        self,
+        node: NodeId,
+        reply: impl Fn(ToWorker) + Send + Sync + 'static,
+    ) -> Self {
+        Self { tickets: Tickets::open(node, reply), ..self }
+    }
+
     /// `false` when nobody listens any more.
     pub(crate) async fn send(&self, event: WorkerEvent) -> bool {
-        match self {
-            Self::Channel(channel) => channel.send(event).await.is_ok(),
-            Self::Listener(listener) => {
+        match self.hold_back(event) {
+            Some(event) => self.pass_on(event).await,
+            None => true,
+        }
+    }
+
+    fn hold_back(&self, event: WorkerEvent) -> Option<WorkerEvent> {
+        let Some(tickets) = &self.tickets else { return Some(event) };
+        let owner = match &self.to {
+            To::Listener(listener) => Some(&**listener),
+            To::Channel(_) => None,
+        };
+        match event {
+            WorkerEvent::Frame(frame) => tickets.take(frame, owner).map(WorkerEvent::Frame),
+            end => {
+                tickets.close();
+                Some(end)
+            }
+        }
+    }
+
+    async fn pass_on(&self, event: WorkerEvent) -> bool {
+        match &self.to {
+            To::Channel(channel) => channel.send(event).await.is_ok(),
+            To::Listener(listener) => {
                 Arc::clone(listener).hear(event);
                 true
             }
@@ -97,6 +152,11 @@ impl LocalLink {
     ) -> Result<Self, Error> {
         let (frames, outbound) = mpsc::unbounded_channel();
         let process = Arc::new(Process::new(started.child));
+        let replies = frames.downgrade();
+        let sink = sink.with_tickets(NodeId::HERE, move |frame| {
+            // A link that was dropped has killed its process.
+            replies.upgrade().map(|frames| frames.send(frame));
+        });
         let drained = watch(&process, started.output, log.clone())?;
         let _entered = tokio.enter();
         started

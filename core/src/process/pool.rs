@@ -124,7 +124,7 @@ impl Pool {
         let (pool, link, state) = (self.clone(), OnceLock::new(), Mutex::default());
         let worker = Arc::new(Worker { pool, kind, link, state });
         let log = LogTarget::prefixed("[worker]".to_owned());
-        let sink = Sink::Listener(Arc::clone(&worker) as Arc<dyn Listener>);
+        let sink = Sink::listener(Arc::clone(&worker) as Arc<dyn Listener>);
         let link = lease.runtime().host()?.start(node, environment, log, sink)?;
         let _ = worker.link.set(link);
         Ok(worker)
@@ -321,6 +321,14 @@ impl Worker {
 impl Listener for Worker {
     fn hear(self: Arc<Self>, event: WorkerEvent) {
         self.take_in(event);
+    }
+
+    fn lease(&self) -> Option<Arc<Lease>> {
+        self.state().lease.clone()
+    }
+
+    fn object_of(&self, call: u64) -> Option<Arc<dyn AnyObject>> {
+        self.state().calls.get(&call).map(|known| Arc::clone(&known.call.object))
     }
 }
 

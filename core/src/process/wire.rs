@@ -1,6 +1,7 @@
 //! What driver and worker say to each other: one bidirectional gRPC stream per worker, frames in
 //! MessagePack.
 
+use crate::nested::{Failure, Submission};
 use crate::parcel::Packed;
 use crate::remote::decode;
 use bytes::{Buf, BufMut, Bytes};
@@ -43,6 +44,10 @@ pub(crate) enum ToWorker {
     Forget { call: u64 },
     /// What all members gave for a key, by rank.
     Gathered { key: String, values: Vec<Bytes> },
+    /// What this worker has submitted under this ticket has ended.
+    Resolved { ticket: u64, result: Result<Packed, Failure> },
+    /// The CPUs that this worker has lent are its own again.
+    Resume,
     /// Finish soon: the function sees it in [`Member::stop_requested`](crate::Member).
     Stop,
     /// End the process now.
@@ -78,6 +83,16 @@ pub(crate) enum FromWorker {
     /// This call, which the driver has no use for, runs, and no other will begin: the process is
     /// to be ended. All earlier replies have gone before this.
     Doomed { call: u64 },
+    /// Run this, and say when it has ended.
+    Submit { ticket: u64, submission: Submission },
+    /// What was submitted under this ticket is not wanted any more.
+    CallOff { ticket: u64 },
+    /// The result of this ticket is not needed any more.
+    Release { ticket: u64 },
+    /// This worker waits for what it has submitted: others may have its CPUs.
+    Lend,
+    /// It wants its CPUs back.
+    Reclaim,
     /// These were queued behind a long one, and can run elsewhere.
     Returned { calls: Vec<u64> },
 }
@@ -104,18 +119,20 @@ impl ToWorker {
     pub(crate) fn packed_mut(&mut self) -> &mut [Packed] {
         match self {
             Self::Run { args, .. } | Self::Call { args, .. } => args,
+            Self::Resolved { result: Ok(value), .. } => std::slice::from_mut(value),
             _ => &mut [],
         }
     }
 }
 
 impl FromWorker {
-    /// The value that it refers to.
-    pub(crate) fn packed_mut(&mut self) -> Option<&mut Packed> {
+    /// The values that it refers to.
+    pub(crate) fn packed_mut(&mut self) -> &mut [Packed] {
         match self {
-            Self::Done(Outcome::Value(value)) => Some(value),
-            Self::Reply { outcome: Outcome::Value(value), .. } => Some(value),
-            _ => None,
+            Self::Done(Outcome::Value(value)) => std::slice::from_mut(value),
+            Self::Reply { outcome: Outcome::Value(value), .. } => std::slice::from_mut(value),
+            Self::Submit { submission, .. } => &mut submission.args,
+            _ => &mut [],
         }
     }
 }

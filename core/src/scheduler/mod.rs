@@ -13,6 +13,7 @@ pub(crate) use amounts::Amounts;
 pub(crate) use node::{Grant, NodeId};
 
 use node::Free;
+use serde::{Deserialize, Serialize};
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 
@@ -20,7 +21,7 @@ use std::sync::Arc;
 pub(crate) type Id = u64;
 
 /// How a request of several bundles is laid out over the nodes; Ray's names.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum PlacementStrategy {
     /// On as few nodes as possible. The default.
     #[default]

@@ -1,0 +1,94 @@
+//! What goes over the control stream for the sake of tasks of tasks.
+
+use crate::Error;
+use crate::parcel::Packed;
+use crate::task::TaskOptions;
+use serde::{Deserialize, Serialize};
+use std::time::Duration;
+
+/// A call that a worker asks for.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Submission {
+    /// The call that asks, if it is one of the worker's queue.
+    pub(crate) by: Option<u64>,
+    pub(crate) name: String,
+    pub(crate) function: String,
+    pub(crate) args: Vec<Packed>,
+    pub(crate) options: TaskOptions,
+}
+
+/// An error on its way to another process. Those that programs tell apart keep their kind.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) enum Failure {
+    Failed { task: String, message: String },
+    Panicked { task: String, message: String, location: String },
+    Lost { task: String, reason: String },
+    Cancelled { task: String },
+    Timeout { what: String, after: Duration },
+    InputFailed { task: String, via: Vec<String>, root: Box<Self> },
+    ObjectLost { object: String, reason: String },
+    NotRegistered { name: String, registered: Vec<String> },
+    Other { text: String },
+}
+
+impl From<&Error> for Failure {
+    fn from(error: &Error) -> Self {
+        match error.clone() {
+            Error::TaskFailed { task, message } => Self::Failed { task, message },
+            Error::TaskPanicked { task, message, location } => {
+                Self::Panicked { task, message, location }
+            }
+            Error::WorkerLost { task, reason } => Self::Lost { task, reason },
+            Error::Cancelled { task } => Self::Cancelled { task },
+            Error::Timeout { what, after } => Self::Timeout { what, after },
+            Error::InputFailed { task, via, root } => {
+                Self::InputFailed { task, via, root: Box::new(Self::from(&*root)) }
+            }
+            Error::ObjectLost { object, reason } => Self::ObjectLost { object, reason },
+            Error::NotRegistered { name, registered } => Self::NotRegistered { name, registered },
+            other => Self::Other { text: crate::error::chain(&other) },
+        }
+    }
+}
+
+impl From<Failure> for Error {
+    fn from(failure: Failure) -> Self {
+        match failure {
+            Failure::Failed { task, message } => Self::TaskFailed { task, message },
+            Failure::Panicked { task, message, location } => {
+                Self::TaskPanicked { task, message, location }
+            }
+            Failure::Lost { task, reason } => Self::WorkerLost { task, reason },
+            Failure::Cancelled { task } => Self::Cancelled { task },
+            Failure::Timeout { what, after } => Self::Timeout { what, after },
+            Failure::InputFailed { task, via, root } => {
+                Self::InputFailed { task, via, root: std::sync::Arc::new((*root).into()) }
+            }
+            Failure::ObjectLost { object, reason } => Self::ObjectLost { object, reason },
+            Failure::NotRegistered { name, registered } => Self::NotRegistered { name, registered },
+            Failure::Other { text } => Self::layer(text),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::Arc;
+
+    #[test]
+    fn errors_keep_their_kind_and_their_words() {
+        let root = || Error::TaskFailed { task: "a".into(), message: "no".into() };
+        let errors = [
+            root(),
+            Error::WorkerLost { task: "b".into(), reason: "killed".into() },
+            Error::InputFailed { task: "c".into(), via: vec!["b".into()], root: Arc::new(root()) },
+            Error::InitTwice,
+        ];
+        for error in errors {
+            let there: Error = Failure::from(&error).into();
+            assert_eq!(there.to_string(), error.to_string());
+            assert_eq!(there.is_retryable(), error.is_retryable());
+        }
+    }
+}

@@ -1,0 +1,153 @@
+//! The worker's side.
+
+use super::wire::{Failure, Submission};
+use crate::parcel::{Packed, Parcel, reader};
+use crate::process::wire::FromWorker;
+use crate::store::Reader;
+use crate::value::Encoded;
+use crate::{Error, Resources, Runtime};
+use std::collections::{HashMap, VecDeque};
+use std::sync::mpsc::{SyncSender, sync_channel};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use tokio::sync::mpsc;
+
+/// What a worker process has its driver run.
+pub(crate) struct Nested {
+    out: mpsc::Sender<FromWorker>,
+    reader: Reader,
+    state: Mutex<State>,
+    /// For threads of this process, and for what the driver is to run.
+    runtime: OnceLock<Runtime>,
+}
+
+#[derive(Default)]
+struct State {
+    last_ticket: u64,
+    pending: HashMap<u64, Pending>,
+    /// Who waits for its CPUs, the first one first.
+    resumes: VecDeque<SyncSender<()>>,
+}
+
+/// Hears of the end of a call.
+type Pending = Box<dyn FnOnce(Result<Parcel, Error>) + Send>;
+
+static NESTED: OnceLock<Arc<Nested>> = OnceLock::new();
+
+/// Lets this worker process submit. To be called once.
+pub(crate) fn open(out: mpsc::Sender<FromWorker>) {
+    let (reader, state, runtime) = (reader(), Mutex::default(), OnceLock::new());
+    // A second control stream there is none.
+    let _ = NESTED.set(Arc::new(Nested { out, reader, state, runtime }));
+}
+
+/// `None` in a driver.
+pub(crate) fn nested() -> Option<&'static Arc<Nested>> {
+    NESTED.get()
+}
+
+impl Nested {
+    /// The runtime of this worker process.
+    pub(crate) fn runtime(self: &Arc<Self>) -> &Runtime {
+        self.runtime.get_or_init(|| {
+            let cpus = Resources::cpus(rayon::current_num_threads() as f64);
+            Runtime::in_worker(&cpus, Arc::clone(self))
+        })
+    }
+
+    /// Has the driver run a call; its ticket, to call it off.
+    pub(crate) fn submit(&self, submission: Submission, done: Pending) -> u64 {
+        let ticket = {
+            let mut state = self.state();
+            state.last_ticket += 1;
+            let ticket = state.last_ticket;
+            state.pending.insert(ticket, done);
+            ticket
+        };
+        self.tell(FromWorker::Submit { ticket, submission });
+        ticket
+    }
+
+    pub(crate) fn call_off(&self, ticket: u64) {
+        self.tell(FromWorker::CallOff { ticket });
+    }
+
+    pub(crate) fn resolved(self: &Arc<Self>, ticket: u64, result: Result<Packed, Failure>) {
+        let Some(done) = self.state().pending.remove(&ticket) else { return };
+        done(match result {
+            Ok(packed) => Ok(Parcel::Up(Arc::new(Up { nested: Arc::clone(self), ticket, packed }))),
+            Err(failure) => {
+                self.tell(FromWorker::Release { ticket });
+                Err(failure.into())
+            }
+        });
+    }
+
+    /// Whether this worker waits for its driver, perhaps.
+    pub(crate) fn has_pending(&self) -> bool {
+        !self.state().pending.is_empty()
+    }
+
+    pub(crate) fn lend(&self) {
+        self.tell(FromWorker::Lend);
+    }
+
+    /// Waits until the CPUs that were lent are back.
+    pub(crate) fn reclaim(&self) {
+        let (back, is_back) = sync_channel(1);
+        self.state().resumes.push_back(back);
+        self.tell(FromWorker::Reclaim);
+        // Without an answer the driver is gone, and this process about to end.
+        let _ = is_back.recv();
+    }
+
+    pub(crate) fn resumed(&self) {
+        let first = self.state().resumes.pop_front();
+        first.map(|first| first.send(()));
+    }
+
+    /// From whatever thread: the one that serves the control stream must not wait for itself.
+    fn tell(&self, frame: FromWorker) {
+        match tokio::runtime::Handle::try_current() {
+            Err(_) => drop(self.out.blocking_send(frame)),
+            Ok(tokio) => {
+                let out = self.out.clone();
+                tokio.spawn(async move { drop(out.send(frame).await) });
+            }
+        }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A result that the driver holds for this worker, until dropped.
+#[doc(hidden)]
+pub struct Up {
+    nested: Arc<Nested>,
+    ticket: u64,
+    packed: Packed,
+}
+
+impl std::fmt::Debug for Up {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("Up").field(&self.ticket).finish()
+    }
+}
+
+impl Drop for Up {
+    fn drop(&mut self) {
+        self.nested.tell(FromWorker::Release { ticket: self.ticket });
+    }
+}
+
+impl Up {
+    pub(crate) fn open(&self) -> Result<Encoded, Error> {
+        self.packed.clone().open(&self.nested.reader)
+    }
+
+    /// For another call of this worker: the driver knows what it is.
+    pub(crate) fn pack(&self) -> Packed {
+        Packed::Held { ticket: self.ticket }
+    }
+}
