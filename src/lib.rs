@@ -37,10 +37,10 @@
 
 pub use mobula_core::{
     ActorOptions, ActorPool, ActorRef, Backoff, Batch, BatchSource, BatchStream, BoxError, Bundle,
-    Checkpoint, CheckpointStore, Error, Flow, GroupTask, Member, ObjectRef, Placement,
-    PlacementGroup, PlacementGroupOptions, PlacementStrategy, RemoteActor, Resources,
-    RestartPolicy, RunDir, Runtime, Shard, Task, TaskOptions, World, collect, console, init,
-    init_with, on_interrupt, random, remote, run, value, wait, world,
+    Checkpoint, CheckpointStore, Error, Flow, GroupTask, Member, ObjectRef, ObjectStream,
+    Placement, PlacementGroup, PlacementGroupOptions, PlacementStrategy, RemoteActor, Resources,
+    RestartPolicy, RunDir, Runtime, Shard, StreamTask, Task, TaskOptions, World, Yield, collect,
+    console, init, init_with, on_interrupt, random, remote, run, value, wait, world,
 };
 
 #[cfg(feature = "data")]

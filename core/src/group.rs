@@ -389,6 +389,7 @@ impl<T> Group<T> {
             WorkerEvent::Frame(
                 FromWorker::Beat
                 | FromWorker::Reply { .. }
+                | FromWorker::Yielded { .. }
                 | FromWorker::Returned { .. }
                 | FromWorker::Doomed { .. },
             ) => None,

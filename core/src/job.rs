@@ -173,13 +173,13 @@ impl<T: Send + Sync + 'static> Job<T> {
             Err(error) => return self.promise.error(error),
         };
         let Some(Body::Remote(call)) = &self.body else { return };
-        let (function, args) = (call.name, self.args.clone());
+        let (function, args, values) = (call.name, self.args.clone(), call.values.clone());
         let (name, object) = (Arc::clone(self.promise.name()), self.promise.object());
         let (timeout, memory_limit) = (self.options.timeout, self.options.memory_limit);
         let finish = Box::new(move |ended| self.process_ended(ended));
         host.pool().begin(
             turn,
-            PoolCall { task: name, function, args, timeout, memory_limit, object, finish },
+            PoolCall { task: name, function, args, values, timeout, memory_limit, object, finish },
         );
     }
 

@@ -6,6 +6,7 @@ use crate::actor::remote::{MethodFn, State};
 use crate::group::{GroupTask, Member};
 use crate::object::AnyObject;
 use crate::parcel::{Outgoing, Parcel};
+use crate::stream::{Intake, Yield};
 use crate::task::Task;
 use crate::value::{self, Encoded};
 use crate::{BoxError, Error, ObjectRef};
@@ -17,6 +18,8 @@ use std::sync::{Arc, LazyLock};
 
 #[doc(hidden)]
 pub use crate::actor::remote::{ActorCall, actor, state_of};
+#[doc(hidden)]
+pub use crate::stream::{Outlet, stream_task};
 #[doc(hidden)]
 pub use inventory;
 
@@ -30,6 +33,7 @@ pub struct RemoteFn {
 #[derive(Debug)]
 enum Run {
     Alone(fn(Call<'_>) -> Result<Outgoing, BoxError>),
+    Stream(fn(Outlet, Call<'_>) -> Result<(), BoxError>),
     InGroup(fn(Member, Call<'_>) -> Result<Outgoing, BoxError>),
     Actor(fn(Call<'_>) -> Result<State, BoxError>),
     Method(MethodFn),
@@ -51,6 +55,15 @@ impl RemoteFn {
     /// A function under its full path.
     pub const fn new(name: &'static str, run: fn(Call<'_>) -> Result<Outgoing, BoxError>) -> Self {
         let run = Run::Alone(run);
+        Self { name, run }
+    }
+
+    /// A function that gives many values, under its full path.
+    pub const fn stream(
+        name: &'static str,
+        run: fn(Outlet, Call<'_>) -> Result<(), BoxError>,
+    ) -> Self {
+        let run = Run::Stream(run);
         Self { name, run }
     }
 
@@ -91,6 +104,14 @@ impl RemoteFn {
         match (&self.run, member) {
             (Run::Alone(run), None) => run(Call { args }),
             (Run::InGroup(run), Some(member)) => run(member, Call { args }),
+            _ => Err(self.misused()),
+        }
+    }
+
+    /// Runs a function that puts its values there.
+    pub(crate) fn yields(&self, outlet: Outlet, args: &[Encoded]) -> Result<(), BoxError> {
+        match &self.run {
+            Run::Stream(run) => run(outlet, Call { args }),
             _ => Err(self.misused()),
         }
     }
@@ -136,6 +157,16 @@ impl Call<'_> {
         F: FnOnce(A) -> Result<T, BoxError>,
     {
         Ok(Outgoing::new("the result", &function(A::decode(self.args)?)?)?)
+    }
+
+    /// Decodes the arguments and runs a function that gives many values.
+    pub fn stream<A, T, F>(self, outlet: Outlet, function: F) -> Result<(), BoxError>
+    where
+        A: Arguments,
+        T: Value,
+        F: FnOnce(A, Yield<T>) -> Result<(), BoxError>,
+    {
+        function(A::decode(self.args)?, outlet.open()?)
     }
 
     /// Decodes the arguments and makes an actor's state of them.
@@ -311,12 +342,15 @@ pub(crate) struct RemoteCall<T> {
     pub(crate) decode: fn(&Parcel) -> Result<T, Error>,
     /// Encodes the arguments; all inputs must be there.
     pub(crate) encode: Box<dyn Fn() -> Result<Vec<Parcel>, Error> + Send>,
+    /// Where its values go, if it gives many.
+    pub(crate) values: Option<Arc<dyn Intake>>,
 }
 
 impl<T: DeserializeOwned> RemoteCall<T> {
-    fn new<A: Arguments>(name: &'static str, args: A::Described) -> Self {
+    pub(crate) fn new<A: Arguments>(name: &'static str, args: A::Described) -> Self {
         Self {
             name,
+            values: None,
             inputs: A::inputs(&args),
             decode: |parcel| parcel.decode("the result"),
             encode: Box::new(move || A::encode(&args)),

@@ -76,6 +76,8 @@ async fn session(control: StdUnixStream) -> Result<(), BoxError> {
                 }
                 Some(ToWorker::Forget { call }) => desk.forget(call),
                 Some(ToWorker::Adopted { call }) => desk.adopted(call),
+                Some(ToWorker::Granted { call, below }) => desk.granted(call, below),
+                Some(ToWorker::TakenOver { call, below }) => desk.taken_over(call, below),
                 Some(ToWorker::Gathered { key, values }) => inbox.gathered(key, values),
                 Some(ToWorker::Stop) => inbox.stop(),
                 Some(ToWorker::Shutdown) => return Ok(()),

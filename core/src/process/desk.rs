@@ -7,6 +7,7 @@ use crate::actor::stage::Stage;
 use crate::parcel::{Outgoing, Packed, reader};
 use crate::remote::RemoteFn;
 use crate::store::{Offer, Reader};
+use crate::stream::{Outbox, Outlet};
 use crate::threads::STACK_BYTES;
 use crate::{Error, panics};
 use std::collections::{HashMap, VecDeque};
@@ -31,6 +32,7 @@ pub(super) struct Work {
 pub(super) struct Desk {
     inner: Arc<Inner>,
     outbound: mpsc::Sender<FromWorker>,
+    tokio: tokio::runtime::Handle,
 }
 
 struct Inner {
@@ -42,6 +44,8 @@ struct Inner {
     reader: Reader,
     /// Large results that the driver has not taken yet.
     offers: Mutex<HashMap<u64, Offer>>,
+    /// What calls that give many values have to send.
+    outboxes: Mutex<HashMap<u64, Arc<Outbox>>>,
 }
 
 #[derive(Default)]
@@ -56,7 +60,7 @@ struct Queue {
 }
 
 impl Desk {
-    /// Starts the thread.
+    /// Starts the thread. To be called where async tasks can be spawned.
     pub(super) fn open(outbound: mpsc::Sender<FromWorker>) -> Result<Self, Error> {
         let inner = Inner {
             queue: Mutex::default(),
@@ -65,8 +69,10 @@ impl Desk {
             progress: Progress::inherited()?,
             reader: reader(),
             offers: Mutex::default(),
+            outboxes: Mutex::default(),
         };
-        let desk = Self { inner: Arc::new(inner), outbound };
+        let tokio = tokio::runtime::Handle::current();
+        let desk = Self { inner: Arc::new(inner), outbound, tokio };
         let thread = std::thread::Builder::new().name("mobula-task".into()).stack_size(STACK_BYTES);
         let copy = desk.clone();
         let spawned = thread.spawn(move || copy.work());
@@ -75,6 +81,11 @@ impl Desk {
     }
 
     pub(super) fn add(&self, work: Work) {
+        if let What::Stream { skip, granted } = work.what {
+            let (outbound, tokio) = (self.outbound.clone(), self.tokio.clone());
+            let outbox = Outbox::new(work.call, (skip, granted), outbound, tokio);
+            self.outboxes().insert(work.call, outbox);
+        }
         let mut queue = self.queue();
         queue.waiting.push_back(work);
         if queue.busy_since.is_some() {
@@ -99,6 +110,7 @@ impl Desk {
         let was_waiting = queue.waiting.len() < before;
         drop(queue);
         if was_waiting {
+            self.outboxes().remove(&call);
             self.tell_later(FromWorker::Returned { calls: vec![call] });
         }
     }
@@ -113,6 +125,36 @@ impl Desk {
     pub(super) fn adopted(&self, call: u64) {
         let offer = self.offers().remove(&call);
         drop(offer);
+    }
+
+    /// A call may yield the values below this number.
+    pub(super) fn granted(&self, call: u64, below: u64) {
+        if let Some(outbox) = self.outbox(call) {
+            outbox.grant(below);
+        }
+    }
+
+    /// The driver has the large values below this number.
+    pub(super) fn taken_over(&self, call: u64, below: u64) {
+        if let Some(outbox) = self.outbox(call) {
+            outbox.adopted(below);
+            self.forget_outbox(&outbox, call);
+        }
+    }
+
+    fn outbox(&self, call: u64) -> Option<Arc<Outbox>> {
+        self.outboxes().get(&call).cloned()
+    }
+
+    /// Once it has nothing to send, nor to keep for the driver.
+    fn forget_outbox(&self, outbox: &Outbox, call: u64) {
+        if outbox.is_done() {
+            self.outboxes().remove(&call);
+        }
+    }
+
+    fn outboxes(&self) -> MutexGuard<'_, HashMap<u64, Arc<Outbox>>> {
+        self.inner.outboxes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn offers(&self) -> MutexGuard<'_, HashMap<u64, Offer>> {
@@ -140,11 +182,12 @@ impl Desk {
             let mut queue = self.queue();
             let (tasks, rest) = std::mem::take(&mut queue.waiting)
                 .into_iter()
-                .partition::<VecDeque<_>, _>(|work| work.what == What::Task);
+                .partition::<VecDeque<_>, _>(|work| work.what.is_task());
             queue.waiting = rest;
             tasks
         };
         let calls: Vec<u64> = tasks.iter().map(|work| work.call).collect();
+        self.outboxes().retain(|call, _| !calls.contains(call));
         self.tell_later(FromWorker::Returned { calls });
     }
 
@@ -157,7 +200,13 @@ impl Desk {
             let work = self.next();
             let (call, since) = (work.call, Instant::now());
             self.inner.progress.begin(call);
-            let (outcome, offer) = outcome_of(run(work, &self.inner.reader, &mut stage));
+            let outbox = self.outbox(call);
+            let result = run(work, &self.inner.reader, &mut stage, outbox.as_ref());
+            let (outcome, offer) = outcome_of(result);
+            if let Some(outbox) = outbox {
+                outbox.close();
+                self.forget_outbox(&outbox, call);
+            }
             if let Some(offer) = offer {
                 self.offers().insert(call, offer);
             }
@@ -215,15 +264,26 @@ impl Queue {
     }
 
     fn has_tasks(&self) -> bool {
-        self.waiting.front().is_some_and(|work| work.what == What::Task)
+        self.waiting.front().is_some_and(|work| work.what.is_task())
     }
 }
 
-fn run(work: Work, reader: &Reader, stage: &mut Stage) -> Result<Outgoing, Error> {
+fn run(
+    work: Work,
+    reader: &Reader,
+    stage: &mut Stage,
+    outbox: Option<&Arc<Outbox>>,
+) -> Result<Outgoing, Error> {
     let args = work.args.into_iter().map(|packed| packed.open(reader));
     let (name, args) = (&*work.function, args.collect::<Result<Vec<_>, _>>()?);
     match work.what {
         What::Task => panics::catch(name, || RemoteFn::find(name)?.run(None, &args)),
+        What::Stream { .. } => {
+            let gone = || Error::Internal(format!("{name} has nowhere to put its values"));
+            let outlet = Outlet::far(outbox.ok_or_else(gone)?);
+            panics::catch(name, || RemoteFn::find(name)?.yields(outlet, &args))
+                .and_then(|()| Outgoing::new("nothing", &()))
+        }
         What::Build => stage.build(name, args).and_then(|()| Outgoing::new("nothing", &())),
         What::Method => stage.invoke(name, &args),
     }

@@ -7,6 +7,7 @@ mod graphs;
 mod groups;
 mod placement;
 mod remote_actors;
+mod streams;
 mod tasks;
 
 use libtest_mimic::{Arguments, Trial};
@@ -28,6 +29,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         groups::TESTS,
         placement::TESTS,
         remote_actors::TESTS,
+        streams::TESTS,
         tasks::TESTS,
     ]
     .concat();

@@ -104,9 +104,19 @@ fn constructor<'a>(item: &ItemImpl, methods: &[&'a ImplItemFn]) -> Result<&'a Im
     })
 }
 
+fn read(sig: &syn::Signature) -> Result<Signature> {
+    let signature = Signature::read(sig)?;
+    if let Some(yields) = &signature.yields {
+        let message = "an actor's method cannot yield values: make it a remote function, or give \
+            a part of them with each call";
+        return Err(Error::new_spanned(yields, message));
+    }
+    Ok(signature)
+}
+
 /// `Actor::remote(..)`, and the constructor's registration.
 fn describe(krate: &TokenStream, actor: &Ident, new: &ImplItemFn) -> Result<TokenStream> {
-    let signature = Signature::read(&new.sig)?;
+    let signature = read(&new.sig)?;
     let (names, types) = arguments(&signature);
     let name = registered(actor, &new.sig.ident);
     let result = result(&signature, quote!(#actor::new(#(#names),*)));
@@ -145,7 +155,7 @@ fn call(
     }
     let mut sig = method.sig.clone();
     sig.inputs = sig.inputs.into_iter().skip(1).collect();
-    let signature = Signature::read(&sig)?;
+    let signature = read(&sig)?;
     let (names, types) = arguments(&signature);
     let (visibility, ident) = (&method.vis, &method.sig.ident);
     let name = registered(actor, ident);

@@ -91,6 +91,27 @@ fn a_member_is_left_out_of_the_arguments() {
 }
 
 #[test]
+fn a_yield_is_left_out_of_the_arguments() {
+    let text = expanded(
+        quote!(crate = mobula_core),
+        quote!(
+            pub fn lines(file: String, out: mobula_core::Yield<self::Line>) -> Result<(), E> {
+                Ok(())
+            }
+        ),
+    );
+    for part in [
+        quote!(-> mobula_core::StreamTask<super::Line>).to_string(),
+        quote!(mobula_core::remote::stream_task::<(String,), super::Line>).to_string(),
+        "RemoteFn :: stream (NAME , | outlet , call :".into(),
+        quote!(call.stream::<(String,), super::Line, _>).to_string(),
+        quote!(super::lines(file, __mobula_out)).to_string(),
+    ] {
+        assert!(text.contains(&part), "{part}\nis missing in\n{text}");
+    }
+}
+
+#[test]
 fn relative_paths_are_seen_from_the_module() {
     let text = expanded(
         quote!(crate = self::fake),
@@ -152,6 +173,11 @@ fn what_cannot_be_remote_is_refused() {
         ("fn f() -> impl Copy {}", "returns concrete types, not `impl Trait`"),
         ("fn f() -> ! { loop {} }", "must return"),
         ("fn f() -> Result { Ok }", "write it out as `Result<T, E>`"),
+        ("fn f(out: Yield<u8>, x: u8) {}", "a `Yield` is the last parameter"),
+        ("fn f(a: Yield<u8>, b: Yield<u8>) {}", "there is one at most"),
+        ("fn f(out: Yield) {}", "write it out as `Yield<T>`"),
+        ("fn f(out: Yield<u8>) -> Result<u64, E> {}", "gives nothing else"),
+        ("fn f(m: Member, out: Yield<u8>) {}", "a group member cannot yield"),
         ("struct S;", "#[remote] goes on a function"),
     ] {
         let got = refused(quote!(), item);
@@ -190,6 +216,7 @@ fn what_cannot_be_an_actor_is_refused() {
         ("impl Clone for Counter { fn new() -> Self {} }".to_owned(), "not on one of a trait"),
         (counter("fn end(self) {}"), "take &self or &mut self"),
         (counter("fn get(&self, name: &str) {}"), "takes owned values, not references"),
+        (counter("fn get(&self, out: Yield<u8>) {}"), "an actor's method cannot yield"),
         (counter("async fn get(&self) {}"), "cannot be async"),
     ] {
         let got = refused(quote!(), &item);
