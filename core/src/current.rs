@@ -48,7 +48,9 @@ pub fn cancelled() -> bool {
 /// Lends the CPUs of this thread's task to others until the guard is dropped, which waits for
 /// them to come back.
 pub(crate) fn lend() -> Option<Lent> {
-    with(|task| task.lease.clone()).flatten().and_then(|lease| lease.lend().then_some(Lent(lease)))
+    let lease = with(|task| task.lease.clone()).flatten()?;
+    lease.lend();
+    Some(Lent(lease))
 }
 
 #[derive(Debug)]

@@ -207,6 +207,19 @@ pub enum Error {
         /// The name asked for.
         name: String,
     },
+    /// An actor has no group of this name.
+    #[error(
+        "{actor} has no group {group:?}; its methods have: {}; write #[group({group:?})] on one",
+        groups.join(", ")
+    )]
+    NoSuchGroup {
+        /// Which actor.
+        actor: String,
+        /// The group asked for.
+        group: String,
+        /// The groups of its methods.
+        groups: Vec<String>,
+    },
     /// A value could not be encoded for, or decoded from, another process.
     #[error("cannot {action} {what}: {source}")]
     Codec {

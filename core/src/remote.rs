@@ -2,7 +2,8 @@
 //!
 //! What `#[mobula::remote]` expands to lives here; programs use the attribute.
 
-use crate::actor::remote::{MethodFn, State};
+use crate::actor::remote::{ChangeFn, LookFn};
+use crate::actor::stage::State;
 use crate::group::{GroupTask, Member};
 use crate::object::AnyObject;
 use crate::parcel::{Outgoing, Parcel};
@@ -13,11 +14,14 @@ use crate::{BoxError, Error, ObjectRef};
 use bytes::Bytes;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use std::any::Any;
 use std::collections::HashMap;
 use std::sync::{Arc, LazyLock};
 
 #[doc(hidden)]
-pub use crate::actor::remote::{ActorCall, actor, state_of};
+pub use crate::actor::remote::{
+    ActorCall, Keep, KeepLocal, KeepShared, Method, actor, state_of, state_of_mut,
+};
 #[doc(hidden)]
 pub use crate::stream::{Outlet, stream_task};
 #[doc(hidden)]
@@ -36,7 +40,10 @@ enum Run {
     Stream(fn(Outlet, Call<'_>) -> Result<(), BoxError>),
     InGroup(fn(Member, Call<'_>) -> Result<Outgoing, BoxError>),
     Actor(fn(Call<'_>) -> Result<State, BoxError>),
-    Method(MethodFn),
+    /// A method that takes `&self`.
+    Look(LookFn),
+    /// A method that takes `&mut self`.
+    Change(ChangeFn),
 }
 
 inventory::collect!(RemoteFn);
@@ -82,9 +89,15 @@ impl RemoteFn {
         Self { name, run }
     }
 
-    /// A method of an actor, under its full path.
-    pub const fn method(name: &'static str, run: MethodFn) -> Self {
-        let run = Run::Method(run);
+    /// A method of an actor that takes `&self`, under its full path.
+    pub const fn look_method(name: &'static str, run: LookFn) -> Self {
+        let run = Run::Look(run);
+        Self { name, run }
+    }
+
+    /// A method of an actor that takes `&mut self`, under its full path.
+    pub const fn change_method(name: &'static str, run: ChangeFn) -> Self {
+        let run = Run::Change(run);
         Self { name, run }
     }
 
@@ -123,9 +136,28 @@ impl RemoteFn {
         }
     }
 
-    pub(crate) fn invoke(&self, state: &mut State, args: &[Encoded]) -> Result<Outgoing, BoxError> {
+    /// Whether it is a method that may change its actor's state.
+    pub(crate) fn is_exclusive(&self) -> bool {
+        matches!(self.run, Run::Change(_))
+    }
+
+    /// Runs a method on a state that others may be looking at.
+    pub(crate) fn look(&self, state: &dyn Any, args: &[Encoded]) -> Result<Outgoing, BoxError> {
         match &self.run {
-            Run::Method(run) => run(state, Call { args }),
+            Run::Look(run) => run(state, Call { args }),
+            _ => Err(self.misused()),
+        }
+    }
+
+    /// Runs a method on a state that nobody else sees.
+    pub(crate) fn change(
+        &self,
+        state: &mut dyn Any,
+        args: &[Encoded],
+    ) -> Result<Outgoing, BoxError> {
+        match &self.run {
+            Run::Look(run) => run(state, Call { args }),
+            Run::Change(run) => run(state, Call { args }),
             _ => Err(self.misused()),
         }
     }
@@ -170,13 +202,13 @@ impl Call<'_> {
     }
 
     /// Decodes the arguments and makes an actor's state of them.
-    pub fn build<A, S, F>(self, constructor: F) -> Result<State, BoxError>
+    pub fn build<A, S, F>(self, keep: fn(S) -> State, constructor: F) -> Result<State, BoxError>
     where
         A: Arguments,
         S: 'static,
         F: FnOnce(A) -> Result<S, BoxError>,
     {
-        Ok(Box::new(constructor(A::decode(self.args)?)?))
+        Ok(keep(constructor(A::decode(self.args)?)?))
     }
 }
 

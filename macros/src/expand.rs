@@ -1,6 +1,7 @@
 //! From the annotated function to the function, its module and its registration.
 
 mod actor;
+mod groups;
 
 use crate::signature::{Output, Signature};
 use proc_macro2::{Group, Ident, TokenStream, TokenTree};
@@ -106,9 +107,11 @@ fn describe(krate: &TokenStream, name: &Ident, signature: &Signature) -> TokenSt
 fn register(krate: &TokenStream, name: &Ident, signature: &Signature) -> TokenStream {
     let (names, types) = arguments(signature);
     let value = one_module_down(signature.output.value().to_token_stream());
-    let member = signature.is_member.then(|| quote!(member,));
+    let member = signature.is_member.then(|| quote!(member));
     let out = signature.yields.is_some().then(|| quote!(__mobula_out));
-    let call = quote!(super::#name(#member #(#names,)* #out));
+    let passed = names.iter().map(|name| quote!(#name));
+    let passed = member.into_iter().chain(passed).chain(out.clone());
+    let call = quote!(super::#name(#(#passed),*));
     let result = match &signature.output {
         // Spanned, so that an error type that does not convert is reported where it stands.
         Output::Fallible(ty) => quote_spanned! { ty.span() =>

@@ -71,6 +71,7 @@ async fn session(control: StdUnixStream) -> Result<(), BoxError> {
                 Some(ToWorker::Run { function, args, member }) => {
                     start(function, args, member, &outbound, &inbox)?;
                 }
+                Some(ToWorker::Actor { limits }) => desk.for_actor(&limits),
                 Some(ToWorker::Call { call, what, function, args }) => {
                     desk.add(Work { call, what, function, args });
                 }

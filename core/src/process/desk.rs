@@ -3,6 +3,8 @@
 use super::child::outcome_of;
 use super::progress::Progress;
 use super::wire::{FromWorker, What};
+use crate::actor::crew::{Crew, Place};
+use crate::actor::lanes::Class;
 use crate::actor::stage::Stage;
 use crate::parcel::{Outgoing, Packed, reader};
 use crate::remote::RemoteFn;
@@ -11,7 +13,7 @@ use crate::stream::{Outbox, Outlet};
 use crate::threads::STACK_BYTES;
 use crate::{Error, panics};
 use std::collections::{HashMap, VecDeque};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::sync::{Notify, mpsc};
 
@@ -37,6 +39,8 @@ pub(super) struct Desk {
 
 struct Inner {
     queue: Mutex<Queue>,
+    /// The calls of the actor that lives here, if one does.
+    crew: OnceLock<Arc<Crew<Work>>>,
     more: Condvar,
     /// Wakes the control thread when there is a reason to look at the clock.
     waiting: Notify,
@@ -64,6 +68,7 @@ impl Desk {
     pub(super) fn open(outbound: mpsc::Sender<FromWorker>) -> Result<Self, Error> {
         let inner = Inner {
             queue: Mutex::default(),
+            crew: OnceLock::new(),
             more: Condvar::new(),
             waiting: Notify::new(),
             progress: Progress::inherited()?,
@@ -80,7 +85,20 @@ impl Desk {
         Ok(desk)
     }
 
+    /// This process is for an actor.
+    pub(super) fn for_actor(&self, limits: &[usize]) {
+        self.inner.crew.get_or_init(|| Crew::new(limits, self.clone()));
+    }
+
     pub(super) fn add(&self, work: Work) {
+        if let (What::Method(class), Some(crew)) = (work.what, self.inner.crew.get()) {
+            if let Err(refused) = crew.add(class, work) {
+                // Its driver has sent it the wrong way, and learns that from its end.
+                eprintln!("worker {}: {} has no group", std::process::id(), refused.function);
+                std::process::exit(101);
+            }
+            return;
+        }
         if let What::Stream { skip, granted } = work.what {
             let (outbound, tokio) = (self.outbound.clone(), self.tokio.clone());
             let outbox = Outbox::new(work.call, (skip, granted), outbound, tokio);
@@ -198,25 +216,35 @@ impl Desk {
         let mut stage = Stage::default();
         loop {
             let work = self.next();
-            let (call, since) = (work.call, Instant::now());
+            let (call, what, since) = (work.call, work.what, Instant::now());
             self.inner.progress.begin(call);
             let outbox = self.outbox(call);
             let result = run(work, &self.inner.reader, &mut stage, outbox.as_ref());
-            let (outcome, offer) = outcome_of(result);
             if let Some(outbox) = outbox {
                 outbox.close();
                 self.forget_outbox(&outbox, call);
             }
-            if let Some(offer) = offer {
-                self.offers().insert(call, offer);
-            }
-            let micros = u32::try_from(since.elapsed().as_micros()).unwrap_or(u32::MAX);
-            let reply = FromWorker::Reply { call, micros, outcome };
+            let is_built = what == What::Build && result.is_ok();
+            let reply = self.reply(call, since, result);
             self.rest();
             if self.outbound.blocking_send(reply).is_err() {
                 return;
             }
+            if let (true, Some(crew)) = (is_built, self.inner.crew.get()) {
+                // From now on this thread is the actor's.
+                return crew.serve(&mut stage);
+            }
         }
+    }
+
+    /// What is large stays in an offer until the driver has it.
+    fn reply(&self, call: u64, since: Instant, result: Result<Outgoing, Error>) -> FromWorker {
+        let (outcome, offer) = outcome_of(result);
+        if let Some(offer) = offer {
+            self.offers().insert(call, offer);
+        }
+        let micros = u32::try_from(since.elapsed().as_micros()).unwrap_or(u32::MAX);
+        FromWorker::Reply { call, micros, outcome }
     }
 
     /// Nothing runs, so nothing can be stuck behind it.
@@ -243,6 +271,26 @@ impl Desk {
 
     fn queue(&self) -> MutexGuard<'_, Queue> {
         self.inner.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The threads of the actor that lives in this process.
+impl Place<Work> for Desk {
+    fn run(&self, stage: &mut Stage, class: Class, work: Work) {
+        let (call, since) = (work.call, Instant::now());
+        self.inner.progress.begin_in(class.lane(), call);
+        let result = run(work, &self.inner.reader, stage, None);
+        // If it is not taken the driver has gone, and this process is about to.
+        let _ = self.outbound.blocking_send(self.reply(call, since, result));
+    }
+
+    fn spawn(&self, help: Box<dyn FnOnce() + Send>) -> Result<(), Error> {
+        let thread = std::thread::Builder::new().name("mobula-task".into()).stack_size(STACK_BYTES);
+        let spawned = thread.spawn(move || {
+            let _end = EndWithThread;
+            help();
+        });
+        spawned.map(drop).map_err(|source| Error::system("starting a thread", source))
     }
 }
 
@@ -285,6 +333,6 @@ fn run(
                 .and_then(|()| Outgoing::new("nothing", &()))
         }
         What::Build => stage.build(name, args).and_then(|()| Outgoing::new("nothing", &())),
-        What::Method => stage.invoke(name, &args),
+        What::Method(_) => stage.invoke(name, &args),
     }
 }

@@ -12,7 +12,7 @@ pub(crate) mod wire;
 
 pub(crate) use link::{Listener, Sink, WorkerEvent, WorkerLink};
 pub(crate) use logs::LogTarget;
-pub(crate) use progress::Progress;
+pub(crate) use progress::{LANES, Progress};
 
 use crate::Error;
 use crate::parcel::Parcel;

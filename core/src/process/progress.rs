@@ -14,7 +14,10 @@ pub(crate) const PROGRESS_VARIABLE: &str = "MOBULA_PROGRESS_FD";
 
 const BYTES: usize = 4096;
 
-/// The number of the newest call that has begun, seen by both sides.
+/// Numbers that the page has room for: a lane's calls begin in order, so one number each is enough.
+pub(crate) const LANES: usize = BYTES / size_of::<AtomicU64>();
+
+/// The number of the newest call that has begun in each lane, seen by both sides.
 #[derive(Debug)]
 pub(crate) struct Progress {
     page: NonNull<AtomicU64>,
@@ -65,18 +68,29 @@ impl Progress {
 
     /// Call number `call` is about to run.
     pub(crate) fn begin(&self, call: u64) {
-        self.cell().store(call, Ordering::Release);
+        self.begin_in(0, call);
+    }
+
+    /// The same in another lane than the first. Two threads may say so in either order.
+    pub(crate) fn begin_in(&self, lane: usize, call: u64) {
+        self.cell(lane).fetch_max(call, Ordering::AcqRel);
     }
 
     /// The number of the newest call that has begun.
     pub(crate) fn newest(&self) -> u64 {
-        self.cell().load(Ordering::Acquire)
+        self.newest_in(0)
     }
 
-    fn cell(&self) -> &AtomicU64 {
-        // SAFETY: the page is mapped until `drop`, page-aligned, and only used as this atomic by
-        // both processes.
-        unsafe { self.page.as_ref() }
+    /// The same of another lane than the first.
+    pub(crate) fn newest_in(&self, lane: usize) -> u64 {
+        self.cell(lane).load(Ordering::Acquire)
+    }
+
+    fn cell(&self, lane: usize) -> &AtomicU64 {
+        assert!(lane < LANES, "a lane beyond the page");
+        // SAFETY: the page is mapped until `drop`, page-aligned, holds so many of these atomics, and
+        // is only used as such by both processes.
+        unsafe { self.page.add(lane).as_ref() }
     }
 }
 
@@ -98,5 +112,8 @@ mod tests {
         assert_eq!(ours.newest(), 0);
         theirs.begin(7);
         assert_eq!(ours.newest(), 7);
+        theirs.begin_in(LANES - 1, 9);
+        theirs.begin_in(LANES - 1, 8);
+        assert_eq!((ours.newest(), ours.newest_in(LANES - 1)), (7, 9));
     }
 }

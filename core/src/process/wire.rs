@@ -1,6 +1,7 @@
 //! What driver and worker say to each other: one bidirectional gRPC stream per worker, frames in
 //! MessagePack.
 
+use crate::actor::lanes::Class;
 use crate::parcel::Packed;
 use crate::remote::decode;
 use bytes::{Buf, BufMut, Bytes};
@@ -35,7 +36,9 @@ pub(crate) enum ToWorker {
         /// Who the worker is in its group.
         member: MemberSpec,
     },
-    /// Queue a call; calls are run in the order of their numbers.
+    /// This process is for an actor; so many calls of each group may run at the same time.
+    Actor { limits: Vec<usize> },
+    /// Queue a call; calls are begun in the order of their numbers, methods in that of their lane.
     Call { call: u64, what: What, function: String, args: Vec<Packed> },
     /// This call may yield the values below this number.
     Granted { call: u64, below: u64 },
@@ -64,7 +67,7 @@ pub(crate) enum What {
     /// Makes the state of the actor that lives in the process.
     Build,
     /// The actor's state.
-    Method,
+    Method(Class),
 }
 
 impl What {

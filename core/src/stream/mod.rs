@@ -22,7 +22,7 @@ use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
 /// Values that may wait for their consumer, unless the task says otherwise.
-const BUFFER: usize = 16;
+const BUFFER: usize = 64;
 
 /// Where a task puts the values of its stream: the last parameter of a `#[mobula::remote]`
 /// function, or what the closure of [`Task::stream`] is given.
@@ -137,7 +137,7 @@ impl<T> StreamTask<T> {
         self
     }
 
-    /// The same task with so many values (at least 1) that may wait for the consumer. Default: 16.
+    /// The same task with so many values (at least 1) that may wait for the consumer. Default: 64.
     pub fn with_buffer(self, buffer: usize) -> Self {
         Self { buffer: buffer.max(1), ..self }
     }

@@ -2,6 +2,7 @@
 //! first and the harness is libtest-mimic.
 
 mod actors;
+mod concurrent_actors;
 mod driver;
 mod graphs;
 mod groups;
@@ -24,6 +25,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     arguments.test_threads.get_or_insert(2);
     let tests = [
         actors::TESTS,
+        concurrent_actors::TESTS,
         driver::TESTS,
         graphs::TESTS,
         groups::TESTS,

@@ -209,6 +209,30 @@ fn an_actor_gets_a_constructor_a_handle_and_registrations() {
 }
 
 #[test]
+fn methods_have_groups_and_an_access() {
+    let item = counter(
+        "#[group(\"io\")] pub fn get(&self) {} #[group(\"ops\")] fn health(&self) {} \
+         #[cfg(unix)] fn merge(&mut self, other: Self) -> Vec<Self> {} fn plain(&self) {}",
+    );
+    let text = expanded(quote!(crate = mobula_core), item.parse().expect("tokens"));
+    for part in [
+        quote!(&["io", "ops"]).to_string(),
+        "\"::Counter::get\") , 1usize , false)".to_owned(),
+        "\"::Counter::health\") , 2usize , false)".to_owned(),
+        "\"::Counter::merge\") , 0usize , true)".to_owned(),
+        "\"::Counter::plain\") , 0usize , false)".to_owned(),
+        quote!(other: impl ::core::convert::Into<mobula_core::remote::Arg<Counter>>).to_string(),
+        "-> mobula_core :: ObjectRef < Vec < Counter >".to_owned(),
+        "RemoteFn :: look_method".to_owned(),
+        "RemoteFn :: change_method".to_owned(),
+    ] {
+        assert!(text.contains(&part), "{part}\nis missing in\n{text}");
+    }
+    assert!(!text.contains("# [group"), "{text}");
+    assert_eq!(text.matches("cfg (unix)").count(), 4, "method, two senders, registration");
+}
+
+#[test]
 fn what_cannot_be_an_actor_is_refused() {
     for (item, message) in [
         ("impl Counter { fn add(&mut self) {} }".to_owned(), "needs a constructor"),
@@ -217,6 +241,14 @@ fn what_cannot_be_an_actor_is_refused() {
         (counter("fn end(self) {}"), "take &self or &mut self"),
         (counter("fn get(&self, name: &str) {}"), "takes owned values, not references"),
         (counter("fn get(&self, out: Yield<u8>) {}"), "an actor's method cannot yield"),
+        (counter("fn actor(&self) {}"), "`actor` cannot be called so"),
+        (counter("fn urgent(&mut self) {}"), "the handle has a method of that name"),
+        (counter("fn add(&self) {} fn try_add(&self) {}"), "`try_add` cannot be called so"),
+        (counter("fn remote() {}"), "a generated function of that name"),
+        (counter("#[group] fn get(&self) {}"), "name the group: #[group(\"io\")]"),
+        (counter("#[group(\"\")] fn get(&self) {}"), "name the group"),
+        (counter("#[group(\"a\")] #[group(\"b\")] fn get(&self) {}"), "one group"),
+        (counter("#[group(\"a\")] fn help() {}"), "takes no self"),
         (counter("async fn get(&self) {}"), "cannot be async"),
     ] {
         let got = refused(quote!(), &item);
