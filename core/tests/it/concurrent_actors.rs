@@ -202,7 +202,7 @@ fn alone(runtime: &Runtime) {
         let ledger = runtime.spawn(call).expect("actor");
         let mut changes = Vec::new();
         let mut looks = Vec::new();
-        for n in 0..100 {
+        for n in 0..50 {
             changes.push(ledger.enter(n));
             looks.extend((0..3).map(|_| ledger.entries()));
         }
