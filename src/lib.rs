@@ -38,9 +38,9 @@
 pub use mobula_core::{
     ActorOptions, ActorPool, ActorRef, Backoff, Batch, BatchSource, BatchStream, BoxError, Bundle,
     Checkpoint, CheckpointStore, Error, Flow, GroupTask, Member, Node, NodeInfo, ObjectRef,
-    Placement, PlacementGroup, PlacementGroupOptions, PlacementStrategy, RemoteActor, Resources,
-    RestartPolicy, RunDir, Runtime, Shard, Task, TaskOptions, World, collect, console, init,
-    init_with, on_interrupt, random, remote, run, value, wait, world,
+    ObjectStream, Placement, PlacementGroup, PlacementGroupOptions, PlacementStrategy, RemoteActor,
+    Resources, RestartPolicy, RunDir, Runtime, Shard, StreamTask, Task, TaskOptions, World, Yield,
+    collect, console, init, init_with, on_interrupt, random, remote, run, value, wait, world,
 };
 
 #[cfg(feature = "data")]

@@ -52,7 +52,10 @@ pub fn cancelled() -> bool {
 /// them to come back.
 pub(crate) fn lend() -> Option<Lent> {
     with(|task| match (&task.lease, task.call) {
-        (Some(lease), _) => lease.lend().then(|| Lent::Here(Arc::clone(lease))),
+        (Some(lease), _) => {
+            lease.lend();
+            Some(Lent::Here(Arc::clone(lease)))
+        }
         // Its driver accounts for it.
         (None, Some(_)) => nested().filter(|nested| nested.has_pending()).map(|nested| {
             nested.lend();

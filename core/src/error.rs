@@ -108,9 +108,9 @@ pub enum Error {
         "no task, actor or group member runs on this thread; pass the Runtime of mobula::init() on instead"
     )]
     NoCurrentRuntime,
-    /// An actor or a group in processes was asked for in a worker process.
+    /// An actor, a group or a stream in processes was asked for in a worker process.
     #[error(
-        "a worker process can submit tasks; actors and groups in processes are started by the driver, or by a task on one of its threads"
+        "a worker process can submit tasks; streams, actors and groups in processes are started by the driver, or by a task on one of its threads"
     )]
     OnlyInDriver,
     /// A function that no `#[mobula::remote]` registered.
@@ -246,6 +246,19 @@ pub enum Error {
     NoSuchActor {
         /// The name asked for.
         name: String,
+    },
+    /// An actor has no group of this name.
+    #[error(
+        "{actor} has no group {group:?}; its methods have: {}; write #[group({group:?})] on one",
+        groups.join(", ")
+    )]
+    NoSuchGroup {
+        /// Which actor.
+        actor: String,
+        /// The group asked for.
+        group: String,
+        /// The groups of its methods.
+        groups: Vec<String>,
     },
     /// A value could not be encoded for, or decoded from, another process.
     #[error("cannot {action} {what}: {source}")]

@@ -393,6 +393,7 @@ impl<T> Group<T> {
             WorkerEvent::Frame(
                 FromWorker::Beat
                 | FromWorker::Reply { .. }
+                | FromWorker::Yielded { .. }
                 | FromWorker::Returned { .. }
                 | FromWorker::Doomed { .. }
                 | FromWorker::Submit { .. }

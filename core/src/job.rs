@@ -94,6 +94,9 @@ impl<T: Send + Sync + 'static> Job<T> {
     /// In a worker process: its driver places it, and retries it if need be.
     fn have_driver_run(self, nested: &Arc<Nested>) {
         let Some(Body::Remote(call)) = &self.body else { return };
+        if call.values.is_some() {
+            return self.promise.error(Error::OnlyInDriver);
+        }
         let (function, decode) = (call.name.to_owned(), call.decode);
         let (args, kept) = match pack_all(&self.args, NodeId::HERE) {
             Ok(packed) => packed,
@@ -280,13 +283,13 @@ impl<T: Send + Sync + 'static> Job<T> {
             Err(error) => return self.promise.error(error),
         };
         let Some(Body::Remote(call)) = &self.body else { return };
-        let (function, args) = (call.name, self.args.clone());
+        let (function, args, values) = (call.name, self.args.clone(), call.values.clone());
         let (name, object) = (Arc::clone(self.promise.name()), self.promise.object());
         let (timeout, memory_limit) = (self.options.timeout, self.options.memory_limit);
         let finish = Box::new(move |ended| self.process_ended(ended));
         host.pool().begin(
             turn,
-            PoolCall { task: name, function, args, timeout, memory_limit, object, finish },
+            PoolCall { task: name, function, args, values, timeout, memory_limit, object, finish },
         );
     }
 

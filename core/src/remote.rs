@@ -2,21 +2,28 @@
 //!
 //! What `#[mobula::remote]` expands to lives here; programs use the attribute.
 
-use crate::actor::remote::{MethodFn, State};
+use crate::actor::remote::{ChangeFn, LookFn};
+use crate::actor::stage::State;
 use crate::group::{GroupTask, Member};
 use crate::object::AnyObject;
 use crate::parcel::{Outgoing, Parcel};
+use crate::stream::{Intake, Yield};
 use crate::task::Task;
 use crate::value::{self, Encoded};
 use crate::{BoxError, Error, ObjectRef};
 use bytes::Bytes;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use std::any::Any;
 use std::collections::HashMap;
 use std::sync::{Arc, LazyLock};
 
 #[doc(hidden)]
-pub use crate::actor::remote::{ActorCall, actor, state_of};
+pub use crate::actor::remote::{
+    ActorCall, Keep, KeepLocal, KeepShared, Method, actor, state_of, state_of_mut,
+};
+#[doc(hidden)]
+pub use crate::stream::{Outlet, stream_task};
 #[doc(hidden)]
 pub use inventory;
 
@@ -30,9 +37,13 @@ pub struct RemoteFn {
 #[derive(Debug)]
 enum Run {
     Alone(fn(Call<'_>) -> Result<Outgoing, BoxError>),
+    Stream(fn(Outlet, Call<'_>) -> Result<(), BoxError>),
     InGroup(fn(Member, Call<'_>) -> Result<Outgoing, BoxError>),
     Actor(fn(Call<'_>) -> Result<State, BoxError>),
-    Method(MethodFn),
+    /// A method that takes `&self`.
+    Look(LookFn),
+    /// A method that takes `&mut self`.
+    Change(ChangeFn),
 }
 
 inventory::collect!(RemoteFn);
@@ -54,6 +65,15 @@ impl RemoteFn {
         Self { name, run }
     }
 
+    /// A function that gives many values, under its full path.
+    pub const fn stream(
+        name: &'static str,
+        run: fn(Outlet, Call<'_>) -> Result<(), BoxError>,
+    ) -> Self {
+        let run = Run::Stream(run);
+        Self { name, run }
+    }
+
     /// A function that group members run, under its full path.
     pub const fn member(
         name: &'static str,
@@ -69,9 +89,15 @@ impl RemoteFn {
         Self { name, run }
     }
 
-    /// A method of an actor, under its full path.
-    pub const fn method(name: &'static str, run: MethodFn) -> Self {
-        let run = Run::Method(run);
+    /// A method of an actor that takes `&self`, under its full path.
+    pub const fn look_method(name: &'static str, run: LookFn) -> Self {
+        let run = Run::Look(run);
+        Self { name, run }
+    }
+
+    /// A method of an actor that takes `&mut self`, under its full path.
+    pub const fn change_method(name: &'static str, run: ChangeFn) -> Self {
+        let run = Run::Change(run);
         Self { name, run }
     }
 
@@ -99,6 +125,14 @@ impl RemoteFn {
         }
     }
 
+    /// Runs a function that puts its values there.
+    pub(crate) fn yields(&self, outlet: Outlet, args: &[Encoded]) -> Result<(), BoxError> {
+        match &self.run {
+            Run::Stream(run) => run(outlet, Call { args }),
+            _ => Err(self.misused()),
+        }
+    }
+
     pub(crate) fn build(&self, args: &[Encoded]) -> Result<State, BoxError> {
         match &self.run {
             Run::Actor(build) => build(Call { args }),
@@ -106,9 +140,28 @@ impl RemoteFn {
         }
     }
 
-    pub(crate) fn invoke(&self, state: &mut State, args: &[Encoded]) -> Result<Outgoing, BoxError> {
+    /// Whether it is a method that may change its actor's state.
+    pub(crate) fn is_exclusive(&self) -> bool {
+        matches!(self.run, Run::Change(_))
+    }
+
+    /// Runs a method on a state that others may be looking at.
+    pub(crate) fn look(&self, state: &dyn Any, args: &[Encoded]) -> Result<Outgoing, BoxError> {
         match &self.run {
-            Run::Method(run) => run(state, Call { args }),
+            Run::Look(run) => run(state, Call { args }),
+            _ => Err(self.misused()),
+        }
+    }
+
+    /// Runs a method on a state that nobody else sees.
+    pub(crate) fn change(
+        &self,
+        state: &mut dyn Any,
+        args: &[Encoded],
+    ) -> Result<Outgoing, BoxError> {
+        match &self.run {
+            Run::Look(run) => run(state, Call { args }),
+            Run::Change(run) => run(state, Call { args }),
             _ => Err(self.misused()),
         }
     }
@@ -142,14 +195,24 @@ impl Call<'_> {
         Ok(Outgoing::new("the result", &function(A::decode(self.args)?)?)?)
     }
 
+    /// Decodes the arguments and runs a function that gives many values.
+    pub fn stream<A, T, F>(self, outlet: Outlet, function: F) -> Result<(), BoxError>
+    where
+        A: Arguments,
+        T: Value,
+        F: FnOnce(A, Yield<T>) -> Result<(), BoxError>,
+    {
+        function(A::decode(self.args)?, outlet.open()?)
+    }
+
     /// Decodes the arguments and makes an actor's state of them.
-    pub fn build<A, S, F>(self, constructor: F) -> Result<State, BoxError>
+    pub fn build<A, S, F>(self, keep: fn(S) -> State, constructor: F) -> Result<State, BoxError>
     where
         A: Arguments,
         S: 'static,
         F: FnOnce(A) -> Result<S, BoxError>,
     {
-        Ok(Box::new(constructor(A::decode(self.args)?)?))
+        Ok(keep(constructor(A::decode(self.args)?)?))
     }
 }
 
@@ -315,12 +378,15 @@ pub(crate) struct RemoteCall<T> {
     pub(crate) decode: fn(&Parcel) -> Result<T, Error>,
     /// Encodes the arguments; all inputs must be there.
     pub(crate) encode: Box<dyn Fn() -> Result<Vec<Parcel>, Error> + Send>,
+    /// Where its values go, if it gives many.
+    pub(crate) values: Option<Arc<dyn Intake>>,
 }
 
 impl<T: DeserializeOwned> RemoteCall<T> {
-    fn new<A: Arguments>(name: &'static str, args: A::Described) -> Self {
+    pub(crate) fn new<A: Arguments>(name: &'static str, args: A::Described) -> Self {
         Self {
             name,
+            values: None,
             inputs: A::inputs(&args),
             decode: |parcel| parcel.decode("the result"),
             encode: Box::new(move || A::encode(&args)),
@@ -333,6 +399,7 @@ impl RemoteCall<Parcel> {
     pub(crate) fn raw(name: &'static str, args: Vec<Parcel>) -> Self {
         Self {
             name,
+            values: None,
             inputs: Inputs::default(),
             decode: |parcel| Ok(parcel.clone()),
             encode: Box::new(move || Ok(args.clone())),

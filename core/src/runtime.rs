@@ -147,7 +147,8 @@ pub(crate) struct Lease {
     runtime: Runtime,
     id: Id,
     pub(crate) grants: Vec<Grant>,
-    is_lent: Mutex<bool>,
+    /// How many threads have lent it: it is lent as long as one of them waits.
+    lenders: Mutex<usize>,
 }
 
 impl std::fmt::Debug for Lease {
@@ -180,26 +181,30 @@ impl Lease {
         Err(Error::ThreadElsewhere { name: name.to_owned() })
     }
 
-    /// Lets others have the CPUs for now. `false` if they have them already.
-    pub(crate) fn lend(&self) -> bool {
-        let mut is_lent = self.is_lent.lock().unwrap_or_else(PoisonError::into_inner);
-        if *is_lent {
-            return false;
+    /// Lets others have the CPUs for now.
+    pub(crate) fn lend(&self) {
+        let mut lenders = lock(&self.lenders);
+        *lenders += 1;
+        if *lenders == 1 {
+            self.runtime.step(Event::Lend { id: self.id });
         }
-        *is_lent = true;
-        self.runtime.step(Event::Lend { id: self.id });
-        true
     }
 
-    /// Waits until the CPUs are back: before anyone else gets any.
+    /// Waits until the CPUs are back, before anyone else gets any; unless another thread waits that
+    /// has lent them too, for what may need them.
     pub(crate) fn reclaim(&self) {
+        // Locked to the end: who lends next has something to lend.
+        let mut lenders = lock(&self.lenders);
+        *lenders -= 1;
+        if *lenders > 0 {
+            return;
+        }
         let (back, is_back) = sync_channel(1);
         let event = Event::Reclaim { id: self.id };
         self.runtime.step_with(event, |state| drop(state.resumes.insert(self.id, back)));
         // The sender goes without a word when the scheduler has lost the grant: then nothing is
         // left to wait for.
         let _ = is_back.recv();
-        *self.is_lent.lock().unwrap_or_else(PoisonError::into_inner) = false;
     }
 
     /// Up to `max` waiting requests of the same shape take their turn in this worker.
@@ -539,7 +544,7 @@ impl Runtime {
             Command::Start { id, mut grants } => {
                 grants.iter_mut().for_each(|grant| state.locate(grant));
                 let runtime = self.clone();
-                let lease = Arc::new(Lease { runtime, id, grants, is_lent: Mutex::new(false) });
+                let lease = Arc::new(Lease { runtime, id, grants, lenders: Mutex::default() });
                 let start = state.starts.remove(&id).map(|waiting| waiting.start);
                 steps.push(Step { start, turn: Ok(Turn::Granted(lease)) });
             }

@@ -1,6 +1,7 @@
 //! From the annotated function to the function, its module and its registration.
 
 mod actor;
+mod groups;
 
 use crate::signature::{Output, Signature};
 use proc_macro2::{Group, Ident, TokenStream, TokenTree};
@@ -83,10 +84,13 @@ fn module(krate: &TokenStream, function: &ItemFn, signature: &Signature) -> Toke
 fn describe(krate: &TokenStream, name: &Ident, signature: &Signature) -> TokenStream {
     let (names, types) = arguments(signature);
     let value = one_module_down(signature.output.value().to_token_stream());
-    let (task, build) = match signature.is_member {
-        true => (quote!(GroupTask), quote!(group_task)),
-        false => (quote!(Task), quote!(task)),
+    let yields = signature.yields.as_ref().map(|ty| one_module_down(ty.to_token_stream()));
+    let (task, build) = match (signature.is_member, &yields) {
+        (true, _) => (quote!(GroupTask), quote!(group_task)),
+        (false, Some(_)) => (quote!(StreamTask), quote!(stream_task)),
+        (false, None) => (quote!(Task), quote!(task)),
     };
+    let value = yields.unwrap_or(value);
     let doc = format!("Describes a call of `{name}`, to be run wherever the runtime places it.");
     let described = described(&names);
     quote! {
@@ -103,8 +107,11 @@ fn describe(krate: &TokenStream, name: &Ident, signature: &Signature) -> TokenSt
 fn register(krate: &TokenStream, name: &Ident, signature: &Signature) -> TokenStream {
     let (names, types) = arguments(signature);
     let value = one_module_down(signature.output.value().to_token_stream());
-    let member = signature.is_member.then(|| quote!(member,));
-    let call = quote!(super::#name(#member #(#names),*));
+    let member = signature.is_member.then(|| quote!(member));
+    let out = signature.yields.is_some().then(|| quote!(__mobula_out));
+    let passed = names.iter().map(|name| quote!(#name));
+    let passed = member.into_iter().chain(passed).chain(out.clone());
+    let call = quote!(super::#name(#(#passed),*));
     let result = match &signature.output {
         // Spanned, so that an error type that does not convert is reported where it stands.
         Output::Fallible(ty) => quote_spanned! { ty.span() =>
@@ -112,6 +119,19 @@ fn register(krate: &TokenStream, name: &Ident, signature: &Signature) -> TokenSt
         },
         Output::Plain(_) => quote!(::core::result::Result::Ok(#call)),
     };
+    if let Some(yields) = &signature.yields {
+        let item = one_module_down(yields.to_token_stream());
+        return quote! {
+            #krate::remote::inventory::submit! {
+                #krate::remote::RemoteFn::stream(NAME, |outlet, call: #krate::remote::Call<'_>| {
+                    call.stream::<(#(#types,)*), #item, _>(
+                        outlet,
+                        move |(#(#names,)*): (#(#types,)*), #out| #result,
+                    )
+                })
+            }
+        };
+    }
     let run = quote! {
         call.run::<(#(#types,)*), #value, _>(move |(#(#names,)*): (#(#types,)*)| #result)
     };

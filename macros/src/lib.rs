@@ -34,10 +34,15 @@ mod signature;
 ///   other return type `T` counts as `Ok`.
 /// * A first parameter of type `Member` makes it a group member: `remote(..)` leaves that
 ///   parameter out and describes a whole group.
+/// * A last parameter of type `Yield<T>` makes it a producer of many values: `remote(..)` leaves
+///   that parameter out and describes a `StreamTask<T>`. It returns `()` or `Result<(), E>`.
 /// * Each argument of `remote(..)` is a value or an `ObjectRef` to one.
 /// * On an `impl` with a constructor `fn new(..) -> Self` (or `Result<Self, E>`) and methods that
 ///   take `&self` or `&mut self`: the handle has the same methods, which give an `ObjectRef` and
 ///   wait for room in the mailbox, and `try_` twins that do not wait.
+/// * `#[group("name")]` on a method of an actor: its calls wait for those of their own group, and
+///   run beside those of others unless one of them takes `&mut self`. The actor must be
+///   `Send + Sync` then.
 /// * `#[remote(crate = path)]` says where Mobula lives, for crates that do not depend on the
 ///   facade: the default is `::mobula`.
 #[proc_macro_attribute]

@@ -12,6 +12,8 @@ const MAX_ARGUMENTS: usize = 12;
 pub(crate) struct Signature {
     /// Whether the first parameter is the group's `Member`, which the worker supplies.
     pub(crate) is_member: bool,
+    /// What goes into the last parameter, if that is a `Yield`, which the worker supplies.
+    pub(crate) yields: Option<Type>,
     /// Name and type of each argument that travels.
     pub(crate) arguments: Vec<(Ident, Type)>,
     pub(crate) output: Output,
@@ -47,6 +49,7 @@ impl Signature {
         if is_member {
             arguments.remove(0);
         }
+        let yields = yields(&mut arguments, is_member)?;
         if let Some((name, _)) = arguments.get(MAX_ARGUMENTS) {
             let got = arguments.len();
             return Err(Error::new(
@@ -56,8 +59,39 @@ impl Signature {
                 ),
             ));
         }
-        Ok(Self { is_member, arguments, output: output(&signature.output)? })
+        let output = output(&signature.output)?;
+        if let Some(yields) = &yields {
+            refuse_output(yields, &output)?;
+        }
+        Ok(Self { is_member, yields, arguments, output })
     }
+}
+
+/// Takes the `Yield<T>` out of the arguments: its `T`.
+fn yields(arguments: &mut Vec<(Ident, Type)>, is_member: bool) -> Result<Option<Type>> {
+    let is_yield = |(_, ty): &(Ident, Type)| is_named(ty, "Yield");
+    let last = arguments.pop_if(|argument| is_yield(argument)).map(|(_, ty)| ty);
+    if let Some((name, _)) = arguments.iter().find(|argument| is_yield(argument)) {
+        return refuse(name.span(), "a `Yield` is the last parameter, and there is one at most");
+    }
+    let Some(ty) = last else { return Ok(None) };
+    if is_member {
+        return refuse(ty.span(), "a group member cannot yield values: report them instead");
+    }
+    match first_generic(&ty) {
+        Some(value) => Ok(Some(value)),
+        None => refuse(ty.span(), "cannot see what this `Yield` takes: write it out as `Yield<T>`"),
+    }
+}
+
+/// What a function yields is all that it gives.
+fn refuse_output(yields: &Type, output: &Output) -> Result<()> {
+    if matches!(output.value(), Type::Tuple(tuple) if tuple.elems.is_empty()) {
+        return Ok(());
+    }
+    let message =
+        "a function that yields values gives nothing else: it returns () or Result<(), E>";
+    Err(Error::new_spanned(yields, message))
 }
 
 fn refuse_qualifiers(signature: &syn::Signature) -> Result<()> {

@@ -1,38 +1,55 @@
 //! The sender's side of a typed actor.
 
+use super::crew::Crew;
+use super::lanes::Class;
 use super::process::ProcessActor;
-use super::remote::Post;
+use super::remote::{Method, Post};
 use super::{ActorOptions, gone};
 use crate::object::block_until_ready;
 use crate::parcel::Parcel;
 use crate::remote::{Arguments, Value};
 use crate::{Error, ObjectRef};
-use std::sync::mpsc::Sender;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 
 /// A type whose `impl` carries `#[mobula::remote]`.
 pub trait RemoteActor: 'static {
     /// What its messages are sent through.
     type Handle: From<ActorRef> + AsRef<ActorRef>;
+
+    /// The groups of its methods, `#[group("name")]`, each once.
+    const GROUPS: &'static [&'static str] = &[];
 }
 
-/// Sends calls to an actor, wherever it lives. Calls of one sender are handled in order. The actor
+/// Sends calls to an actor, wherever it lives. Calls of one sender and one group are begun in order.
+/// The actor
 /// ends when its last handle is dropped and its calls are done. Programs use the handle that
 /// `#[mobula::remote]` generates around this.
 #[derive(Clone)]
 pub struct ActorRef {
     inner: Arc<Inner>,
+    is_urgent: bool,
 }
 
 struct Inner {
     name: Arc<str>,
     credits: Arc<Credits>,
+    /// Of urgent calls, which do not wait for the others.
+    urgent_credits: Arc<Credits>,
     route: Route,
 }
 
 enum Route {
-    Thread(Sender<Post>),
+    Thread(ThreadHandle),
     Process(ProcessHandle),
+}
+
+/// Closes the actor with the last handle.
+struct ThreadHandle(Arc<Crew<Post>>);
+
+impl Drop for ThreadHandle {
+    fn drop(&mut self) {
+        self.0.close();
+    }
 }
 
 /// Closes the actor with the last handle.
@@ -51,8 +68,8 @@ impl std::fmt::Debug for ActorRef {
 }
 
 impl ActorRef {
-    pub(super) fn on_thread(options: &ActorOptions, mailbox: Sender<Post>) -> Self {
-        Self::new(options, Route::Thread(mailbox))
+    pub(super) fn on_thread(options: &ActorOptions, crew: Arc<Crew<Post>>) -> Self {
+        Self::new(options, Route::Thread(ThreadHandle(crew)))
     }
 
     pub(super) fn in_process(options: &ActorOptions, actor: Arc<ProcessActor>) -> Self {
@@ -61,7 +78,9 @@ impl ActorRef {
 
     fn new(options: &ActorOptions, route: Route) -> Self {
         let (name, credits) = (options.name.as_str().into(), Credits::new(options));
-        Self { inner: Arc::new(Inner { name, credits, route }) }
+        let urgent_credits = Credits::new(options);
+        let inner = Arc::new(Inner { name, credits, urgent_credits, route });
+        Self { inner, is_urgent: false }
     }
 
     pub(crate) fn downgrade(&self) -> WeakActor {
@@ -71,6 +90,12 @@ impl ActorRef {
     /// The actor's name.
     pub fn name(&self) -> &str {
         &self.inner.name
+    }
+
+    /// The same actor; calls that are sent through this one overtake all that wait in their group,
+    /// other urgent ones excepted. The mailbox has as much room for them again.
+    pub fn urgent(&self) -> Self {
+        Self { is_urgent: true, ..self.clone() }
     }
 
     /// Whether calls still reach it: not when its process is gone for good.
@@ -83,7 +108,7 @@ impl ActorRef {
 
     /// Calls that were sent and have not ended.
     pub fn pending(&self) -> usize {
-        self.inner.credits.lock().messages
+        self.inner.credits.lock().messages + self.inner.urgent_credits.lock().messages
     }
 
     /// The process it lives in, if it has one of its own and that is running.
@@ -103,18 +128,14 @@ impl ActorRef {
     }
 
     /// Sends a call; waits for room in the mailbox, and for arguments that are still to come.
-    pub fn call<P: Arguments, T: Value>(
-        &self,
-        method: &'static str,
-        args: P::Described,
-    ) -> ObjectRef<T> {
+    pub fn call<P: Arguments, T: Value>(&self, method: Method, args: P::Described) -> ObjectRef<T> {
         block_until_ready(&P::inputs(&args).0);
         match P::encode(&args).and_then(|args| self.bring(args)) {
             Ok(args) => {
-                self.inner.credits.take(bytes_of(&args));
+                self.credits().take(bytes_of(&args));
                 self.send(method, args)
             }
-            Err(error) => self.refused(method, error),
+            Err(error) => self.refused(method.name, error),
         }
     }
 
@@ -132,21 +153,25 @@ impl ActorRef {
     /// Sends a call, or refuses with [`Error::MailboxFull`].
     pub fn try_call<P: Arguments, T: Value>(
         &self,
-        method: &'static str,
+        method: Method,
         args: P::Described,
     ) -> Result<ObjectRef<T>, Error> {
         let args = P::encode(&args)?;
-        if !self.inner.credits.try_take(bytes_of(&args)) {
-            let (actor, capacity) = (self.inner.name.to_string(), self.inner.credits.most_messages);
+        if !self.credits().try_take(bytes_of(&args)) {
+            let (actor, capacity) = (self.inner.name.to_string(), self.credits().most_messages);
             return Err(Error::MailboxFull { actor, capacity });
         }
         Ok(self.send(method, args))
     }
 
-    fn send<T: Value>(&self, method: &'static str, args: Vec<Parcel>) -> ObjectRef<T> {
-        let (object, promise) = ObjectRef::pending(method.into());
+    fn credits(&self) -> &Arc<Credits> {
+        if self.is_urgent { &self.inner.urgent_credits } else { &self.inner.credits }
+    }
+
+    fn send<T: Value>(&self, method: Method, args: Vec<Parcel>) -> ObjectRef<T> {
+        let (object, promise) = ObjectRef::pending(method.name.into());
         // Given back however the call ends.
-        let credit = Credit { credits: Arc::clone(&self.inner.credits), bytes: bytes_of(&args) };
+        let credit = Credit { credits: Arc::clone(self.credits()), bytes: bytes_of(&args) };
         let settle = Box::new(move |result| {
             drop(credit);
             match result {
@@ -154,15 +179,17 @@ impl ActorRef {
                 Err(error) => promise.error(error),
             }
         });
-        self.post(Post { method, args, settle, lost: 0 });
+        let Method { name, group, is_exclusive } = method;
+        let class = Class { group, is_exclusive, is_urgent: self.is_urgent };
+        self.post(Post { method: name, class, args, settle, lost: 0 });
         object
     }
 
     fn post(&self, post: Post) {
         match &self.inner.route {
-            Route::Thread(mailbox) => {
-                if let Err(refused) = mailbox.send(post) {
-                    (refused.0.settle)(Err(gone(&self.inner.name)));
+            Route::Thread(crew) => {
+                if let Err(refused) = crew.0.add(post.class, post) {
+                    (refused.settle)(Err(gone(&self.inner.name)));
                 }
             }
             Route::Process(actor) => actor.0.post(post),
@@ -181,7 +208,7 @@ pub(crate) struct WeakActor(Weak<Inner>);
 
 impl WeakActor {
     pub(crate) fn upgrade(&self) -> Option<ActorRef> {
-        self.0.upgrade().map(|inner| ActorRef { inner })
+        self.0.upgrade().map(|inner| ActorRef { inner, is_urgent: false })
     }
 }
 

@@ -3,7 +3,9 @@
 //! Here are those that closures work on, on a thread of this process. [`remote`] has the typed
 //! ones, which live on a thread or in a process of their own.
 
+pub(crate) mod crew;
 mod handle;
+pub(crate) mod lanes;
 mod pool;
 mod process;
 pub mod remote;

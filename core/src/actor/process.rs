@@ -1,6 +1,7 @@
 //! An actor in a process of its own: its calls under way, its restarts, its end.
 
 use super::handle::ActorRef;
+use super::lanes::MOST_GROUPS;
 use super::remote::Post;
 use super::supervisor::Supervisor;
 use super::{ActorOptions, gone};
@@ -8,8 +9,8 @@ use crate::object::AnyObject;
 use crate::parcel::{Packed, Parcel, pack_all};
 use crate::process::wire::{FromWorker, Outcome, ToWorker, What};
 use crate::process::{
-    End, Environment, Listener, LogTarget, Sink, WorkerEvent, WorkerLink, check_build, into_result,
-    lost,
+    Begun, End, Environment, LANES, Listener, LogTarget, Sink, WorkerEvent, WorkerLink,
+    check_build, into_result, lost,
 };
 use crate::runtime::{Lease, Runtime};
 use crate::scheduler::NodeId;
@@ -19,12 +20,16 @@ use std::sync::mpsc::{SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+const _: () = assert!(2 * (MOST_GROUPS + 1) <= LANES, "each lane has its number on the page");
+
 /// How long a constructor may take.
 const BUILD_TIMEOUT: Duration = Duration::from_secs(600);
 
 pub(super) struct ProcessActor {
     runtime: Runtime,
     options: ActorOptions,
+    /// How many calls of each group may run.
+    limits: Vec<usize>,
     constructor: &'static str,
     args: Vec<Parcel>,
     state: Mutex<State>,
@@ -72,6 +77,7 @@ impl ProcessActor {
     pub(super) fn start(
         runtime: &Runtime,
         options: &ActorOptions,
+        limits: Vec<usize>,
         constructor: &'static str,
         args: Vec<Parcel>,
         lease: Arc<Lease>,
@@ -91,6 +97,7 @@ impl ProcessActor {
         let actor = Arc::new(Self {
             runtime: runtime.clone(),
             options: options.clone(),
+            limits,
             constructor,
             args,
             state: Mutex::new(state),
@@ -122,6 +129,7 @@ impl ProcessActor {
         let (args, kept) = pack_all(&self.args, node)?;
         let function = self.constructor.to_owned();
         let build = ToWorker::Call { call: 0, what: What::Build, function, args };
+        link.send(ToWorker::Actor { limits: self.limits.clone() });
         link.send(build);
         state.phase = Phase::Running(Arc::new(Life { link, node, _args: kept }));
         let failed = state.send_queued();
@@ -251,10 +259,10 @@ impl ProcessActor {
     /// The process is gone: what had not begun waits for the next one, and what had begun is lost,
     /// or waits too if that was asked for.
     fn lost(self: &Arc<Self>, end: &End) {
-        let (reason, newest) = (&end.reason, end.newest_call);
+        let reason = &end.reason;
         let (failed, next) = {
             let mut state = self.state();
-            let failed = state.take_lost(newest, self.options.max_task_retries);
+            let failed = state.take_lost(&end.begun, self.options.max_task_retries);
             let is_done = state.is_killed
                 || matches!(state.phase, Phase::Dead(_))
                 || (state.is_closing && state.queue.is_empty());
@@ -337,8 +345,9 @@ impl State {
                 }
             };
             self.last_call += 1;
+            let what = What::Method(post.class);
             let (call, function) = (self.last_call, post.method.to_owned());
-            let frame = ToWorker::Call { call, what: What::Method, function, args };
+            let frame = ToWorker::Call { call, what, function, args };
             self.under_way.insert(call, UnderWay { post, _args: kept });
             // If it is not taken, the process is gone, and its end will say so.
             life.link.send(frame);
@@ -347,11 +356,11 @@ impl State {
     }
 
     /// What the lost process had: the failed ones; the others go back to the queue, in order.
-    fn take_lost(&mut self, newest: u64, max_retries: u32) -> Vec<Post> {
+    fn take_lost(&mut self, begun: &Begun, max_retries: u32) -> Vec<Post> {
         let mut failed = Vec::new();
         let mut again = VecDeque::new();
         for (call, UnderWay { mut post, .. }) in std::mem::take(&mut self.under_way) {
-            post.lost += u32::from(call <= newest);
+            post.lost += u32::from(call <= begun.newest_in(post.class.lane()));
             if post.lost > max_retries { failed.push(post) } else { again.push_back(post) }
         }
         again.append(&mut self.queue);

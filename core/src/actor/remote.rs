@@ -1,9 +1,11 @@
 //! Typed actors, as `#[mobula::remote] impl` describes them: a constructor and methods that are
 //! registered by name, so that the state can live in another process.
 
+use super::crew::{Crew, Place};
 use super::handle::{ActorRef, RemoteActor};
+use super::lanes::Class;
 use super::process::ProcessActor;
-use super::stage::Stage;
+use super::stage::{Stage, State};
 use super::{ActorOptions, gone};
 use crate::current::{self, Current};
 use crate::object::block_until_ready;
@@ -14,20 +16,83 @@ use crate::task::Placement;
 use crate::{BoxError, Error, Resources, threads};
 use std::any::Any;
 use std::marker::PhantomData;
-use std::sync::Arc;
-use std::sync::mpsc::{Receiver, channel, sync_channel};
+use std::sync::mpsc::sync_channel;
+use std::sync::{Arc, RwLock};
 use std::time::Duration;
 
-/// The state of an actor, of whatever type.
-pub type State = Box<dyn Any>;
+/// How a method that takes `&self` works on encoded arguments.
+pub type LookFn = fn(&dyn Any, Call<'_>) -> Result<Outgoing, BoxError>;
 
-/// How a method works on encoded arguments.
-pub type MethodFn = fn(&mut State, Call<'_>) -> Result<Outgoing, BoxError>;
+/// How a method that takes `&mut self` works on encoded arguments.
+pub type ChangeFn = fn(&mut dyn Any, Call<'_>) -> Result<Outgoing, BoxError>;
+
+/// The state that a method looks at.
+pub fn state_of<A: 'static>(state: &dyn Any) -> Result<&A, BoxError> {
+    state.downcast_ref().ok_or_else(wrong_state)
+}
 
 /// The state that a method works on.
-pub fn state_of<A: 'static>(state: &mut State) -> Result<&mut A, BoxError> {
-    let wrong = || Error::Internal("an actor's state is of another type".to_owned()).into();
-    state.downcast_mut().ok_or_else(wrong)
+pub fn state_of_mut<A: 'static>(state: &mut dyn Any) -> Result<&mut A, BoxError> {
+    state.downcast_mut().ok_or_else(wrong_state)
+}
+
+fn wrong_state() -> BoxError {
+    Error::Internal("an actor's state is of another type".to_owned()).into()
+}
+
+/// Decides at compile time whether threads may share an `A`: `(&Keep::<A>::new()).keep()` is
+/// [`KeepShared::keep`] if they may, since the compiler tries the method that needs no further
+/// reference first, and [`KeepLocal::keep`] otherwise. So an actor need not be `Send` unless its
+/// calls are to run at the same time.
+#[derive(Debug)]
+pub struct Keep<A>(PhantomData<fn() -> A>);
+
+impl<A> Keep<A> {
+    /// For actors of this type.
+    #[expect(clippy::new_without_default, reason = "for the attribute only")]
+    pub fn new() -> Self {
+        Self(PhantomData)
+    }
+}
+
+/// For states that threads may share.
+pub trait KeepShared<A> {
+    /// How a new state is kept.
+    fn keep(&self) -> fn(A) -> State;
+}
+
+impl<A: Send + Sync + 'static> KeepShared<A> for Keep<A> {
+    fn keep(&self) -> fn(A) -> State {
+        |state| State::Shared(Arc::new(RwLock::new(Box::new(state))))
+    }
+}
+
+/// For any state.
+pub trait KeepLocal<A> {
+    /// How a new state is kept.
+    fn keep(&self) -> fn(A) -> State;
+}
+
+impl<A: 'static> KeepLocal<A> for &Keep<A> {
+    fn keep(&self) -> fn(A) -> State {
+        |state| State::Local(Box::new(state))
+    }
+}
+
+/// A method as its actor's handle knows it.
+#[derive(Clone, Copy, Debug)]
+pub struct Method {
+    pub(super) name: &'static str,
+    pub(super) group: usize,
+    pub(super) is_exclusive: bool,
+}
+
+impl Method {
+    /// Its registered name, its group (0 is the nameless one, others follow in the order of
+    /// [`RemoteActor::GROUPS`]), and whether it takes `&mut self`.
+    pub const fn new(name: &'static str, group: usize, is_exclusive: bool) -> Self {
+        Self { name, group, is_exclusive }
+    }
 }
 
 /// A described actor: what `SomeActor::remote(…)` gives.
@@ -36,6 +101,8 @@ pub struct ActorCall<A> {
     inputs: Inputs,
     encode: Box<dyn Fn() -> Result<Vec<Parcel>, Error> + Send>,
     options: ActorOptions,
+    /// How many calls of a group may run, where more than one may. The nameless group is "".
+    limits: Vec<(String, usize)>,
     actor: PhantomData<fn() -> A>,
 }
 
@@ -53,6 +120,7 @@ pub fn actor<P: Arguments, A: RemoteActor>(name: &'static str, args: P::Describe
         inputs: P::inputs(&args),
         encode: Box::new(move || P::encode(&args)),
         options: ActorOptions::new(short.rsplit("::").next().unwrap_or(short)),
+        limits: Vec::new(),
         actor: PhantomData,
     }
 }
@@ -88,17 +156,53 @@ impl<A> ActorCall<A> {
     }
 }
 
+impl<A: Send + Sync> ActorCall<A> {
+    /// The same actor, of whose calls so many (at least 1) may run at the same time, each on a
+    /// thread. Methods that take `&mut self` still run alone. Default: 1. Methods in a group
+    /// (`#[group("name")]`) are not counted here.
+    pub fn with_concurrency(self, calls: usize) -> Self {
+        self.with_group("", calls)
+    }
+
+    /// The same actor, of whose calls to methods in this group so many (at least 1) may run at the
+    /// same time. Default: 1. An unknown group is refused when the actor is spawned.
+    pub fn with_group(mut self, group: impl Into<String>, calls: usize) -> Self {
+        self.limits.push((group.into(), calls));
+        self
+    }
+}
+
+impl<A: RemoteActor> ActorCall<A> {
+    /// How many calls of each group may run, the nameless one first.
+    fn limits(&self) -> Result<Vec<usize>, Error> {
+        let mut limits = vec![1; A::GROUPS.len() + 1];
+        for (group, calls) in &self.limits {
+            let at = std::iter::once("").chain(A::GROUPS.iter().copied()).position(|g| g == group);
+            let none = || Error::NoSuchGroup {
+                actor: self.options.name.clone(),
+                group: group.clone(),
+                groups: A::GROUPS.iter().map(|group| (*group).to_owned()).collect(),
+            };
+            limits[at.ok_or_else(none)?] = (*calls).max(1);
+        }
+        Ok(limits)
+    }
+}
+
 impl Runtime {
     /// Starts a typed actor and waits until its constructor has run, once its resources are free.
     /// Errors when they can never be had, or when the constructor fails.
     pub fn spawn<A: RemoteActor>(&self, call: ActorCall<A>) -> Result<A::Handle, Error> {
+        let limits = call.limits()?;
         block_until_ready(&call.inputs.0);
         let args = (call.encode)()?;
         let lease = self.lease(call.options.request(), call.options.placement_timeout)?;
         let actor = match call.options.placement {
-            Placement::Thread => start_thread(&call.options, call.constructor, args, lease)?,
+            Placement::Thread => {
+                start_thread(&call.options, &limits, call.constructor, args, lease)?
+            }
             Placement::Process => {
-                ProcessActor::start(self, &call.options, call.constructor, args, lease)?
+                ProcessActor::start(self, &call.options, limits, call.constructor, args, lease)?
             }
         };
         self.remember_actor::<A>(&actor);
@@ -117,6 +221,7 @@ impl Runtime {
 /// A message: which method, on what, and who hears of the result.
 pub(super) struct Post {
     pub(super) method: &'static str,
+    pub(super) class: Class,
     pub(super) args: Vec<Parcel>,
     pub(super) settle: Box<dyn FnOnce(Result<Parcel, Error>) + Send>,
     /// How often it was lost with a process.
@@ -125,33 +230,52 @@ pub(super) struct Post {
 
 fn start_thread(
     options: &ActorOptions,
+    limits: &[usize],
     constructor: &'static str,
     args: Vec<Parcel>,
     lease: Arc<Lease>,
 ) -> Result<ActorRef, Error> {
-    let (sender, inbox) = channel();
-    let (started, start) = sync_channel(1);
     lease.check_here(&options.name)?;
+    let here = Here { threads: options.resources.threads(), lease };
+    let current = here.current();
+    let crew = Crew::new(limits, here);
+    let copy = Arc::clone(&crew);
+    let (started, start) = sync_channel(1);
     threads::run(options.resources.threads(), move || {
         let mut stage = Stage::default();
         let built = open_all(&args).and_then(|args| stage.build(constructor, args));
         let is_built = built.is_ok();
         let _ = started.send(built);
-        // Its calls may wait for other work, and lend its CPUs meanwhile.
-        let current = Current { object: None, lease: Some(lease), call: None };
         if is_built {
-            current::run(current, || work(&mut stage, &inbox));
+            current::run(current, || copy.serve(&mut stage));
         }
     })?;
     start.recv().unwrap_or_else(|_| Err(gone(&options.name)))?;
-    Ok(ActorRef::on_thread(options, sender))
+    Ok(ActorRef::on_thread(options, crew))
 }
 
-/// The mailbox is bounded by the credits of those who send.
-fn work(stage: &mut Stage, inbox: &Receiver<Post>) {
-    for post in inbox {
+/// Threads of this process, for as long as the actor lives.
+struct Here {
+    threads: usize,
+    lease: Arc<Lease>,
+}
+
+impl Here {
+    /// Its calls may wait for other work, and lend its CPUs meanwhile.
+    fn current(&self) -> Current {
+        Current { object: None, lease: Some(Arc::clone(&self.lease)), call: None }
+    }
+}
+
+impl Place<Post> for Here {
+    fn run(&self, stage: &mut Stage, _: Class, post: Post) {
         let result = open_all(&post.args).and_then(|args| stage.invoke(post.method, &args));
         let result = result.and_then(Outgoing::into_encoded);
         (post.settle)(result.map(Parcel::Inline));
+    }
+
+    fn spawn(&self, help: Box<dyn FnOnce() + Send>) -> Result<(), Error> {
+        let current = self.current();
+        Ok(threads::run(self.threads, move || current::run(current, help))?)
     }
 }

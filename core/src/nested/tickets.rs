@@ -23,7 +23,8 @@ pub(crate) fn set_driver(runtime: &Runtime) {
 
 /// What a worker process has submitted, and not let go of.
 pub(crate) struct Tickets {
-    runtime: Runtime,
+    /// Not for longer than the program has it: with the last one, other machines are told goodbye.
+    runtime: WeakRuntime,
     node: NodeId,
     reply: Box<dyn Fn(ToWorker) + Send + Sync>,
     state: Mutex<State>,
@@ -33,7 +34,7 @@ pub(crate) struct Tickets {
 struct State {
     tickets: HashMap<u64, Ticket>,
     /// What the worker has lent while it waits.
-    lent: Option<Arc<Lease>>,
+    lent: Vec<Arc<Lease>>,
     is_closed: bool,
 }
 
@@ -49,7 +50,7 @@ impl Tickets {
         node: NodeId,
         reply: impl Fn(ToWorker) + Send + Sync + 'static,
     ) -> Option<Arc<Self>> {
-        let runtime = DRIVER.get()?.upgrade()?;
+        let runtime = DRIVER.get()?.upgrade()?.downgrade();
         Some(Arc::new(Self { runtime, node, reply: Box::new(reply), state: Mutex::default() }))
     }
 
@@ -78,7 +79,7 @@ impl Tickets {
         let (tickets, lent) = {
             let mut state = self.state();
             state.is_closed = true;
-            (std::mem::take(&mut state.tickets), state.lent.take())
+            (std::mem::take(&mut state.tickets), std::mem::take(&mut state.lent))
         };
         tickets.values().for_each(|ticket| ticket.object.cancel());
         drop(lent);
@@ -86,8 +87,9 @@ impl Tickets {
 
     fn submit(self: &Arc<Self>, ticket: u64, submission: Submission, owner: Option<&dyn Listener>) {
         let parent = submission.by.and_then(|call| owner?.object_of(call));
-        let object = match self.task(submission) {
-            Ok(task) => self.runtime.submit(task),
+        let runtime = self.runtime.upgrade().ok_or(Error::NoCurrentRuntime);
+        let object = match runtime.and_then(|runtime| Ok((self.task(submission)?, runtime))) {
+            Ok((task, runtime)) => runtime.submit(task),
             Err(error) => ObjectRef::failed("nested".into(), error),
         };
         if let Some(parent) = parent {
@@ -154,13 +156,14 @@ impl Tickets {
     }
 
     fn lend(&self, owner: Option<&dyn Listener>) {
-        let lease = owner.and_then(Listener::lease).filter(|lease| lease.lend());
-        self.state().lent = lease;
+        let Some(lease) = owner.and_then(Listener::lease) else { return };
+        lease.lend();
+        self.state().lent.push(lease);
     }
 
     /// Waiting for CPUs takes as long as it takes: not on the thread that serves the others.
     fn reclaim(self: &Arc<Self>) {
-        let Some(lease) = self.state().lent.take() else { return (self.reply)(ToWorker::Resume) };
+        let Some(lease) = self.state().lent.pop() else { return (self.reply)(ToWorker::Resume) };
         let tickets = Arc::clone(self);
         let wait = move || {
             lease.reclaim();

@@ -7,7 +7,9 @@ use crate::Error;
 use crate::nested::Failure;
 use crate::parcel::{Packed, Stored};
 use crate::process::wire::{FromWorker, Outcome, ToWorker};
-use crate::process::{End, Environment, LogTarget, ProcessHost, Sink, WorkerEvent, WorkerLink};
+use crate::process::{
+    Begun, End, Environment, LogTarget, ProcessHost, Sink, WorkerEvent, WorkerLink,
+};
 use crate::scheduler::NodeId;
 use crate::store::Lease;
 use std::collections::HashMap;
@@ -81,7 +83,7 @@ impl Worker {
         let link = match self.start(environment, Sink::channel(sink)).await {
             Ok(link) => Arc::new(link),
             Err(error) => {
-                let end = End { reason: error.to_string(), newest_call: 0 };
+                let end = End { reason: error.to_string(), begun: Begun::UpTo(Vec::new()) };
                 return self.say(WorkerEvent::Ended(end)).await;
             }
         };
@@ -184,15 +186,20 @@ impl Worker {
             FromWorker::Release { ticket } => drop(self.kept().remove(&(TICKETS + ticket))),
             _ => {}
         }
-        let call = match &frame {
-            FromWorker::Reply { call, .. } => Some(*call),
+        let has_large = frame.packed_mut().iter().any(|p| matches!(p, Packed::Shared { .. }));
+        let taken = match &frame {
+            _ if !has_large => None,
+            FromWorker::Reply { call, .. } => Some(ToWorker::Adopted { call: *call }),
+            FromWorker::Yielded { call, first, values } => {
+                Some(ToWorker::TakenOver { call: *call, below: first + values.len() as u64 })
+            }
             _ => None,
         };
         for packed in frame.packed_mut() {
             self.adopt(packed).await;
         }
-        if let Some(call) = call {
-            link.send(ToWorker::Adopted { call });
+        if let Some(taken) = taken {
+            link.send(taken);
         }
         frame
     }

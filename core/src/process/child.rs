@@ -72,6 +72,7 @@ async fn session(control: StdUnixStream) -> Result<(), BoxError> {
                 Some(ToWorker::Run { function, args, member }) => {
                     start(function, args, member, &outbound, &inbox)?;
                 }
+                Some(ToWorker::Actor { limits }) => desk.for_actor(&limits),
                 Some(ToWorker::Call { call, what, function, args }) => {
                     desk.add(Work { call, what, function, args });
                 }
@@ -87,6 +88,8 @@ async fn session(control: StdUnixStream) -> Result<(), BoxError> {
                         nested.resumed();
                     }
                 }
+                Some(ToWorker::Granted { call, below }) => desk.granted(call, below),
+                Some(ToWorker::TakenOver { call, below }) => desk.taken_over(call, below),
                 Some(ToWorker::Gathered { key, values }) => inbox.gathered(key, values),
                 Some(ToWorker::Stop) => inbox.stop(),
                 Some(ToWorker::Shutdown) => return Ok(()),

@@ -3,15 +3,18 @@
 use super::child::outcome_of;
 use super::progress::Progress;
 use super::wire::{FromWorker, What};
+use crate::actor::crew::{Crew, Place};
+use crate::actor::lanes::Class;
 use crate::actor::stage::Stage;
 use crate::current::{self, Current};
 use crate::parcel::{Outgoing, Packed, reader};
 use crate::remote::RemoteFn;
 use crate::store::{Offer, Reader};
+use crate::stream::{Outbox, Outlet};
 use crate::threads::STACK_BYTES;
 use crate::{Error, panics};
 use std::collections::{HashMap, VecDeque};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::sync::{Notify, mpsc};
 
@@ -32,10 +35,13 @@ pub(super) struct Work {
 pub(super) struct Desk {
     inner: Arc<Inner>,
     outbound: mpsc::Sender<FromWorker>,
+    tokio: tokio::runtime::Handle,
 }
 
 struct Inner {
     queue: Mutex<Queue>,
+    /// The calls of the actor that lives here, if one does.
+    crew: OnceLock<Arc<Crew<Work>>>,
     more: Condvar,
     /// Wakes the control thread when there is a reason to look at the clock.
     waiting: Notify,
@@ -43,6 +49,8 @@ struct Inner {
     reader: Reader,
     /// Large results that the driver has not taken yet.
     offers: Mutex<HashMap<u64, Offer>>,
+    /// What calls that give many values have to send.
+    outboxes: Mutex<HashMap<u64, Arc<Outbox>>>,
 }
 
 #[derive(Default)]
@@ -57,17 +65,20 @@ struct Queue {
 }
 
 impl Desk {
-    /// Starts the thread.
+    /// Starts the thread. To be called where async tasks can be spawned.
     pub(super) fn open(outbound: mpsc::Sender<FromWorker>) -> Result<Self, Error> {
         let inner = Inner {
             queue: Mutex::default(),
+            crew: OnceLock::new(),
             more: Condvar::new(),
             waiting: Notify::new(),
             progress: Progress::inherited()?,
             reader: reader(),
             offers: Mutex::default(),
+            outboxes: Mutex::default(),
         };
-        let desk = Self { inner: Arc::new(inner), outbound };
+        let tokio = tokio::runtime::Handle::current();
+        let desk = Self { inner: Arc::new(inner), outbound, tokio };
         let thread = std::thread::Builder::new().name("mobula-task".into()).stack_size(STACK_BYTES);
         let copy = desk.clone();
         let spawned = thread.spawn(move || copy.work());
@@ -75,7 +86,25 @@ impl Desk {
         Ok(desk)
     }
 
+    /// This process is for an actor.
+    pub(super) fn for_actor(&self, limits: &[usize]) {
+        self.inner.crew.get_or_init(|| Crew::new(limits, self.clone()));
+    }
+
     pub(super) fn add(&self, work: Work) {
+        if let (What::Method(class), Some(crew)) = (work.what, self.inner.crew.get()) {
+            if let Err(refused) = crew.add(class, work) {
+                // Its driver has sent it the wrong way, and learns that from its end.
+                eprintln!("worker {}: {} has no group", std::process::id(), refused.function);
+                std::process::exit(101);
+            }
+            return;
+        }
+        if let What::Stream { skip, granted } = work.what {
+            let (outbound, tokio) = (self.outbound.clone(), self.tokio.clone());
+            let outbox = Outbox::new(work.call, (skip, granted), outbound, tokio);
+            self.outboxes().insert(work.call, outbox);
+        }
         let mut queue = self.queue();
         queue.waiting.push_back(work);
         if queue.busy_since.is_some() {
@@ -100,6 +129,7 @@ impl Desk {
         let was_waiting = queue.waiting.len() < before;
         drop(queue);
         if was_waiting {
+            self.outboxes().remove(&call);
             self.tell_later(FromWorker::Returned { calls: vec![call] });
         }
     }
@@ -114,6 +144,36 @@ impl Desk {
     pub(super) fn adopted(&self, call: u64) {
         let offer = self.offers().remove(&call);
         drop(offer);
+    }
+
+    /// A call may yield the values below this number.
+    pub(super) fn granted(&self, call: u64, below: u64) {
+        if let Some(outbox) = self.outbox(call) {
+            outbox.grant(below);
+        }
+    }
+
+    /// The driver has the large values below this number.
+    pub(super) fn taken_over(&self, call: u64, below: u64) {
+        if let Some(outbox) = self.outbox(call) {
+            outbox.adopted(below);
+            self.forget_outbox(&outbox, call);
+        }
+    }
+
+    fn outbox(&self, call: u64) -> Option<Arc<Outbox>> {
+        self.outboxes().get(&call).cloned()
+    }
+
+    /// Once it has nothing to send, nor to keep for the driver.
+    fn forget_outbox(&self, outbox: &Outbox, call: u64) {
+        if outbox.is_done() {
+            self.outboxes().remove(&call);
+        }
+    }
+
+    fn outboxes(&self) -> MutexGuard<'_, HashMap<u64, Arc<Outbox>>> {
+        self.inner.outboxes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn offers(&self) -> MutexGuard<'_, HashMap<u64, Offer>> {
@@ -141,11 +201,12 @@ impl Desk {
             let mut queue = self.queue();
             let (tasks, rest) = std::mem::take(&mut queue.waiting)
                 .into_iter()
-                .partition::<VecDeque<_>, _>(|work| work.what == What::Task);
+                .partition::<VecDeque<_>, _>(|work| work.what.is_task());
             queue.waiting = rest;
             tasks
         };
         let calls: Vec<u64> = tasks.iter().map(|work| work.call).collect();
+        self.outboxes().retain(|call, _| !calls.contains(call));
         self.tell_later(FromWorker::Returned { calls });
     }
 
@@ -156,21 +217,35 @@ impl Desk {
         let mut stage = Stage::default();
         loop {
             let work = self.next();
-            let (call, since) = (work.call, Instant::now());
+            let (call, what, since) = (work.call, work.what, Instant::now());
             self.inner.progress.begin(call);
-            let current = Current { object: None, lease: None, call: Some(call) };
-            let result = current::run(current, || run(work, &self.inner.reader, &mut stage));
-            let (outcome, offer) = outcome_of(result);
-            if let Some(offer) = offer {
-                self.offers().insert(call, offer);
+            let outbox = self.outbox(call);
+            let result = run(work, &self.inner.reader, &mut stage, outbox.as_ref());
+            if let Some(outbox) = outbox {
+                outbox.close();
+                self.forget_outbox(&outbox, call);
             }
-            let micros = u32::try_from(since.elapsed().as_micros()).unwrap_or(u32::MAX);
-            let reply = FromWorker::Reply { call, micros, outcome };
+            let is_built = what == What::Build && result.is_ok();
+            let reply = self.reply(call, since, result);
             self.rest();
             if self.outbound.blocking_send(reply).is_err() {
                 return;
             }
+            if let (true, Some(crew)) = (is_built, self.inner.crew.get()) {
+                // From now on this thread is the actor's.
+                return crew.serve(&mut stage);
+            }
         }
+    }
+
+    /// What is large stays in an offer until the driver has it.
+    fn reply(&self, call: u64, since: Instant, result: Result<Outgoing, Error>) -> FromWorker {
+        let (outcome, offer) = outcome_of(result);
+        if let Some(offer) = offer {
+            self.offers().insert(call, offer);
+        }
+        let micros = u32::try_from(since.elapsed().as_micros()).unwrap_or(u32::MAX);
+        FromWorker::Reply { call, micros, outcome }
     }
 
     /// Nothing runs, so nothing can be stuck behind it.
@@ -200,6 +275,26 @@ impl Desk {
     }
 }
 
+/// The threads of the actor that lives in this process.
+impl Place<Work> for Desk {
+    fn run(&self, stage: &mut Stage, class: Class, work: Work) {
+        let (call, since) = (work.call, Instant::now());
+        self.inner.progress.begin_in(class.lane(), call);
+        let result = run(work, &self.inner.reader, stage, None);
+        // If it is not taken the driver has gone, and this process is about to.
+        let _ = self.outbound.blocking_send(self.reply(call, since, result));
+    }
+
+    fn spawn(&self, help: Box<dyn FnOnce() + Send>) -> Result<(), Error> {
+        let thread = std::thread::Builder::new().name("mobula-task".into()).stack_size(STACK_BYTES);
+        let spawned = thread.spawn(move || {
+            let _end = EndWithThread;
+            help();
+        });
+        spawned.map(drop).map_err(|source| Error::system("starting a thread", source))
+    }
+}
+
 /// Ends the process if its thread ends by a panic.
 struct EndWithThread;
 
@@ -218,16 +313,37 @@ impl Queue {
     }
 
     fn has_tasks(&self) -> bool {
-        self.waiting.front().is_some_and(|work| work.what == What::Task)
+        self.waiting.front().is_some_and(|work| work.what.is_task())
     }
 }
 
-fn run(work: Work, reader: &Reader, stage: &mut Stage) -> Result<Outgoing, Error> {
+fn run(
+    work: Work,
+    reader: &Reader,
+    stage: &mut Stage,
+    outbox: Option<&Arc<Outbox>>,
+) -> Result<Outgoing, Error> {
+    let current = Current { object: None, lease: None, call: Some(work.call) };
+    current::run(current, || run_as_current(work, reader, stage, outbox))
+}
+
+fn run_as_current(
+    work: Work,
+    reader: &Reader,
+    stage: &mut Stage,
+    outbox: Option<&Arc<Outbox>>,
+) -> Result<Outgoing, Error> {
     let args = work.args.into_iter().map(|packed| packed.open(reader));
     let (name, args) = (&*work.function, args.collect::<Result<Vec<_>, _>>()?);
     match work.what {
         What::Task => panics::catch(name, || RemoteFn::find(name)?.run(None, &args)),
+        What::Stream { .. } => {
+            let gone = || Error::Internal(format!("{name} has nowhere to put its values"));
+            let outlet = Outlet::far(outbox.ok_or_else(gone)?);
+            panics::catch(name, || RemoteFn::find(name)?.yields(outlet, &args))
+                .and_then(|()| Outgoing::new("nothing", &()))
+        }
         What::Build => stage.build(name, args).and_then(|()| Outgoing::new("nothing", &())),
-        What::Method => stage.invoke(name, &args),
+        What::Method(_) => stage.invoke(name, &args),
     }
 }

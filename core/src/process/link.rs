@@ -1,7 +1,7 @@
 //! The driver's side of one worker process: its control stream, its output, its end.
 
-use super::Progress;
 use super::logs::{LogTarget, pump};
+use super::progress::{Begun, Progress};
 use super::spawn::Started;
 use super::wire::{Frames, FromWorker, MAX_FRAME_BYTES, ToWorker};
 use crate::nested::Tickets;
@@ -44,14 +44,13 @@ pub(crate) enum WorkerEvent {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct End {
     pub(crate) reason: String,
-    /// The number of the newest call that had begun.
-    pub(crate) newest_call: u64,
+    pub(crate) begun: Begun,
 }
 
 impl End {
     /// A worker of which nobody knows how far it had come.
     pub(crate) fn unknown(reason: String) -> Self {
-        Self { reason, newest_call: u64::MAX }
+        Self { reason, begun: Begun::Unknown }
     }
 }
 
@@ -336,7 +335,7 @@ impl Session {
         let (process, log) = (self.process, self.log);
         let end = tokio::task::spawn_blocking(move || process.describe_end(&log)).await;
         let reason = end.unwrap_or_default();
-        let end = End { reason, newest_call: self.progress.newest() };
+        let end = End { reason, begun: self.progress.begun() };
         self.sink.send(WorkerEvent::Ended(end)).await;
     }
 

@@ -13,8 +13,10 @@ mod worker;
 
 pub(crate) use link::{End, Listener, Sink, WorkerEvent};
 pub(crate) use logs::LogTarget;
-use progress::Progress;
+pub(crate) use progress::{Begun, LANES};
 pub(crate) use worker::WorkerLink;
+
+use progress::Progress;
 
 use crate::parcel::Parcel;
 use crate::scheduler::NodeId;

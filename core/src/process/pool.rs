@@ -13,6 +13,7 @@ use crate::object::AnyObject;
 use crate::parcel::{Packed, Parcel, pack_all};
 use crate::runtime::{Lease, Turn};
 use crate::scheduler::NodeId;
+use crate::stream::{Intake, Tell};
 use crate::{Error, store, threads, timer};
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
@@ -28,6 +29,8 @@ pub(crate) struct PoolCall {
     pub(crate) task: Arc<str>,
     pub(crate) function: &'static str,
     pub(crate) args: Vec<Parcel>,
+    /// Where its values go, if it gives many.
+    pub(crate) values: Option<Arc<dyn Intake>>,
     pub(crate) timeout: Option<Duration>,
     pub(crate) memory_limit: Option<u64>,
     /// What the task gives: to be cancelled.
@@ -196,16 +199,44 @@ impl Worker {
         let number = state.last_call;
         let function = call.function.to_owned();
         let (object, timeout) = (call.object.clone(), call.timeout);
+        let values = call.values.clone();
+        let (skip, granted) = values.as_ref().map_or((0, 0), |values| values.begin());
+        let what = values.as_ref().map_or(What::Task, |_| What::Stream { skip, granted });
         state.calls.insert(number, UnderWay { call, is_late: false, _args: kept });
         // Under the lock, so that calls arrive in the order of their numbers. If it is not taken,
         // the worker is gone, and its end will say so.
-        self.tell(ToWorker::Call { call: number, what: What::Task, function, args });
+        self.tell(ToWorker::Call { call: number, what, function, args });
         drop(state);
+        if let Some(values) = values {
+            values.connect(granted, self.grants(number));
+        }
         let worker = Arc::downgrade(self);
         object.on_cancel(Box::new(move || call_off(&worker, number, false)));
         if let Some(timeout) = timeout {
             let worker = Arc::downgrade(self);
             timer::after(timeout, move || call_off(&worker, number, true));
+        }
+    }
+
+    /// Tells the worker how far a call may go.
+    fn grants(self: &Arc<Self>, call: u64) -> Tell {
+        let worker = Arc::downgrade(self);
+        Arc::new(move |below| {
+            if let Some(worker) = worker.upgrade() {
+                worker.tell(ToWorker::Granted { call, below });
+            }
+        })
+    }
+
+    fn yielded(&self, call: u64, first: u64, packed: Vec<Packed>) {
+        let known = self.state().calls.get(&call).and_then(|known| known.call.values.clone());
+        let below = first + packed.len() as u64;
+        let has_shared = packed.iter().any(|value| matches!(value, Packed::Shared { .. }));
+        match known.map_or(Ok(()), |values| values.take_in(first, packed)) {
+            Ok(()) if has_shared => drop(self.tell(ToWorker::TakenOver { call, below })),
+            Ok(()) => {}
+            // What is missing can only come from another attempt.
+            Err(error) => self.kill(&format!("a value could not be taken over: {error}")),
         }
     }
 
@@ -233,6 +264,9 @@ impl Worker {
                     self.tell(ToWorker::Adopted { call: number });
                 }
                 self.top_up(function);
+            }
+            WorkerEvent::Frame(FromWorker::Yielded { call, first, values }) => {
+                self.yielded(call, first, values);
             }
             WorkerEvent::Frame(FromWorker::Returned { calls }) => self.returned(&calls),
             WorkerEvent::Frame(FromWorker::Doomed { .. }) => self.kill("its task was called off"),
@@ -290,7 +324,7 @@ impl Worker {
             (std::mem::take(&mut state.calls), state.lease.take())
         };
         self.pool.forget(self);
-        let newest = end.newest_call;
+        let newest = end.begun.newest();
         // One that ended before its first call would end before it again, and so for ever.
         let first = calls.keys().next().copied().filter(|_| newest == 0);
         for (number, known) in calls.into_iter().rev() {

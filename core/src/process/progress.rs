@@ -5,6 +5,7 @@
 use crate::Error;
 use rustix::fs::MemfdFlags;
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
+use serde::{Deserialize, Serialize};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -14,7 +15,32 @@ pub(crate) const PROGRESS_VARIABLE: &str = "MOBULA_PROGRESS_FD";
 
 const BYTES: usize = 4096;
 
-/// The number of the newest call that has begun, seen by both sides.
+/// Numbers that the page has room for: a lane's calls begin in order, so one number each is enough.
+pub(crate) const LANES: usize = BYTES / size_of::<AtomicU64>();
+
+/// What had begun when a worker ended.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) enum Begun {
+    /// The newest call of each lane; nothing in those beyond.
+    UpTo(Vec<u64>),
+    /// Nobody knows: perhaps all of it.
+    Unknown,
+}
+
+impl Begun {
+    pub(crate) fn newest(&self) -> u64 {
+        self.newest_in(0)
+    }
+
+    pub(crate) fn newest_in(&self, lane: usize) -> u64 {
+        match self {
+            Self::UpTo(lanes) => lanes.get(lane).copied().unwrap_or(0),
+            Self::Unknown => u64::MAX,
+        }
+    }
+}
+
+/// The number of the newest call that has begun in each lane, seen by both sides.
 #[derive(Debug)]
 pub(crate) struct Progress {
     page: NonNull<AtomicU64>,
@@ -65,18 +91,32 @@ impl Progress {
 
     /// Call number `call` is about to run.
     pub(crate) fn begin(&self, call: u64) {
-        self.cell().store(call, Ordering::Release);
+        self.begin_in(0, call);
     }
 
-    /// The number of the newest call that has begun.
-    pub(crate) fn newest(&self) -> u64 {
-        self.cell().load(Ordering::Acquire)
+    /// The same in another lane than the first. Two threads may say so in either order.
+    pub(crate) fn begin_in(&self, lane: usize, call: u64) {
+        self.cell(lane).fetch_max(call, Ordering::AcqRel);
     }
 
-    fn cell(&self) -> &AtomicU64 {
-        // SAFETY: the page is mapped until `drop`, page-aligned, and only used as this atomic by
-        // both processes.
-        unsafe { self.page.as_ref() }
+    /// The number of the newest call of a lane that has begun.
+    pub(crate) fn newest_in(&self, lane: usize) -> u64 {
+        self.cell(lane).load(Ordering::Acquire)
+    }
+
+    /// What has begun so far.
+    pub(crate) fn begun(&self) -> Begun {
+        let mut lanes: Vec<u64> = (0..LANES).map(|lane| self.newest_in(lane)).collect();
+        let used = lanes.iter().rposition(|newest| *newest > 0).map_or(0, |last| last + 1);
+        lanes.truncate(used);
+        Begun::UpTo(lanes)
+    }
+
+    fn cell(&self, lane: usize) -> &AtomicU64 {
+        assert!(lane < LANES, "a lane beyond the page");
+        // SAFETY: the page is mapped until `drop`, page-aligned, holds so many of these atomics, and
+        // is only used as such by both processes.
+        unsafe { self.page.add(lane).as_ref() }
     }
 }
 
@@ -95,8 +135,11 @@ mod tests {
     fn both_ends_see_the_same_page() {
         let ours = Progress::create().expect("page");
         let theirs = Progress::map(ours.file.try_clone().expect("duplicate")).expect("mapped");
-        assert_eq!(ours.newest(), 0);
+        assert_eq!(ours.newest_in(0), 0);
         theirs.begin(7);
-        assert_eq!(ours.newest(), 7);
+        assert_eq!(ours.newest_in(0), 7);
+        theirs.begin_in(LANES - 1, 9);
+        theirs.begin_in(LANES - 1, 8);
+        assert_eq!((ours.newest_in(0), ours.newest_in(LANES - 1)), (7, 9));
     }
 }

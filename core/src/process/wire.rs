@@ -1,6 +1,7 @@
 //! What driver and worker say to each other: one bidirectional gRPC stream per worker, frames in
 //! MessagePack.
 
+use crate::actor::lanes::Class;
 use crate::nested::{Failure, Submission};
 use crate::parcel::Packed;
 use crate::remote::decode;
@@ -36,8 +37,14 @@ pub(crate) enum ToWorker {
         /// Who the worker is in its group.
         member: MemberSpec,
     },
-    /// Queue a call; calls are run in the order of their numbers.
+    /// This process is for an actor; so many calls of each group may run at the same time.
+    Actor { limits: Vec<usize> },
+    /// Queue a call; calls are begun in the order of their numbers, methods in that of their lane.
     Call { call: u64, what: What, function: String, args: Vec<Packed> },
+    /// This call may yield the values below this number.
+    Granted { call: u64, below: u64 },
+    /// The driver has the large values of this call below this number.
+    TakenOver { call: u64, below: u64 },
     /// The driver has the large result of this call.
     Adopted { call: u64 },
     /// Do not run this call, if it has not begun.
@@ -59,10 +66,20 @@ pub(crate) enum ToWorker {
 pub(crate) enum What {
     /// Nothing but its arguments.
     Task,
+    /// The same, and it gives many values: those below `skip` are known to the driver, and those
+    /// below `granted` may be sent.
+    Stream { skip: u64, granted: u64 },
     /// Makes the state of the actor that lives in the process.
     Build,
     /// The actor's state.
-    Method,
+    Method(Class),
+}
+
+impl What {
+    /// Whether it can as well run in another process.
+    pub(crate) fn is_task(self) -> bool {
+        matches!(self, Self::Task | Self::Stream { .. })
+    }
 }
 
 /// From the worker.
@@ -78,6 +95,8 @@ pub(crate) enum FromWorker {
     Gather { key: String, value: Bytes },
     /// The member's function has ended.
     Done(Outcome),
+    /// Values of a call that goes on, the first of this number.
+    Yielded { call: u64, first: u64, values: Vec<Packed> },
     /// A call has ended, after so many microseconds of running.
     Reply { call: u64, micros: u32, outcome: Outcome },
     /// This call, which the driver has no use for, runs, and no other will begin: the process is
@@ -131,6 +150,7 @@ impl FromWorker {
         match self {
             Self::Done(Outcome::Value(value)) => std::slice::from_mut(value),
             Self::Reply { outcome: Outcome::Value(value), .. } => std::slice::from_mut(value),
+            Self::Yielded { values, .. } => values,
             Self::Submit { submission, .. } => &mut submission.args,
             _ => &mut [],
         }

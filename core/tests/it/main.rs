@@ -2,12 +2,15 @@
 //! first and the harness is libtest-mimic.
 
 mod actors;
+mod concurrent_actors;
 mod driver;
 mod graphs;
 mod groups;
+mod nested;
 mod nodes;
 mod placement;
 mod remote_actors;
+mod streams;
 mod tasks;
 
 use libtest_mimic::{Arguments, Trial};
@@ -27,12 +30,15 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     arguments.test_threads.get_or_insert(2);
     let tests = [
         actors::TESTS,
+        concurrent_actors::TESTS,
         driver::TESTS,
         graphs::TESTS,
         groups::TESTS,
+        nested::TESTS,
         nodes::TESTS,
         placement::TESTS,
         remote_actors::TESTS,
+        streams::TESTS,
         tasks::TESTS,
     ]
     .concat();

@@ -231,6 +231,17 @@ fn add(a: Blob, b: Blob) -> Result<u64, Error> {
     Ok(a.0.iter().chain(b.0.iter()).map(|byte| u64::from(*byte)).sum())
 }
 
+/// Its own tasks go wherever there is room; what they give is only looked at by others.
+#[remote(crate = mobula_core)]
+fn add_made(n: u8) -> Result<u64, Error> {
+    let runtime = Runtime::current()?;
+    let submit = |byte| runtime.submit(make::remote(byte).on(Placement::Process));
+    let (a, b) = (submit(n), submit(n + 1));
+    let sum = *runtime.submit(add::remote(&a, &b).on(Placement::Process)).get()?;
+    assert_eq!(a.get()?.0[0], n);
+    Ok(sum)
+}
+
 #[remote(crate = mobula_core)]
 fn here(member: Member) -> Result<u32, Error> {
     println!("here is {}", member.rank());
@@ -352,6 +363,14 @@ mod scenarios {
         }
         for (i, object) in made.iter().enumerate() {
             assert_eq!(object.get().expect("fetched").0, vec![i as u8 + 1; LARGE]);
+        }
+        // Tasks of tasks, from every machine, with hardly a CPU to spare.
+        let sums = nodes
+            .iter()
+            .flat_map(|node| (0..2).map(move |n| (n, add_made::remote(n).with_options(on(*node)))));
+        let sums: Vec<_> = sums.map(|(n, task)| (n, runtime.submit(task))).collect();
+        for (n, sum) in sums {
+            assert_eq!(*sum.get().expect("sums"), (2 * u64::from(n) + 1) * LARGE as u64);
         }
         // An actor far away takes values from everywhere, and a thread here too.
         let here = add::remote(&made[1], &made[2]).on(Placement::Thread);

@@ -1,27 +1,33 @@
 //! From an annotated `impl` to an actor: its constructor, its methods, its handle.
 
 use super::described;
+use super::groups::{Groups, without_groups};
 use crate::signature::{Output, Signature};
-use proc_macro2::{Ident, TokenStream};
-use quote::{format_ident, quote, quote_spanned};
+use proc_macro2::{Group, Ident, TokenStream, TokenTree};
+use quote::{ToTokens, format_ident, quote, quote_spanned};
 use syn::spanned::Spanned;
-use syn::{Error, FnArg, ImplItem, ImplItemFn, ItemImpl, Result, Type, Visibility};
+use syn::{Attribute, Error, FnArg, ImplItem, ImplItemFn, ItemImpl, Result, Type, Visibility};
 
 /// The `impl` itself, the registrations and the handle.
 pub(super) fn expand(krate: &TokenStream, item: &ItemImpl) -> Result<TokenStream> {
     let actor = actor_name(item)?;
+    let (item, groups) = without_groups(item)?;
+    let item = &item;
     let methods = methods(item);
+    refuse_clashes(&methods)?;
     let constructor = constructor(item, &methods)?;
     let visibility = &constructor.vis;
     let handle = format_ident!("{actor}Handle");
     let remote = describe(krate, actor, constructor)?;
     let calls = methods.iter().filter(|method| takes_self(method));
-    let calls = calls.map(|method| call(krate, actor, method)).collect::<Result<Vec<_>>>()?;
+    let calls = calls.map(|method| call(krate, actor, method, &groups));
+    let calls = calls.collect::<Result<Vec<_>>>()?;
     let (senders, registrations): (Vec<_>, Vec<_>) = calls.into_iter().unzip();
     let doc =
         format!("Sends calls to a `{actor}`, wherever it lives. Clones send to the same one.");
-    let handle = handle_item(krate, &doc, visibility, actor, &handle, &senders);
-    Ok(quote! { #item #remote #handle #(#registrations)* })
+    let handle = handle_item(krate, &doc, visibility, actor, &handle, &senders, &groups);
+    let shared = groups.must_be_shared(actor);
+    Ok(quote! { #item #remote #handle #(#registrations)* #shared })
 }
 
 fn handle_item(
@@ -31,7 +37,9 @@ fn handle_item(
     actor: &Ident,
     handle: &Ident,
     senders: &[TokenStream],
+    groups: &Groups,
 ) -> TokenStream {
+    let groups = groups.names();
     quote! {
         #[doc = #doc]
         #[derive(Clone, Debug)]
@@ -51,6 +59,7 @@ fn handle_item(
 
         impl #krate::RemoteActor for #actor {
             type Handle = #handle;
+            const GROUPS: &'static [&'static str] = &[#(#groups),*];
         }
 
         #[allow(dead_code)]
@@ -58,6 +67,11 @@ fn handle_item(
             /// The actor, for what is not one of its own methods.
             #visibility fn actor(&self) -> &#krate::ActorRef {
                 &self.0
+            }
+
+            /// A handle to the same actor whose calls overtake those that wait in their group.
+            #visibility fn urgent(&self) -> Self {
+                Self(self.0.urgent())
             }
 
             #(#senders)*
@@ -104,9 +118,19 @@ fn constructor<'a>(item: &ItemImpl, methods: &[&'a ImplItemFn]) -> Result<&'a Im
     })
 }
 
+fn read(sig: &syn::Signature) -> Result<Signature> {
+    let signature = Signature::read(sig)?;
+    if let Some(yields) = &signature.yields {
+        let message = "an actor's method cannot yield values: make it a remote function, or give \
+            a part of them with each call";
+        return Err(Error::new_spanned(yields, message));
+    }
+    Ok(signature)
+}
+
 /// `Actor::remote(..)`, and the constructor's registration.
 fn describe(krate: &TokenStream, actor: &Ident, new: &ImplItemFn) -> Result<TokenStream> {
-    let signature = Signature::read(&new.sig)?;
+    let signature = read(&naming(actor, &new.sig)?)?;
     let (names, types) = arguments(&signature);
     let name = registered(actor, &new.sig.ident);
     let result = result(&signature, quote!(#actor::new(#(#names),*)));
@@ -126,7 +150,10 @@ fn describe(krate: &TokenStream, actor: &Ident, new: &ImplItemFn) -> Result<Toke
 
         #krate::remote::inventory::submit! {
             #krate::remote::RemoteFn::actor(#name, |call: #krate::remote::Call<'_>| {
-                call.build::<(#(#types,)*), #actor, _>(move |(#(#names,)*): (#(#types,)*)| #result)
+                #[allow(unused_imports)]
+                use #krate::remote::{KeepLocal as _, KeepShared as _};
+                let keep = (&#krate::remote::Keep::<#actor>::new()).keep();
+                call.build::<(#(#types,)*), #actor, _>(keep, move |(#(#names,)*): (#(#types,)*)| #result)
             })
         }
     })
@@ -137,15 +164,12 @@ fn call(
     krate: &TokenStream,
     actor: &Ident,
     method: &ImplItemFn,
+    groups: &Groups,
 ) -> Result<(TokenStream, TokenStream)> {
-    if let Some(FnArg::Receiver(receiver)) = method.sig.inputs.first()
-        && receiver.reference.is_none()
-    {
-        return Err(Error::new(receiver.span(), "an actor's methods take &self or &mut self"));
-    }
-    let mut sig = method.sig.clone();
+    let is_exclusive = changes(method)?;
+    let mut sig = naming(actor, &method.sig)?;
     sig.inputs = sig.inputs.into_iter().skip(1).collect();
-    let signature = Signature::read(&sig)?;
+    let signature = read(&sig)?;
     let (names, types) = arguments(&signature);
     let (visibility, ident) = (&method.vis, &method.sig.ident);
     let name = registered(actor, ident);
@@ -153,37 +177,102 @@ fn call(
     // No argument can be called so.
     let state = format_ident!("__mobula_actor");
     let result = result(&signature, quote!(#state.#ident(#(#names),*)));
-    let docs = method.attrs.iter().filter(|attribute| attribute.path().is_ident("doc"));
-    let docs: Vec<_> = docs.collect();
+    let docs = with_name(method, "doc");
+    // They must come and go with the method.
+    let cfgs = with_name(method, "cfg");
+    let group = groups.of(ident);
+    let id = quote!(#krate::remote::Method::new(#name, #group, #is_exclusive));
     let try_ident = format_ident!("try_{ident}");
     let try_doc = format!("[`{ident}`](Self::{ident}), or `Error::MailboxFull`.");
     let described = described(&names);
     let sender = quote! {
+        #(#cfgs)*
         #(#docs)*
         #visibility fn #ident(
             &self,
             #(#names: impl ::core::convert::Into<#krate::remote::Arg<#types>>),*
         ) -> #krate::ObjectRef<#value> {
-            self.0.call::<(#(#types,)*), #value>(#name, #described)
+            self.0.call::<(#(#types,)*), #value>(#id, #described)
         }
 
+        #(#cfgs)*
         #[doc = #try_doc]
         #visibility fn #try_ident(
             &self,
             #(#names: impl ::core::convert::Into<#krate::remote::Arg<#types>>),*
         ) -> ::core::result::Result<#krate::ObjectRef<#value>, #krate::Error> {
-            self.0.try_call::<(#(#types,)*), #value>(#name, #described)
+            self.0.try_call::<(#(#types,)*), #value>(#id, #described)
         }
     };
+    let (entry, access) = match is_exclusive {
+        true => (quote!(change_method), quote!(state_of_mut)),
+        false => (quote!(look_method), quote!(state_of)),
+    };
     let registration = quote! {
+        #(#cfgs)*
         #krate::remote::inventory::submit! {
-            #krate::remote::RemoteFn::method(#name, |state, call: #krate::remote::Call<'_>| {
-                let #state = #krate::remote::state_of::<#actor>(state)?;
+            #krate::remote::RemoteFn::#entry(#name, |state, call: #krate::remote::Call<'_>| {
+                let #state = #krate::remote::#access::<#actor>(state)?;
                 call.run::<(#(#types,)*), #value, _>(move |(#(#names,)*): (#(#types,)*)| #result)
             })
         }
     };
     Ok((sender, registration))
+}
+
+fn with_name<'a>(method: &'a ImplItemFn, name: &str) -> Vec<&'a Attribute> {
+    method.attrs.iter().filter(|attribute| attribute.path().is_ident(name)).collect()
+}
+
+/// Whether the method takes `&mut self`; `&self` is the other way.
+fn changes(method: &ImplItemFn) -> Result<bool> {
+    match method.sig.inputs.first() {
+        Some(FnArg::Receiver(receiver)) if receiver.reference.is_some() => {
+            Ok(receiver.mutability.is_some())
+        }
+        other => Err(Error::new(other.span(), "an actor's methods take &self or &mut self")),
+    }
+}
+
+/// The signature with the actor's name for `Self`, which is another type in the handle.
+fn naming(actor: &Ident, sig: &syn::Signature) -> Result<syn::Signature> {
+    syn::parse2(without_self(actor, sig.to_token_stream()))
+}
+
+fn without_self(actor: &Ident, tokens: TokenStream) -> TokenStream {
+    let named = |token| match token {
+        TokenTree::Ident(ident) if ident == "Self" => {
+            TokenTree::Ident(Ident::new(&actor.to_string(), ident.span()))
+        }
+        TokenTree::Group(group) => {
+            let inner = without_self(actor, group.stream());
+            TokenTree::Group(Group::new(group.delimiter(), inner))
+        }
+        other => other,
+    };
+    tokens.into_iter().map(named).collect()
+}
+
+/// Names that the actor or its handle has already.
+fn refuse_clashes(methods: &[&ImplItemFn]) -> Result<()> {
+    for method in methods {
+        let name = method.sig.ident.to_string();
+        let twin =
+            |of: &str| methods.iter().any(|other| takes_self(other) && other.sig.ident == of);
+        let reason = match name.strip_prefix("try_") {
+            _ if name == "remote" => "the actor has a generated function of that name",
+            _ if takes_self(method) && (name == "actor" || name == "urgent") => {
+                "the handle has a method of that name"
+            }
+            Some(of) if takes_self(method) && twin(of) => {
+                "the handle has a method of that name, which does not wait for room in the mailbox"
+            }
+            _ => continue,
+        };
+        let message = format!("`{name}` cannot be called so: {reason}; give it another name");
+        return Err(Error::new(method.sig.ident.span(), message));
+    }
+    Ok(())
 }
 
 /// The call's value as a `Result` of a boxed error.

@@ -91,6 +91,27 @@ fn a_member_is_left_out_of_the_arguments() {
 }
 
 #[test]
+fn a_yield_is_left_out_of_the_arguments() {
+    let text = expanded(
+        quote!(crate = mobula_core),
+        quote!(
+            pub fn lines(file: String, out: mobula_core::Yield<self::Line>) -> Result<(), E> {
+                Ok(())
+            }
+        ),
+    );
+    for part in [
+        quote!(-> mobula_core::StreamTask<super::Line>).to_string(),
+        quote!(mobula_core::remote::stream_task::<(String,), super::Line>).to_string(),
+        "RemoteFn :: stream (NAME , | outlet , call :".into(),
+        quote!(call.stream::<(String,), super::Line, _>).to_string(),
+        quote!(super::lines(file, __mobula_out)).to_string(),
+    ] {
+        assert!(text.contains(&part), "{part}\nis missing in\n{text}");
+    }
+}
+
+#[test]
 fn relative_paths_are_seen_from_the_module() {
     let text = expanded(
         quote!(crate = self::fake),
@@ -152,6 +173,11 @@ fn what_cannot_be_remote_is_refused() {
         ("fn f() -> impl Copy {}", "returns concrete types, not `impl Trait`"),
         ("fn f() -> ! { loop {} }", "must return"),
         ("fn f() -> Result { Ok }", "write it out as `Result<T, E>`"),
+        ("fn f(out: Yield<u8>, x: u8) {}", "a `Yield` is the last parameter"),
+        ("fn f(a: Yield<u8>, b: Yield<u8>) {}", "there is one at most"),
+        ("fn f(out: Yield) {}", "write it out as `Yield<T>`"),
+        ("fn f(out: Yield<u8>) -> Result<u64, E> {}", "gives nothing else"),
+        ("fn f(m: Member, out: Yield<u8>) {}", "a group member cannot yield"),
         ("struct S;", "#[remote] goes on a function"),
     ] {
         let got = refused(quote!(), item);
@@ -183,6 +209,30 @@ fn an_actor_gets_a_constructor_a_handle_and_registrations() {
 }
 
 #[test]
+fn methods_have_groups_and_an_access() {
+    let item = counter(
+        "#[group(\"io\")] pub fn get(&self) {} #[group(\"ops\")] fn health(&self) {} \
+         #[cfg(unix)] fn merge(&mut self, other: Self) -> Vec<Self> {} fn plain(&self) {}",
+    );
+    let text = expanded(quote!(crate = mobula_core), item.parse().expect("tokens"));
+    for part in [
+        quote!(&["io", "ops"]).to_string(),
+        "\"::Counter::get\") , 1usize , false)".to_owned(),
+        "\"::Counter::health\") , 2usize , false)".to_owned(),
+        "\"::Counter::merge\") , 0usize , true)".to_owned(),
+        "\"::Counter::plain\") , 0usize , false)".to_owned(),
+        quote!(other: impl ::core::convert::Into<mobula_core::remote::Arg<Counter>>).to_string(),
+        "-> mobula_core :: ObjectRef < Vec < Counter >".to_owned(),
+        "RemoteFn :: look_method".to_owned(),
+        "RemoteFn :: change_method".to_owned(),
+    ] {
+        assert!(text.contains(&part), "{part}\nis missing in\n{text}");
+    }
+    assert!(!text.contains("# [group"), "{text}");
+    assert_eq!(text.matches("cfg (unix)").count(), 4, "method, two senders, registration");
+}
+
+#[test]
 fn what_cannot_be_an_actor_is_refused() {
     for (item, message) in [
         ("impl Counter { fn add(&mut self) {} }".to_owned(), "needs a constructor"),
@@ -190,6 +240,15 @@ fn what_cannot_be_an_actor_is_refused() {
         ("impl Clone for Counter { fn new() -> Self {} }".to_owned(), "not on one of a trait"),
         (counter("fn end(self) {}"), "take &self or &mut self"),
         (counter("fn get(&self, name: &str) {}"), "takes owned values, not references"),
+        (counter("fn get(&self, out: Yield<u8>) {}"), "an actor's method cannot yield"),
+        (counter("fn actor(&self) {}"), "`actor` cannot be called so"),
+        (counter("fn urgent(&mut self) {}"), "the handle has a method of that name"),
+        (counter("fn add(&self) {} fn try_add(&self) {}"), "`try_add` cannot be called so"),
+        (counter("fn remote() {}"), "a generated function of that name"),
+        (counter("#[group] fn get(&self) {}"), "name the group: #[group(\"io\")]"),
+        (counter("#[group(\"\")] fn get(&self) {}"), "name the group"),
+        (counter("#[group(\"a\")] #[group(\"b\")] fn get(&self) {}"), "one group"),
+        (counter("#[group(\"a\")] fn help() {}"), "takes no self"),
         (counter("async fn get(&self) {}"), "cannot be async"),
     ] {
         let got = refused(quote!(), &item);
