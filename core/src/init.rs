@@ -1,7 +1,7 @@
 //! The first line of `main`: the driver gets its runtime, a worker never returns.
 
 use crate::process::{ProcessHost, child, spawn};
-use crate::{Error, Resources, Runtime, interrupt, panics};
+use crate::{Error, Resources, Runtime, interrupt, panics, status, timeline};
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -43,9 +43,12 @@ pub fn init_with(total: Resources) -> Result<Runtime, Error> {
         .map_err(|e| Error::system("starting the control threads", e))?;
     let host = ProcessHost::new(tokio.handle().clone())?;
     interrupt::listen(host.clone()).map_err(|e| Error::system("listening for signals", e))?;
+    timeline::open()?;
+    let runtime = Runtime::with_host(&total, Some(host));
+    status::open(&runtime, tokio.handle())?;
     // It serves until the process ends, whoever still holds a runtime.
     std::mem::forget(tokio);
-    Ok(Runtime::with_host(&total, Some(host)))
+    Ok(runtime)
 }
 
 /// The life of a worker process; gives its exit code.

@@ -1,7 +1,7 @@
 //! Ctrl-C and its kin: everything ends within two seconds, and the user reads how to go on.
 
-use crate::console;
 use crate::process::ProcessHost;
+use crate::{console, status, timeline};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
@@ -74,6 +74,8 @@ async fn end_on(mut signal: Signal, kind: SignalKind, host: ProcessHost) {
         host.kill_all();
         run_hooks();
         host.shutdown();
+        status::leave();
+        timeline::finish();
         std::process::exit(code);
     });
 }

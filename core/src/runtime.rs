@@ -8,13 +8,14 @@ use crate::process::pool::Worker;
 use crate::scheduler::{
     Amounts, Command, Event, Grant, Id, NodeId, PlacementStrategy, Refusal, Scheduler, Shape,
 };
+use crate::status::{NodeStatus, Seen, host_name};
 use crate::task::Task;
-use crate::{Bundle, Error, ObjectRef, Resources, console};
+use crate::{Bundle, Error, ObjectRef, Resources, console, timeline};
 use std::any::TypeId;
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{RecvTimeoutError, SyncSender, sync_channel};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError, Weak};
 use std::time::Duration;
 
 /// After this, who waits for resources that others hold is told so.
@@ -60,6 +61,7 @@ struct Inner {
     /// Typed actors by type and name.
     actors: Mutex<HashMap<(TypeId, String), WeakActor>>,
     host: Option<ProcessHost>,
+    seen: Seen,
 }
 
 #[derive(Default)]
@@ -109,6 +111,16 @@ impl Turn {
             Self::Granted(lease) => Ok(lease),
             Self::Joined(_) => Err(Error::Internal("joined without asking to".to_owned())),
         }
+    }
+}
+
+/// A runtime for as long as others hold it.
+#[derive(Clone)]
+pub(crate) struct WeakRuntime(Weak<Inner>);
+
+impl WeakRuntime {
+    pub(crate) fn upgrade(&self) -> Option<Runtime> {
+        self.0.upgrade().map(|inner| Runtime { inner })
     }
 }
 
@@ -181,8 +193,10 @@ impl Runtime {
             next_id: AtomicU64::new(1),
             actors: Mutex::default(),
             host,
+            seen: Seen::default(),
         };
         let runtime = Self { inner: Arc::new(inner) };
+        tracing::info!(node = HERE.0, %total, "node joined");
         runtime.step(Event::NodeJoined { node: HERE, total: total.into() });
         runtime
     }
@@ -226,6 +240,7 @@ impl Runtime {
         if let Some(host) = &self.inner.host {
             host.shutdown();
         }
+        timeline::finish();
     }
 
     pub(crate) fn remember_actor<A: 'static>(&self, actor: &ActorRef) {
@@ -237,6 +252,26 @@ impl Runtime {
     pub(crate) fn find_actor<A: 'static>(&self, name: &str) -> Option<ActorRef> {
         let key = (TypeId::of::<A>(), name.to_owned());
         lock(&self.inner.actors).get(&key).and_then(WeakActor::upgrade)
+    }
+
+    /// What is kept for who looks at the program.
+    pub(crate) fn seen(&self) -> &Seen {
+        &self.inner.seen
+    }
+
+    /// The machines, without the bundles that are pieces of them.
+    pub(crate) fn nodes(&self) -> Vec<NodeStatus> {
+        let machines = self.with_state(|state| state.scheduler.machines());
+        let status = |(node, total, free): (NodeId, Amounts, Amounts)| NodeStatus {
+            name: if node == HERE { host_name() } else { format!("node {}", node.0) },
+            total: (&total).into(),
+            free: (&free).into(),
+        };
+        machines.into_iter().map(status).collect()
+    }
+
+    pub(crate) fn downgrade(&self) -> WeakRuntime {
+        WeakRuntime(Arc::downgrade(&self.inner))
     }
 
     /// The host of worker processes, or why there is none.

@@ -11,6 +11,7 @@ use crate::parcel::{Outgoing, Parcel, open_all};
 use crate::remote::{Arguments, Call, Inputs};
 use crate::runtime::{Lease, Runtime};
 use crate::task::Placement;
+use crate::timeline::{self, Attempt};
 use crate::{BoxError, Error, Resources, threads};
 use std::any::Any;
 use std::marker::PhantomData;
@@ -96,7 +97,7 @@ impl Runtime {
         let args = (call.encode)()?;
         let lease = self.lease(call.options.request(), call.options.placement_timeout)?;
         let actor = match call.options.placement {
-            Placement::Thread => start_thread(&call.options, call.constructor, args, lease)?,
+            Placement::Thread => start_thread(self, &call.options, call.constructor, args, lease)?,
             Placement::Process => {
                 ProcessActor::start(self, &call.options, call.constructor, args, lease)?
             }
@@ -124,6 +125,7 @@ pub(super) struct Post {
 }
 
 fn start_thread(
+    runtime: &Runtime,
     options: &ActorOptions,
     constructor: &'static str,
     args: Vec<Parcel>,
@@ -131,6 +133,8 @@ fn start_thread(
 ) -> Result<ActorRef, Error> {
     let (sender, inbox) = channel();
     let (started, start) = sync_channel(1);
+    let actor = ActorRef::on_thread(options, sender);
+    runtime.seen().actors.add(actor.look_on_thread());
     threads::run(options.resources.threads(), move || {
         let mut stage = Stage::default();
         let built = open_all(&args).and_then(|args| stage.build(constructor, args));
@@ -143,14 +147,18 @@ fn start_thread(
         }
     })?;
     start.recv().unwrap_or_else(|_| Err(gone(&options.name)))?;
-    Ok(ActorRef::on_thread(options, sender))
+    actor.is_built();
+    timeline::actor_started(&options.name, None);
+    Ok(actor)
 }
 
 /// The mailbox is bounded by the credits of those who send.
 fn work(stage: &mut Stage, inbox: &Receiver<Post>) {
     for post in inbox {
+        let attempt = Attempt::begin();
         let result = open_all(&post.args).and_then(|args| stage.invoke(post.method, &args));
         let result = result.and_then(Outgoing::into_encoded);
+        attempt.end(post.method, result.as_ref().err());
         (post.settle)(result.map(Parcel::Inline));
     }
 }

@@ -4,7 +4,7 @@ use super::Progress;
 use super::logs::{LogTarget, pump};
 use super::spawn::Started;
 use super::wire::{Frames, FromWorker, MAX_FRAME_BYTES, ToWorker};
-use crate::{Error, interrupt};
+use crate::{Error, interrupt, timeline};
 use futures::stream::{self, StreamExt};
 use std::convert::Infallible;
 use std::os::unix::process::ExitStatusExt;
@@ -262,7 +262,12 @@ impl Session {
         // Its last words come before the news of its end.
         let _ = tokio::time::timeout(LAST_WORDS, self.drained).await;
         let (process, log) = (self.process, self.log);
-        let end = tokio::task::spawn_blocking(move || process.describe_end(&log)).await;
+        let end = tokio::task::spawn_blocking(move || {
+            let end = process.describe_end(&log);
+            timeline::process_ended(process.pid(), &log.name, &end);
+            end
+        });
+        let end = end.await;
         let end = WorkerEvent::Ended(end.unwrap_or_default());
         self.sink.send(end).await;
     }

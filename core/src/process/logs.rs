@@ -10,6 +10,8 @@ const MAX_LINE: u64 = 64 << 10;
 /// Where the output of one worker goes.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct LogTarget {
+    /// What the worker is for.
+    pub(crate) name: String,
     /// Put before each line on the driver's stderr; `None` shows nothing there.
     pub(crate) prefix: Option<String>,
     /// Appended to, if given.

@@ -12,10 +12,10 @@ use super::{check_build, into_result, lost};
 use crate::object::AnyObject;
 use crate::parcel::{Packed, Parcel, pack_all};
 use crate::runtime::{Lease, Turn};
-use crate::{Error, store, threads, timer};
+use crate::{Error, store, threads, timeline, timer};
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Microseconds of work that are sent ahead.
 const AHEAD_MICROS: f64 = 1000.0;
@@ -51,6 +51,8 @@ pub(crate) struct Pool {
 #[derive(Default)]
 struct Inner {
     idle: Mutex<HashMap<Environment, Vec<Arc<Worker>>>>,
+    /// All of them.
+    workers: Mutex<Vec<Weak<Worker>>>,
     /// Microseconds that a call of a function takes.
     micros: Mutex<HashMap<&'static str, f64>>,
 }
@@ -69,6 +71,8 @@ struct UnderWay {
     call: PoolCall,
     /// Its time is over; the worker was told.
     is_late: bool,
+    /// When it was sent, if somebody wants to know.
+    sent: Option<Instant>,
     _args: Vec<store::Lease>,
 }
 
@@ -127,11 +131,23 @@ impl Pool {
             worker = Some(Arc::clone(&new));
             Sink::Listener(new)
         };
-        let log = LogTarget { prefix: Some("[worker]".to_owned()), file: None };
+        let (name, prefix) = ("tasks".to_owned(), Some("[worker]".to_owned()));
+        let log = LogTarget { name, prefix, file: None };
         let link = lease.runtime().host()?.start(environment, log, sink)?;
         let worker = worker.ok_or_else(|| Error::Internal("a link without a worker".into()))?;
         let _ = worker.link.set(link);
+        let mut workers = lock(&self.inner.workers);
+        workers.retain(|other| other.strong_count() > 0);
+        workers.push(Arc::downgrade(&worker));
+        drop(workers);
         Ok(worker)
+    }
+
+    /// The process ids of all workers, and which of them have work.
+    pub(super) fn workers(&self) -> HashMap<u32, bool> {
+        let workers: Vec<Arc<Worker>> =
+            lock(&self.inner.workers).iter().filter_map(Weak::upgrade).collect();
+        workers.iter().map(|worker| (worker.pid(), !worker.state().calls.is_empty())).collect()
     }
 
     /// Keeps a worker for later, if it is one of not too many.
@@ -196,7 +212,9 @@ impl Worker {
         let number = state.last_call;
         let function = call.function.to_owned();
         let (object, timeout) = (call.object.clone(), call.timeout);
-        state.calls.insert(number, UnderWay { call, is_late: false, _args: kept });
+        timeline::sent(self.pid(), &call.task);
+        let sent = timeline::clock();
+        state.calls.insert(number, UnderWay { call, is_late: false, sent, _args: kept });
         // Under the lock, so that calls arrive in the order of their numbers. If it is not taken,
         // the worker is gone, and its end will say so.
         self.tell(ToWorker::Call { call: number, what: What::Task, function, args });
@@ -225,7 +243,8 @@ impl Worker {
                 };
                 let function = call.function;
                 self.pool.learn(function, micros);
-                (call.finish)(match into_result(&call.task, outcome) {
+                let result = into_result(&call.task, outcome);
+                (call.finish)(match timeline::replied(self.pid(), &call.task, micros, result) {
                     Ok(value) => Ended::Value(value),
                     Err(error) => Ended::Error(error),
                 });
@@ -297,7 +316,7 @@ impl Worker {
             if number > newest && first != Some(number) {
                 known.not_started();
             } else {
-                known.lost(reason);
+                known.lost(self.pid(), reason);
             }
         }
         drop(lease);
@@ -307,6 +326,10 @@ impl Worker {
         if let Some(link) = self.link.get() {
             link.process().kill_because(reason.to_owned());
         }
+    }
+
+    fn pid(&self) -> u32 {
+        self.link.get().map_or(0, |link| link.process().pid())
     }
 
     fn tell(&self, frame: ToWorker) -> bool {
@@ -340,8 +363,9 @@ impl UnderWay {
         }
     }
 
-    fn lost(self, reason: &str) {
+    fn lost(self, pid: u32, reason: &str) {
         let error = self.timeout().unwrap_or_else(|| lost(&self.call.task, reason.to_owned()));
+        timeline::call_lost(pid, &self.call.task, self.sent, &error);
         (self.call.finish)(Ended::Error(error));
     }
 

@@ -166,6 +166,12 @@ impl Scheduler {
         self.sum(|node| &node.free.amounts)
     }
 
+    /// What each machine has, and what of it is free.
+    pub(crate) fn machines(&self) -> Vec<(NodeId, Amounts, Amounts)> {
+        let machines = self.nodes.iter().filter(|node| node.id.is_machine());
+        machines.map(|node| (node.id, node.total.clone(), node.free.amounts.clone())).collect()
+    }
+
     pub(crate) fn waiting(&self) -> usize {
         self.waiting.len()
     }

@@ -10,9 +10,6 @@
 //! Objects below 64 KiB are plain memory, to be sent along with the message that names them: each
 //! shared one costs a file descriptor and some system calls.
 
-// Pinning and figures wait for their users: nested objects and `mobula status`.
-#![cfg_attr(not(test), allow(dead_code))]
-
 mod budget;
 mod inner;
 mod limits;
@@ -53,7 +50,7 @@ pub(crate) enum StoreError {
     /// There is no room, and none can be made.
     #[error(
         "an object of {needed} bytes does not fit into the {budget} bytes of memory for objects: \
-         the others are pinned or in use, or the disk is full; release some, or raise the budget"
+         the others are in use, or the disk is full; release some, or raise the budget"
     )]
     Full { needed: u64, budget: u64 },
     /// It was released, or never there.
@@ -82,6 +79,8 @@ pub(crate) struct Stats {
     pub(crate) objects: usize,
     pub(crate) bytes_in_memory: u64,
     pub(crate) bytes_spilled: u64,
+    /// Bytes that may be in memory.
+    pub(crate) budget: u64,
 }
 
 /// Objects with a memory budget. Dropping it ends its thread and removes its spill folder; memory
@@ -109,19 +108,11 @@ impl Store {
 
     /// Puts a value, with one reference. Waits for room if it must be made.
     pub(crate) fn put(&self, value: impl Into<Draft>) -> Result<ObjectId, StoreError> {
-        self.insert(&value.into(), false)
-    }
-
-    /// The same, and keeps it in memory until it is released.
-    pub(crate) fn put_pinned(&self, value: impl Into<Draft>) -> Result<ObjectId, StoreError> {
-        self.insert(&value.into(), true)
-    }
-
-    fn insert(&self, value: &Draft, pinned: bool) -> Result<ObjectId, StoreError> {
+        let value = &value.into();
         let layout = value.layout()?;
         let bytes = layout.bytes() as u64;
         let id = self.inner.lock().add(bytes);
-        self.inner.step(Event::Insert { id, bytes, pinned, adopted: false });
+        self.inner.step(Event::Insert { id, bytes, pinned: false, adopted: false });
         let admitted = self.inner.wait("room for an object", |state| {
             state.slots.get(&id).map_or(Some(Err(StoreError::Gone { id })), |s| s.admitted.clone())
         });
@@ -183,11 +174,6 @@ impl Store {
         Ok((memory.place(), lease))
     }
 
-    /// One more refers to the object.
-    pub(crate) fn retain(&self, id: ObjectId) {
-        self.inner.step(Event::Retain(id));
-    }
-
     /// One fewer refers to the object; after the last, and when it is no longer in use, it goes.
     pub(crate) fn release(&self, id: ObjectId) {
         self.inner.lock().lost.remove(&id);
@@ -201,6 +187,7 @@ impl Store {
             objects: state.budget.objects(),
             bytes_in_memory: state.budget.used(),
             bytes_spilled: state.budget.spilled(),
+            budget: state.budget.limit(),
         }
     }
 

@@ -7,6 +7,7 @@ mod graphs;
 mod groups;
 mod placement;
 mod remote_actors;
+mod status;
 mod tasks;
 
 use libtest_mimic::{Arguments, Trial};
@@ -16,6 +17,9 @@ use std::time::{Duration, Instant};
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     if driver::requested() {
         return driver::run();
+    }
+    if status::requested() {
+        return status::run();
     }
     let runtime = mobula_core::init_with(mobula_core::Resources::cpus(4.0))?;
     let mut arguments = Arguments::from_args();
@@ -28,6 +32,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         groups::TESTS,
         placement::TESTS,
         remote_actors::TESTS,
+        status::TESTS,
         tasks::TESTS,
     ]
     .concat();
