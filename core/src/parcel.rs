@@ -184,7 +184,7 @@ pub(crate) fn object_counts() -> ObjectCounts {
         count: stats.objects as u64,
         memory_bytes: stats.bytes_in_memory,
         spilled_bytes: stats.bytes_spilled,
-        budget_bytes: stats.budget,
+        budget_bytes: store.budget(),
     }
 }
 

@@ -4,7 +4,6 @@ use super::server::REQUEST;
 use super::{Status, socket};
 use crate::{Error, RunDir};
 use std::io::{ErrorKind, Read, Write};
-use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -89,9 +88,9 @@ fn read(answer: &[u8]) -> Result<Status, Error> {
     }
 }
 
-fn exchange(socket: &Path) -> std::io::Result<Vec<u8>> {
+fn exchange(path: &Path) -> std::io::Result<Vec<u8>> {
     let deadline = Instant::now() + DEADLINE;
-    let mut stream = UnixStream::connect(socket)?;
+    let mut stream = socket::connect(path)?;
     stream.set_write_timeout(Some(DEADLINE))?;
     stream.write_all(REQUEST)?;
     let mut answer = Vec::new();

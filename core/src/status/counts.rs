@@ -1,11 +1,13 @@
 //! How many tasks a runtime has, by where they stand.
 //!
-//! Three steps a task are counted, a million times a second: so nothing is shared but by chance.
-//! Each thread adds to one of a few cells, and who looks adds them up. A look is not a snapshot: a
-//! task that moves on meanwhile may be seen in neither place.
+//! Three steps a task are counted, millions of times a second, so nothing is shared: a thread has a
+//! cell that it alone writes, with plain loads and stores, and who looks adds the cells up. Threads
+//! beyond the number of cells share one. A look is not a snapshot: a task that moves on meanwhile
+//! may be seen in neither place.
 
 use super::TaskCounts;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
 
 /// How a task ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -16,10 +18,12 @@ pub(crate) enum Ending {
 }
 
 const ENDINGS: [Ending; 3] = [Ending::Finished, Ending::Failed, Ending::Cancelled];
-const CELLS: usize = 16;
+const CELLS: usize = 64;
+/// The cell of the threads that have none of their own.
+const SHARED: usize = 0;
 
 /// The steps of the tasks of one runtime.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Counts {
     cells: [Cell; CELLS],
 }
@@ -37,33 +41,64 @@ struct Cell {
     ended_waiting: [AtomicU64; 3],
 }
 
-static THREADS: AtomicUsize = AtomicUsize::new(0);
+/// The cell of a thread, which another thread gets after its end.
+struct Own(usize);
+
+/// Cells that no thread has: those that were given back, and all from this number on.
+static FREE: Mutex<(Vec<usize>, usize)> = Mutex::new((Vec::new(), SHARED + 1));
 
 thread_local! {
-    static CELL: usize = THREADS.fetch_add(1, Ordering::Relaxed) % CELLS;
+    static CELL: Own = Own::new();
+}
+
+impl Own {
+    fn new() -> Self {
+        let mut free = FREE.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(cell) = free.0.pop() {
+            return Self(cell);
+        }
+        let cell = free.1;
+        free.1 += usize::from(cell < CELLS);
+        Self(if cell < CELLS { cell } else { SHARED })
+    }
+}
+
+impl Drop for Own {
+    fn drop(&mut self) {
+        if self.0 != SHARED {
+            FREE.lock().unwrap_or_else(PoisonError::into_inner).0.push(self.0);
+        }
+    }
+}
+
+impl Default for Counts {
+    fn default() -> Self {
+        Self { cells: std::array::from_fn(|_| Cell::default()) }
+    }
 }
 
 impl Counts {
     /// There is a new task. It waits.
     pub(crate) fn submitted(&self) {
-        add(&self.cell().submitted);
+        self.add(|cell| &cell.submitted);
     }
 
     /// A task that waited runs.
     pub(crate) fn started(&self) {
-        add(&self.cell().started);
+        self.add(|cell| &cell.started);
     }
 
     /// A task that ran waits again.
     pub(crate) fn put_back(&self) {
-        add(&self.cell().put_back);
+        self.add(|cell| &cell.put_back);
     }
 
     /// A task has ended.
     pub(crate) fn ended(&self, ending: Ending, was_running: bool) {
-        let cell = self.cell();
-        let ended = if was_running { &cell.ended_running } else { &cell.ended_waiting };
-        add(&ended[ending as usize]);
+        self.add(|cell| {
+            let ended = if was_running { &cell.ended_running } else { &cell.ended_waiting };
+            &ended[ending as usize]
+        });
     }
 
     /// Where the tasks stand now.
@@ -92,14 +127,17 @@ impl Counts {
         self.cells.iter().map(|cell| of(cell).load(Ordering::Relaxed)).sum()
     }
 
-    /// A thread whose locals are gone already is as good as any.
-    fn cell(&self) -> &Cell {
-        &self.cells[CELL.try_with(|cell| *cell).unwrap_or(0)]
+    fn add(&self, which: impl Fn(&Cell) -> &AtomicU64) {
+        // A thread that is about to end may have given its cell back.
+        let own = CELL.try_with(|own| own.0).unwrap_or(SHARED);
+        let count = which(&self.cells[own]);
+        if own == SHARED {
+            count.fetch_add(1, Ordering::Relaxed);
+        } else {
+            // Nobody else writes it: no need to lock the line.
+            count.store(count.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
+        }
     }
-}
-
-fn add(count: &AtomicU64) {
-    count.fetch_add(1, Ordering::Relaxed);
 }
 
 #[cfg(test)]

@@ -167,7 +167,7 @@ mod tests {
             ("node \"a\\b\"\n".to_owned(), Resources::cpus(2.0).with_custom("x", 0.5));
         status.nodes.push(NodeStatus { name, free: Resources::cpus(0.5), total });
         status.tasks.running = 3;
-        status.tasks.finished = 1 << 60;
+        status.tasks.finished = 1 << 40;
         let states = [ActorState::Running, ActorState::Running, ActorState::Dead];
         status.actors = states.map(|state| actor("pool", state, 2)).to_vec();
         let worker =
@@ -181,7 +181,7 @@ mod tests {
             "# TYPE mobula_tasks gauge",
             r#"mobula_tasks{state="running"} 3"#,
             "# TYPE mobula_tasks_ended_total counter",
-            r#"mobula_tasks_ended_total{state="finished"} 1152921504606846976"#,
+            r#"mobula_tasks_ended_total{state="finished"} 1099511627776"#,
             r#"mobula_actors{actor="pool",state="dead"} 1"#,
             r#"mobula_actors{actor="pool",state="running"} 2"#,
             r#"mobula_actor_pending_calls{actor="pool"} 6"#,

@@ -8,13 +8,17 @@
 use crate::Error;
 use crate::error::AtPath;
 use std::fs::{self, DirBuilder, Permissions};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt, symlink};
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// The link in a run directory.
 const LINK: &str = "status.sock";
+
+/// A socket's path may be this long; the address has room for 108 with its end.
+const MOST_BYTES: usize = 107;
 
 /// What this process has put into the file system.
 #[derive(Default)]
@@ -41,7 +45,8 @@ pub(super) fn listen() -> Result<(UnixListener, Guard), Error> {
     let path = own_path(std::process::id())?;
     let hidden = path.with_extension("new");
     let _ = fs::remove_file(&hidden);
-    let listener = UnixListener::bind(&hidden).at("listen at", &hidden)?;
+    let listener =
+        within_limit(&hidden, |path| UnixListener::bind(path)).at("listen at", &hidden)?;
     fs::set_permissions(&hidden, Permissions::from_mode(0o600)).at("protect", &hidden)?;
     fs::rename(&hidden, &path).at("make", &path)?;
     listener.set_nonblocking(true).at("listen at", &path)?;
@@ -49,6 +54,23 @@ pub(super) fn listen() -> Result<(UnixListener, Guard), Error> {
     here.runs.iter().for_each(|run| link(run, &path));
     here.socket = Some(path);
     Ok((listener, Guard))
+}
+
+pub(super) fn connect(path: &Path) -> std::io::Result<UnixStream> {
+    within_limit(path, |path| UnixStream::connect(path))
+}
+
+/// Uses a socket's path, or, where that is too long for a socket, another one that leads there.
+fn within_limit<T>(
+    path: &Path,
+    with: impl FnOnce(&Path) -> std::io::Result<T>,
+) -> std::io::Result<T> {
+    let (Some(folder), Some(name)) = (path.parent(), path.file_name()) else { return with(path) };
+    if path.as_os_str().len() <= MOST_BYTES {
+        return with(path);
+    }
+    let folder = fs::File::open(folder)?;
+    with(&Path::new("/proc/self/fd").join(folder.as_raw_fd().to_string()).join(name))
 }
 
 /// No more requests are answered: the program is about to end.
@@ -169,4 +191,32 @@ fn user() -> u32 {
 
 fn here() -> MutexGuard<'static, Here> {
     HERE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_socket_may_lie_deep() {
+        let folder = tempfile::tempdir().expect("temporary folder");
+        let deep = folder.path().join("x".repeat(120));
+        fs::create_dir(&deep).expect("a folder");
+        let path = deep.join("1.sock");
+        let listener = within_limit(&path, |path| UnixListener::bind(path)).expect("listens");
+        let _client = connect(&path).expect("connects");
+        listener.accept().expect("a client");
+        assert!(path.exists());
+    }
+
+    #[test]
+    fn a_folder_that_others_can_enter_is_not_private() {
+        let folder = tempfile::tempdir().expect("temporary folder");
+        assert!(is_private(folder.path()));
+        let link = folder.path().join("link");
+        symlink(folder.path(), &link).expect("a link");
+        assert!(!is_private(&link));
+        fs::set_permissions(folder.path(), Permissions::from_mode(0o755)).expect("changed");
+        assert!(!is_private(folder.path()));
+    }
 }

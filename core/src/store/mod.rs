@@ -79,8 +79,6 @@ pub(crate) struct Stats {
     pub(crate) objects: usize,
     pub(crate) bytes_in_memory: u64,
     pub(crate) bytes_spilled: u64,
-    /// Bytes that may be in memory.
-    pub(crate) budget: u64,
 }
 
 /// Objects with a memory budget. Dropping it ends its thread and removes its spill folder; memory
@@ -180,6 +178,11 @@ impl Store {
         self.inner.step(Event::Release(id));
     }
 
+    /// Bytes that may be in memory.
+    pub(crate) fn budget(&self) -> u64 {
+        self.inner.lock().budget.limit()
+    }
+
     /// What the store holds now.
     pub(crate) fn stats(&self) -> Stats {
         let state = self.inner.lock();
@@ -187,7 +190,6 @@ impl Store {
             objects: state.budget.objects(),
             bytes_in_memory: state.budget.used(),
             bytes_spilled: state.budget.spilled(),
-            budget: state.budget.limit(),
         }
     }
 
