@@ -40,7 +40,7 @@ pub use mobula_core::{
     Checkpoint, CheckpointStore, Error, Flow, GroupTask, Member, ObjectRef, Placement,
     PlacementGroup, PlacementGroupOptions, PlacementStrategy, RemoteActor, Resources,
     RestartPolicy, RunDir, Runtime, Shard, Task, TaskOptions, World, collect, console, init,
-    init_with, on_interrupt, random, remote, run, value, wait, world,
+    init_with, on_interrupt, random, remote, run, status, value, wait, world,
 };
 
 #[cfg(feature = "data")]
