@@ -155,6 +155,7 @@ fn escape(text: &str) -> String {
 mod tests {
     use super::super::{ActorState, WorkerStatus};
     use super::*;
+    use std::collections::HashSet;
 
     fn actor(name: &str, state: ActorState, pending: u64) -> ActorStatus {
         ActorStatus { name: name.to_owned(), state, restarts: 1, pending, pid: None }
@@ -196,7 +197,7 @@ mod tests {
 
     /// What every scraper relies on: HELP, TYPE, then the samples of that metric, none twice.
     fn check_form(text: &str) {
-        let mut seen = std::collections::HashSet::new();
+        let (mut metrics, mut seen) = (HashSet::new(), HashSet::new());
         let mut metric = "";
         let mut lines = text.lines();
         while let Some(line) = lines.next() {
@@ -204,7 +205,7 @@ mod tests {
                 metric = rest.split(' ').next().expect("a name");
                 let kind = lines.next().expect("a line").strip_prefix("# TYPE ").expect("a type");
                 assert!(kind.starts_with(&format!("{metric} ")), "{kind}");
-                assert!(metric.starts_with("mobula_") && seen.insert(metric), "{metric}");
+                assert!(metric.starts_with("mobula_") && metrics.insert(metric), "{metric}");
                 continue;
             }
             let (series, value) = line.rsplit_once(' ').expect("a value");

@@ -212,6 +212,7 @@ mod tests {
     #[test]
     fn a_folder_that_others_can_enter_is_not_private() {
         let folder = tempfile::tempdir().expect("temporary folder");
+        fs::set_permissions(folder.path(), Permissions::from_mode(0o700)).expect("changed");
         assert!(is_private(folder.path()));
         let link = folder.path().join("link");
         symlink(folder.path(), &link).expect("a link");
