@@ -8,6 +8,8 @@ mod core {}
 mod data {}
 #[doc = include_str!("../docs/guides/serve.md")]
 mod serve {}
+#[doc = include_str!("../docs/guides/status.md")]
+mod status {}
 #[doc = include_str!("../docs/guides/train.md")]
 mod train {}
 #[doc = include_str!("../docs/guides/tune.md")]

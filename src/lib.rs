@@ -40,7 +40,8 @@ pub use mobula_core::{
     Checkpoint, CheckpointStore, Error, Flow, GroupTask, Member, Node, NodeInfo, ObjectRef,
     ObjectStream, Placement, PlacementGroup, PlacementGroupOptions, PlacementStrategy, RemoteActor,
     Resources, RestartPolicy, RunDir, Runtime, Shard, StreamTask, Task, TaskOptions, World, Yield,
-    collect, console, init, init_with, on_interrupt, random, remote, run, value, wait, world,
+    collect, console, init, init_with, on_interrupt, random, remote, run, status, value, wait,
+    world,
 };
 
 #[cfg(feature = "data")]

@@ -292,6 +292,14 @@ pub enum Error {
         /// The existing run.
         path: PathBuf,
     },
+    /// No program answers for this.
+    #[error("there is no running program that answers: {what}; {hint}")]
+    NotRunning {
+        /// Which one was asked for.
+        what: String,
+        /// Where to look instead.
+        hint: String,
+    },
     /// Not a run directory.
     #[error("{} is not a run: it has no run.json", path.display())]
     NoSuchRun {

@@ -268,6 +268,7 @@ impl Runtime {
     ) -> Result<Route, Error> {
         let (sender, inbox) = mpsc::channel(EVENTS);
         let log = LogTarget {
+            name: format!("{} rank {}", spec.group, spec.rank),
             prefix: options.show_logs.then(|| format!("[rank {}]", spec.rank)),
             file: options.log_dir.as_ref().map(|dir| dir.join(format!("rank-{}.log", spec.rank))),
             ..LogTarget::default()

@@ -2,7 +2,7 @@
 
 use crate::nodes::{self, Role};
 use crate::process::{ProcessHost, child, spawn};
-use crate::{Error, Resources, Runtime, interrupt, panics};
+use crate::{Error, Resources, Runtime, interrupt, panics, status, timeline};
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -49,9 +49,11 @@ pub fn init_with(total: Resources) -> Result<Runtime, Error> {
         .map_err(|e| Error::system("starting the control threads", e))?;
     let host = ProcessHost::new(tokio.handle().clone())?;
     interrupt::listen(host.clone()).map_err(|e| Error::system("listening for signals", e))?;
+    timeline::open()?;
+    let runtime = Runtime::with_host(&total, host);
+    status::open(&runtime, tokio.handle())?;
     // It serves until the process ends, whoever still holds a runtime.
     std::mem::forget(tokio);
-    let runtime = Runtime::with_host(&total, host);
     door.map(|door| nodes::open(door, &runtime)).transpose()?;
     Ok(runtime)
 }

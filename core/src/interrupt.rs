@@ -1,7 +1,7 @@
 //! Ctrl-C and its kin: everything ends within two seconds, and the user reads how to go on.
 
 use crate::process::ProcessHost;
-use crate::{console, nodes};
+use crate::{console, nodes, status, timeline};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
@@ -75,6 +75,8 @@ async fn end_on(mut signal: Signal, kind: SignalKind, host: ProcessHost) {
         run_hooks();
         nodes::say_goodbye();
         host.shutdown();
+        status::leave();
+        timeline::finish();
         std::process::exit(code);
     });
 }

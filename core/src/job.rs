@@ -10,6 +10,7 @@ use crate::remote::{RemoteCall, RemoteFn};
 use crate::runtime::{Lease, Request, Runtime, Turn};
 use crate::scheduler::{Id, NodeId};
 use crate::task::{Body, Placement, Task, TaskOptions};
+use crate::timeline::Attempt;
 use crate::{BoxError, Error, Node, ObjectRef, panics, threads, timer};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Weak};
@@ -27,6 +28,14 @@ pub(crate) struct Job<T: Send + Sync + 'static> {
     failed: u32,
     /// How often an argument was lost on its way, before it ran.
     losses: u32,
+    is_running: bool,
+}
+
+/// However it ends, it ends here.
+impl<T: Send + Sync + 'static> Drop for Job<T> {
+    fn drop(&mut self) {
+        self.runtime.seen().counts.ended(self.promise.ending(), self.is_running);
+    }
 }
 
 /// Then the way is at fault.
@@ -35,6 +44,7 @@ const MOST_LOSSES: u32 = 3;
 impl<T: Send + Sync + 'static> Job<T> {
     pub(crate) fn new(runtime: Runtime, task: Task<T>, promise: Promise<T>) -> Self {
         let (options, body) = (task.options, Some(task.body));
+        runtime.seen().counts.submitted();
         Self {
             id: runtime.next_id(),
             runtime,
@@ -44,6 +54,7 @@ impl<T: Send + Sync + 'static> Job<T> {
             promise,
             failed: 0,
             losses: 0,
+            is_running: false,
         }
     }
 
@@ -75,11 +86,22 @@ impl<T: Send + Sync + 'static> Job<T> {
         }
     }
 
+    fn count_start(&mut self) {
+        self.is_running = true;
+        self.runtime.seen().counts.started();
+    }
+
+    fn count_wait(&mut self) {
+        self.is_running = false;
+        self.runtime.seen().counts.put_back();
+    }
+
     /// Its turn in a worker process did not come: it is the next again.
     fn enqueue_again(mut self) {
         if self.promise.is_settled() {
             return;
         }
+        self.count_wait();
         // The old id may still be that of the grant which its worker holds.
         self.id = self.runtime.next_id();
         self.can_be_cancelled_in_queue();
@@ -179,12 +201,15 @@ impl<T: Send + Sync + 'static> Job<T> {
         let object = Arc::downgrade(&self.promise.object());
         let spawned = threads::run(self.options.resources.threads(), move || {
             self.watch_time();
+            self.count_start();
             let current = Current {
                 object: Some(self.promise.object()),
                 lease: Some(Arc::clone(&lease)),
                 call: None,
             };
+            let attempt = Attempt::begin();
             let result = current::run(current, || self.run_here());
+            attempt.end(self.promise.name(), result.as_ref().err());
             threads::winding_up(|| {
                 // The resources are free before the result is seen: who waits may submit more.
                 drop(lease);
@@ -277,7 +302,8 @@ impl<T: Send + Sync + 'static> Job<T> {
         })
     }
 
-    fn start_in_process(self, turn: Turn) {
+    fn start_in_process(mut self, turn: Turn) {
+        self.count_start();
         let host = match self.runtime.host() {
             Ok(host) => host.clone(),
             Err(error) => return self.promise.error(error),
@@ -316,6 +342,7 @@ impl<T: Send + Sync + 'static> Job<T> {
         match result {
             Err(error) if self.can_retry(&error) => {
                 self.failed += 1;
+                self.count_wait();
                 self.id = self.runtime.next_id();
                 let delay = self.options.backoff.delay(self.failed);
                 tracing::info!(task = %self.promise.name(), %error, ?delay, "trying again");

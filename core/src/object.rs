@@ -4,6 +4,7 @@
 //! an input. Wake-ups never nest, so a chain of a hundred thousand tasks needs no deep stack.
 
 use crate::parcel::Parcel;
+use crate::status::Ending;
 use crate::{Error, current};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -117,6 +118,15 @@ impl<T: Send + Sync + 'static> Promise<T> {
 
     pub(crate) fn name(&self) -> &Arc<str> {
         &self.slot.name
+    }
+
+    /// How the task ended. One that gives no result is cancelled by that.
+    pub(crate) fn ending(&self) -> Ending {
+        match self.slot.outcome.get() {
+            Some(Ok(_)) => Ending::Finished,
+            None | Some(Err(Error::Cancelled { .. })) => Ending::Cancelled,
+            Some(Err(_)) => Ending::Failed,
+        }
     }
 
     /// Whether there is a result, or the task was cancelled, which is one too.

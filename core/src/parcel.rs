@@ -4,6 +4,7 @@
 use crate::nested::Up;
 use crate::nodes::{self, Far, FarPlace, Recipe};
 use crate::scheduler::NodeId;
+use crate::status::ObjectCounts;
 use crate::store::{Lease, Location, ObjectId, Offer, Place, Reader, Store, default_budget};
 use crate::value::{Draft, Encoded, decode};
 use crate::{Error, ObjectRef};
@@ -284,9 +285,26 @@ pub(crate) fn reader() -> Reader {
     Reader::new(KEEP_MAPPED)
 }
 
-/// The store of this process, made when it is first needed.
+/// The store of this process.
+static STORE: Mutex<Option<Arc<Store>>> = Mutex::new(None);
+
+/// What the store holds, if there is one.
+pub(crate) fn object_counts() -> ObjectCounts {
+    let store = STORE.lock().unwrap_or_else(PoisonError::into_inner).clone();
+    let Some(store) = store else {
+        return ObjectCounts { budget_bytes: default_budget(), ..ObjectCounts::default() };
+    };
+    let stats = store.stats();
+    ObjectCounts {
+        count: stats.objects as u64,
+        memory_bytes: stats.bytes_in_memory,
+        spilled_bytes: stats.bytes_spilled,
+        budget_bytes: store.budget(),
+    }
+}
+
+/// The store, made when it is first needed.
 pub(crate) fn store() -> Result<Arc<Store>, Error> {
-    static STORE: Mutex<Option<Arc<Store>>> = Mutex::new(None);
     let mut slot = STORE.lock().unwrap_or_else(PoisonError::into_inner);
     if let Some(store) = &*slot {
         return Ok(Arc::clone(store));

@@ -7,6 +7,7 @@
 //! tensorboard/     the same values as event files
 //! checkpoints/     see `checkpoint`
 //! logs/            rank-<r>.log: what each worker process printed
+//! status.sock      leads to the program that works on it, see `status`
 //! ```
 
 use crate::Error;
@@ -213,7 +214,9 @@ impl RunDir {
     pub fn set_state(&self, state: RunState) -> Result<(), Error> {
         let status = RunStatus { state, pid: std::process::id(), changed: unix_time() };
         let text = serde_json::to_vec(&status).map_err(Error::layer)?;
-        write_atomically(&self.path.join("status.json"), &text)
+        write_atomically(&self.path.join("status.json"), &text)?;
+        crate::status::follow_run(&self.path, state == RunState::Running);
+        Ok(())
     }
 
     /// The run's checkpoints; a save keeps the newest `keep`.

@@ -9,8 +9,11 @@ use crate::process::pool::Worker;
 use crate::scheduler::{
     Amounts, Command, Event, Grant, Id, NodeId, PlacementStrategy, Refusal, Scheduler, Shape,
 };
+use crate::status::Seen;
 use crate::task::Task;
-use crate::{Bundle, Error, Node, NodeInfo, ObjectRef, Resources, console, current, nodes};
+use crate::{
+    Bundle, Error, Node, NodeInfo, ObjectRef, Resources, console, current, nodes, timeline,
+};
 use std::any::TypeId;
 use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -34,6 +37,17 @@ const PLACEMENT_NOTE: Duration = Duration::from_secs(5);
 #[derive(Clone)]
 pub struct Runtime {
     inner: Arc<Inner>,
+    /// What the program holds has it; what works for the program has not.
+    farewell: Option<Arc<Farewell>>,
+}
+
+/// The program has let go of its runtime, so it is about to end, and its other copies with it.
+struct Farewell;
+
+impl Drop for Farewell {
+    fn drop(&mut self) {
+        nodes::say_goodbye();
+    }
 }
 
 impl std::fmt::Debug for Runtime {
@@ -60,6 +74,7 @@ struct Inner {
     host: Option<ProcessHost>,
     /// In a worker process, what has its driver run tasks in processes.
     nested: Option<Arc<Nested>>,
+    seen: Seen,
 }
 
 #[derive(Default)]
@@ -124,21 +139,13 @@ impl Turn {
     }
 }
 
-/// A runtime for as long as others use it.
+/// A runtime for as long as others hold it.
+#[derive(Clone)]
 pub(crate) struct WeakRuntime(Weak<Inner>);
 
 impl WeakRuntime {
     pub(crate) fn upgrade(&self) -> Option<Runtime> {
-        self.0.upgrade().map(|inner| Runtime { inner })
-    }
-}
-
-impl Drop for Inner {
-    /// The program is about to end, and the other nodes with it.
-    fn drop(&mut self) {
-        if self.host.is_some() {
-            nodes::say_goodbye();
-        }
+        self.0.upgrade().map(|inner| Runtime { inner, farewell: None })
     }
 }
 
@@ -253,8 +260,9 @@ impl Runtime {
 
     /// That of a driver, which can start processes.
     pub(crate) fn with_host(total: &Resources, host: ProcessHost) -> Self {
-        let runtime = Self::new(total, Some(host), None);
+        let mut runtime = Self::new(total, Some(host), None);
         nested::set_driver(&runtime);
+        runtime.farewell = Some(Arc::new(Farewell));
         runtime
     }
 
@@ -266,8 +274,10 @@ impl Runtime {
             actors: Mutex::default(),
             host,
             nested,
+            seen: Seen::default(),
         };
-        let runtime = Self { inner: Arc::new(inner) };
+        let runtime = Self { inner: Arc::new(inner), farewell: None };
+        tracing::info!(node = 0, %total, "node joined");
         runtime.step(Event::NodeJoined { node: NodeId::HERE, total: total.into() });
         runtime
     }
@@ -301,7 +311,7 @@ impl Runtime {
     pub fn submit<T: Send + Sync + 'static>(&self, mut task: Task<T>) -> ObjectRef<T> {
         let inputs = std::mem::take(&mut task.inputs);
         let (object, promise) = ObjectRef::pending(Arc::clone(&task.name));
-        let job = Job::new(self.clone(), task, promise);
+        let job = Job::new(self.inside(), task, promise);
         if inputs.is_empty() {
             job.enqueue();
             return object;
@@ -326,6 +336,7 @@ impl Runtime {
             nodes::say_goodbye();
             host.shutdown();
         }
+        timeline::finish();
     }
 
     pub(crate) fn remember_actor<A: 'static>(&self, actor: &ActorRef) {
@@ -337,6 +348,20 @@ impl Runtime {
     pub(crate) fn find_actor<A: 'static>(&self, name: &str) -> Option<ActorRef> {
         let key = (TypeId::of::<A>(), name.to_owned());
         lock(&self.inner.actors).get(&key).and_then(WeakActor::upgrade)
+    }
+
+    /// What is kept for who looks at the program.
+    pub(crate) fn seen(&self) -> &Seen {
+        &self.inner.seen
+    }
+
+    /// For what works for the program, and may still do so when the program ends.
+    pub(crate) fn inside(&self) -> Self {
+        Self { inner: Arc::clone(&self.inner), farewell: None }
+    }
+
+    pub(crate) fn downgrade(&self) -> WeakRuntime {
+        WeakRuntime(Arc::downgrade(&self.inner))
     }
 
     /// The host of worker processes, or why there is none.
@@ -457,10 +482,6 @@ impl Runtime {
         node == NodeId::HERE || self.with_state(|state| state.nodes.contains_key(&node))
     }
 
-    pub(crate) fn downgrade(&self) -> WeakRuntime {
-        WeakRuntime(Arc::downgrade(&self.inner))
-    }
-
     fn share(&self, holder: Id, worker: &Arc<Worker>, max: usize) {
         self.take_steps(Event::Join { holder, max }, |_| {}, Some(worker));
     }
@@ -543,7 +564,7 @@ impl Runtime {
         match command {
             Command::Start { id, mut grants } => {
                 grants.iter_mut().for_each(|grant| state.locate(grant));
-                let runtime = self.clone();
+                let runtime = self.inside();
                 let lease = Arc::new(Lease { runtime, id, grants, lenders: Mutex::default() });
                 let start = state.starts.remove(&id).map(|waiting| waiting.start);
                 steps.push(Step { start, turn: Ok(Turn::Granted(lease)) });

@@ -7,6 +7,7 @@ pub(crate) mod output;
 mod runs;
 #[cfg(all(feature = "serve", feature = "train"))]
 mod serve;
+mod status;
 #[cfg(feature = "tune")]
 mod sweep;
 
@@ -49,11 +50,13 @@ pub(crate) enum Driver {
     New(new::Options),
 }
 
-/// The commands that start other programs, and have no runtime of their own.
+/// The commands that start or ask other programs, and have no runtime of their own.
 #[derive(Subcommand)]
 pub(crate) enum Launcher {
     /// Start copies of a program: here, under Slurm or under Kubernetes
     Launch(Box<launch::Options>),
+    /// Show what running programs are doing: resources, tasks, actors, worker processes, objects
+    Status(status::Options),
     #[command(hide = true)]
     LaunchChild(launch::ChildOptions),
     #[command(hide = true)]
@@ -79,6 +82,7 @@ impl Launcher {
     pub(crate) fn run(self) -> anyhow::Result<ExitCode> {
         match self {
             Self::Launch(options) => launch::run(&options),
+            Self::Status(options) => status::run(&options),
             Self::LaunchChild(options) => launch::run_child(&options),
             Self::LaunchGuard => launch::run_guard(),
         }

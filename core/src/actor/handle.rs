@@ -8,7 +8,9 @@ use super::{ActorOptions, gone};
 use crate::object::block_until_ready;
 use crate::parcel::Parcel;
 use crate::remote::{Arguments, Value};
+use crate::status::{ActorState, ActorStatus, Look};
 use crate::{Error, ObjectRef};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 
 /// A type whose `impl` carries `#[mobula::remote]`.
@@ -36,6 +38,8 @@ struct Inner {
     /// Of urgent calls, which do not wait for the others.
     urgent_credits: Arc<Credits>,
     route: Route,
+    /// On a thread: whether its constructor has run.
+    is_built: AtomicBool,
 }
 
 enum Route {
@@ -79,8 +83,29 @@ impl ActorRef {
     fn new(options: &ActorOptions, route: Route) -> Self {
         let (name, credits) = (options.name.as_str().into(), Credits::new(options));
         let urgent_credits = Credits::new(options);
-        let inner = Arc::new(Inner { name, credits, urgent_credits, route });
+        let is_built = AtomicBool::new(false);
+        let inner = Arc::new(Inner { name, credits, urgent_credits, route, is_built });
         Self { inner, is_urgent: false }
+    }
+
+    pub(super) fn is_built(&self) {
+        self.inner.is_built.store(true, Ordering::Relaxed);
+    }
+
+    /// How one on a thread is, as long as somebody has a handle to it.
+    pub(super) fn look_on_thread(&self) -> Look {
+        let seen = Arc::downgrade(&self.inner);
+        let status = |actor: Arc<Inner>| ActorStatus {
+            name: actor.name.to_string(),
+            state: match actor.is_built.load(Ordering::Relaxed) {
+                true => ActorState::Running,
+                false => ActorState::Starting,
+            },
+            restarts: 0,
+            pending: actor.credits.lock().messages as u64,
+            pid: None,
+        };
+        Arc::new(move || seen.upgrade().map(status))
     }
 
     pub(crate) fn downgrade(&self) -> WeakActor {

@@ -19,11 +19,14 @@ pub use supervisor::RestartPolicy;
 
 use crate::current::{self, Current};
 use crate::runtime::{Request, Runtime};
+use crate::status::{ActorState, ActorStatus, Look};
 use crate::task::Placement;
+use crate::timeline::{self, Attempt};
 use crate::{BoxError, Bundle, Error, Node, Resources, console, panics, threads};
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll};
 use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
@@ -226,14 +229,41 @@ impl Runtime {
         let (started, start) = std::sync::mpsc::sync_channel(1);
         let name: Arc<str> = options.name.as_str().into();
         let actor = Running { name: Arc::clone(&name), inbox, build: Box::new(build) };
+        let is_built = Arc::new(AtomicBool::new(false));
+        self.seen().actors.add(look(&name, &mailbox, &is_built));
         // Its messages may wait for other work, and lend its CPUs meanwhile.
         let current = Current { object: None, lease: Some(lease), call: None };
         threads::run(options.resources.threads(), move || {
             current::run(current, || actor.run(&started));
         })?;
         start.recv().unwrap_or_else(|_| Err(gone(&name)))?;
+        is_built.store(true, Ordering::Relaxed);
+        timeline::actor_started(&name, None);
         Ok(ActorHandle { name, mailbox })
     }
+}
+
+/// How the actor is, as long as somebody has a handle to it.
+fn look<S: 'static>(
+    name: &Arc<str>,
+    mailbox: &mpsc::Sender<Message<S>>,
+    is_built: &Arc<AtomicBool>,
+) -> Look {
+    let (name, mailbox, is_built) = (Arc::clone(name), mailbox.downgrade(), Arc::clone(is_built));
+    Arc::new(move || {
+        let mailbox = mailbox.upgrade()?;
+        Some(ActorStatus {
+            name: name.to_string(),
+            state: match (mailbox.is_closed(), is_built.load(Ordering::Relaxed)) {
+                (true, _) => ActorState::Dead,
+                (false, true) => ActorState::Running,
+                (false, false) => ActorState::Starting,
+            },
+            restarts: 0,
+            pending: (mailbox.max_capacity() - mailbox.capacity()) as u64,
+            pid: None,
+        })
+    })
 }
 
 struct Running<S> {
@@ -250,7 +280,10 @@ impl<S: 'static> Running<S> {
         };
         let _ = started.send(Ok(()));
         while let Some(message) = self.inbox.blocking_recv() {
-            if message(&mut state, &self.name) {
+            let attempt = Attempt::begin();
+            let intact = message(&mut state, &self.name);
+            attempt.end(&self.name, None);
+            if intact {
                 continue;
             }
             match panics::catch(&self.name, || (self.build)()) {

@@ -14,7 +14,8 @@ use crate::process::{
 };
 use crate::runtime::{Lease, Runtime};
 use crate::scheduler::NodeId;
-use crate::{Error, console, store, threads, timer};
+use crate::status::{ActorState, ActorStatus};
+use crate::{Error, console, store, threads, timeline, timer};
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::mpsc::{SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -49,6 +50,10 @@ struct State {
     is_closing: bool,
     /// It is to end, whatever waits.
     is_killed: bool,
+    /// Its constructor has run in the process that it has now.
+    is_built: bool,
+    /// All of them, in and out of the window.
+    restarts: u64,
     lease: Option<Arc<Lease>>,
 }
 
@@ -62,6 +67,8 @@ enum Phase {
 /// A call, and what keeps its arguments where the process finds them.
 struct UnderWay {
     post: Post,
+    /// When it was sent, if somebody wants to know.
+    sent: Option<Instant>,
     _args: Vec<store::Lease>,
 }
 
@@ -92,16 +99,20 @@ impl ProcessActor {
             first: Some(first),
             is_closing: false,
             is_killed: false,
+            is_built: false,
+            restarts: 0,
             lease: Some(lease),
         };
         let actor = Arc::new(Self {
-            runtime: runtime.clone(),
+            runtime: runtime.inside(),
             options: options.clone(),
             limits,
             constructor,
             args,
             state: Mutex::new(state),
         });
+        let seen = Arc::downgrade(&actor);
+        runtime.seen().actors.add(Arc::new(move || seen.upgrade().map(|actor| actor.look())));
         // From here on its end is seen to by the handle.
         let handle = ActorRef::in_process(options, Arc::clone(&actor));
         actor.begin_life()?;
@@ -117,7 +128,7 @@ impl ProcessActor {
         let environment = Environment::new(threads, &lease.grants[0].gpus)
             .with_memory_limit(self.options.memory_limit);
         let name = &self.options.name;
-        let log = LogTarget::prefixed(format!("[{name}]"));
+        let log = LogTarget::new(name.clone(), format!("[{name}]"));
         // Locked, so that its end is not noticed before its beginning.
         let mut state = self.state();
         if matches!(state.phase, Phase::Dead(_)) {
@@ -164,9 +175,21 @@ impl ProcessActor {
     }
 
     pub(super) fn pid(&self) -> Option<u32> {
-        match &self.state().phase {
-            Phase::Running(life) => life.link.pid(),
-            _ => None,
+        self.state().pid()
+    }
+
+    fn look(&self) -> ActorStatus {
+        let state = self.state();
+        ActorStatus {
+            name: self.options.name.clone(),
+            state: match state.phase {
+                Phase::Dead(_) => ActorState::Dead,
+                Phase::Running(_) if state.is_built => ActorState::Running,
+                _ => ActorState::Starting,
+            },
+            restarts: state.restarts,
+            pending: (state.under_way.len() + state.queue.len()) as u64,
+            pid: state.pid(),
         }
     }
 
@@ -226,11 +249,15 @@ impl ProcessActor {
             WorkerEvent::Frame(FromWorker::Reply { call: 0, outcome, .. }) => {
                 self.built(into_result(&self.options.name, outcome).map(drop));
             }
-            WorkerEvent::Frame(FromWorker::Reply { call, outcome, .. }) => {
-                let post = self.state().under_way.remove(&call);
+            WorkerEvent::Frame(FromWorker::Reply { call, outcome, micros }) => {
+                let (post, pid) = {
+                    let mut state = self.state();
+                    (state.under_way.remove(&call), state.pid().unwrap_or(0))
+                };
                 let is_shared = matches!(outcome, Outcome::Value(Packed::Shared { .. }));
                 if let Some(UnderWay { post, .. }) = post {
-                    (post.settle)(into_result(post.method, outcome));
+                    let result = into_result(post.method, outcome);
+                    (post.settle)(timeline::replied(pid, post.method, micros, result));
                 }
                 let mut state = self.state();
                 if is_shared {
@@ -244,7 +271,12 @@ impl ProcessActor {
     }
 
     fn built(self: &Arc<Self>, result: Result<(), Error>) {
-        let first = self.state().first.take();
+        let first = {
+            let mut state = self.state();
+            state.is_built = result.is_ok();
+            timeline::actor_started(&self.options.name, state.pid());
+            state.first.take()
+        };
         match (result, first) {
             (Ok(()), Some(first)) => drop(first.send(Ok(()))),
             (Ok(()), None) => {}
@@ -262,6 +294,8 @@ impl ProcessActor {
         let reason = &end.reason;
         let (failed, next) = {
             let mut state = self.state();
+            let pid = state.pid();
+            state.tell_lost(&end.begun, pid.unwrap_or(0), reason);
             let failed = state.take_lost(&end.begun, self.options.max_task_retries);
             let is_done = state.is_killed
                 || matches!(state.phase, Phase::Dead(_))
@@ -269,6 +303,9 @@ impl ProcessActor {
             let next = if is_done { None } else { state.supervisor.lost(Instant::now()) };
             if next.is_some() {
                 state.phase = Phase::Starting;
+                state.is_built = false;
+                state.restarts += 1;
+                timeline::actor_restarts(&self.options.name, pid, reason);
             }
             (failed, next)
         };
@@ -309,6 +346,7 @@ impl ProcessActor {
             if matches!(state.phase, Phase::Dead(_)) {
                 return;
             }
+            timeline::actor_ended(&self.options.name, error, !state.is_closing);
             let queue = std::mem::take(&mut state.queue);
             let under_way = std::mem::take(&mut state.under_way);
             let under_way = under_way.into_values().map(|call| call.post);
@@ -348,7 +386,8 @@ impl State {
             let what = What::Method(post.class);
             let (call, function) = (self.last_call, post.method.to_owned());
             let frame = ToWorker::Call { call, what, function, args };
-            self.under_way.insert(call, UnderWay { post, _args: kept });
+            let sent = timeline::clock();
+            self.under_way.insert(call, UnderWay { post, sent, _args: kept });
             // If it is not taken, the process is gone, and its end will say so.
             life.link.send(frame);
         }
@@ -367,6 +406,23 @@ impl State {
         self.queue = again;
         self.last_call = 0;
         failed
+    }
+
+    fn pid(&self) -> Option<u32> {
+        match &self.phase {
+            Phase::Running(life) => life.link.pid(),
+            _ => None,
+        }
+    }
+
+    /// Calls that had begun when the process was lost.
+    fn tell_lost(&self, begun: &Begun, pid: u32, reason: &str) {
+        let had_begun =
+            |call: &(&u64, &UnderWay)| *call.0 <= begun.newest_in(call.1.post.class.lane());
+        for (_, call) in self.under_way.iter().filter(had_begun) {
+            let error = lost(call.post.method, reason.to_owned());
+            timeline::call_lost(pid, call.post.method, call.sent, &error);
+        }
     }
 
     fn tell(&self, frame: ToWorker) {

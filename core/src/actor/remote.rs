@@ -13,6 +13,7 @@ use crate::parcel::{Outgoing, Parcel, open_all};
 use crate::remote::{Arguments, Call, Inputs};
 use crate::runtime::{Lease, Runtime};
 use crate::task::Placement;
+use crate::timeline::{self, Attempt};
 use crate::{BoxError, Error, Resources, threads};
 use std::any::Any;
 use std::marker::PhantomData;
@@ -199,7 +200,7 @@ impl Runtime {
         let lease = self.lease(call.options.request(), call.options.placement_timeout)?;
         let actor = match call.options.placement {
             Placement::Thread => {
-                start_thread(&call.options, &limits, call.constructor, args, lease)?
+                start_thread(self, &call.options, &limits, call.constructor, args, lease)?
             }
             Placement::Process => {
                 ProcessActor::start(self, &call.options, limits, call.constructor, args, lease)?
@@ -229,6 +230,7 @@ pub(super) struct Post {
 }
 
 fn start_thread(
+    runtime: &Runtime,
     options: &ActorOptions,
     limits: &[usize],
     constructor: &'static str,
@@ -241,6 +243,8 @@ fn start_thread(
     let crew = Crew::new(limits, here);
     let copy = Arc::clone(&crew);
     let (started, start) = sync_channel(1);
+    let actor = ActorRef::on_thread(options, crew);
+    runtime.seen().actors.add(actor.look_on_thread());
     threads::run(options.resources.threads(), move || {
         let mut stage = Stage::default();
         let built = open_all(&args).and_then(|args| stage.build(constructor, args));
@@ -251,7 +255,9 @@ fn start_thread(
         }
     })?;
     start.recv().unwrap_or_else(|_| Err(gone(&options.name)))?;
-    Ok(ActorRef::on_thread(options, crew))
+    actor.is_built();
+    timeline::actor_started(&options.name, None);
+    Ok(actor)
 }
 
 /// Threads of this process, for as long as the actor lives.
@@ -269,8 +275,10 @@ impl Here {
 
 impl Place<Post> for Here {
     fn run(&self, stage: &mut Stage, _: Class, post: Post) {
+        let attempt = Attempt::begin();
         let result = open_all(&post.args).and_then(|args| stage.invoke(post.method, &args));
         let result = result.and_then(Outgoing::into_encoded);
+        attempt.end(post.method, result.as_ref().err());
         (post.settle)(result.map(Parcel::Inline));
     }
 

@@ -8,7 +8,7 @@ use crate::nested::Tickets;
 use crate::object::AnyObject;
 use crate::runtime::Lease;
 use crate::scheduler::NodeId;
-use crate::{Error, interrupt};
+use crate::{Error, interrupt, timeline};
 use futures::stream::{self, StreamExt};
 use serde::{Deserialize, Serialize};
 use std::convert::Infallible;
@@ -333,8 +333,12 @@ impl Session {
         // Its last words come before the news of its end.
         let _ = tokio::time::timeout(LAST_WORDS, self.drained).await;
         let (process, log) = (self.process, self.log);
-        let end = tokio::task::spawn_blocking(move || process.describe_end(&log)).await;
-        let reason = end.unwrap_or_default();
+        let end = tokio::task::spawn_blocking(move || {
+            let end = process.describe_end(&log);
+            timeline::process_ended(process.pid(), &log.name, &end);
+            end
+        });
+        let reason = end.await.unwrap_or_default();
         let end = End { reason, begun: self.progress.begun() };
         self.sink.send(WorkerEvent::Ended(end)).await;
     }

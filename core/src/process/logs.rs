@@ -11,6 +11,8 @@ const MAX_LINE: u64 = 64 << 10;
 /// Where the output of one worker goes.
 #[derive(Clone, Default)]
 pub(crate) struct LogTarget {
+    /// What the worker is for.
+    pub(crate) name: String,
     /// Put before each line on the driver's stderr; `None` shows nothing there.
     pub(crate) prefix: Option<String>,
     /// Appended to, if given.
@@ -20,9 +22,9 @@ pub(crate) struct LogTarget {
 }
 
 impl LogTarget {
-    /// Onto the driver's stderr, behind a prefix.
-    pub(crate) fn prefixed(prefix: String) -> Self {
-        Self { prefix: Some(prefix), ..Self::default() }
+    /// Of a worker for that, onto the driver's stderr, behind a prefix.
+    pub(crate) fn new(name: String, prefix: String) -> Self {
+        Self { name, prefix: Some(prefix), ..Self::default() }
     }
 
     /// To who passes the lines on.

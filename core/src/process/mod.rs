@@ -13,6 +13,7 @@ mod worker;
 
 pub(crate) use link::{End, Listener, Sink, WorkerEvent};
 pub(crate) use logs::LogTarget;
+pub(crate) use memory::resident_bytes;
 pub(crate) use progress::{Begun, LANES};
 pub(crate) use worker::WorkerLink;
 
@@ -20,7 +21,7 @@ use progress::Progress;
 
 use crate::parcel::Parcel;
 use crate::scheduler::NodeId;
-use crate::{Error, nodes};
+use crate::{Error, nodes, timeline};
 use link::LocalLink;
 use pool::Pool;
 use serde::{Deserialize, Serialize};
@@ -98,8 +99,23 @@ fn gpu_ids(granted: &[usize]) -> String {
 /// The processes that are to end with the driver.
 #[derive(Default)]
 struct Alive {
-    processes: Vec<Weak<link::Process>>,
+    /// With what they are for.
+    processes: Vec<(Weak<link::Process>, String)>,
     closing: bool,
+}
+
+/// A worker process, as others see it.
+pub(crate) struct WorkerView {
+    pub(crate) pid: u32,
+    pub(crate) name: String,
+    pub(crate) busy: Busy,
+}
+
+/// Whether a worker process has work.
+pub(crate) enum Busy {
+    Known(bool),
+    /// It is an actor's, which knows, or a group's, and has.
+    AskActor,
 }
 
 impl ProcessHost {
@@ -133,6 +149,8 @@ impl ProcessHost {
     ) -> Result<LocalLink, Error> {
         let progress = Progress::create()?;
         let mut started = self.spawner.spawn()?;
+        let name = log.name.clone();
+        timeline::process_started(started.child.id(), &name);
         let memory_limit = environment.memory_limit;
         environment.assign(&progress, &mut started.control)?;
         let link = LocalLink::new(started, progress, log, sink, &self.tokio)?;
@@ -144,13 +162,33 @@ impl ProcessHost {
             // The link is dropped, and its process ends.
             return Err(Error::Cancelled { task: "starting a worker process".to_owned() });
         }
-        alive.processes.retain(|process| process.strong_count() > 0);
-        alive.processes.push(Arc::downgrade(link.process()));
+        alive.processes.retain(|(process, _)| process.strong_count() > 0);
+        alive.processes.push((Arc::downgrade(link.process()), name));
         Ok(link)
     }
 
     pub(crate) fn pool(&self) -> &Pool {
         &self.pool
+    }
+
+    /// Those that are alive, the oldest first.
+    pub(crate) fn workers(&self) -> Vec<WorkerView> {
+        let pooled = self.pool.workers();
+        let processes: Vec<(Arc<link::Process>, String)> = {
+            let alive = self.alive();
+            let processes = alive.processes.iter();
+            processes
+                .filter_map(|(process, name)| Some((process.upgrade()?, name.clone())))
+                .collect()
+        };
+        let lives =
+            processes.into_iter().filter(|(process, _)| process.wait(Duration::ZERO).is_none());
+        let view = |(process, name): (Arc<link::Process>, String)| {
+            let pid = process.pid();
+            let busy = pooled.get(&pid).map_or(Busy::AskActor, |busy| Busy::Known(*busy));
+            WorkerView { pid, name, busy }
+        };
+        lives.map(view).collect()
     }
 
     /// Kills every worker, starts no more, and waits for them to be gone.
@@ -165,7 +203,8 @@ impl ProcessHost {
     pub(crate) fn kill_all(&self) -> Vec<Arc<link::Process>> {
         let mut alive = self.alive();
         alive.closing = true;
-        let processes: Vec<_> = alive.processes.drain(..).filter_map(|p| p.upgrade()).collect();
+        let processes: Vec<_> =
+            alive.processes.drain(..).filter_map(|(p, _)| p.upgrade()).collect();
         processes.iter().for_each(|process| process.kill());
         processes
     }

@@ -14,10 +14,10 @@ use crate::parcel::{Packed, Parcel, pack_all};
 use crate::runtime::{Lease, Turn};
 use crate::scheduler::NodeId;
 use crate::stream::{Intake, Tell};
-use crate::{Error, store, threads, timer};
+use crate::{Error, store, threads, timeline, timer};
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Microseconds of work that are sent ahead.
 const AHEAD_MICROS: f64 = 1000.0;
@@ -55,6 +55,8 @@ pub(crate) struct Pool {
 #[derive(Default)]
 struct Inner {
     idle: Mutex<HashMap<(NodeId, Environment), Vec<Arc<Worker>>>>,
+    /// All of them.
+    workers: Mutex<Vec<Weak<Worker>>>,
     /// Microseconds that a call of a function takes.
     micros: Mutex<HashMap<&'static str, f64>>,
 }
@@ -73,6 +75,8 @@ struct UnderWay {
     call: PoolCall,
     /// Its time is over; the worker was told.
     is_late: bool,
+    /// When it was sent, if somebody wants to know.
+    sent: Option<Instant>,
     _args: Vec<store::Lease>,
 }
 
@@ -126,11 +130,23 @@ impl Pool {
         let (node, environment) = kind.clone();
         let (pool, link, state) = (self.clone(), OnceLock::new(), Mutex::default());
         let worker = Arc::new(Worker { pool, kind, link, state });
-        let log = LogTarget::prefixed("[worker]".to_owned());
+        let log = LogTarget::new("tasks".to_owned(), "[worker]".to_owned());
         let sink = Sink::listener(Arc::clone(&worker) as Arc<dyn Listener>);
         let link = lease.runtime().host()?.start(node, environment, log, sink)?;
         let _ = worker.link.set(link);
+        let mut workers = lock(&self.inner.workers);
+        workers.retain(|other| other.strong_count() > 0);
+        workers.push(Arc::downgrade(&worker));
+        drop(workers);
         Ok(worker)
+    }
+
+    /// The process ids of all workers, and which of them have work.
+    pub(super) fn workers(&self) -> HashMap<u32, bool> {
+        let workers: Vec<Arc<Worker>> =
+            lock(&self.inner.workers).iter().filter_map(Weak::upgrade).collect();
+        let here = workers.iter().filter(|worker| worker.node() == NodeId::HERE);
+        here.map(|worker| (worker.pid(), !worker.state().calls.is_empty())).collect()
     }
 
     /// Keeps a worker for later, if it is one of not too many.
@@ -202,7 +218,9 @@ impl Worker {
         let values = call.values.clone();
         let (skip, granted) = values.as_ref().map_or((0, 0), |values| values.begin());
         let what = values.as_ref().map_or(What::Task, |_| What::Stream { skip, granted });
-        state.calls.insert(number, UnderWay { call, is_late: false, _args: kept });
+        timeline::sent(self.pid(), &call.task);
+        let sent = timeline::clock();
+        state.calls.insert(number, UnderWay { call, is_late: false, sent, _args: kept });
         // Under the lock, so that calls arrive in the order of their numbers. If it is not taken,
         // the worker is gone, and its end will say so.
         self.tell(ToWorker::Call { call: number, what, function, args });
@@ -256,7 +274,8 @@ impl Worker {
                 };
                 let function = call.function;
                 self.pool.learn(function, micros);
-                (call.finish)(match into_result(&call.task, outcome) {
+                let result = into_result(&call.task, outcome);
+                (call.finish)(match timeline::replied(self.pid(), &call.task, micros, result) {
                     Ok(value) => Ended::Value(value),
                     Err(error) => Ended::Error(error),
                 });
@@ -331,7 +350,7 @@ impl Worker {
             if number > newest && first != Some(number) {
                 known.not_started();
             } else {
-                known.lost(&end.reason);
+                known.lost(self.pid(), &end.reason);
             }
         }
         drop(lease);
@@ -341,6 +360,10 @@ impl Worker {
         if let Some(link) = self.link.get() {
             link.kill_because(reason.to_owned());
         }
+    }
+
+    fn pid(&self) -> u32 {
+        self.link.get().and_then(WorkerLink::pid).unwrap_or(0)
     }
 
     fn tell(&self, frame: ToWorker) -> bool {
@@ -382,8 +405,9 @@ impl UnderWay {
         }
     }
 
-    fn lost(self, reason: &str) {
+    fn lost(self, pid: u32, reason: &str) {
         let error = self.timeout().unwrap_or_else(|| lost(&self.call.task, reason.to_owned()));
+        timeline::call_lost(pid, &self.call.task, self.sent, &error);
         (self.call.finish)(Ended::Error(error));
     }
 

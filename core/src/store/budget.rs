@@ -28,8 +28,6 @@ pub(crate) enum Event {
         /// Its memory is taken already.
         adopted: bool,
     },
-    /// One more refers to the object.
-    Retain(ObjectId),
     /// One fewer refers to it.
     Release(ObjectId),
     /// Somebody starts to use it, and needs it in memory.
@@ -101,6 +99,8 @@ impl Object {
 pub(crate) struct Budget {
     limit: u64,
     used: u64,
+    /// Bytes that are on disk alone.
+    spilled: u64,
     /// Bytes that spills under way will give back.
     leaving: u64,
     objects: HashMap<ObjectId, Object>,
@@ -120,6 +120,7 @@ impl Budget {
         Self {
             limit,
             used: 0,
+            spilled: 0,
             leaving: 0,
             objects: HashMap::new(),
             idle: BTreeMap::new(),
@@ -142,8 +143,12 @@ impl Budget {
 
     /// Bytes that are on disk alone.
     pub(crate) fn spilled(&self) -> u64 {
-        let away = |object: &&Object| matches!(object.place, Place::Disk | Place::Wanted);
-        self.objects.values().filter(away).map(|object| object.bytes).sum()
+        self.spilled
+    }
+
+    /// Bytes that may be in memory.
+    pub(crate) fn limit(&self) -> u64 {
+        self.limit
     }
 
     /// Takes an event; events of objects that are gone are ignored.
@@ -154,7 +159,6 @@ impl Budget {
             Event::Insert { id, bytes, pinned, adopted } => {
                 self.insert(id, bytes, pinned, adopted);
             }
-            Event::Retain(id) => self.change(id, |object| object.references += 1),
             Event::Release(id) => {
                 self.change(id, |object| object.references = object.references.saturating_sub(1));
                 self.collect(id, &mut commands);
@@ -243,7 +247,8 @@ impl Budget {
 
     fn remove(&mut self, id: ObjectId, commands: &mut Vec<Command>) {
         self.change(id, |object| object.place = Place::Disk);
-        if self.objects.remove(&id).is_some() {
+        if let Some(object) = self.objects.remove(&id) {
+            self.spilled -= object.bytes;
             self.waiting.retain(|waiting| *waiting != id);
             commands.push(Command::Drop(id));
         }
@@ -307,7 +312,8 @@ impl Budget {
             let bytes = |yes: bool| if yes { object.bytes } else { 0 };
             let held = matches!(object.place, Place::Memory | Place::Spilling | Place::Loading);
             let leaves = object.place == Place::Spilling && object.uses == 0;
-            (bytes(held), bytes(leaves), bytes(object.is_idle()))
+            let away = matches!(object.place, Place::Disk | Place::Wanted);
+            (bytes(held), bytes(leaves), bytes(object.is_idle()), bytes(away))
         };
         let (before, was_idle) = (parts(object), object.is_idle().then_some(object.used_at));
         change(object);
@@ -315,6 +321,7 @@ impl Budget {
         self.used = self.used - before.0 + after.0;
         self.leaving = self.leaving - before.1 + after.1;
         self.idle_bytes = self.idle_bytes - before.2 + after.2;
+        self.spilled = self.spilled - before.3 + after.3;
         if let Some(step) = was_idle {
             self.idle.remove(&step);
         }

@@ -3,7 +3,7 @@
 use super::limits;
 use super::segment::{Location, Mapping, Segment};
 use crate::Error;
-use crate::value::{Draft, Encoded, Layout};
+use crate::value::{Draft, Layout};
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use std::cell::RefCell;
@@ -23,18 +23,6 @@ pub(crate) enum Place {
     /// In its flat form.
     Inline(Bytes),
     Shared(Location),
-}
-
-impl Place {
-    /// The object, mapped if it is shared; its memory lives for as long as what is decoded from it.
-    /// For what is read once: [`Reader`](super::Reader) keeps what may be read again.
-    pub(crate) fn open(&self) -> Result<Encoded, Error> {
-        let flat = match self {
-            Self::Inline(flat) => flat.clone(),
-            Self::Shared(location) => Bytes::from_owner(Segment::open(location)?.map()?),
-        };
-        Encoded::from_flat("an object", &flat)
-    }
 }
 
 /// An object that this process has made and another's store is to adopt: a worker's result. To be

@@ -10,9 +10,6 @@
 //! Objects below 64 KiB are plain memory, to be sent along with the message that names them: each
 //! shared one costs a file descriptor and some system calls.
 
-// Pinning and figures wait for their users: nested objects and `mobula status`.
-#![cfg_attr(not(test), allow(dead_code))]
-
 mod budget;
 mod inner;
 mod limits;
@@ -54,7 +51,7 @@ pub(crate) enum StoreError {
     /// There is no room, and none can be made.
     #[error(
         "an object of {needed} bytes does not fit into the {budget} bytes of memory for objects: \
-         the others are pinned or in use, or the disk is full; release some, or raise the budget"
+         the others are in use, or the disk is full; release some, or raise the budget"
     )]
     Full { needed: u64, budget: u64 },
     /// It was released, or never there.
@@ -110,19 +107,11 @@ impl Store {
 
     /// Puts a value, with one reference. Waits for room if it must be made.
     pub(crate) fn put(&self, value: impl Into<Draft>) -> Result<ObjectId, StoreError> {
-        self.insert(&value.into(), false)
-    }
-
-    /// The same, and keeps it in memory until it is released.
-    pub(crate) fn put_pinned(&self, value: impl Into<Draft>) -> Result<ObjectId, StoreError> {
-        self.insert(&value.into(), true)
-    }
-
-    fn insert(&self, value: &Draft, pinned: bool) -> Result<ObjectId, StoreError> {
+        let value = &value.into();
         let layout = value.layout()?;
         let bytes = layout.bytes() as u64;
         let id = self.inner.lock().add(bytes);
-        self.inner.step(Event::Insert { id, bytes, pinned, adopted: false });
+        self.inner.step(Event::Insert { id, bytes, pinned: false, adopted: false });
         let admitted = self.inner.wait("room for an object", |state| {
             state.slots.get(&id).map_or(Some(Err(StoreError::Gone { id })), |s| s.admitted.clone())
         });
@@ -203,15 +192,15 @@ impl Store {
         Ok((memory.place(), lease))
     }
 
-    /// One more refers to the object.
-    pub(crate) fn retain(&self, id: ObjectId) {
-        self.inner.step(Event::Retain(id));
-    }
-
     /// One fewer refers to the object; after the last, and when it is no longer in use, it goes.
     pub(crate) fn release(&self, id: ObjectId) {
         self.inner.lock().lost.remove(&id);
         self.inner.step(Event::Release(id));
+    }
+
+    /// Bytes that may be in memory.
+    pub(crate) fn budget(&self) -> u64 {
+        self.inner.lock().budget.limit()
     }
 
     /// What the store holds now.

@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 /// Mappings by object. A value that still lives is found again at no cost, however old; beyond
 /// that, the most recently used ones stay mapped, up to a limit. Those keep the memory of objects
-/// that their store has dropped or spilled, until [`Reader::forget`].
+/// that their store has dropped or spilled.
 #[derive(Debug)]
 pub(crate) struct Reader {
     limit: u64,
@@ -51,14 +51,6 @@ impl Reader {
         // What falls out of the cache is unmapped here, after the lock.
         let _evicted = self.keep(id, &mapping);
         Encoded::from_flat("an object", &Bytes::from_owner(Shared(mapping)))
-    }
-
-    /// Unmaps the object as soon as no value lives in it.
-    pub(crate) fn forget(&self, id: ObjectId) {
-        let mut cache = self.lock();
-        let used_at = cache.open.remove(&id).map(|open| open.used_at);
-        let _evicted = used_at.and_then(|time| cache.unkeep(time));
-        drop(cache);
     }
 
     fn find(&self, id: ObjectId) -> Option<Arc<Mapping>> {
@@ -176,18 +168,6 @@ mod tests {
         assert_eq!(live.0, vec![1; LARGE]);
         drop(live);
         assert!(!mapped(&reader, 1));
-    }
-
-    #[test]
-    fn what_is_forgotten_is_unmapped_with_its_last_value() {
-        let reader = Reader::new(1 << 20);
-        let value = blob(&reader.open(ObjectId(1), &segment(5).location()).expect("opens"));
-        let weak = reader.lock().open[&ObjectId(1)].mapping.clone();
-        reader.forget(ObjectId(1));
-        assert_eq!((value.0[0], weak.strong_count()), (5, 1));
-        drop(value);
-        assert_eq!(weak.strong_count(), 0);
-        assert_eq!(reader.lock().kept_bytes, 0);
     }
 
     #[test]

@@ -10,6 +10,7 @@ mod nested;
 mod nodes;
 mod placement;
 mod remote_actors;
+mod status;
 mod streams;
 mod tasks;
 
@@ -23,6 +24,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     }
     if nodes::requested() {
         return nodes::run();
+    }
+    if status::requested() {
+        return status::run();
     }
     let runtime = mobula_core::init_with(mobula_core::Resources::cpus(4.0))?;
     let mut arguments = Arguments::from_args();
@@ -38,6 +42,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         nodes::TESTS,
         placement::TESTS,
         remote_actors::TESTS,
+        status::TESTS,
         streams::TESTS,
         tasks::TESTS,
     ]

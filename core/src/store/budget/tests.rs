@@ -85,7 +85,6 @@ fn what_arrives_in_memory_is_let_in_and_pushes_others_out() {
 #[derive(Clone, Debug)]
 enum Action {
     Insert { bytes: u64, pinned: bool, adopted: bool },
-    Retain(usize),
     Release(usize),
     Use(usize),
     EndUse(usize),
@@ -99,7 +98,6 @@ fn action() -> impl Strategy<Value = Action> {
     prop_oneof![
         4 => (0..60u64, prop::bool::weighted(0.1), prop::bool::weighted(0.1))
             .prop_map(|(bytes, pinned, adopted)| Action::Insert { bytes, pinned, adopted }),
-        1 => any.clone().prop_map(Action::Retain),
         4 => any.clone().prop_map(Action::Release),
         4 => any.clone().prop_map(Action::Use),
         6 => any.clone().prop_map(Action::EndUse),
@@ -166,12 +164,6 @@ impl World {
                     self.asked.insert(id);
                 }
                 self.step(Event::Insert { id, bytes, pinned, adopted });
-            }
-            Action::Retain(which) => {
-                if let Some(id) = self.pick(which, |thing| thing.references > 0) {
-                    self.thing(id).references += 1;
-                    self.step(Event::Retain(id));
-                }
             }
             Action::Release(which) => {
                 if let Some(id) = self.pick(which, |thing| thing.references > 0) {
