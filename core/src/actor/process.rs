@@ -268,7 +268,8 @@ impl ProcessActor {
             if let Err(refused) = spawned {
                 actor.die(&refused.error);
             }
-        });
+        })
+        .detach();
     }
 
     /// Whoever waits, and whoever comes, gets the error.

@@ -70,6 +70,8 @@ struct UnderWay {
     /// Its time is over; the worker was told.
     is_late: bool,
     _args: Vec<store::Lease>,
+    /// Watches its time.
+    _limit: Option<timer::Later>,
 }
 
 #[derive(Default)]
@@ -195,18 +197,18 @@ impl Worker {
         state.last_call += 1;
         let number = state.last_call;
         let function = call.function.to_owned();
-        let (object, timeout) = (call.object.clone(), call.timeout);
-        state.calls.insert(number, UnderWay { call, is_late: false, _args: kept });
+        let object = call.object.clone();
+        let limit = call.timeout.map(|timeout| {
+            let worker = Arc::downgrade(self);
+            timer::after(timeout, move || call_off(&worker, number, true))
+        });
+        state.calls.insert(number, UnderWay { call, is_late: false, _args: kept, _limit: limit });
         // Under the lock, so that calls arrive in the order of their numbers. If it is not taken,
         // the worker is gone, and its end will say so.
         self.tell(ToWorker::Call { call: number, what: What::Task, function, args });
         drop(state);
         let worker = Arc::downgrade(self);
         object.on_cancel(Box::new(move || call_off(&worker, number, false)));
-        if let Some(timeout) = timeout {
-            let worker = Arc::downgrade(self);
-            timer::after(timeout, move || call_off(&worker, number, true));
-        }
     }
 
     fn take_in(self: &Arc<Self>, event: WorkerEvent) {
