@@ -271,7 +271,8 @@ impl Runtime {
         };
         let gpus = &group.grants[spec.rank].gpus;
         let environment = Environment::new(options.resources.threads(), gpus)
-            .with_memory_limit(options.memory_limit);
+            .with_memory_limit(options.memory_limit)
+            .bound_to(&group.grants[spec.rank]);
         let sink = |_| Sink::Channel(sender);
         let link = self.host()?.start(environment, log, sink)?;
         forward(spec.rank, inbox, events.clone())?;

@@ -111,7 +111,8 @@ impl ProcessActor {
         let Some(lease) = self.state().lease.clone() else { return Ok(()) };
         let threads = self.options.resources.threads();
         let environment = Environment::new(threads, &lease.grants[0].gpus)
-            .with_memory_limit(self.options.memory_limit);
+            .with_memory_limit(self.options.memory_limit)
+            .bound_to(&lease.grants[0]);
         let name = &self.options.name;
         let log = LogTarget { prefix: Some(format!("[{name}]")), file: None };
         let ear = |progress| Sink::Listener(Arc::new(Ear { actor: Arc::clone(self), progress }));

@@ -1,7 +1,10 @@
 //! Worker processes: started by one thread, talked to over one stream each, gone with the driver.
 
+mod affinity;
 pub(crate) mod child;
 mod desk;
+mod ending;
+mod idle;
 mod link;
 mod logs;
 mod memory;
@@ -16,6 +19,8 @@ pub(crate) use progress::Progress;
 
 use crate::Error;
 use crate::parcel::Parcel;
+use crate::scheduler::Grant;
+use affinity::Cpus;
 use pool::Pool;
 use spawn::Spawner;
 use std::io::{ErrorKind, Write};
@@ -35,6 +40,7 @@ pub(crate) struct ProcessHost {
     spawner: Spawner,
     alive: Arc<Mutex<Alive>>,
     pool: Pool,
+    cpus: Cpus,
 }
 
 /// What a worker is to have, beside what its driver has.
@@ -45,17 +51,32 @@ pub(crate) struct Environment {
     gpus: Option<String>,
     /// Bytes of memory beyond which it is killed.
     memory_limit: Option<u64>,
+    /// CPUs that it is bound to; 0 lets it run on all.
+    bound_cpus: usize,
 }
 
 impl Environment {
     /// Threads for the CPUs that were asked for, and the GPUs that were granted.
     pub(crate) fn new(threads: usize, gpus: &[usize]) -> Self {
         let gpus = (crate::resources::visible_gpus() > 0).then(|| gpu_ids(gpus));
-        Self { threads, gpus, memory_limit: None }
+        Self { threads, gpus, ..Self::default() }
     }
 
     pub(crate) fn with_memory_limit(self, memory_limit: Option<u64>) -> Self {
         Self { memory_limit, ..self }
+    }
+
+    /// The same bound to the CPUs of this grant, if workers are bound and these are whole ones.
+    pub(crate) fn bound_to(self, grant: &Grant) -> Self {
+        let bound_cpus = if affinity::is_on() { grant.whole_cpus() } else { 0 };
+        Self { bound_cpus, ..self }
+    }
+
+    /// Whether there is a GPU that both see.
+    fn shares_gpus(&self, other: &Self) -> bool {
+        let ours = || self.gpus.iter().flat_map(|gpus| gpus.split(',')).filter(|g| !g.is_empty());
+        let mut theirs = other.gpus.iter().flat_map(|gpus| gpus.split(','));
+        theirs.any(|theirs| ours().any(|ours| ours == theirs))
     }
 
     /// Tells a new process. One that has ended already is not told, and its end says why.
@@ -96,7 +117,9 @@ struct Alive {
 
 impl ProcessHost {
     pub(crate) fn new(tokio: tokio::runtime::Handle) -> Result<Self, Error> {
-        Ok(Self { tokio, spawner: Spawner::start()?, alive: Arc::default(), pool: Pool::default() })
+        let cpus = Cpus::of_this_machine()?;
+        let (spawner, pool) = (Spawner::start()?, Pool::new(cpus.clone())?);
+        Ok(Self { tokio, spawner, alive: Arc::default(), pool, cpus })
     }
 
     pub(crate) fn tokio(&self) -> &tokio::runtime::Handle {
@@ -110,13 +133,21 @@ impl ProcessHost {
         log: LogTarget,
         sink: impl FnOnce(Arc<Progress>) -> Sink,
     ) -> Result<WorkerLink, Error> {
+        self.pool.make_room(&environment);
         let progress = Arc::new(Progress::create()?);
         let mut started = self.spawner.spawn()?;
+        let bound = self.cpus.bind(environment.bound_cpus);
+        if let Some(bound) = &bound {
+            bound.apply(rustix::process::Pid::from_child(&started.child));
+        }
         let memory_limit = environment.memory_limit;
         environment.assign(&progress, &mut started.control)?;
         let link = WorkerLink::new(started, log, sink(Arc::clone(&progress)), &self.tokio)?;
         // The worker opens it when it gets there.
         let link = link.with_progress(progress);
+        link.process().hold(bound);
+        // So that there is something to say of one that ends at once.
+        link.process().see_memory();
         if let Some(limit) = memory_limit {
             memory::limit(link.process(), limit);
         }
@@ -182,7 +213,9 @@ pub(crate) fn into_result(task: &str, outcome: Outcome) -> Result<Parcel, Error>
     let task = task.to_owned();
     match outcome {
         // A worker that is gone has taken its large results with it.
-        Outcome::Value(packed) => packed.adopt().map_err(|error| lost(&task, error.to_string())),
+        Outcome::Value(packed) => packed.adopt().map_err(|error| {
+            lost(&task, format!("it has ended, and its result went with its process: {error}"))
+        }),
         Outcome::Failed { message } => Err(Error::TaskFailed { task, message }),
         Outcome::Panicked { message, location } => {
             Err(Error::TaskPanicked { task, message, location })

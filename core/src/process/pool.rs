@@ -6,6 +6,8 @@
 //! from how long the function took so far: about a millisecond of work. A call that takes longer
 //! than that sends back what is queued behind it.
 
+use super::affinity::Cpus;
+use super::idle::Idle;
 use super::wire::{FromWorker, Outcome, ToWorker, What};
 use super::{Environment, Listener, LogTarget, Progress, Sink, WorkerEvent, WorkerLink};
 use super::{check_build, into_result, lost};
@@ -15,12 +17,16 @@ use crate::runtime::{Lease, Turn};
 use crate::{Error, store, threads, timer};
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Microseconds of work that are sent ahead.
 const AHEAD_MICROS: f64 = 1000.0;
 /// Calls that may be under way to one worker.
 const MOST_CALLS: usize = 128;
+/// Idle workers are looked at no more often.
+const SHORTEST_LOOK: Duration = Duration::from_millis(10);
+/// How long the end of a process that was killed is waited for.
+const GOODBYE: Duration = Duration::from_secs(1);
 
 /// A task's call, and who hears of its end.
 pub(crate) struct PoolCall {
@@ -43,16 +49,18 @@ pub(crate) enum Ended {
 }
 
 /// Workers without work, and what is known of functions. Clones share it.
-#[derive(Clone, Default)]
+#[derive(Clone)]
 pub(crate) struct Pool {
     inner: Arc<Inner>,
 }
 
-#[derive(Default)]
 struct Inner {
-    idle: Mutex<HashMap<Environment, Vec<Arc<Worker>>>>,
+    idle: Mutex<Idle<Worker>>,
+    /// The next look at how long they have idled.
+    next_look: Mutex<Option<timer::Later>>,
     /// Microseconds that a call of a function takes.
     micros: Mutex<HashMap<&'static str, f64>>,
+    cpus: Cpus,
 }
 
 /// A process that runs one call after the other.
@@ -84,6 +92,12 @@ struct State {
 }
 
 impl Pool {
+    pub(super) fn new(cpus: Cpus) -> Result<Self, Error> {
+        let idle = Mutex::new(Idle::of_this_machine()?);
+        let inner = Inner { idle, next_look: Mutex::default(), micros: Mutex::default(), cpus };
+        Ok(Self { inner: Arc::new(inner) })
+    }
+
     /// Runs a call whose turn has come: in the worker that it joins, or in an idle one, or in a
     /// new one.
     pub(crate) fn begin(&self, turn: Turn, call: PoolCall) {
@@ -92,8 +106,9 @@ impl Pool {
             Turn::Granted(lease) => lease,
         };
         let threads = lease.grants[0].threads();
-        let environment =
-            Environment::new(threads, &lease.grants[0].gpus).with_memory_limit(call.memory_limit);
+        let environment = Environment::new(threads, &lease.grants[0].gpus)
+            .with_memory_limit(call.memory_limit)
+            .bound_to(&lease.grants[0]);
         match self.take_idle(&environment) {
             Some(worker) => worker.begin(lease, call),
             None => self.begin_in_new(environment, lease, call),
@@ -101,7 +116,18 @@ impl Pool {
     }
 
     fn take_idle(&self, environment: &Environment) -> Option<Arc<Worker>> {
-        lock(&self.inner.idle).get_mut(environment)?.pop()
+        lock(&self.inner.idle).take(environment)
+    }
+
+    /// Ends the idle workers that hold what a new process is to have, and waits for them to be
+    /// gone, as the memory of a GPU is free only then.
+    pub(super) fn make_room(&self, environment: &Environment) {
+        let missing_cpus = self.inner.cpus.missing(environment.bound_cpus);
+        let rivals = lock(&self.inner.idle).rivals(environment, missing_cpus);
+        rivals.iter().for_each(|worker| worker.kill("others needed what it had"));
+        for link in rivals.iter().filter_map(|worker| worker.link.get()) {
+            link.process().wait(GOODBYE);
+        }
     }
 
     /// Starting a process takes milliseconds: not on the thread that serves the others.
@@ -136,22 +162,39 @@ impl Pool {
         Ok(worker)
     }
 
-    /// Keeps a worker for later, if it is one of not too many.
+    /// Keeps a worker for later, for a while.
     fn keep(&self, worker: &Arc<Worker>) {
-        let most = std::thread::available_parallelism().map_or(1, usize::from);
-        let mut idle = lock(&self.inner.idle);
-        let of_its_kind = idle.entry(worker.environment.clone()).or_default();
-        if of_its_kind.len() < most {
-            of_its_kind.push(Arc::clone(worker));
-        } else {
-            worker.tell(ToWorker::Shutdown);
+        let too_many = {
+            let mut idle = lock(&self.inner.idle);
+            idle.keep(&worker.environment, worker, Instant::now())
+        };
+        end_all(&too_many);
+        let mut next_look = lock(&self.inner.next_look);
+        if next_look.is_none() {
+            *next_look = self.look_later();
         }
     }
 
+    /// Ends those that have idled for too long.
+    fn look(&self) {
+        let expired = lock(&self.inner.idle).expired(Instant::now());
+        end_all(&expired);
+        let mut next_look = lock(&self.inner.next_look);
+        *next_look = self.look_later();
+    }
+
+    fn look_later(&self) -> Option<timer::Later> {
+        let delay = lock(&self.inner.idle).next_end(Instant::now())?;
+        let pool = Arc::downgrade(&self.inner);
+        Some(timer::after(delay.max(SHORTEST_LOOK), move || {
+            if let Some(inner) = pool.upgrade() {
+                Pool { inner }.look();
+            }
+        }))
+    }
+
     fn forget(&self, worker: &Arc<Worker>) {
-        if let Some(idle) = lock(&self.inner.idle).get_mut(&worker.environment) {
-            idle.retain(|other| !Arc::ptr_eq(other, worker));
-        }
+        lock(&self.inner.idle).forget(worker);
     }
 
     fn learn(&self, function: &'static str, micros: u32) {
@@ -361,6 +404,12 @@ fn call_off(worker: &Weak<Worker>, number: u64, is_late: bool) {
     let Some(known) = state.calls.get_mut(&number) else { return };
     known.is_late |= is_late;
     worker.tell(ToWorker::Forget { call: number });
+}
+
+fn end_all(workers: &[Arc<Worker>]) {
+    for worker in workers {
+        worker.tell(ToWorker::Shutdown);
+    }
 }
 
 fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

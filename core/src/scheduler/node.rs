@@ -36,6 +36,12 @@ impl Grant {
     pub(crate) fn threads(&self) -> usize {
         usize::try_from(whole(self.amounts.cpus)).unwrap_or(1).max(1)
     }
+
+    /// The CPUs, where they are whole ones; else 0.
+    pub(crate) fn whole_cpus(&self) -> usize {
+        let is_whole = self.amounts.cpus % UNIT == 0;
+        if is_whole { usize::try_from(self.amounts.cpus / UNIT).unwrap_or(0) } else { 0 }
+    }
 }
 
 /// Free amounts, with each GPU on its own: two halves of two GPUs are not one GPU.

@@ -5,6 +5,7 @@ mod actors;
 mod driver;
 mod graphs;
 mod groups;
+mod hygiene;
 mod placement;
 mod remote_actors;
 mod tasks;
@@ -17,6 +18,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     if driver::requested() {
         return driver::run();
     }
+    if hygiene::requested() {
+        return hygiene::run();
+    }
     let runtime = mobula_core::init_with(mobula_core::Resources::cpus(4.0))?;
     let mut arguments = Arguments::from_args();
     // Tests share four logical CPUs: more at once would only wait for each other.
@@ -26,6 +30,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         driver::TESTS,
         graphs::TESTS,
         groups::TESTS,
+        hygiene::TESTS,
         placement::TESTS,
         remote_actors::TESTS,
         tasks::TESTS,
