@@ -83,9 +83,8 @@ pub(crate) struct Watch<'a> {
     scratch: &'a Path,
     /// Before any work: no worker, no thread that works.
     idle: Census,
-    warm: Option<u64>,
-    pub(crate) most: u64,
-    pub(crate) looks: u64,
+    /// At each look, in bytes.
+    resident: Vec<u64>,
 }
 
 impl<'a> Watch<'a> {
@@ -97,7 +96,7 @@ impl<'a> Watch<'a> {
         loop {
             let idle = Census::take(scratch);
             if is_idle(&idle) {
-                return Ok(Self { scratch, idle, warm: None, most: 0, looks: 0 });
+                return Ok(Self { scratch, idle, resident: Vec::new() });
             }
             if Instant::now() > deadline {
                 bail!("idle workers do not end: {}", idle.excess(&nothing, &[]).join(", "));
@@ -108,9 +107,8 @@ impl<'a> Watch<'a> {
 
     pub(crate) fn look(&mut self) -> Result<()> {
         let now = Census::settled(self.scratch, &self.idle, &PARKED)?;
-        self.looks += 1;
-        let warm = *self.warm.get_or_insert(now.resident);
-        self.most = self.most.max(now.resident);
+        self.resident.push(now.resident);
+        let warm = self.resident.first().copied().unwrap_or_default();
         if now.resident > warm + SLACK {
             bail!("{} MiB are resident, after the warm-up {} were", now.resident >> 20, warm >> 20);
         }
@@ -118,13 +116,13 @@ impl<'a> Watch<'a> {
     }
 
     /// After the last round even parked threads are to go.
-    pub(crate) fn end(&mut self) -> Result<()> {
-        self.looks += 1;
+    pub(crate) fn end(&self) -> Result<()> {
         Census::settled(self.scratch, &self.idle, &[]).map(drop)
     }
 
-    pub(crate) fn resident(&self) -> [u64; 2] {
-        [self.warm.unwrap_or_default(), self.most]
+    /// What the driver held at each look, in bytes.
+    pub(crate) fn resident(self) -> Vec<u64> {
+        self.resident
     }
 }
 

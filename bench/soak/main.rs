@@ -135,7 +135,6 @@ fn all_rounds(
     }
     watch.look()?;
     watch.end().context("after the last round")?;
-    tally.censuses = watch.looks;
     tally.resident = watch.resident();
     Ok(tally)
 }

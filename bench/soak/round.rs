@@ -236,7 +236,7 @@ impl Round<'_> {
         for i in 0..CALLS {
             let mark = self.mark();
             if i % 4 != 3 {
-                counted.push(counter.count(mark));
+                counted.push(counter.count(mark, self.draw.below(30)));
                 continue;
             }
             let key = self.draw.word() as u8;

@@ -19,9 +19,8 @@ pub(crate) struct Tally {
     pub(crate) restarts: u64,
     pub(crate) groups: u64,
     pub(crate) groups_lost: u64,
-    pub(crate) censuses: u64,
-    /// Of the driver, in bytes: after the warm-up, and the most of all later ones.
-    pub(crate) resident: [u64; 2],
+    /// Bytes of the driver, at each look for leaks.
+    pub(crate) resident: Vec<u64>,
 }
 
 impl Tally {
@@ -44,7 +43,6 @@ impl Tally {
             (&mut self.restarts, other.restarts),
             (&mut self.groups, other.groups),
             (&mut self.groups_lost, other.groups_lost),
-            (&mut self.censuses, other.censuses),
         ];
         fields.into_iter().for_each(|(sum, more)| *sum += more);
     }
@@ -65,8 +63,9 @@ impl Tally {
         row("  run again", self.repeated.to_string());
         row("actors, restarts", format!("{}, {}", self.actors, self.restarts));
         row("groups, lost", format!("{}, {}", self.groups, self.groups_lost));
-        row("looks for leaks, leaks", format!("{}, 0", self.censuses));
-        let [warm, most] = self.resident.map(|bytes| bytes >> 20);
-        row("resident, after warm-up, most", format!("{warm} MiB, {most} MiB"));
+        let looks = self.resident.iter().map(|bytes| (bytes >> 20).to_string());
+        let looks: Vec<_> = looks.collect();
+        row("looks for leaks, leaks", format!("{}, 0", looks.len()));
+        row("  driver's MiB at each", looks.join(" "));
     }
 }
