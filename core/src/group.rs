@@ -273,10 +273,9 @@ impl Runtime {
             file: options.log_dir.as_ref().map(|dir| dir.join(format!("rank-{}.log", spec.rank))),
             ..LogTarget::default()
         };
-        let grant = &lease.grants[spec.rank];
-        let environment = Environment::new(options.resources.threads(), &grant.gpus)
-            .with_memory_limit(options.memory_limit);
-        let link = self.host()?.start(grant.node, environment, log, Sink::channel(sender))?;
+        let environment = Environment::of(&lease.grants[spec.rank]);
+        let environment = environment.with_memory_limit(options.memory_limit);
+        let link = self.host()?.start(environment, log, Sink::channel(sender))?;
         forward(spec.rank, inbox, events)?;
         link.send(ToWorker::Run { function: function.to_owned(), args, member: spec });
         Ok(Route::Process(link))

@@ -200,7 +200,7 @@ impl<T: Send + Sync + 'static> Job<T> {
     fn start_thread(mut self, lease: Arc<Lease>) {
         let object = Arc::downgrade(&self.promise.object());
         let spawned = threads::run(self.options.resources.threads(), move || {
-            self.watch_time();
+            let limit = self.watch_time();
             self.count_start();
             let current = Current {
                 object: Some(self.promise.object()),
@@ -210,6 +210,7 @@ impl<T: Send + Sync + 'static> Job<T> {
             let attempt = Attempt::begin();
             let result = current::run(current, || self.run_here());
             attempt.end(self.promise.name(), result.as_ref().err());
+            drop(limit);
             threads::winding_up(|| {
                 // The resources are free before the result is seen: who waits may submit more.
                 drop(lease);
@@ -223,14 +224,14 @@ impl<T: Send + Sync + 'static> Job<T> {
     }
 
     /// On a thread: once its time is over it is only told so.
-    fn watch_time(&self) {
-        let Some(timeout) = self.options.timeout else { return };
+    fn watch_time(&self) -> Option<timer::Later> {
+        let timeout = self.options.timeout?;
         let object = Arc::downgrade(&self.promise.object());
-        timer::after(timeout, move || {
+        Some(timer::after(timeout, move || {
             if let Some(object) = Weak::upgrade(&object) {
                 object.expire(timeout);
             }
-        });
+        }))
     }
 
     fn run_here(&mut self) -> Result<T, Error> {
@@ -346,7 +347,7 @@ impl<T: Send + Sync + 'static> Job<T> {
                 self.id = self.runtime.next_id();
                 let delay = self.options.backoff.delay(self.failed);
                 tracing::info!(task = %self.promise.name(), %error, ?delay, "trying again");
-                timer::after(delay.max(Duration::from_millis(1)), move || self.enqueue());
+                timer::after(delay.max(Duration::from_millis(1)), move || self.enqueue()).detach();
             }
             result => self.promise.resolve(result),
         }

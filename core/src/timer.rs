@@ -1,38 +1,14 @@
 //! What is to happen later: one thread, which starts when it is first needed.
 
-use std::cmp::Reverse;
-use std::collections::BinaryHeap;
+use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Condvar, LazyLock, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 type Action = Box<dyn FnOnce() + Send>;
 
-struct Entry {
-    at: Instant,
-    order: u64,
-    action: Action,
-}
-
-impl Ord for Entry {
-    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
-        (self.at, self.order).cmp(&(other.at, other.order))
-    }
-}
-
-impl PartialOrd for Entry {
-    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
-        Some(self.cmp(other))
-    }
-}
-
-impl PartialEq for Entry {
-    fn eq(&self, other: &Self) -> bool {
-        self.order == other.order
-    }
-}
-
-impl Eq for Entry {}
+/// When, and what came first of what is due at the same time.
+type Key = (Instant, u64);
 
 #[derive(Default)]
 struct Timer {
@@ -42,26 +18,54 @@ struct Timer {
 
 #[derive(Default)]
 struct Entries {
-    heap: BinaryHeap<Reverse<Entry>>,
+    waiting: BTreeMap<Key, Action>,
     count: u64,
     is_running: bool,
 }
 
 static TIMER: LazyLock<Timer> = LazyLock::new(Timer::default);
 
+/// Something that is to happen, and does not once this is dropped.
+#[derive(Debug)]
+#[must_use = "dropped, it does not happen"]
+pub(crate) struct Later {
+    key: Option<Key>,
+}
+
+impl Later {
+    /// It happens whatever becomes of this.
+    pub(crate) fn detach(mut self) {
+        self.key = None;
+    }
+}
+
+impl Drop for Later {
+    fn drop(&mut self) {
+        let Some(key) = self.key else { return };
+        let action = TIMER.entries().waiting.remove(&key);
+        // What it holds may be anything: not under the lock.
+        drop(action);
+    }
+}
+
 /// Runs `action` on the timer's thread after `delay`; it must be short.
-pub(crate) fn after(delay: Duration, action: impl FnOnce() + Send + 'static) {
+pub(crate) fn after(delay: Duration, action: impl FnOnce() + Send + 'static) -> Later {
     // Later than there are times is never.
-    let Some(at) = Instant::now().checked_add(delay) else { return };
+    let Some(at) = Instant::now().checked_add(delay) else { return Later { key: None } };
     let mut entries = TIMER.entries();
     entries.count += 1;
-    let entry = Entry { at, order: entries.count, action: Box::new(action) };
-    entries.heap.push(Reverse(entry));
+    let key = (at, entries.count);
+    entries.waiting.insert(key, Box::new(action));
     if !entries.is_running {
         let thread = std::thread::Builder::new().name("mobula-timer".to_owned());
         entries.is_running = thread.spawn(|| TIMER.run()).is_ok();
     }
-    TIMER.changed.notify_one();
+    let is_first = entries.waiting.first_key_value().is_some_and(|(first, _)| *first == key);
+    drop(entries);
+    if is_first {
+        TIMER.changed.notify_one();
+    }
+    Later { key: Some(key) }
 }
 
 impl Timer {
@@ -69,7 +73,7 @@ impl Timer {
         let mut entries = self.entries();
         loop {
             let now = Instant::now();
-            let due = entries.heap.peek().map(|Reverse(entry)| entry.at);
+            let due = entries.waiting.first_key_value().map(|((at, _), _)| *at);
             entries = match due {
                 None => self.changed.wait(entries).unwrap_or_else(PoisonError::into_inner),
                 Some(at) if at > now => {
@@ -77,10 +81,10 @@ impl Timer {
                     waited.unwrap_or_else(PoisonError::into_inner).0
                 }
                 Some(_) => {
-                    let entry = entries.heap.pop();
+                    let entry = entries.waiting.pop_first();
                     drop(entries);
-                    if let Some(Reverse(entry)) = entry
-                        && catch_unwind(AssertUnwindSafe(entry.action)).is_err()
+                    if let Some((_, action)) = entry
+                        && catch_unwind(AssertUnwindSafe(action)).is_err()
                     {
                         tracing::error!("what was to happen later panicked");
                     }
@@ -92,5 +96,34 @@ impl Timer {
 
     fn entries(&self) -> MutexGuard<'_, Entries> {
         self.entries.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::Arc;
+    use std::sync::mpsc::channel;
+
+    const LONG: Duration = Duration::from_secs(60);
+
+    #[test]
+    fn what_is_due_happens() {
+        let (sender, happened) = channel();
+        let act = move || {
+            let _ = sender.send(7);
+        };
+        after(Duration::from_millis(1), act).detach();
+        assert_eq!(happened.recv_timeout(LONG), Ok(7));
+    }
+
+    #[test]
+    fn what_is_called_off_holds_nothing_and_does_not_happen() {
+        let held = Arc::new(());
+        let copy = Arc::clone(&held);
+        let later = after(LONG, move || drop(copy));
+        assert_eq!(Arc::strong_count(&held), 2);
+        drop(later);
+        assert_eq!(Arc::strong_count(&held), 1);
     }
 }

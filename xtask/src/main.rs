@@ -6,6 +6,7 @@
 //! cargo xtask smoke                   `mobula new`: what it writes must build, run and pass its test
 //! cargo xtask slurm srun -N3 hostname a Slurm of three nodes on this machine, while a command runs
 //! cargo xtask bench train --quick     ours against pinned peers on the same work
+//! cargo xtask soak                    kill workers and drivers at random, and check everything
 //! ```
 #![forbid(unsafe_code)]
 
@@ -17,6 +18,7 @@ mod imports;
 mod licence;
 mod slurm;
 mod smoke;
+mod soak;
 mod tidy;
 mod verify;
 
@@ -42,6 +44,8 @@ enum Task {
     Slurm(slurm::Options),
     /// Measure ours against pinned peers on the same work
     Bench(bench::Options),
+    /// Kill workers and drivers at random for some minutes, and check every answer and every trace
+    Soak(soak::Options),
 }
 
 fn main() -> ExitCode {
@@ -51,6 +55,7 @@ fn main() -> ExitCode {
         Task::Smoke => smoke::run(),
         Task::Slurm(options) => slurm::run(&options),
         Task::Bench(options) => bench::run(&options),
+        Task::Soak(options) => soak::run(&options),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

@@ -124,9 +124,8 @@ impl ProcessActor {
     /// Starts a process and has it build the actor.
     fn begin_life(self: &Arc<Self>) -> Result<(), Error> {
         let Some(lease) = self.lease()? else { return Ok(()) };
-        let threads = self.options.resources.threads();
-        let environment = Environment::new(threads, &lease.grants[0].gpus)
-            .with_memory_limit(self.options.memory_limit);
+        let environment = Environment::of(&lease.grants[0]);
+        let environment = environment.with_memory_limit(self.options.memory_limit);
         let name = &self.options.name;
         let log = LogTarget::new(name.clone(), format!("[{name}]"));
         // Locked, so that its end is not noticed before its beginning.
@@ -136,7 +135,7 @@ impl ProcessActor {
         }
         let (node, ear) =
             (lease.grants[0].node, Sink::listener(Arc::clone(self) as Arc<dyn Listener>));
-        let link = self.runtime.host()?.start(node, environment, log, ear)?;
+        let link = self.runtime.host()?.start(environment, log, ear)?;
         let (args, kept) = pack_all(&self.args, node)?;
         let function = self.constructor.to_owned();
         let build = ToWorker::Call { call: 0, what: What::Build, function, args };
@@ -336,7 +335,8 @@ impl ProcessActor {
             if let Err(refused) = spawned {
                 actor.die(&refused.error);
             }
-        });
+        })
+        .detach();
     }
 
     /// Whoever waits, and whoever comes, gets the error.

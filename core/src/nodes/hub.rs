@@ -235,11 +235,11 @@ impl Hub {
     /// Starts a worker process on another machine.
     pub(crate) fn start(
         &self,
-        node: NodeId,
         environment: Environment,
         log: LogTarget,
         sink: Sink,
     ) -> Result<FarLink, Error> {
+        let node = environment.node;
         let link = self.members().nodes.get(&node).cloned();
         let gone = || Error::WorkerLost {
             task: "a new worker process".to_owned(),

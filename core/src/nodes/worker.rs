@@ -110,7 +110,7 @@ impl Worker {
         // A driver that does not read them blocks the worker at last, as a terminal would.
         let lines = move |line| drop(out.blocking_send(FromNode::Line { worker, line }));
         let log = LogTarget::lines(lines);
-        let start = move || host.start(NodeId::HERE, environment, log, sink);
+        let start = move || host.start_here(environment, log, sink).map(WorkerLink::Here);
         let started = tokio::task::spawn_blocking(start).await;
         started.map_err(|error| Error::Internal(error.to_string()))?
     }

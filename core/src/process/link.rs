@@ -1,9 +1,11 @@
 //! The driver's side of one worker process: its control stream, its output, its end.
 
+use super::affinity::Bound;
 use super::logs::{LogTarget, pump};
 use super::progress::{Begun, Progress};
 use super::spawn::Started;
 use super::wire::{Frames, FromWorker, MAX_FRAME_BYTES, ToWorker};
+use super::{ending, memory};
 use crate::nested::Tickets;
 use crate::object::AnyObject;
 use crate::runtime::Lease;
@@ -12,8 +14,8 @@ use crate::{Error, interrupt, timeline};
 use futures::stream::{self, StreamExt};
 use serde::{Deserialize, Serialize};
 use std::convert::Infallible;
-use std::os::unix::process::ExitStatusExt;
 use std::process::{Child, ExitStatus};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
@@ -194,6 +196,10 @@ pub(crate) struct Process {
     ended: Condvar,
     ended_async: tokio::sync::Notify,
     why_killed: Mutex<Option<String>>,
+    /// The most bytes of memory that it was seen to hold.
+    peak: AtomicU64,
+    /// What it runs on, until it has ended.
+    bound: Mutex<Option<Bound>>,
 }
 
 impl Process {
@@ -205,11 +211,29 @@ impl Process {
             ended: Condvar::new(),
             ended_async: tokio::sync::Notify::new(),
             why_killed: Mutex::new(None),
+            peak: AtomicU64::new(0),
+            bound: Mutex::new(None),
         }
     }
 
     pub(crate) fn pid(&self) -> u32 {
         self.pid.as_raw_nonzero().get().unsigned_abs()
+    }
+
+    /// Keeps what it runs on from others.
+    pub(super) fn hold(&self, bound: Option<Bound>) {
+        *lock(&self.bound) = bound;
+    }
+
+    /// Looks at its memory, as far as it lives: of one that has ended the system tells no more.
+    /// Gives the most bytes that it has held so far.
+    pub(crate) fn see_memory(&self) -> u64 {
+        let seen = memory::peak_bytes(self.pid()).unwrap_or(0);
+        self.peak.fetch_max(seen, Ordering::Relaxed).max(seen)
+    }
+
+    fn peak(&self) -> u64 {
+        self.peak.load(Ordering::Relaxed)
     }
 
     /// Kills the process at once. `std` knows whether it was reaped, so a stale id is never used.
@@ -246,6 +270,7 @@ impl Process {
         // as the worker has not been reaped.
         let _ = rustix::process::kill_process_group(self.pid, rustix::process::Signal::KILL);
         let status = lock(&self.child).wait().ok();
+        *lock(&self.bound) = None;
         *lock(&self.status) = status;
         self.ended.notify_all();
         // Stored until somebody waits, so that an early end is not missed.
@@ -256,22 +281,13 @@ impl Process {
         let killed = lock(&self.why_killed).clone();
         let how = match (killed, self.wait(Duration::from_secs(5))) {
             (Some(reason), _) => reason,
-            (None, Some(status)) => describe(status),
+            (None, Some(status)) => ending::describe(status, self.peak()),
             (None, None) => "its control stream closed".to_owned(),
         };
         match &log.file {
             Some(path) => format!("{how}; its output is in {}", path.display()),
             None => how,
         }
-    }
-}
-
-fn describe(status: ExitStatus) -> String {
-    match (status.code(), status.signal()) {
-        (Some(code), _) => format!("its process exited with code {code}"),
-        (_, Some(9)) => "its process was killed (signal 9; perhaps out of memory)".to_owned(),
-        (_, Some(signal)) => format!("its process was ended by signal {signal}"),
-        _ => "its process ended".to_owned(),
     }
 }
 
@@ -351,11 +367,16 @@ impl Session {
                 // A driver that was stopped itself (Ctrl-Z) has beats to read before it judges.
                 Err(_) => match tokio::time::timeout(SECOND_LOOK, frames.message()).await {
                     Ok(frame) => frame,
-                    Err(_) => return self.process.kill_because(silent()),
+                    Err(_) => {
+                        let how = ending::with_peak(silent(), self.process.peak());
+                        return self.process.kill_because(how);
+                    }
                 },
             };
             match frame {
-                Ok(Some(FromWorker::Beat)) => {}
+                Ok(Some(FromWorker::Beat)) => {
+                    self.process.see_memory();
+                }
                 Ok(Some(frame)) => {
                     if !self.sink.send(WorkerEvent::Frame(frame)).await {
                         return;

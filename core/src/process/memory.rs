@@ -10,7 +10,6 @@ const INTERVAL: Duration = Duration::from_millis(50);
 struct Watched {
     process: Weak<Process>,
     limit: u64,
-    peak: u64,
 }
 
 struct Watch {
@@ -24,7 +23,7 @@ static WATCH: Mutex<Watch> = Mutex::new(Watch { processes: Vec::new(), is_runnin
 /// system picks a victim.
 pub(super) fn limit(process: &Arc<Process>, limit: u64) {
     let mut watch = lock();
-    watch.processes.push(Watched { process: Arc::downgrade(process), limit, peak: 0 });
+    watch.processes.push(Watched { process: Arc::downgrade(process), limit });
     if !watch.is_running {
         let thread = std::thread::Builder::new().name("mobula-memory".to_owned());
         watch.is_running = thread.spawn(look_around).is_ok();
@@ -36,7 +35,7 @@ fn look_around() {
     loop {
         std::thread::sleep(INTERVAL);
         let mut watch = lock();
-        watch.processes.retain_mut(Watched::look);
+        watch.processes.retain(Watched::look);
         if watch.processes.is_empty() {
             watch.is_running = false;
             return;
@@ -46,16 +45,16 @@ fn look_around() {
 
 impl Watched {
     /// `false` when there is nothing more to see.
-    fn look(&mut self) -> bool {
+    fn look(&self) -> bool {
         let Some(process) = self.process.upgrade() else { return false };
         if process.wait(Duration::ZERO).is_some() {
             return false;
         }
-        self.peak = self.peak.max(resident_bytes(process.pid()).unwrap_or(0));
-        if self.peak <= self.limit {
+        let peak = process.see_memory();
+        if peak <= self.limit {
             return true;
         }
-        process.kill_because(over_limit(self.peak, self.limit));
+        process.kill_because(over_limit(peak, self.limit));
         false
     }
 }
@@ -71,8 +70,17 @@ fn over_limit(peak: u64, limit: u64) -> String {
 
 /// What a process holds in memory, if it lives.
 pub(crate) fn resident_bytes(pid: u32) -> Option<u64> {
+    of_status(pid, "VmRSS:")
+}
+
+/// The most that a process has held in memory so far, if it lives.
+pub(super) fn peak_bytes(pid: u32) -> Option<u64> {
+    of_status(pid, "VmHWM:")
+}
+
+fn of_status(pid: u32, field: &str) -> Option<u64> {
     let text = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
-    let line = text.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
+    let line = text.lines().find_map(|line| line.strip_prefix(field))?;
     let kib: u64 = line.trim().trim_end_matches("kB").trim().parse().ok()?;
     Some(kib * 1024)
 }

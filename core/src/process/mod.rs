@@ -1,7 +1,10 @@
 //! Worker processes: started by one thread, talked to over one stream each, gone with the driver.
 
+mod affinity;
 pub(crate) mod child;
 mod desk;
+mod ending;
+mod idle;
 mod link;
 mod logs;
 mod memory;
@@ -20,8 +23,9 @@ pub(crate) use worker::WorkerLink;
 use progress::Progress;
 
 use crate::parcel::Parcel;
-use crate::scheduler::NodeId;
+use crate::scheduler::{Grant, NodeId};
 use crate::{Error, nodes, timeline};
+use affinity::Cpus;
 use link::LocalLink;
 use pool::Pool;
 use serde::{Deserialize, Serialize};
@@ -43,26 +47,43 @@ pub(crate) struct ProcessHost {
     spawner: Spawner,
     alive: Arc<Mutex<Alive>>,
     pool: Pool,
+    cpus: Cpus,
 }
 
 /// What a worker is to have, beside what its driver has.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub(crate) struct Environment {
+    /// The machine that it runs on.
+    pub(crate) node: NodeId,
     threads: usize,
     /// Of its node's GPUs.
     gpus: Vec<usize>,
     /// Bytes of memory beyond which it is killed.
     memory_limit: Option<u64>,
+    /// CPUs that it is bound to; 0 lets it run on all.
+    bound_cpus: usize,
 }
 
 impl Environment {
-    /// Threads for the CPUs that were asked for, and the GPUs that were granted.
-    pub(crate) fn new(threads: usize, gpus: &[usize]) -> Self {
-        Self { threads, gpus: gpus.to_vec(), memory_limit: None }
+    /// What was granted: threads for the CPUs, which are its own if workers are bound to CPUs and
+    /// these are whole ones, and the GPUs.
+    pub(crate) fn of(grant: &Grant) -> Self {
+        Self {
+            node: grant.node,
+            threads: grant.threads(),
+            gpus: grant.gpus.clone(),
+            memory_limit: None,
+            bound_cpus: if affinity::is_on() { grant.whole_cpus() } else { 0 },
+        }
     }
 
     pub(crate) fn with_memory_limit(self, memory_limit: Option<u64>) -> Self {
         Self { memory_limit, ..self }
+    }
+
+    /// Whether there is a GPU that both see.
+    fn shares_gpus(&self, other: &Self) -> bool {
+        self.node == other.node && self.gpus.iter().any(|gpu| other.gpus.contains(gpu))
     }
 
     /// Tells a new process. One that has ended already is not told, and its end says why.
@@ -120,28 +141,31 @@ pub(crate) enum Busy {
 
 impl ProcessHost {
     pub(crate) fn new(tokio: tokio::runtime::Handle) -> Result<Self, Error> {
-        Ok(Self { tokio, spawner: Spawner::start()?, alive: Arc::default(), pool: Pool::default() })
+        let cpus = Cpus::of_this_machine()?;
+        let (spawner, pool) = (Spawner::start()?, Pool::new(cpus.clone())?);
+        Ok(Self { tokio, spawner, alive: Arc::default(), pool, cpus })
     }
 
     pub(crate) fn tokio(&self) -> &tokio::runtime::Handle {
         &self.tokio
     }
 
-    /// Starts a worker on a node.
+    /// Starts a worker on the node that its environment names.
     pub(crate) fn start(
         &self,
-        node: NodeId,
         environment: Environment,
         log: LogTarget,
         sink: Sink,
     ) -> Result<WorkerLink, Error> {
-        if node == NodeId::HERE {
+        self.pool.make_room(&environment);
+        if environment.node == NodeId::HERE {
             return self.start_here(environment, log, sink).map(WorkerLink::Here);
         }
-        nodes::hub()?.start(node, environment, log, sink).map(WorkerLink::There)
+        nodes::hub()?.start(environment, log, sink).map(WorkerLink::There)
     }
 
-    fn start_here(
+    /// Starts a worker on this machine, whichever node it is.
+    pub(crate) fn start_here(
         &self,
         environment: Environment,
         log: LogTarget,
@@ -151,9 +175,16 @@ impl ProcessHost {
         let mut started = self.spawner.spawn()?;
         let name = log.name.clone();
         timeline::process_started(started.child.id(), &name);
+        let bound = self.cpus.bind(environment.bound_cpus);
+        if let Some(bound) = &bound {
+            bound.apply(rustix::process::Pid::from_child(&started.child));
+        }
         let memory_limit = environment.memory_limit;
         environment.assign(&progress, &mut started.control)?;
         let link = LocalLink::new(started, progress, log, sink, &self.tokio)?;
+        link.process().hold(bound);
+        // So that there is something to say of one that ends at once.
+        link.process().see_memory();
         if let Some(limit) = memory_limit {
             memory::limit(link.process(), limit);
         }
@@ -240,9 +271,9 @@ pub(crate) fn into_result(task: &str, outcome: Outcome) -> Result<Parcel, Error>
     let task = task.to_owned();
     match outcome {
         // A worker that is gone has taken its large results with it.
-        Outcome::Value(packed) => {
-            packed.adopt(&task).map_err(|error| lost(&task, error.to_string()))
-        }
+        Outcome::Value(packed) => packed.adopt(&task).map_err(|error| {
+            lost(&task, format!("it has ended, and its result went with its process: {error}"))
+        }),
         Outcome::Failed { message } => Err(Error::TaskFailed { task, message }),
         Outcome::Panicked { message, location } => {
             Err(Error::TaskPanicked { task, message, location })

@@ -6,6 +6,8 @@
 //! from how long the function took so far: about a millisecond of work. A call that takes longer
 //! than that sends back what is queued behind it.
 
+use super::affinity::Cpus;
+use super::idle::Idle;
 use super::wire::{FromWorker, Outcome, ToWorker, What};
 use super::{End, Environment, Listener, LogTarget, Sink, WorkerEvent, WorkerLink};
 use super::{check_build, into_result, lost};
@@ -23,6 +25,10 @@ use std::time::{Duration, Instant};
 const AHEAD_MICROS: f64 = 1000.0;
 /// Calls that may be under way to one worker.
 const MOST_CALLS: usize = 128;
+/// Idle workers are looked at no more often.
+const SHORTEST_LOOK: Duration = Duration::from_millis(10);
+/// How long the end of a process that was killed is waited for.
+const GOODBYE: Duration = Duration::from_secs(1);
 
 /// A task's call, and who hears of its end.
 pub(crate) struct PoolCall {
@@ -47,25 +53,27 @@ pub(crate) enum Ended {
 }
 
 /// Workers without work, and what is known of functions. Clones share it.
-#[derive(Clone, Default)]
+#[derive(Clone)]
 pub(crate) struct Pool {
     inner: Arc<Inner>,
 }
 
-#[derive(Default)]
 struct Inner {
-    idle: Mutex<HashMap<(NodeId, Environment), Vec<Arc<Worker>>>>,
+    idle: Mutex<Idle<Worker>>,
     /// All of them.
     workers: Mutex<Vec<Weak<Worker>>>,
+    /// The next look at how long they have idled.
+    next_look: Mutex<Option<timer::Later>>,
     /// Microseconds that a call of a function takes.
     micros: Mutex<HashMap<&'static str, f64>>,
+    cpus: Cpus,
 }
 
 /// A process that runs one call after the other.
 pub(crate) struct Worker {
     pool: Pool,
-    /// Where it runs, and what it has: who wants the same may have it.
-    kind: (NodeId, Environment),
+    /// Who wants the same may have it.
+    environment: Environment,
     link: OnceLock<WorkerLink>,
     state: Mutex<State>,
 }
@@ -78,6 +86,8 @@ struct UnderWay {
     /// When it was sent, if somebody wants to know.
     sent: Option<Instant>,
     _args: Vec<store::Lease>,
+    /// Watches its time.
+    _limit: Option<timer::Later>,
 }
 
 #[derive(Default)]
@@ -90,6 +100,13 @@ struct State {
 }
 
 impl Pool {
+    pub(super) fn new(cpus: Cpus) -> Result<Self, Error> {
+        let idle = Mutex::new(Idle::of_this_machine()?);
+        let (workers, next_look, micros) = (Mutex::default(), Mutex::default(), Mutex::default());
+        let inner = Inner { idle, workers, next_look, micros, cpus };
+        Ok(Self { inner: Arc::new(inner) })
+    }
+
     /// Runs a call whose turn has come: in the worker that it joins, or in an idle one, or in a
     /// new one.
     pub(crate) fn begin(&self, turn: Turn, call: PoolCall) {
@@ -97,23 +114,33 @@ impl Pool {
             Turn::Joined(worker) => return worker.send(None, call),
             Turn::Granted(lease) => lease,
         };
-        let grant = &lease.grants[0];
-        let environment = Environment::new(grant.threads(), &grant.gpus);
-        let kind = (grant.node, environment.with_memory_limit(call.memory_limit));
-        match self.take_idle(&kind) {
+        let environment = Environment::of(&lease.grants[0]).with_memory_limit(call.memory_limit);
+        match self.take_idle(&environment) {
             Some(worker) => worker.begin(lease, call),
-            None => self.begin_in_new(kind, lease, call),
+            None => self.begin_in_new(environment, lease, call),
         }
     }
 
-    fn take_idle(&self, kind: &(NodeId, Environment)) -> Option<Arc<Worker>> {
-        lock(&self.inner.idle).get_mut(kind)?.pop()
+    fn take_idle(&self, environment: &Environment) -> Option<Arc<Worker>> {
+        lock(&self.inner.idle).take(environment)
+    }
+
+    /// Ends the idle workers that hold what a new process is to have, and waits for them to be
+    /// gone, as the memory of a GPU is free only then.
+    pub(super) fn make_room(&self, environment: &Environment) {
+        let here = if environment.node == NodeId::HERE { environment.bound_cpus } else { 0 };
+        let missing_cpus = self.inner.cpus.missing(here);
+        let rivals = lock(&self.inner.idle).rivals(environment, missing_cpus);
+        rivals.iter().for_each(|worker| worker.kill("others needed what it had"));
+        for link in rivals.iter().filter_map(|worker| worker.link.get()) {
+            link.wait(GOODBYE);
+        }
     }
 
     /// Starting a process takes milliseconds: not on the thread that serves the others.
-    fn begin_in_new(&self, kind: (NodeId, Environment), lease: Arc<Lease>, call: PoolCall) {
+    fn begin_in_new(&self, environment: Environment, lease: Arc<Lease>, call: PoolCall) {
         let (pool, object) = (self.clone(), Arc::clone(&call.object));
-        let spawned = threads::run(1, move || match pool.start(kind, &lease) {
+        let spawned = threads::run(1, move || match pool.start(environment, &lease) {
             Ok(worker) => worker.begin(lease, call),
             Err(error) => {
                 drop(lease);
@@ -126,13 +153,13 @@ impl Pool {
         }
     }
 
-    fn start(&self, kind: (NodeId, Environment), lease: &Lease) -> Result<Arc<Worker>, Error> {
-        let (node, environment) = kind.clone();
+    fn start(&self, environment: Environment, lease: &Lease) -> Result<Arc<Worker>, Error> {
         let (pool, link, state) = (self.clone(), OnceLock::new(), Mutex::default());
-        let worker = Arc::new(Worker { pool, kind, link, state });
+        let copy = environment.clone();
+        let worker = Arc::new(Worker { pool, environment: copy, link, state });
         let log = LogTarget::new("tasks".to_owned(), "[worker]".to_owned());
         let sink = Sink::listener(Arc::clone(&worker) as Arc<dyn Listener>);
-        let link = lease.runtime().host()?.start(node, environment, log, sink)?;
+        let link = lease.runtime().host()?.start(environment, log, sink)?;
         let _ = worker.link.set(link);
         let mut workers = lock(&self.inner.workers);
         workers.retain(|other| other.strong_count() > 0);
@@ -149,22 +176,39 @@ impl Pool {
         here.map(|worker| (worker.pid(), !worker.state().calls.is_empty())).collect()
     }
 
-    /// Keeps a worker for later, if it is one of not too many.
+    /// Keeps a worker for later, for a while.
     fn keep(&self, worker: &Arc<Worker>) {
-        let most = std::thread::available_parallelism().map_or(1, usize::from);
-        let mut idle = lock(&self.inner.idle);
-        let of_its_kind = idle.entry(worker.kind.clone()).or_default();
-        if of_its_kind.len() < most {
-            of_its_kind.push(Arc::clone(worker));
-        } else {
-            worker.tell(ToWorker::Shutdown);
+        let too_many = {
+            let mut idle = lock(&self.inner.idle);
+            idle.keep(&worker.environment, worker, Instant::now())
+        };
+        end_all(&too_many);
+        let mut next_look = lock(&self.inner.next_look);
+        if next_look.is_none() {
+            *next_look = self.look_later();
         }
     }
 
+    /// Ends those that have idled for too long.
+    fn look(&self) {
+        let expired = lock(&self.inner.idle).expired(Instant::now());
+        end_all(&expired);
+        let mut next_look = lock(&self.inner.next_look);
+        *next_look = self.look_later();
+    }
+
+    fn look_later(&self) -> Option<timer::Later> {
+        let delay = lock(&self.inner.idle).next_end(Instant::now())?;
+        let pool = Arc::downgrade(&self.inner);
+        Some(timer::after(delay.max(SHORTEST_LOOK), move || {
+            if let Some(inner) = pool.upgrade() {
+                Pool { inner }.look();
+            }
+        }))
+    }
+
     fn forget(&self, worker: &Arc<Worker>) {
-        if let Some(idle) = lock(&self.inner.idle).get_mut(&worker.kind) {
-            idle.retain(|other| !Arc::ptr_eq(other, worker));
-        }
+        lock(&self.inner.idle).forget(worker);
     }
 
     fn learn(&self, function: &'static str, micros: u32) {
@@ -183,7 +227,7 @@ impl Pool {
 
 impl Worker {
     pub(crate) fn node(&self) -> NodeId {
-        self.kind.0
+        self.environment.node
     }
 
     fn begin(self: &Arc<Self>, lease: Arc<Lease>, call: PoolCall) {
@@ -214,13 +258,18 @@ impl Worker {
         state.last_call += 1;
         let number = state.last_call;
         let function = call.function.to_owned();
-        let (object, timeout) = (call.object.clone(), call.timeout);
+        let object = call.object.clone();
+        let limit = call.timeout.map(|timeout| {
+            let worker = Arc::downgrade(self);
+            timer::after(timeout, move || call_off(&worker, number, true))
+        });
         let values = call.values.clone();
         let (skip, granted) = values.as_ref().map_or((0, 0), |values| values.begin());
         let what = values.as_ref().map_or(What::Task, |_| What::Stream { skip, granted });
         timeline::sent(self.pid(), &call.task);
         let sent = timeline::clock();
-        state.calls.insert(number, UnderWay { call, is_late: false, sent, _args: kept });
+        let known = UnderWay { call, is_late: false, sent, _args: kept, _limit: limit };
+        state.calls.insert(number, known);
         // Under the lock, so that calls arrive in the order of their numbers. If it is not taken,
         // the worker is gone, and its end will say so.
         self.tell(ToWorker::Call { call: number, what, function, args });
@@ -230,10 +279,6 @@ impl Worker {
         }
         let worker = Arc::downgrade(self);
         object.on_cancel(Box::new(move || call_off(&worker, number, false)));
-        if let Some(timeout) = timeout {
-            let worker = Arc::downgrade(self);
-            timer::after(timeout, move || call_off(&worker, number, true));
-        }
     }
 
     /// Tells the worker how far a call may go.
@@ -425,6 +470,12 @@ fn call_off(worker: &Weak<Worker>, number: u64, is_late: bool) {
     let Some(known) = state.calls.get_mut(&number) else { return };
     known.is_late |= is_late;
     worker.tell(ToWorker::Forget { call: number });
+}
+
+fn end_all(workers: &[Arc<Worker>]) {
+    for worker in workers {
+        worker.tell(ToWorker::Shutdown);
+    }
 }
 
 fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

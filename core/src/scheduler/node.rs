@@ -4,7 +4,9 @@ use super::amounts::{Amounts, UNIT};
 use serde::{Deserialize, Serialize};
 
 /// A machine, or a bundle of a placement group, which is a piece of one.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize,
+)]
 pub(crate) struct NodeId(pub(crate) u64);
 
 impl NodeId {
@@ -39,6 +41,12 @@ impl Grant {
     /// Threads to compute on: the CPUs rounded up, at least 1.
     pub(crate) fn threads(&self) -> usize {
         usize::try_from(whole(self.amounts.cpus)).unwrap_or(1).max(1)
+    }
+
+    /// The CPUs, where they are whole ones; else 0.
+    pub(crate) fn whole_cpus(&self) -> usize {
+        let is_whole = self.amounts.cpus % UNIT == 0;
+        if is_whole { usize::try_from(self.amounts.cpus / UNIT).unwrap_or(0) } else { 0 }
     }
 }
 

@@ -6,6 +6,7 @@ mod concurrent_actors;
 mod driver;
 mod graphs;
 mod groups;
+mod hygiene;
 mod nested;
 mod nodes;
 mod placement;
@@ -28,6 +29,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     if status::requested() {
         return status::run();
     }
+    if hygiene::requested() {
+        return hygiene::run();
+    }
     let runtime = mobula_core::init_with(mobula_core::Resources::cpus(4.0))?;
     let mut arguments = Arguments::from_args();
     // Tests share four logical CPUs: more at once would only wait for each other.
@@ -38,6 +42,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         driver::TESTS,
         graphs::TESTS,
         groups::TESTS,
+        hygiene::TESTS,
         nested::TESTS,
         nodes::TESTS,
         placement::TESTS,
