@@ -169,6 +169,9 @@ impl World {
 /// The variable with what ranks show each other to be let in.
 pub const SECRET_VARIABLE: &str = "MOBULA_SECRET";
 
+/// The variable with where an agent that nobody launched is to join, `HOST:PORT`.
+pub const JOIN_VARIABLE: &str = "MOBULA_JOIN";
+
 const LOOPBACK: &str = "127.0.0.1";
 
 fn below(name: &str, value: usize, bound_name: &str, bound: usize) -> Result<(), Error> {

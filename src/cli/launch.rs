@@ -14,11 +14,14 @@ mod slurm;
 
 pub(crate) use child::Options as ChildOptions;
 
-use anyhow::ensure;
+use anyhow::{anyhow, ensure};
+use mobula::World;
+use mobula::world::JOIN_VARIABLE;
 use std::ffi::OsString;
 use std::num::NonZeroU32;
+use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
-use std::process::ExitCode;
+use std::process::{Command, ExitCode};
 
 #[derive(clap::Args)]
 #[command(group = clap::ArgGroup::new("engine").args(["slurm", "kubernetes"]))]
@@ -32,6 +35,9 @@ pub(crate) struct Options {
     /// How long copies may take to end, once asked to, before they are killed
     #[arg(long, value_name = "SECONDS", default_value_t = 10, conflicts_with = "engine")]
     grace: u64,
+    /// Join a driver that listens there (MOBULA_LISTEN) as one more machine of its runtime
+    #[arg(long, value_name = "HOST:PORT", conflicts_with_all = ["engine", "workers"])]
+    join: Option<String>,
     /// Write a batch script for Slurm and submit it
     #[arg(long)]
     slurm: bool,
@@ -125,7 +131,9 @@ impl Job {
 
 /// Runs the launch; gives the exit code of the first copy that failed.
 pub(crate) fn run(options: &Options) -> anyhow::Result<ExitCode> {
-    if options.slurm {
+    if let Some(address) = &options.join {
+        return Err(join(address, &options.command));
+    } else if options.slurm {
         slurm::run(options)?;
     } else if options.kubernetes {
         super::output::print(kubernetes::manifest(options)?.trim_end())?;
@@ -133,6 +141,15 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<ExitCode> {
         return local::run(options);
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Becomes the program as an agent; returns only if that fails.
+fn join(address: &str, command: &[OsString]) -> anyhow::Error {
+    let [program, arguments @ ..] = command else { return anyhow!("there is no program") };
+    let mut agent = Command::new(program);
+    World::remove_from(&mut agent);
+    let failed = agent.args(arguments).env(JOIN_VARIABLE, address).exec();
+    anyhow!(failed).context(format!("starting {}", program.display()))
 }
 
 pub(crate) fn run_child(options: &ChildOptions) -> anyhow::Result<ExitCode> {

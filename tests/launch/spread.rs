@@ -8,8 +8,9 @@ use crate::{SlurmTest, Test};
 use mobula::{Error, Node, Placement, Resources, Runtime, TaskOptions, collect, remote};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
+use std::net::TcpListener;
 use std::path::{Path, PathBuf};
-use std::process::ExitCode;
+use std::process::{Command, ExitCode};
 use std::time::{Duration, Instant};
 
 /// The argument that makes a launched program one of this module.
@@ -17,7 +18,10 @@ pub(crate) const SPREAD: &str = "spread";
 
 const DEADLINE: Duration = Duration::from_secs(60);
 
-pub(crate) const TESTS: &[Test] = &[("spread::workers_here_are_one_node", workers_here)];
+pub(crate) const TESTS: &[Test] = &[
+    ("spread::workers_here_are_one_node", workers_here),
+    ("spread::a_machine_joins_by_hand", joins_by_hand),
+];
 pub(crate) const MPI_TESTS: &[Test] = &[("spread::mpirun_here_is_one_node", mpirun_here)];
 pub(crate) const SLURM_TESTS: &[SlurmTest] = &[
     ("spread::six_copies_are_three_nodes", six_copies),
@@ -40,7 +44,7 @@ struct Place {
     gpus: String,
 }
 
-/// The launched program: `spread count`, `spread gpus`, or `spread stay FOLDER`.
+/// The launched program: `spread count`, `spread two`, `spread gpus FOLDER` or `spread stay FOLDER`.
 pub(crate) fn run(arguments: &[String]) -> ExitCode {
     let ran = mobula::init().map_err(Into::into).and_then(|runtime| drive(&runtime, arguments));
     match ran {
@@ -59,11 +63,14 @@ fn drive(
     runtime: &Runtime,
     arguments: &[String],
 ) -> Result<Told, Box<dyn std::error::Error + Send + Sync>> {
+    if arguments[1] == "two" {
+        wait_for(|| runtime.nodes().len() == 2);
+    }
     let nodes: Vec<Node> = runtime.nodes().iter().map(|info| info.node).collect();
     let cpus = runtime.resources().cpus;
     let anywhere = || TaskOptions { placement: Placement::Process, ..TaskOptions::default() };
     let tasks: Vec<_> = match arguments[1].as_str() {
-        "count" => {
+        "count" | "two" => {
             let there = |node: &Node| TaskOptions { node: Some(*node), ..anywhere() };
             nodes.iter().map(|node| place::remote().with_options(there(node))).collect()
         }
@@ -157,6 +164,22 @@ fn mpirun_here() {
     let told = told(&program::finish(mpirun));
     let here = Resources::of_this_machine().cpus;
     assert_eq!((told.nodes, told.cpus), (1, here), "{told:?}");
+}
+
+/// A driver that listens, and `mobula launch --join`.
+fn joins_by_hand() {
+    let port = TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr()).expect("a port");
+    let (address, program) = (port.to_string(), program());
+    let secret = ("MOBULA_SECRET", "for this test");
+    let mut driver = Command::new(&program);
+    driver.args([ROLE, SPREAD, "two"]).env("MOBULA_LISTEN", &address).env(secret.0, secret.1);
+    let driver = std::thread::spawn(move || program::finish(driver));
+    let words = ["launch", "--join", &address, "--", &program, ROLE, SPREAD, "two"];
+    let mut agent = program::command(&words);
+    agent.env(secret.0, secret.1);
+    let agent = program::finish(agent);
+    assert_eq!(agent.code, Some(0), "{agent:?}");
+    assert_eq!(told(&driver.join().expect("the driver")).nodes, 2);
 }
 
 /// In a folder that all nodes see: the secret is in a file.

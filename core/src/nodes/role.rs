@@ -1,13 +1,13 @@
 //! What this copy of the program is to be.
 
 use super::secret::Secret;
-use crate::world::World;
+use crate::world::{JOIN_VARIABLE, World};
 use crate::{Error, console};
 use std::net::{SocketAddr, ToSocketAddrs};
 use std::time::{Duration, Instant};
 
-/// Where an agent that nobody launched is to join: `HOST:PORT`.
-pub(super) const JOIN_VARIABLE: &str = "MOBULA_JOIN";
+/// Where a driver that nobody launched listens for agents: `HOST:PORT`.
+const LISTEN_VARIABLE: &str = "MOBULA_LISTEN";
 /// Seconds that copies wait for each other.
 const TIMEOUT_VARIABLE: &str = "MOBULA_JOIN_TIMEOUT";
 const TIMEOUT: Duration = Duration::from_secs(60);
@@ -45,19 +45,33 @@ pub(crate) struct Join {
 pub(crate) fn role() -> Result<Role, Error> {
     let patience = patience()?;
     let deadline = Instant::now() + patience;
-    if let Some(address) = std::env::var(JOIN_VARIABLE).ok().filter(|text| !text.is_empty()) {
+    if let Some(address) = given(JOIN_VARIABLE) {
         let address = Some(address);
         return Ok(Role::Member(Join { world: None, address, is_agent: true, deadline }));
     }
     let world = World::from_env()?;
     Ok(match (world.world_size, world.rank) {
-        (1, _) => Role::Alone,
+        (1, _) => match given(LISTEN_VARIABLE) {
+            Some(address) => Role::Driver(Door { world: listening(&address)?, patience }),
+            None => Role::Alone,
+        },
         (_, 0) => Role::Driver(Door { world, patience }),
         _ => {
             let is_agent = is_agent(&world);
             Role::Member(Join { world: Some(world), address: None, is_agent, deadline })
         }
     })
+}
+
+fn given(variable: &str) -> Option<String> {
+    std::env::var(variable).ok().filter(|text| !text.is_empty())
+}
+
+/// The world of a driver that others may join later.
+fn listening(address: &str) -> Result<World, Error> {
+    let address = resolve(LISTEN_VARIABLE, address)?;
+    let (master_addr, master_port) = (address.ip().to_string(), address.port());
+    Ok(World { master_addr, master_port, ..World::alone() })
 }
 
 /// One copy speaks for its machine; on the driver's, the driver does.
@@ -79,7 +93,7 @@ impl Join {
     /// Where the driver listens.
     pub(super) fn address(&self) -> Result<SocketAddr, Error> {
         match (&self.address, &self.world) {
-            (Some(text), _) => resolve(text),
+            (Some(text), _) => resolve(JOIN_VARIABLE, text),
             (None, Some(world)) => world.master(),
             (None, None) => Err(Error::Internal("nothing to join".to_owned())),
         }
@@ -124,9 +138,9 @@ impl Join {
     }
 }
 
-fn resolve(text: &str) -> Result<SocketAddr, Error> {
+fn resolve(variable: &str, text: &str) -> Result<SocketAddr, Error> {
     let wrong = |reason: String| Error::LaunchVariable {
-        variable: JOIN_VARIABLE.to_owned(),
+        variable: variable.to_owned(),
         got: Some(text.to_owned()),
         expected: format!("HOST:PORT of the driver ({reason})"),
     };

@@ -6,7 +6,8 @@ use crate::driver::{assert_gone, wait_for_file};
 use mobula_core::value::Blob;
 use mobula_core::{
     ActorOptions, Error, GroupOptions, Member, Node, Placement, PlacementGroupOptions,
-    PlacementStrategy, Resources, RestartPolicy, Runtime, Task, TaskOptions, collect, remote,
+    PlacementStrategy, Resources, RestartPolicy, Runtime, Task, TaskOptions, Yield, collect,
+    remote,
 };
 use std::collections::HashSet;
 use std::net::TcpListener;
@@ -27,6 +28,9 @@ pub(crate) const TESTS: &[Test] = &[
     ("nodes::copies_on_one_machine_count_its_cpus_once", copies_on_one_machine),
     ("nodes::nobody_joins_without_the_secret", wrong_secret),
     ("nodes::a_file_will_do_for_a_secret", secret_in_a_file),
+    ("nodes::a_silent_machine_is_lost", silent_machine),
+    ("nodes::a_machine_joins_later", joins_later),
+    ("nodes::values_are_streamed_from_afar", streams),
 ];
 
 /// Whether this process was started by a test of this module.
@@ -44,6 +48,9 @@ pub(crate) fn run() -> Result<(), Box<dyn std::error::Error>> {
         "lost machine" => scenarios::lost_machine,
         "long task" => scenarios::long_task,
         "count" => scenarios::count,
+        "silent machine" => scenarios::silent_machine,
+        "joins later" => scenarios::joins_later,
+        "streams" => scenarios::streams,
         other => return Err(format!("there is no scenario {other}").into()),
     };
     scenario(&runtime);
@@ -201,6 +208,49 @@ fn lost_machine(_: &Runtime) {
     assert!(outputs[0].status.success(), "{}", said(&outputs));
     let lost = outputs.iter().filter(|output| !output.status.success()).count();
     assert_eq!(lost, 1, "{}", said(&outputs));
+}
+
+fn streams(_: &Runtime) {
+    Launch::start("streams", &[1, 1], |_, _| {}).succeed();
+}
+
+fn silent_machine(_: &Runtime) {
+    use rustix::process::{Pid, Signal, kill_process};
+    let mut launch = Launch::start("silent machine", &[1, 1], |_, _| {});
+    wait_for_file(&launch.file("worker"));
+    let agent = Pid::from_child(&launch.copies[1]);
+    kill_process(agent, Signal::STOP).expect("stops");
+    let deadline = Instant::now() + LONG;
+    while launch.copies[0].try_wait().expect("a child of ours").is_none() {
+        assert!(Instant::now() < deadline, "nobody noticed");
+        std::thread::yield_now();
+    }
+    kill_process(agent, Signal::CONT).expect("goes on");
+    let outputs = launch.end();
+    assert!(outputs[0].status.success(), "{}", said(&outputs));
+    assert!(said(&outputs[..1]).contains("no heartbeat for 4s"), "{}", said(&outputs));
+}
+
+fn joins_later(_: &Runtime) {
+    let port = TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr()).expect("a port");
+    let alone = |command: &mut Command| {
+        let launched = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK"];
+        for name in launched {
+            command.env_remove(name);
+        }
+    };
+    let mut launch = Launch::start("joins later", &[1], |_, command| {
+        alone(command);
+        command.env("MOBULA_LISTEN", port.to_string());
+    });
+    wait_for_file(&launch.file("alone"));
+    let mut agent = Launch::start("joins later", &[1], |_, command| {
+        alone(command);
+        command.env("MOBULA_JOIN", port.to_string());
+        command.env("MOBULA_TEST_DIR", launch.folder.path());
+    });
+    launch.copies.append(&mut agent.copies);
+    launch.succeed();
 }
 
 fn folder() -> PathBuf {
@@ -386,6 +436,38 @@ mod scenarios {
         assert_eq!(group.join(LONG).expect("gathers"), [3, 3, 3]);
     }
 
+    pub(super) fn streams(runtime: &Runtime) {
+        let node = runtime.nodes()[1].node;
+        // More than may be under way, small ones and large ones.
+        for (count, size) in [(500, 10), (20, 1 << 20)] {
+            let task = yield_many::remote(count, size).with_options(on(node));
+            let values: Result<Vec<_>, Error> = runtime.submit_stream(task).collect();
+            let values = values.expect("streams");
+            assert_eq!(values.len(), count);
+            for (n, value) in values.iter().enumerate() {
+                assert_eq!(value.0, vec![n as u8; size]);
+            }
+        }
+    }
+
+    pub(super) fn silent_machine(runtime: &Runtime) {
+        let node = runtime.nodes()[1].node;
+        let task = runtime.submit(linger::remote().with_options(on(node)));
+        let error = task.get().expect_err("its machine says nothing").to_string();
+        assert!(error.contains("node 1"), "{error}");
+        assert_eq!(runtime.nodes().len(), 1);
+    }
+
+    pub(super) fn joins_later(runtime: &Runtime) {
+        assert_eq!(runtime.nodes().len(), 1);
+        let waits = || place_of_two::remote().on(Placement::Process);
+        let tasks: Vec<_> = (0..4).map(|_| runtime.submit(waits())).collect();
+        tell("alone", "");
+        // Four at a time: two here, and two on the machine that joins.
+        assert_eq!(collect(&tasks).expect("run").len(), 4);
+        assert_eq!(runtime.resources().cpus, 4.0);
+    }
+
     pub(super) fn long_task(runtime: &Runtime) {
         let node = runtime.nodes()[1].node;
         let task = linger::remote().with_options(on(node));
@@ -440,6 +522,24 @@ mod scenarios {
         let error = sum.get().expect_err("its input is lost").to_string();
         assert!(error.contains("no retries"), "{error}");
     }
+}
+
+/// Returns when four of them run.
+#[remote(crate = mobula_core)]
+fn place_of_two() -> Result<(), Error> {
+    tell(&format!("runs-{}", std::process::id()), "");
+    let all_run = || {
+        let entries = std::fs::read_dir(folder()).into_iter().flatten().flatten();
+        let names = entries.map(|entry| entry.file_name().to_string_lossy().into_owned());
+        names.filter(|name| name.starts_with("runs-") && !name.ends_with("tmp")).count() == 4
+    };
+    assert!(wait_until(all_run, LONG), "four never ran at the same time");
+    Ok(())
+}
+
+#[remote(crate = mobula_core)]
+fn yield_many(count: usize, size: usize, out: Yield<Blob>) -> Result<(), Error> {
+    (0..count).try_for_each(|n| out.send(vec![n as u8; size].into()))
 }
 
 #[remote(crate = mobula_core)]
