@@ -77,7 +77,9 @@ impl<'a> Job<'a> {
         let update = format!("JobId={}", self.id);
         let mut requeued = None;
         let enough = || {
-            let is_pending = self.state() == "PENDING";
+            // Before it has told anything it waits for its first start.
+            let has_run = !told_in(&self.log()).is_empty();
+            let is_pending = has_run && self.state() == "PENDING";
             if is_pending && requeued.get_or_insert_with(Instant::now).elapsed() > NEXT_SECOND {
                 self.slurm.ask("scontrol", &["update", &update, "StartTime=now"]);
             }
