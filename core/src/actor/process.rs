@@ -254,8 +254,9 @@ impl ProcessActor {
                     (state.under_way.remove(&call), state.pid().unwrap_or(0))
                 };
                 let is_shared = matches!(outcome, Outcome::Value(Packed::Shared { .. }));
+                let result =
+                    into_result(post.as_ref().map_or("nobody's", |p| p.post.method), outcome);
                 if let Some(UnderWay { post, .. }) = post {
-                    let result = into_result(post.method, outcome);
                     (post.settle)(timeline::replied(pid, post.method, micros, result));
                 }
                 let mut state = self.state();

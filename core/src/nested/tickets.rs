@@ -61,7 +61,7 @@ impl Tickets {
         owner: Option<&dyn Listener>,
     ) -> Option<FromWorker> {
         match frame {
-            FromWorker::Submit { ticket, submission } => self.submit(ticket, submission, owner),
+            FromWorker::Submit { ticket, submission } => self.submit(ticket, *submission, owner),
             FromWorker::CallOff { ticket } => {
                 let object = self.object(ticket);
                 object.into_iter().for_each(|object| object.cancel());
@@ -151,7 +151,7 @@ impl Tickets {
             }
             packed
         });
-        let result = result.map_err(|error| Failure::from(&error));
+        let result = result.map_err(|error| Box::new(Failure::from(&error)));
         (self.reply)(ToWorker::Resolved { ticket, result });
     }
 

@@ -63,7 +63,7 @@ impl Nested {
             state.pending.insert(ticket, done);
             ticket
         };
-        self.tell(FromWorker::Submit { ticket, submission });
+        self.tell(FromWorker::Submit { ticket, submission: Box::new(submission) });
         ticket
     }
 
@@ -71,13 +71,13 @@ impl Nested {
         self.tell(FromWorker::CallOff { ticket });
     }
 
-    pub(crate) fn resolved(self: &Arc<Self>, ticket: u64, result: Result<Packed, Failure>) {
+    pub(crate) fn resolved(self: &Arc<Self>, ticket: u64, result: Result<Packed, Box<Failure>>) {
         let Some(done) = self.state().pending.remove(&ticket) else { return };
         done(match result {
             Ok(packed) => Ok(Parcel::Up(Arc::new(Up { nested: Arc::clone(self), ticket, packed }))),
             Err(failure) => {
                 self.tell(FromWorker::Release { ticket });
-                Err(failure.into())
+                Err((*failure).into())
             }
         });
     }

@@ -57,10 +57,13 @@ pub(crate) fn forget_everywhere(holder: NodeId, id: ObjectId) {
     }
 }
 
+/// Each under its holder and its number there, perhaps on its way.
+type ByPlace = HashMap<(NodeId, ObjectId), Arc<OnceCell<Arc<Stored>>>>;
+
 /// Copies of other machines' values, in this process's store.
 #[derive(Default)]
 pub(super) struct Copies {
-    copies: Mutex<HashMap<(NodeId, ObjectId), Arc<OnceCell<Arc<Stored>>>>>,
+    copies: Mutex<ByPlace>,
 }
 
 impl Copies {
@@ -102,7 +105,7 @@ impl Copies {
         self.lock().values().find_map(|cell| cell.get().cloned())
     }
 
-    fn lock(&self) -> MutexGuard<'_, HashMap<(NodeId, ObjectId), Arc<OnceCell<Arc<Stored>>>>> {
+    fn lock(&self) -> MutexGuard<'_, ByPlace> {
         self.copies.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

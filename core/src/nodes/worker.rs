@@ -151,7 +151,7 @@ impl Worker {
         let answer = match frame {
             ToWorker::Call { call, .. } => FromWorker::Reply { call: *call, micros: 0, outcome },
             ToWorker::Resolved { ticket, .. } => {
-                let failure = Failure::from(error);
+                let failure = Box::new(Failure::from(error));
                 link.send(ToWorker::Resolved { ticket: *ticket, result: Err(failure) });
                 return;
             }

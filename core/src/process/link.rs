@@ -156,7 +156,9 @@ impl LocalLink {
         let replies = frames.downgrade();
         let sink = sink.with_tickets(NodeId::HERE, move |frame| {
             // A link that was dropped has killed its process.
-            replies.upgrade().map(|frames| frames.send(frame));
+            if let Some(frames) = replies.upgrade() {
+                let _ = frames.send(frame);
+            }
         });
         let drained = watch(&process, started.output, log.clone())?;
         let _entered = tokio.enter();

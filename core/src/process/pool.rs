@@ -295,7 +295,12 @@ impl Worker {
         let known = self.state().calls.get(&call).and_then(|known| known.call.values.clone());
         let below = first + packed.len() as u64;
         let has_shared = packed.iter().any(|value| matches!(value, Packed::Shared { .. }));
-        match known.map_or(Ok(()), |values| values.take_in(first, packed)) {
+        let taken = match known {
+            Some(values) => values.take_in(first, packed),
+            // Wherever they lie, they go.
+            None => packed.into_iter().try_for_each(|value| value.adopt("nobody's").map(drop)),
+        };
+        match taken {
             Ok(()) if has_shared => drop(self.tell(ToWorker::TakenOver { call, below })),
             Ok(()) => {}
             // What is missing can only come from another attempt.
@@ -314,6 +319,8 @@ impl Worker {
                 let is_shared = matches!(outcome, Outcome::Value(Packed::Shared { .. }));
                 let known = self.state().calls.remove(&number);
                 let Some(UnderWay { call, .. }) = known else {
+                    // Wherever it lies, it goes.
+                    drop(into_result("nobody's task", outcome));
                     self.tell(ToWorker::Adopted { call: number });
                     return self.rest();
                 };

@@ -52,7 +52,7 @@ pub(crate) enum ToWorker {
     /// What all members gave for a key, by rank.
     Gathered { key: String, values: Vec<Bytes> },
     /// What this worker has submitted under this ticket has ended.
-    Resolved { ticket: u64, result: Result<Packed, Failure> },
+    Resolved { ticket: u64, result: Result<Packed, Box<Failure>> },
     /// The CPUs that this worker has lent are its own again.
     Resume,
     /// Finish soon: the function sees it in [`Member::stop_requested`](crate::Member).
@@ -103,7 +103,7 @@ pub(crate) enum FromWorker {
     /// to be ended. All earlier replies have gone before this.
     Doomed { call: u64 },
     /// Run this, and say when it has ended.
-    Submit { ticket: u64, submission: Submission },
+    Submit { ticket: u64, submission: Box<Submission> },
     /// What was submitted under this ticket is not wanted any more.
     CallOff { ticket: u64 },
     /// The result of this ticket is not needed any more.
@@ -146,6 +146,17 @@ impl ToWorker {
 
 impl FromWorker {
     /// The values that it refers to.
+    pub(crate) fn packed(&self) -> &[Packed] {
+        match self {
+            Self::Done(Outcome::Value(value)) => std::slice::from_ref(value),
+            Self::Reply { outcome: Outcome::Value(value), .. } => std::slice::from_ref(value),
+            Self::Yielded { values, .. } => values,
+            Self::Submit { submission, .. } => &submission.args,
+            _ => &[],
+        }
+    }
+
+    /// The same, to be changed.
     pub(crate) fn packed_mut(&mut self) -> &mut [Packed] {
         match self {
             Self::Done(Outcome::Value(value)) => std::slice::from_mut(value),
