@@ -5,7 +5,9 @@ use crate::nested::Up;
 use crate::nodes::{self, Far, FarPlace, Recipe};
 use crate::scheduler::NodeId;
 use crate::status::ObjectCounts;
-use crate::store::{Lease, Location, ObjectId, Offer, Place, Reader, Store, default_budget};
+use crate::store::{
+    Lease, Location, ObjectId, Offer, Place, Reader, Store, default_budget, memory_budget,
+};
 use crate::value::{Draft, Encoded, decode};
 use crate::{Error, ObjectRef};
 use bytes::Bytes;
@@ -292,7 +294,10 @@ static STORE: Mutex<Option<Arc<Store>>> = Mutex::new(None);
 pub(crate) fn object_counts() -> ObjectCounts {
     let store = STORE.lock().unwrap_or_else(PoisonError::into_inner).clone();
     let Some(store) = store else {
-        return ObjectCounts { budget_bytes: default_budget(), ..ObjectCounts::default() };
+        return ObjectCounts {
+            budget_bytes: memory_budget().unwrap_or_else(|_| default_budget()),
+            ..ObjectCounts::default()
+        };
     };
     let stats = store.stats();
     ObjectCounts {
@@ -309,6 +314,6 @@ pub(crate) fn store() -> Result<Arc<Store>, Error> {
     if let Some(store) = &*slot {
         return Ok(Arc::clone(store));
     }
-    let store = Arc::new(Store::new(default_budget(), &std::env::temp_dir())?);
+    let store = Arc::new(Store::new(memory_budget()?, &std::env::temp_dir())?);
     Ok(Arc::clone(slot.insert(store)))
 }

@@ -2,7 +2,7 @@
 
 use super::budget::{Budget, Command, Event};
 use super::memory::Memory;
-use super::spill::SpillFolder;
+use super::spill::Spill;
 use super::{ObjectId, StoreError};
 use crate::Error;
 use std::collections::{HashMap, VecDeque};
@@ -95,12 +95,12 @@ impl Inner {
     }
 
     /// The mover's life.
-    pub(super) fn serve(&self, folder: &SpillFolder) {
+    pub(super) fn serve(&self, spill: &mut Spill) {
         while let Some(next) = self.next_move() {
             match next {
-                Move::Out(id) => self.move_out(folder, id),
-                Move::In(id) => self.move_in(folder, id),
-                Move::Away(id) => folder.remove(id),
+                Move::Out(id) => self.move_out(spill, id),
+                Move::In(id) => self.move_in(spill, id),
+                Move::Away(id) => spill.remove(id),
             }
         }
     }
@@ -112,14 +112,16 @@ impl Inner {
         if state.closing { None } else { state.moves.pop_front() }
     }
 
-    fn move_out(&self, folder: &SpillFolder, id: ObjectId) {
+    fn move_out(&self, spill: &mut Spill, id: ObjectId) {
         let slot = self.lock().slots.get(&id).map(|slot| (slot.on_disk, slot.memory.clone()));
         // Moved into the arms, so that it is let go of before the budget hears that it is free.
         let written = match slot {
             None => return,
             // From the last time.
             Some((true, _memory)) => Ok(()),
-            Some((false, Some(memory))) => memory.read(|bytes| folder.write(id, bytes)),
+            Some((false, Some(memory))) => {
+                spill.folder().and_then(|folder| memory.read(|bytes| folder.write(id, bytes)))
+            }
             Some((false, None)) => {
                 Err(Error::Internal(format!("object {} is not in memory", id.0)))
             }
@@ -130,14 +132,18 @@ impl Inner {
         let is_there = self.lock().slot(id, |slot| slot.on_disk |= written.is_ok());
         if !is_there {
             // Dropped meanwhile.
-            folder.remove(id);
+            spill.remove(id);
         }
         self.step(if written.is_ok() { Event::SpillDone(id) } else { Event::SpillFailed(id) });
     }
 
-    fn move_in(&self, folder: &SpillFolder, id: ObjectId) {
+    fn move_in(&self, spill: &mut Spill, id: ObjectId) {
         let Some(bytes) = self.lock().slots.get(&id).map(|slot| slot.bytes) else { return };
-        match folder.open(id).and_then(|file| Memory::read_back(&file, bytes)) {
+        match spill
+            .folder()
+            .and_then(|folder| folder.open(id))
+            .and_then(|file| Memory::read_back(&file, bytes))
+        {
             Ok(memory) => {
                 self.lock().slot(id, |slot| slot.memory = Some(memory));
                 self.step(Event::LoadDone(id));

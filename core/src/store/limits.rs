@@ -6,6 +6,19 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use std::path::Path;
 use std::sync::Once;
 
+/// How many bytes of memory objects may take, for a program that is to use more or less.
+pub(crate) const BUDGET_VARIABLE: &str = "MOBULA_OBJECT_BYTES";
+
+/// Bytes of memory for objects, as the environment says.
+pub(crate) fn budget() -> Result<u64, Error> {
+    let Ok(text) = std::env::var(BUDGET_VARIABLE) else { return Ok(default_budget()) };
+    text.parse().map_err(|_| Error::LaunchVariable {
+        variable: BUDGET_VARIABLE.to_owned(),
+        got: Some(text),
+        expected: "a number of bytes, such as 8000000000".to_owned(),
+    })
+}
+
 /// Bytes of memory for objects unless told otherwise: 30 % of what this process may use.
 pub(crate) fn default_budget() -> u64 {
     let machine = Resources::of_this_machine().memory;

@@ -20,7 +20,7 @@ mod spill;
 
 pub(crate) use {
     inner::Lease,
-    limits::default_budget,
+    limits::{budget as memory_budget, default_budget},
     memory::{Offer, Place},
     reader::Reader,
     segment::Location,
@@ -35,7 +35,7 @@ use memory::Memory;
 use reader::Shared;
 use segment::{Mapping, Segment};
 use serde::{Deserialize, Serialize};
-use spill::SpillFolder;
+use spill::Spill;
 use std::path::Path;
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -51,7 +51,7 @@ pub(crate) enum StoreError {
     /// There is no room, and none can be made.
     #[error(
         "an object of {needed} bytes does not fit into the {budget} bytes of memory for objects: \
-         the others are in use, or the disk is full; release some, or raise the budget"
+         the others are in use, or the disk is full; release some, or raise MOBULA_OBJECT_BYTES"
     )]
     Full { needed: u64, budget: u64 },
     /// It was released, or never there.
@@ -94,12 +94,12 @@ impl Store {
     /// A store with at most so many bytes in memory, and the rest in a private folder in `spill`.
     pub(crate) fn new(budget: u64, spill: &Path) -> Result<Self, Error> {
         limits::raise_open_files();
-        let folder = SpillFolder::create(spill)?;
+        let mut spill = Spill::into(spill)?;
         let inner = Arc::new(Inner::new(budget));
         let mover = std::thread::Builder::new().name("mobula-spill".to_owned());
         let mover = mover.spawn({
             let inner = Arc::clone(&inner);
-            move || inner.serve(&folder)
+            move || inner.serve(&mut spill)
         });
         let mover = mover.map_err(|source| Error::system("starting a thread", source))?;
         Ok(Self { inner, mover: Some(mover) })

@@ -12,6 +12,35 @@ use std::path::{Path, PathBuf};
 
 const PREFIX: &str = "mobula-spill";
 
+/// Where a store's folder is to be, once something is spilled.
+#[derive(Debug)]
+pub(super) struct Spill {
+    parent: PathBuf,
+    folder: Option<SpillFolder>,
+}
+
+impl Spill {
+    /// Removes what processes of this host that were killed have left in `parent`.
+    pub(super) fn into(parent: &Path) -> Result<Self, Error> {
+        std::fs::create_dir_all(parent).at("create", parent)?;
+        sweep(parent, &own_prefix())?;
+        Ok(Self { parent: parent.to_owned(), folder: None })
+    }
+
+    /// The folder, made when it is first needed.
+    pub(super) fn folder(&mut self) -> Result<&SpillFolder, Error> {
+        match &mut self.folder {
+            Some(folder) => Ok(folder),
+            none => Ok(none.insert(SpillFolder::create(&self.parent)?)),
+        }
+    }
+
+    /// Removes an object's file, if it has one.
+    pub(super) fn remove(&self, id: ObjectId) {
+        self.folder.iter().for_each(|folder| folder.remove(id));
+    }
+}
+
 /// A private folder of this process, one file an object, removed when dropped. It is locked for
 /// as long as the process lives; the next store on this host removes those that are not.
 #[derive(Debug)]
@@ -22,12 +51,10 @@ pub(crate) struct SpillFolder {
 }
 
 impl SpillFolder {
-    /// A new folder in `parent`, which is created if need be. Removes what processes of this host
-    /// that were killed have left there.
+    /// A new folder in `parent`, which is created if need be.
     pub(crate) fn create(parent: &Path) -> Result<Self, Error> {
         std::fs::create_dir_all(parent).at("create", parent)?;
-        let own = format!("{PREFIX}-{}-", host());
-        sweep(parent, &own)?;
+        let own = own_prefix();
         for attempt in 0..u32::MAX {
             let path = parent.join(format!("{own}{}-{attempt}", std::process::id()));
             match DirBuilder::new().mode(0o700).create(&path) {
@@ -81,6 +108,10 @@ impl Drop for SpillFolder {
             tracing::warn!(path = %self.path.display(), %error, "a spill folder stays behind");
         }
     }
+}
+
+fn own_prefix() -> String {
+    format!("{PREFIX}-{}-", host())
 }
 
 /// Hosts that share a file system do not always see each other's locks.
@@ -155,6 +186,7 @@ mod tests {
             std::fs::create_dir(folder).expect("creates");
             std::fs::write(folder.join("1"), "content").expect("writes");
         }
+        drop(Spill::into(parent.path()).expect("sweeps"));
         let second = SpillFolder::create(parent.path()).expect("creates");
         assert_ne!(living.path, second.path);
         assert!(living.path.exists() && elsewhere.exists() && foreign.exists());

@@ -231,7 +231,9 @@ fn answers(_: &Runtime) {
     assert_eq!((Some(worker("desk").pid), worker("desk").busy), (desk.pid, false));
     assert!(worker("choir rank 0").busy);
     assert!(status.workers.iter().any(|worker| worker.name == "tasks" && worker.busy));
-    assert!(status.workers.iter().all(|worker| worker.resident_bytes > 1 << 20));
+    // One that ends in this moment has none.
+    assert!(worker("desk").resident_bytes > 1 << 20);
+    assert!(worker("choir rank 0").resident_bytes > 1 << 20);
     assert!(status::running().iter().any(|(other, answer)| *other == pid && answer.is_ok()));
 }
 
