@@ -14,6 +14,9 @@ use mobula_core::{
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+/// What a call of a counting actor gives.
+type Counted = ObjectRef<(u32, u64)>;
+
 const TASKS: u64 = 40;
 const CALLS: usize = 12;
 /// Enough for whatever a round's killer does.
@@ -171,12 +174,12 @@ impl Round<'_> {
             18 => {
                 options.timeout = Some(Duration::from_millis(20 + x / 10));
                 options.max_retries = options.max_retries.min(1);
-                let with_child = self.plan.has_children && x % 2 == 0;
+                let with_child = self.plan.has_children && x.is_multiple_of(2);
                 let task = work::linger::remote(mark.clone(), with_child);
                 pending.push(self.expect(mark, task, options, Value::Late));
             }
             _ => {
-                let with_child = self.plan.has_children && x % 2 == 0;
+                let with_child = self.plan.has_children && x.is_multiple_of(2);
                 let task = work::linger::remote(mark.clone(), with_child);
                 let retries = options.max_retries;
                 let object = self.runtime.submit(task.with_options(options));
@@ -231,7 +234,7 @@ impl Round<'_> {
         counter: &CounterHandle,
         shared: &ObjectRef<Blob>,
         data: &Blob,
-    ) -> (Vec<ObjectRef<(u32, u64)>>, Vec<Expected<Blob>>) {
+    ) -> (Vec<Counted>, Vec<Expected<Blob>>) {
         let (mut counted, mut large) = (Vec::new(), Vec::new());
         for i in 0..CALLS {
             let mark = self.mark();
@@ -283,7 +286,7 @@ impl Round<'_> {
 
 /// Answers of one process count up by one, apart from calls that were lost with it; a new process
 /// begins at 1.
-fn judge_counts(calls: &[ObjectRef<(u32, u64)>], plan: &Plan, tally: &mut Tally) -> Result<()> {
+fn judge_counts(calls: &[Counted], plan: &Plan, tally: &mut Tally) -> Result<()> {
     let mut before: Option<(u32, u64)> = None;
     for call in calls {
         let answer = call.get_timeout(LONG);

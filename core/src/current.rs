@@ -57,7 +57,7 @@ pub(crate) fn lend() -> Option<Lent> {
             Some(Lent::Here(Arc::clone(lease)))
         }
         // Its driver accounts for it.
-        (None, Some(_)) => nested().filter(|nested| nested.has_pending()).map(|nested| {
+        (None, Some(_)) => nested().map(|nested| {
             nested.lend();
             Lent::ByDriver
         }),

@@ -186,6 +186,7 @@ impl Runtime {
     pub fn group<T>(&self, options: &GroupOptions, task: &GroupTask<T>) -> Result<Group<T>, Error> {
         block_until_ready(&task.inputs.0);
         let args = (task.encode)()?;
+        args.iter().filter(|parcel| parcel.is_gone()).try_for_each(Parcel::bring)?;
         if options.placement == Placement::Process {
             self.host()?;
         }
@@ -213,7 +214,10 @@ impl Runtime {
                     self.start_thread(spec, task.function, &args, &sender, lease)?
                 }
                 Placement::Process => {
-                    let (packed, kept) = pack_all(&args, group.lease.grants[rank].node)?;
+                    let node = group.lease.grants[rank].node;
+                    let far = args.iter().filter(|parcel| !parcel.is_at_hand(node));
+                    far.map(Parcel::bring).collect::<Result<(), _>>()?;
+                    let (packed, kept) = pack_all(&args, node)?;
                     group._leases.extend(kept);
                     let events = sender.clone();
                     self.start_process(options, spec, task.function, packed, events, &group.lease)?

@@ -39,7 +39,8 @@ impl<T: Send + Sync + 'static> Drop for Job<T> {
 }
 
 /// Then the way is at fault.
-const MOST_LOSSES: u32 = 3;
+const MOST_LOSSES: u32 = 12;
+const LOOK_AGAIN: Duration = Duration::from_millis(500);
 
 impl<T: Send + Sync + 'static> Job<T> {
     pub(crate) fn new(runtime: Runtime, task: Task<T>, promise: Promise<T>) -> Self {
@@ -279,9 +280,13 @@ impl<T: Send + Sync + 'static> Job<T> {
     fn fetch_and_start(self, turn: Turn) {
         let object = self.promise.object();
         let spawned = threads::run(1, move || {
-            // What cannot be fetched is found out again when it is packed.
-            let _ = self.args.iter().try_for_each(Parcel::bring);
-            self.start_in_process(turn);
+            let far = self.args.iter().filter(|parcel| !parcel.is_at_hand(turn.node()));
+            match far.map(Parcel::fetch).collect::<Result<Vec<_>, _>>() {
+                // One whose machine went away meanwhile is made again, without this turn.
+                Err(_) if self.args.iter().any(Parcel::is_gone) => self.start_when_at_hand(turn),
+                // What could not be fetched is found out again when it is packed.
+                _ => self.start_in_process(turn),
+            }
         });
         if let Err(refused) = spawned {
             object.fail(refused.error.clone());
@@ -327,12 +332,15 @@ impl<T: Send + Sync + 'static> Job<T> {
         };
         match ended {
             Ended::Value(parcel) => {
-                parcel.remember(|| self.recipe(function));
+                if self.options.max_retries > 0 {
+                    parcel.remember(|| self.recipe(function));
+                }
                 self.promise.encoded_with(parcel, decode);
             }
             Ended::Error(Error::ObjectLost { .. }) if self.losses < MOST_LOSSES => {
                 self.losses += 1;
-                self.enqueue_again();
+                // That a machine is lost is known only after a while.
+                timer::after(LOOK_AGAIN, move || self.enqueue_again()).detach();
             }
             Ended::Error(error) => self.finish(Err(error)),
             Ended::NotStarted => self.enqueue_again(),

@@ -204,11 +204,7 @@ impl Parcel {
             Self::Stored(stored) if node == NodeId::HERE => stored.pack(),
             Self::Stored(stored) => Ok((Packed::Far(stored.place()), None)),
             Self::Up(up) => Ok((up.pack(), None)),
-            Self::Far(far) if node == NodeId::HERE => far.bring()?.pack(node),
-            Self::Far(far) => match far.remake()? {
-                None => Ok((Packed::Far(far.place()), None)),
-                Some(again) => again.get()?.pack(node),
-            },
+            Self::Far(far) => far.pack(node),
         }
     }
 
@@ -223,16 +219,29 @@ impl Parcel {
     pub(crate) fn is_at_hand(&self, node: NodeId) -> bool {
         match self {
             Self::Inline(_) | Self::Stored(_) | Self::Up(_) => true,
-            Self::Far(far) => far.here().is_some() || (node != NodeId::HERE && !far.is_gone()),
+            Self::Far(far) => far.is_at_hand(node),
         }
     }
 
-    /// Waits until it is here, or at least somewhere.
+    /// Waits until it has been fetched, if its machine is still there.
+    pub(crate) fn fetch(&self) -> Result<(), Error> {
+        match self {
+            Self::Inline(_) | Self::Stored(_) | Self::Up(_) => Ok(()),
+            Self::Far(far) => far.fetch(),
+        }
+    }
+
+    /// Waits until it can be packed for any machine: until it has been fetched, or made again.
     pub(crate) fn bring(&self) -> Result<(), Error> {
         match self {
             Self::Inline(_) | Self::Stored(_) | Self::Up(_) => Ok(()),
-            Self::Far(far) => far.bring().map(drop),
+            Self::Far(far) => far.bring()?.bring(),
         }
+    }
+
+    /// Whether its machine is gone, and no copy is here.
+    pub(crate) fn is_gone(&self) -> bool {
+        matches!(self, Self::Far(far) if far.is_gone())
     }
 
     /// The task that makes it again, if it is lost. Once that has been done, this is what it made.

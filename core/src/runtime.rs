@@ -154,8 +154,24 @@ pub(crate) struct Lease {
     runtime: Runtime,
     id: Id,
     pub(crate) grants: Vec<Grant>,
-    /// How many threads have lent it: it is lent as long as one of them waits.
-    lenders: Mutex<usize>,
+    lending: Mutex<Lending>,
+}
+
+/// Who has lent the CPUs of a lease.
+#[derive(Default)]
+struct Lending {
+    /// How many threads have: they are lent as long as one of them waits.
+    lenders: usize,
+    cpus: LentCpus,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum LentCpus {
+    #[default]
+    Held,
+    Lent,
+    /// Somebody waits for them to come back.
+    Wanted,
 }
 
 impl std::fmt::Debug for Lease {
@@ -188,11 +204,18 @@ impl Lease {
         Err(Error::ThreadElsewhere { name: name.to_owned() })
     }
 
-    /// Lets others have the CPUs for now.
+    /// Lets others have the CPUs for now. Never waits.
     pub(crate) fn lend(&self) {
-        let mut lenders = lock(&self.lenders);
-        *lenders += 1;
-        if *lenders == 1 {
+        let is_first = {
+            let mut lending = lock(&self.lending);
+            lending.lenders += 1;
+            let is_held = lending.cpus == LentCpus::Held;
+            if is_held {
+                lending.cpus = LentCpus::Lent;
+            }
+            is_held
+        };
+        if is_first {
             self.runtime.step(Event::Lend { id: self.id });
         }
     }
@@ -200,11 +223,13 @@ impl Lease {
     /// Waits until the CPUs are back, before anyone else gets any; unless another thread waits that
     /// has lent them too, for what may need them.
     pub(crate) fn reclaim(&self) {
-        // Locked to the end: who lends next has something to lend.
-        let mut lenders = lock(&self.lenders);
-        *lenders -= 1;
-        if *lenders > 0 {
-            return;
+        {
+            let mut lending = lock(&self.lending);
+            lending.lenders -= 1;
+            if lending.lenders > 0 || lending.cpus != LentCpus::Lent {
+                return;
+            }
+            lending.cpus = LentCpus::Wanted;
         }
         let (back, is_back) = sync_channel(1);
         let event = Event::Reclaim { id: self.id };
@@ -212,6 +237,17 @@ impl Lease {
         // The sender goes without a word when the scheduler has lost the grant: then nothing is
         // left to wait for.
         let _ = is_back.recv();
+        if self.are_lent_again() {
+            self.runtime.step(Event::Lend { id: self.id });
+        }
+    }
+
+    /// Whether a thread has lent them while they were on their way back.
+    fn are_lent_again(&self) -> bool {
+        let mut lending = lock(&self.lending);
+        let again = lending.lenders > 0;
+        lending.cpus = if again { LentCpus::Lent } else { LentCpus::Held };
+        again
     }
 
     /// Up to `max` waiting requests of the same shape take their turn in this worker.
@@ -565,7 +601,7 @@ impl Runtime {
             Command::Start { id, mut grants } => {
                 grants.iter_mut().for_each(|grant| state.locate(grant));
                 let runtime = self.inside();
-                let lease = Arc::new(Lease { runtime, id, grants, lenders: Mutex::default() });
+                let lease = Arc::new(Lease { runtime, id, grants, lending: Mutex::default() });
                 let start = state.starts.remove(&id).map(|waiting| waiting.start);
                 steps.push(Step { start, turn: Ok(Turn::Granted(lease)) });
             }

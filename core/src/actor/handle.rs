@@ -181,7 +181,7 @@ impl ActorRef {
         method: Method,
         args: P::Described,
     ) -> Result<ObjectRef<T>, Error> {
-        let args = P::encode(&args)?;
+        let args = self.bring(P::encode(&args)?)?;
         if !self.credits().try_take(bytes_of(&args)) {
             let (actor, capacity) = (self.inner.name.to_string(), self.credits().most_messages);
             return Err(Error::MailboxFull { actor, capacity });

@@ -128,6 +128,7 @@ impl ProcessActor {
         let environment = environment.with_memory_limit(self.options.memory_limit);
         let name = &self.options.name;
         let log = LogTarget::new(name.clone(), format!("[{name}]"));
+        self.bring_arguments(lease.node())?;
         // Locked, so that its end is not noticed before its beginning.
         let mut state = self.state();
         if matches!(state.phase, Phase::Dead(_)) {
@@ -145,6 +146,17 @@ impl ProcessActor {
         let failed = state.send_queued();
         drop(state);
         settle_all(failed);
+        Ok(())
+    }
+
+    /// Waits for what the constructor and the waiting calls need, while nobody is held up. What is
+    /// lost for good fails its call when that is sent.
+    fn bring_arguments(&self, node: NodeId) -> Result<(), Error> {
+        let waiting: Vec<Parcel> =
+            self.state().queue.iter().flat_map(|post| post.args.iter().cloned()).collect();
+        let far = |parcel: &&Parcel| !parcel.is_at_hand(node);
+        self.args.iter().filter(far).try_for_each(Parcel::bring)?;
+        waiting.iter().filter(far).for_each(|parcel| drop(parcel.bring()));
         Ok(())
     }
 

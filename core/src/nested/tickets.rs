@@ -136,7 +136,10 @@ impl Tickets {
             // It comes from another machine: not on the thread that serves the others.
             Ok(parcel) => {
                 let tickets = Arc::clone(&self);
-                let fetch = move || tickets.say(ticket, parcel.pack(tickets.node));
+                let fetch = move || {
+                    let packed = parcel.bring().and_then(|()| parcel.pack(tickets.node));
+                    tickets.say(ticket, packed);
+                };
                 if let Err(refused) = threads::run(1, fetch) {
                     self.say(ticket, Err(refused.into()));
                 }

@@ -13,7 +13,7 @@ use tokio::sync::mpsc;
 
 /// What a worker process has its driver run.
 pub(crate) struct Nested {
-    out: mpsc::Sender<FromWorker>,
+    out: mpsc::UnboundedSender<FromWorker>,
     reader: Reader,
     state: Mutex<State>,
     /// For threads of this process, and for what the driver is to run.
@@ -33,9 +33,17 @@ type Pending = Box<dyn FnOnce(Result<Parcel, Error>) + Send>;
 
 static NESTED: OnceLock<Arc<Nested>> = OnceLock::new();
 
-/// Lets this worker process submit. To be called once.
-pub(crate) fn open(out: mpsc::Sender<FromWorker>) {
+/// Lets this worker process submit. To be called once, on the runtime of its control stream.
+pub(crate) fn open(outbound: mpsc::Sender<FromWorker>) {
     let (reader, state, runtime) = (reader(), Mutex::default(), OnceLock::new());
+    let (out, mut frames) = mpsc::unbounded_channel();
+    tokio::spawn(async move {
+        while let Some(frame) = frames.recv().await {
+            if outbound.send(frame).await.is_err() {
+                return;
+            }
+        }
+    });
     // A second control stream there is none.
     let _ = NESTED.set(Arc::new(Nested { out, reader, state, runtime }));
 }
@@ -82,11 +90,6 @@ impl Nested {
         });
     }
 
-    /// Whether this worker waits for its driver, perhaps.
-    pub(crate) fn has_pending(&self) -> bool {
-        !self.state().pending.is_empty()
-    }
-
     pub(crate) fn lend(&self) {
         self.tell(FromWorker::Lend);
     }
@@ -105,15 +108,10 @@ impl Nested {
         first.map(|first| first.send(()));
     }
 
-    /// From whatever thread: the one that serves the control stream must not wait for itself.
+    /// From whatever thread, in order. Bounded by what this process submits and waits for.
     fn tell(&self, frame: FromWorker) {
-        match tokio::runtime::Handle::try_current() {
-            Err(_) => drop(self.out.blocking_send(frame)),
-            Ok(tokio) => {
-                let out = self.out.clone();
-                tokio.spawn(async move { drop(out.send(frame).await) });
-            }
-        }
+        // If it is not taken the driver has gone, and this process is about to.
+        let _ = self.out.send(frame);
     }
 
     fn state(&self) -> MutexGuard<'_, State> {

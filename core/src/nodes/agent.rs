@@ -9,7 +9,7 @@ use super::worker::{self, Orders};
 use crate::process::wire::{Frames, MAX_FRAME_BYTES};
 use crate::process::{ProcessHost, build_id};
 use crate::scheduler::NodeId;
-use crate::{BoxError, Error, Resources};
+use crate::{BoxError, Error, Resources, interrupt};
 use hyper_util::rt::TokioIo;
 use std::collections::HashMap;
 use std::net::SocketAddr;
@@ -41,7 +41,12 @@ pub(super) fn serve(join: Join, total: &Resources) -> i32 {
         .enable_all()
         .build();
     let end = match runtime {
-        Ok(runtime) => runtime.block_on(live(&join, total)),
+        Ok(runtime) => {
+            let end = runtime.block_on(live(&join, total));
+            // What still blocks a thread is of no use to anybody.
+            runtime.shutdown_background();
+            end
+        }
         Err(error) => Err(error.into()),
     };
     match end {
@@ -258,12 +263,15 @@ async fn beat(out: mpsc::Sender<FromNode>) {
 async fn signalled() -> i32 {
     let kinds = [SignalKind::interrupt(), SignalKind::terminate(), SignalKind::hangup()];
     let mut waits = Vec::new();
-    for kind in kinds {
+    for kind in kinds.into_iter().filter(|kind| !interrupt::is_ignored(*kind)) {
         let Ok(mut signal) = signal(kind) else { continue };
         waits.push(Box::pin(async move {
             signal.recv().await;
             128 + kind.as_raw_value()
         }));
+    }
+    if waits.is_empty() {
+        return std::future::pending().await;
     }
     let (code, _, _) = futures::future::select_all(waits).await;
     tokio::time::sleep(LAST_WORDS).await;

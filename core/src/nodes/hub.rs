@@ -15,6 +15,7 @@ use crate::{Error, Runtime, console, interrupt};
 use std::collections::{BTreeMap, HashMap};
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{SyncSender, sync_channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
@@ -24,6 +25,8 @@ use tonic::codec::Streaming;
 const SILENCE: Duration = Duration::from_secs(4);
 /// Then it is listened to once more: what it sent may not have been read yet.
 const SECOND_LOOK: Duration = Duration::from_millis(500);
+/// Lines of workers that may wait to be written.
+const LINES: usize = 4096;
 const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
 const BEAT_INTERVAL: Duration = Duration::from_secs(1);
 /// After this, who waits for the others says so.
@@ -51,6 +54,7 @@ pub(crate) struct Hub {
     members: Mutex<Members>,
     changed: Condvar,
     workers: AtomicU64,
+    lines: SyncSender<(Arc<FarWorker>, String)>,
     /// Gone when the driver is.
     secret_file: Mutex<Option<SecretFile>>,
 }
@@ -76,6 +80,8 @@ pub(crate) struct NodeLink {
     tokio: tokio::runtime::Handle,
     workers: Mutex<Workers>,
     objects: SocketAddr,
+    /// To the thread that writes logs.
+    lines: SyncSender<(Arc<FarWorker>, String)>,
 }
 
 #[derive(Debug, Default)]
@@ -107,6 +113,7 @@ pub(super) fn open(door: Door, runtime: &Runtime) -> Result<(), Error> {
         members: Mutex::default(),
         changed: Condvar::new(),
         workers: AtomicU64::new(0),
+        lines: write_lines()?,
         secret_file: Mutex::new(file),
     });
     let hub = HUB.get_or_init(|| hub);
@@ -116,6 +123,15 @@ pub(super) fn open(door: Door, runtime: &Runtime) -> Result<(), Error> {
     handle.spawn(Arc::clone(hub).beat());
     hub.wait_for_all(&door.world, door.patience);
     Ok(())
+}
+
+/// A thread that writes what workers print, and may have to wait for a terminal or a disk.
+fn write_lines() -> Result<SyncSender<(Arc<FarWorker>, String)>, Error> {
+    let (lines, inbox) = sync_channel::<(Arc<FarWorker>, String)>(LINES);
+    let thread = std::thread::Builder::new().name("mobula-log".to_owned());
+    let write = move || inbox.into_iter().for_each(|(worker, line)| worker.line(&line));
+    thread.spawn(write).map_err(|error| Error::system("starting a thread", error))?;
+    Ok(lines)
 }
 
 impl Hub {
@@ -185,7 +201,8 @@ impl Hub {
         let id = NodeId(members.last_node);
         let (name, tokio) = (hello.host, self.tokio.clone());
         let workers = Mutex::default();
-        let node = Arc::new(NodeLink { id, name, frames, tokio, workers, objects });
+        let lines = self.lines.clone();
+        let node = Arc::new(NodeLink { id, name, frames, tokio, workers, objects, lines });
         node.send(ToNode::Welcome { node: id });
         members.nodes.insert(id, Arc::clone(&node));
         drop(members);
@@ -230,6 +247,8 @@ impl Hub {
             console::note(&reason);
         }
         node.lose_workers(&reason);
+        // Should it only have been stopped for a while, it ends when it goes on.
+        node.send(ToNode::Shutdown);
     }
 
     /// Starts a worker process on another machine.
@@ -331,7 +350,8 @@ impl NodeLink {
                 }
             }
             FromNode::Line { worker, line } => {
-                self.worker(worker).iter().for_each(|worker| worker.line(&line));
+                // A terminal that takes nothing holds up nobody but this: lines are lost then.
+                let _ = self.worker(worker).map(|worker| self.lines.try_send((worker, line)));
             }
             FromNode::Beat | FromNode::Hello(_) => {}
         }

@@ -1,13 +1,20 @@
 //! Values that lie on another machine, as the driver knows them.
 
 use super::transfer::{self, Copies};
-use crate::parcel::{Parcel, Stored};
+use crate::object::when_ready;
+use crate::parcel::{Packed, Parcel, Stored};
 use crate::scheduler::NodeId;
-use crate::store::ObjectId;
+use crate::store::{Lease, ObjectId};
 use crate::{Error, ObjectRef};
 use serde::{Deserialize, Serialize};
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::Duration;
+
+/// How often a value is fetched that does not come, and the wait between: longer than it takes to
+/// notice that its machine is lost.
+const FETCHES: u32 = 12;
+const FETCH_AGAIN: Duration = Duration::from_millis(500);
 
 /// Where a value is, told to a machine that may need it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -66,32 +73,43 @@ impl Far {
         let _ = self.recipe.set(recipe);
     }
 
-    pub(crate) fn place(&self) -> FarPlace {
-        self.place
-    }
-
     /// The task that makes it again, if its machine is gone. The first who asks has it made.
     pub(crate) fn remake(&self) -> Result<Option<ObjectRef<Parcel>>, Error> {
         if !self.is_gone() {
             return Ok(None);
         }
-        let mut lost = self.lost();
-        match lost.get_or_insert_with(|| self.find_out()) {
-            Lost::Again(object) => Ok(Some(object.clone())),
-            Lost::ForGood(error) => Err(error.clone()),
-        }
-    }
-
-    fn find_out(&self) -> Lost {
+        let (object, promise) = {
+            let mut lost = self.lost();
+            match &*lost {
+                Some(Lost::Again(object)) => return Ok(Some(object.clone())),
+                Some(Lost::ForGood(error)) => return Err(error.clone()),
+                None => {}
+            }
+            let (object, promise) = ObjectRef::pending(Arc::clone(&self.name));
+            *lost = Some(Lost::Again(object.clone()));
+            (object, promise)
+        };
+        // Not under the lock: to submit is to start whatever can start, which may need this too.
         match self.recipe.get().and_then(|recipe| recipe()) {
-            Some(object) => Lost::Again(object),
-            None => Lost::ForGood(Error::ObjectLost {
-                object: self.name.to_string(),
-                reason: format!(
-                    "node {}, which had it, is gone, and its task has no retries left",
-                    self.place.holder.0
-                ),
+            Some(made) => when_ready(vec![made.object()], move |_| {
+                let gone = || Err(Error::Internal("made without a result".to_owned()));
+                let made = made.value().unwrap_or_else(gone);
+                promise.resolve(made.map(|parcel| (*parcel).clone()));
             }),
+            None => {
+                let error = self.lost_for_good();
+                *self.lost() = Some(Lost::ForGood(error.clone()));
+                promise.error(error.clone());
+                return Err(error);
+            }
+        }
+        Ok(Some(object))
+    }
+    fn lost_for_good(&self) -> Error {
+        let node = self.place.holder.0;
+        Error::ObjectLost {
+            object: self.name.to_string(),
+            reason: format!("node {node}, which had it, is gone, and its task has no retries left"),
         }
     }
 
@@ -100,27 +118,67 @@ impl Far {
         !self.copies.has_one() && is_gone(self.place.holder)
     }
 
-    /// A copy in this process's store. Waits until it has been fetched, or made again.
+    /// Whether it can be packed for this machine at once.
+    pub(crate) fn is_at_hand(&self, node: NodeId) -> bool {
+        let is_there = node != NodeId::HERE && !is_gone(self.place.holder);
+        is_there || self.here().is_some() || self.made().is_some_and(|p| p.is_at_hand(node))
+    }
+
+    /// For a message to a machine. Never waits: what is not at hand is an error.
+    pub(crate) fn pack(&self, node: NodeId) -> Result<(Packed, Option<Lease>), Error> {
+        if node != NodeId::HERE && !is_gone(self.place.holder) {
+            return Ok((Packed::Far(self.place), None));
+        }
+        match (self.here(), self.made()) {
+            (Some(stored), _) => Parcel::Stored(stored).pack(node),
+            (None, Some(made)) => made.pack(node),
+            (None, None) => Err(self.not_fetched("it has not been fetched yet")),
+        }
+    }
+
+    /// Fetches a copy into this process's store, if its machine is there. Waits for it.
+    pub(crate) fn fetch(&self) -> Result<(), Error> {
+        for attempt in 1.. {
+            match self.copies.bring_blocking(self.place) {
+                Ok(_) => return Ok(()),
+                // That it is lost is known only after a while.
+                Err(_) if attempt < FETCHES && !self.is_gone() => std::thread::sleep(FETCH_AGAIN),
+                Err(error) => return Err(self.not_fetched(&error.to_string())),
+            }
+        }
+        Ok(())
+    }
+
+    /// A copy in this process's store, or what was made again. Waits until it is there.
     pub(crate) fn bring(&self) -> Result<Parcel, Error> {
         loop {
             if let Some(again) = self.remake()? {
                 return again.get().map(|parcel| (*parcel).clone());
             }
-            match self.copies.bring_blocking(self.place) {
-                Ok(stored) => return Ok(Parcel::Stored(stored)),
-                // Its machine went away meanwhile: another look says what comes of it.
-                Err(_) if is_gone(self.place.holder) => {}
-                Err(error) => return Err(self.not_fetched(&error)),
+            match (self.fetch(), self.here()) {
+                (_, Some(stored)) => return Ok(Parcel::Stored(stored)),
+                // Its machine went away meanwhile.
+                (Err(_), None) if self.is_gone() => {}
+                (Err(error), None) => return Err(error),
+                (Ok(()), None) => return Err(self.not_fetched("it was forgotten")),
             }
         }
     }
 
     /// The copy in this process's store, if there is one.
-    pub(crate) fn here(&self) -> Option<Arc<Stored>> {
+    fn here(&self) -> Option<Arc<Stored>> {
         self.copies.only()
     }
 
-    fn not_fetched(&self, error: &Error) -> Error {
+    /// What was made again, if it was.
+    fn made(&self) -> Option<Parcel> {
+        match &*self.lost() {
+            Some(Lost::Again(object)) => object.value()?.ok().map(|parcel| (*parcel).clone()),
+            _ => None,
+        }
+    }
+
+    fn not_fetched(&self, error: &str) -> Error {
         let reason = format!("it could not be fetched from node {}: {error}", self.place.holder.0);
         Error::ObjectLost { object: self.name.to_string(), reason }
     }

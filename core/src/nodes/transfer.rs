@@ -12,8 +12,10 @@ use bytes::Bytes;
 use futures::stream::{self, BoxStream, StreamExt};
 use std::collections::HashMap;
 use std::net::SocketAddr;
+use std::sync::mpsc::sync_channel;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
+use tokio::runtime::RuntimeFlavor;
 use tokio::sync::{OnceCell, mpsc};
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Request, Status};
@@ -24,7 +26,7 @@ const PIECE_BYTES: usize = 1 << 20;
 const PIECES: usize = 8;
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// A holder that sends nothing for so long is taken for gone.
-const PIECE_TIMEOUT: Duration = Duration::from_secs(30);
+const PIECE_TIMEOUT: Duration = Duration::from_secs(15);
 /// Bytes on their way that need no acknowledgement yet.
 pub(super) const WINDOW: u32 = 16 << 20;
 
@@ -61,9 +63,9 @@ pub(crate) fn forget_everywhere(holder: NodeId, id: ObjectId) {
 type ByPlace = HashMap<(NodeId, ObjectId), Arc<OnceCell<Arc<Stored>>>>;
 
 /// Copies of other machines' values, in this process's store.
-#[derive(Default)]
+#[derive(Clone, Default)]
 pub(super) struct Copies {
-    copies: Mutex<ByPlace>,
+    copies: Arc<Mutex<ByPlace>>,
 }
 
 impl Copies {
@@ -76,11 +78,14 @@ impl Copies {
     /// The same from a thread that may wait.
     pub(super) fn bring_blocking(&self, place: FarPlace) -> Result<Arc<Stored>, Error> {
         let _lent = crate::current::lend();
-        let wait = || transfers().and_then(|t| t.tokio.block_on(self.bring(place)));
-        match tokio::runtime::Handle::try_current() {
+        let (sender, brought) = sync_channel(1);
+        let copies = self.clone();
+        transfers()?.tokio.spawn(async move { drop(sender.send(copies.bring(place).await)) });
+        let wait = || brought.recv().unwrap_or_else(|_| Err(interrupted()));
+        match tokio::runtime::Handle::try_current().map(|tokio| tokio.runtime_flavor()) {
             // Such a thread serves others, who go on elsewhere meanwhile.
-            Ok(_) => tokio::task::block_in_place(wait),
-            Err(_) => wait(),
+            Ok(RuntimeFlavor::MultiThread) => tokio::task::block_in_place(wait),
+            _ => wait(),
         }
     }
 
@@ -110,6 +115,10 @@ impl Copies {
     }
 }
 
+fn interrupted() -> Error {
+    Error::Internal("a transfer ended without a word".to_owned())
+}
+
 async fn transfers_fetch(place: FarPlace) -> Result<Arc<Stored>, Error> {
     let transfers = transfers()?;
     let failed = |error: BoxError| {
@@ -125,12 +134,13 @@ impl Transfers {
         let address = place.address.or(self.driver).ok_or("nobody knows where its holder is")?;
         let mut grpc = tonic::client::Grpc::new(self.channel(address)?)
             .max_decoding_message_size(MAX_FRAME_BYTES);
-        grpc.ready().await?;
+        tokio::time::timeout(CONNECT_TIMEOUT, grpc.ready()).await??;
         let mut request = Request::new(Wanted { id: place.id });
         self.secret.show(request.metadata_mut())?;
         let codec = Frames::<Wanted, Piece>::default();
         let path = http::uri::PathAndQuery::from_static(FETCH);
-        let mut pieces = grpc.server_streaming(request, path, codec).await?.into_inner();
+        let opened = grpc.server_streaming(request, path, codec);
+        let mut pieces = tokio::time::timeout(PIECE_TIMEOUT, opened).await??.into_inner();
         let (sender, received) = mpsc::channel::<Bytes>(PIECES);
         let write = tokio::task::spawn_blocking(move || Stored::receive(place.bytes, received));
         while let Some(Piece(bytes)) =

@@ -216,7 +216,10 @@ impl Worker {
                 *packed = Packed::Far(FarPlace { holder, id, bytes, address: None });
             }
             // The driver takes this for the loss that it is.
-            Err(error) => tracing::warn!(%error, "a result could not be taken over"),
+            Err(error) => {
+                tracing::warn!(%error, "a result could not be taken over");
+                *packed = Packed::Held { ticket: 0 };
+            }
         }
     }
 
