@@ -215,8 +215,8 @@ impl Runtime {
                 }
                 Placement::Process => {
                     let node = group.lease.grants[rank].node;
-                    let far = args.iter().filter(|parcel| !parcel.is_at_hand(node));
-                    far.map(Parcel::bring).collect::<Result<(), _>>()?;
+                    let mut far = args.iter().filter(|parcel| !parcel.is_at_hand(node));
+                    far.try_for_each(Parcel::bring)?;
                     let (packed, kept) = pack_all(&args, node)?;
                     group._leases.extend(kept);
                     let events = sender.clone();

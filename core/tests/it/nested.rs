@@ -4,7 +4,8 @@ use crate::Test;
 use crate::driver::{assert_gone, wait_for_file};
 use mobula_core::value::Blob;
 use mobula_core::{
-    ActorOptions, Error, Group, GroupOptions, Member, Placement, Runtime, Task, collect, remote,
+    ActorOptions, Error, Group, GroupOptions, Member, Placement, Resources, Runtime, Task, collect,
+    remote,
 };
 use std::time::Duration;
 
@@ -19,6 +20,9 @@ pub(crate) const TESTS: &[Test] = &[
     ("nested::what_a_lost_task_has_submitted_is_cancelled", lost),
     ("nested::actors_and_members_submit_too", actors_and_members),
     ("nested::a_worker_has_threads_of_its_own", threads),
+    ("nested::threads_of_a_worker_may_wait_for_its_driver", threads_that_wait),
+    ("nested::concurrent_calls_lend_and_take_back", concurrent_calls),
+    ("nested::async_code_may_submit", async_code),
     ("nested::only_the_driver_starts_groups_in_processes", groups),
     ("nested::there_is_no_runtime_outside_of_tasks", outside),
 ];
@@ -184,6 +188,70 @@ fn on_threads() -> Result<u32, Error> {
 fn threads(runtime: &Runtime) {
     let task = on_threads::remote().on(Placement::Process);
     assert_eq!(*runtime.submit(task).get_timeout(LONG).expect("sums"), 6);
+}
+
+/// A thread of the worker waits for the driver, and the call for the thread.
+#[remote(crate = mobula_core)]
+fn wait_through_a_thread() -> Result<u64, Error> {
+    let runtime = Runtime::current()?;
+    let inner = runtime.clone();
+    let thread = runtime.submit(Task::new("thread", move || {
+        Ok::<_, Error>(*inner.submit(leaves::remote(1).on(Placement::Process)).get()?)
+    }));
+    Ok(*thread.get()?)
+}
+
+fn threads_that_wait(runtime: &Runtime) {
+    // It holds all CPUs there are.
+    let all = runtime.resources();
+    let task = wait_through_a_thread::remote().on(Placement::Process);
+    let task = task.with_resources(Resources::cpus(all.cpus));
+    assert_eq!(*runtime.submit(task).get_timeout(LONG).expect("no deadlock"), 2);
+}
+
+struct Many;
+
+#[remote(crate = mobula_core)]
+impl Many {
+    fn new() -> Result<Self, Error> {
+        Ok(Self)
+    }
+
+    fn ask(&self, rounds: u32) -> Result<u64, Error> {
+        let runtime = Runtime::current()?;
+        let ask = |_| Ok(*runtime.submit(leaves::remote(1).on(Placement::Process)).get()?);
+        (0..rounds).map(ask).sum()
+    }
+}
+
+fn concurrent_calls(runtime: &Runtime) {
+    let actor = Many::remote().on(Placement::Process).with_concurrency(3);
+    let actor = runtime.spawn(actor).expect("starts");
+    let calls: Vec<_> = (0..6).map(|_| actor.ask(10)).collect();
+    // Others want the CPUs that are lent and taken back all the time.
+    let others: Vec<_> =
+        (0..60).map(|_| runtime.submit(leaves::remote(0).on(Placement::Process))).collect();
+    for call in calls {
+        assert_eq!(*call.get_timeout(LONG).expect("no deadlock"), 20);
+    }
+    collect(&others).expect("run");
+}
+
+#[remote(crate = mobula_core)]
+fn submit_from_async_code() -> Result<u64, Error> {
+    let runtime = Runtime::current()?;
+    let build = tokio::runtime::Builder::new_current_thread().build();
+    let tokio = build.map_err(|error| Error::system("starting a runtime", error))?;
+    let submitted =
+        tokio.block_on(async { runtime.submit(leaves::remote(1).on(Placement::Process)) });
+    // What is on its way does not depend on whoever was there when it was submitted.
+    drop(tokio);
+    Ok(*submitted.get()?)
+}
+
+fn async_code(runtime: &Runtime) {
+    let task = submit_from_async_code::remote().on(Placement::Process);
+    assert_eq!(*runtime.submit(task).get_timeout(LONG).expect("arrives"), 2);
 }
 
 #[remote(crate = mobula_core)]
