@@ -14,7 +14,7 @@ use crate::{Error, Node, PlacementStrategy, Resources, store, threads};
 use bytes::Bytes;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
@@ -173,6 +173,7 @@ impl Route {
             (Self::Thread(inbox), ToWorker::Gathered { key, values }) => {
                 inbox.gathered(key, values)
             }
+            (Self::Thread(inbox), ToWorker::Told { message }) => inbox.told(message),
             (Self::Thread(inbox), ToWorker::Stop) => inbox.stop(),
             (Self::Thread(inbox), ToWorker::Shutdown) => inbox.close(),
             (Self::Thread(_), _) => {}
@@ -368,6 +369,15 @@ impl<T> Group<T> {
         self.members.iter().for_each(|member| member.route.send(ToWorker::Stop));
     }
 
+    /// Sends a message to every member, such as "checkpoint now"; they find it in
+    /// [`Member::next_message`], however long the computation that they are in the middle of.
+    pub fn tell(&self, message: &impl Serialize) -> Result<(), Error> {
+        let message = encode("a message to a group", message)?;
+        let tell = |member: &Port| member.route.send(ToWorker::Told { message: message.clone() });
+        self.members.iter().for_each(tell);
+        Ok(())
+    }
+
     /// Process ids of the members that are processes, by rank.
     pub fn pids(&self) -> Vec<Option<u32>> {
         let pid = |member: &Port| match &member.route {
@@ -524,6 +534,13 @@ impl Member {
         self.inbox.stop.load(Ordering::Acquire)
     }
 
+    /// The oldest message of [`Group::tell`] that has not been taken, if there is one; never waits.
+    /// Errors when it is not a `T`.
+    pub fn next_message<T: DeserializeOwned>(&self) -> Result<Option<T>, Error> {
+        let message = self.inbox.messages().pop_front();
+        message.map(|message| decode("a message to a group", &message)).transpose()
+    }
+
     /// Gives `value` under `key` and waits for the values of all members, by rank. Each key is
     /// for one use. Errors when they are not all there within `timeout`.
     pub fn all_gather(
@@ -551,6 +568,7 @@ pub(crate) struct Inbox {
     stop: AtomicBool,
     closed: AtomicBool,
     gathered: Mutex<HashMap<String, Vec<Bytes>>>,
+    messages: Mutex<VecDeque<Bytes>>,
     /// Large results of a member on a thread.
     offers: Mutex<Vec<store::Offer>>,
     arrived: Condvar,
@@ -559,6 +577,14 @@ pub(crate) struct Inbox {
 impl Inbox {
     pub(crate) fn stop(&self) {
         self.stop.store(true, Ordering::Release);
+    }
+
+    pub(crate) fn told(&self, message: Bytes) {
+        self.messages().push_back(message);
+    }
+
+    fn messages(&self) -> std::sync::MutexGuard<'_, VecDeque<Bytes>> {
+        self.messages.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(crate) fn gathered(&self, key: String, values: Vec<Bytes>) {

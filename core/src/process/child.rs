@@ -91,6 +91,7 @@ async fn session(control: StdUnixStream) -> Result<(), BoxError> {
                 Some(ToWorker::Granted { call, below }) => desk.granted(call, below),
                 Some(ToWorker::TakenOver { call, below }) => desk.taken_over(call, below),
                 Some(ToWorker::Gathered { key, values }) => inbox.gathered(key, values),
+                Some(ToWorker::Told { message }) => inbox.told(message),
                 Some(ToWorker::Stop) => inbox.stop(),
                 Some(ToWorker::Shutdown) => return Ok(()),
                 None => return Err("the driver closed the control stream".into()),

@@ -55,6 +55,8 @@ pub(crate) enum ToWorker {
     Resolved { ticket: u64, result: Result<Packed, Box<Failure>> },
     /// The CPUs that this worker has lent are its own again.
     Resume,
+    /// A message of the group's maker to a member.
+    Told { message: Bytes },
     /// Finish soon: the function sees it in [`Member::stop_requested`](crate::Member).
     Stop,
     /// End the process now.

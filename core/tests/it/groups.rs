@@ -3,7 +3,7 @@
 use crate::Test;
 use mobula_core::group::decode_report;
 use mobula_core::{
-    BoxError, Error, GroupEvent, GroupOptions, Member, Placement, Resources, Runtime, remote,
+    BoxError, Error, Group, GroupEvent, GroupOptions, Member, Placement, Resources, Runtime, remote,
 };
 use std::time::Duration;
 
@@ -13,6 +13,7 @@ pub(crate) const TESTS: &[Test] = &[
     ("groups::members_gather_in_rank_order", gather),
     ("groups::reports_arrive_from_every_rank", reports),
     ("groups::a_running_member_hears_stop", stop),
+    ("groups::a_computing_member_hears_messages_in_order", messages),
     ("groups::a_killed_member_is_named", killed_member),
     ("groups::output_is_captured_per_rank", logs),
     ("groups::a_world_that_never_fits_is_refused", never_fits),
@@ -33,6 +34,44 @@ fn report_thrice(member: Member) -> Result<(), BoxError> {
         member.report(&(member.rank(), i))?;
     }
     Ok(())
+}
+
+/// Computes, and does what it is told between two steps.
+#[remote(crate = mobula_core)]
+fn sum_what_it_is_told(member: Member) -> Result<Vec<(String, u64)>, BoxError> {
+    member.report(&"running")?;
+    let mut told = Vec::new();
+    while !member.stop_requested() {
+        if let Some(message) = member.next_message()? {
+            told.push(message);
+            member.report(&told.len())?;
+        }
+        std::thread::yield_now();
+    }
+    Ok(told)
+}
+
+fn messages(runtime: &Runtime) {
+    for placement in [Placement::Thread, Placement::Process] {
+        let mut group =
+            runtime.group(&options(placement, 2), &sum_what_it_is_told::remote()).expect("starts");
+        let mut reports = 0;
+        let mut wait_for = |group: &mut Group<_>, count| {
+            while reports < count {
+                match group.next_event(LONG) {
+                    Some(GroupEvent::Report { .. }) => reports += 1,
+                    other => panic!("{other:?}"),
+                }
+            }
+        };
+        wait_for(&mut group, 2);
+        group.tell(&("checkpoint", 7)).expect("encodes");
+        group.tell(&("checkpoint", 8)).expect("encodes");
+        wait_for(&mut group, 6);
+        group.stop();
+        let expected = vec![("checkpoint".to_owned(), 7), ("checkpoint".to_owned(), 8)];
+        assert_eq!(group.join(LONG).expect("ends"), [expected.clone(), expected]);
+    }
 }
 
 #[remote(crate = mobula_core)]
