@@ -233,7 +233,8 @@ fn answers(_: &Runtime) {
     assert!(status.workers.iter().any(|worker| worker.name == "tasks" && worker.busy));
     // One that ends in this moment has none.
     assert!(worker("desk").resident_bytes > 1 << 20);
-    assert!(worker("choir rank 0").resident_bytes > 1 << 20);
+    // Its process may have been started a moment ago.
+    assert!(worker("choir rank 0").resident_bytes > 0);
     assert!(status::running().iter().any(|(other, answer)| *other == pid && answer.is_ok()));
 }
 
