@@ -1,6 +1,6 @@
 //! Values that lie on another machine, as the driver knows them.
 
-use super::transfer::{self, Copies};
+use super::transfer::{self, Fetched};
 use crate::object::when_ready;
 use crate::parcel::{Packed, Parcel, Stored};
 use crate::scheduler::NodeId;
@@ -38,7 +38,8 @@ pub struct Far {
     /// Why it may be gone, if its machine is.
     lost: Mutex<Option<Lost>>,
     recipe: OnceLock<Recipe>,
-    copies: Copies,
+    /// In this process's store, once it has been fetched.
+    copy: Fetched,
 }
 
 enum Lost {
@@ -64,7 +65,7 @@ impl Far {
     pub(crate) fn new(name: Arc<str>, place: FarPlace) -> Self {
         let address = super::hub().ok().and_then(|hub| hub.objects_of(place.holder));
         let (place, recipe) = (FarPlace { address, ..place }, OnceLock::new());
-        Self { name, place, lost: Mutex::default(), recipe, copies: Copies::default() }
+        Self { name, place, lost: Mutex::default(), recipe, copy: Fetched::default() }
     }
 
     /// How to make it again, if its machine should be lost.
@@ -105,6 +106,7 @@ impl Far {
         }
         Ok(Some(object))
     }
+
     fn lost_for_good(&self) -> Error {
         let node = self.place.holder.0;
         Error::ObjectLost {
@@ -115,7 +117,7 @@ impl Far {
 
     /// Whether its machine is gone, and no copy is here.
     pub(crate) fn is_gone(&self) -> bool {
-        !self.copies.has_one() && is_gone(self.place.holder)
+        self.here().is_none() && is_gone(self.place.holder)
     }
 
     /// Whether it can be packed for this machine at once.
@@ -132,14 +134,14 @@ impl Far {
         match (self.here(), self.made()) {
             (Some(stored), _) => Parcel::Stored(stored).pack(node),
             (None, Some(made)) => made.pack(node),
-            (None, None) => Err(self.not_fetched("it has not been fetched yet")),
+            (None, None) => Err(self.why_not_at_hand()),
         }
     }
 
     /// Fetches a copy into this process's store, if its machine is there. Waits for it.
     pub(crate) fn fetch(&self) -> Result<(), Error> {
         for attempt in 1.. {
-            match self.copies.bring_blocking(self.place) {
+            match transfer::bring_blocking(&self.copy, self.place) {
                 Ok(_) => return Ok(()),
                 // That it is lost is known only after a while.
                 Err(_) if attempt < FETCHES && !self.is_gone() => std::thread::sleep(FETCH_AGAIN),
@@ -167,7 +169,7 @@ impl Far {
 
     /// The copy in this process's store, if there is one.
     fn here(&self) -> Option<Arc<Stored>> {
-        self.copies.only()
+        self.copy.get().cloned()
     }
 
     /// What was made again, if it was.
@@ -175,6 +177,13 @@ impl Far {
         match &*self.lost() {
             Some(Lost::Again(object)) => object.value()?.ok().map(|parcel| (*parcel).clone()),
             _ => None,
+        }
+    }
+
+    fn why_not_at_hand(&self) -> Error {
+        match &*self.lost() {
+            Some(Lost::ForGood(error)) => error.clone(),
+            _ => self.not_fetched("it has not been fetched yet"),
         }
     }
 

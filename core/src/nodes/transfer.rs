@@ -59,40 +59,27 @@ pub(crate) fn forget_everywhere(holder: NodeId, id: ObjectId) {
     }
 }
 
-/// Each under its holder and its number there, perhaps on its way.
-type ByPlace = HashMap<(NodeId, ObjectId), Arc<OnceCell<Arc<Stored>>>>;
+/// A copy of another machine's value in this process's store, perhaps on its way.
+pub(super) type Fetched = Arc<OnceCell<Arc<Stored>>>;
 
-/// Copies of other machines' values, in this process's store.
-#[derive(Clone, Default)]
+/// Copies of other machines' values that an agent's workers have asked for, and its own values, each
+/// under its holder and its number there.
+#[derive(Default)]
 pub(super) struct Copies {
-    copies: Arc<Mutex<ByPlace>>,
+    copies: Mutex<HashMap<(NodeId, ObjectId), Fetched>>,
 }
 
 impl Copies {
     /// A copy of the value; whoever asks for it at the same time shares one transfer.
     pub(super) async fn bring(&self, place: FarPlace) -> Result<Arc<Stored>, Error> {
-        let cell = Arc::clone(self.lock().entry((place.holder, place.id)).or_default());
-        cell.get_or_try_init(|| transfers_fetch(place)).await.cloned()
-    }
-
-    /// The same from a thread that may wait.
-    pub(super) fn bring_blocking(&self, place: FarPlace) -> Result<Arc<Stored>, Error> {
-        let _lent = crate::current::lend();
-        let (sender, brought) = sync_channel(1);
-        let copies = self.clone();
-        transfers()?.tokio.spawn(async move { drop(sender.send(copies.bring(place).await)) });
-        let wait = || brought.recv().unwrap_or_else(|_| Err(interrupted()));
-        match tokio::runtime::Handle::try_current().map(|tokio| tokio.runtime_flavor()) {
-            // Such a thread serves others, who go on elsewhere meanwhile.
-            Ok(RuntimeFlavor::MultiThread) => tokio::task::block_in_place(wait),
-            _ => wait(),
-        }
+        let copy = Arc::clone(self.lock().entry((place.holder, place.id)).or_default());
+        bring(&copy, place).await
     }
 
     /// Keeps a value of this machine for as long as the driver refers to it.
     pub(super) fn keep(&self, here: NodeId, stored: Arc<Stored>) {
-        let cell = Arc::new(OnceCell::new_with(Some(Arc::clone(&stored))));
-        self.lock().insert((here, stored.id()), cell);
+        let copy = Arc::new(OnceCell::new_with(Some(Arc::clone(&stored))));
+        self.lock().insert((here, stored.id()), copy);
     }
 
     pub(super) fn forget(&self, holder: NodeId, id: ObjectId) {
@@ -101,17 +88,26 @@ impl Copies {
         drop(copy);
     }
 
-    pub(super) fn has_one(&self) -> bool {
-        self.only().is_some()
-    }
-
-    /// The copy, of who keeps one.
-    pub(super) fn only(&self) -> Option<Arc<Stored>> {
-        self.lock().values().find_map(|cell| cell.get().cloned())
-    }
-
-    fn lock(&self) -> MutexGuard<'_, ByPlace> {
+    fn lock(&self) -> MutexGuard<'_, HashMap<(NodeId, ObjectId), Fetched>> {
         self.copies.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+async fn bring(copy: &Fetched, place: FarPlace) -> Result<Arc<Stored>, Error> {
+    copy.get_or_try_init(|| transfers_fetch(place)).await.cloned()
+}
+
+/// Fetches a copy, if it is not there, from a thread that may wait.
+pub(super) fn bring_blocking(copy: &Fetched, place: FarPlace) -> Result<Arc<Stored>, Error> {
+    let _lent = crate::current::lend();
+    let (sender, brought) = sync_channel(1);
+    let copy = Arc::clone(copy);
+    transfers()?.tokio.spawn(async move { drop(sender.send(bring(&copy, place).await)) });
+    let wait = || brought.recv().unwrap_or_else(|_| Err(interrupted()));
+    match tokio::runtime::Handle::try_current().map(|tokio| tokio.runtime_flavor()) {
+        // Such a thread serves others, who go on elsewhere meanwhile.
+        Ok(RuntimeFlavor::MultiThread) => tokio::task::block_in_place(wait),
+        _ => wait(),
     }
 }
 
