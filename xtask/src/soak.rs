@@ -5,25 +5,13 @@ use anyhow::Result;
 
 #[derive(clap::Args)]
 pub(crate) struct Options {
-    /// Rounds to run
-    #[arg(long, default_value_t = 200)]
-    rounds: u64,
-    /// What all random draws come from
-    #[arg(long, default_value_t = 1)]
-    seed: u64,
-    /// Only this round of the seed
-    #[arg(long)]
-    round: Option<u64>,
-    /// At most 20 rounds
-    #[arg(long)]
-    quick: bool,
+    /// What the soak is told: --rounds N, --seed S, --round R, --quick; its own --help says more
+    #[arg(value_name = "OPTION", trailing_var_arg = true, allow_hyphen_values = true)]
+    options: Vec<String>,
 }
 
 pub(crate) fn run(options: &Options) -> Result<()> {
-    let soak = "run --package mobula-bench --bin soak --";
-    let (rounds, seed) = (options.rounds, options.seed);
-    let mut command = command::cargo_command(&format!("{soak} --rounds {rounds} --seed {seed}"));
-    command.args(options.round.map(|round| format!("--round={round}")));
-    command.args(options.quick.then_some("--quick"));
+    let mut command = command::cargo_command("run --package mobula-bench --bin soak --");
+    command.args(&options.options);
     command::run(command)
 }

@@ -18,7 +18,8 @@ pub(super) fn describe(status: ExitStatus, peak: u64) -> String {
 /// The same with the most memory that the process was seen to hold.
 pub(super) fn with_peak(how: String, peak: u64) -> String {
     match peak {
-        0 => how,
+        // Not seen since it began.
+        0..1_000_000 => how,
         peak => format!("{how}, peak resident memory {}", amount(peak)),
     }
 }
