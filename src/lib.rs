@@ -37,11 +37,11 @@
 
 pub use mobula_core::{
     ActorOptions, ActorPool, ActorRef, Backoff, Batch, BatchSource, BatchStream, BoxError, Bundle,
-    Checkpoint, CheckpointStore, Error, Flow, GroupTask, Member, Node, NodeInfo, ObjectRef,
-    ObjectStream, Placement, PlacementGroup, PlacementGroupOptions, PlacementStrategy, RemoteActor,
-    Resources, RestartPolicy, RunDir, Runtime, Shard, StreamTask, Task, TaskOptions, World, Yield,
-    collect, console, init, init_with, on_interrupt, random, remote, run, status, value, wait,
-    world,
+    Checkpoint, CheckpointStore, Error, Flow, Group, GroupEvent, GroupOptions, GroupTask, Member,
+    Node, NodeInfo, ObjectRef, ObjectStream, OnLoss, Placement, PlacementGroup,
+    PlacementGroupOptions, PlacementStrategy, RemoteActor, Rendezvous, Resources, RestartPolicy,
+    RunDir, Runtime, Shard, StreamTask, Task, TaskOptions, World, Yield, collect, console, init,
+    init_with, on_interrupt, random, remote, run, status, value, wait, world,
 };
 
 #[cfg(feature = "data")]

@@ -135,6 +135,18 @@ pub enum Error {
         /// The worker's build.
         got: String,
     },
+    /// A member of a group works for a generation that is over.
+    #[error(
+        "{member} is of generation {generation}, and generation {newest} was formed after a loss: return this error to be called again, or go on from Member::rendezvous"
+    )]
+    Reformed {
+        /// Who.
+        member: String,
+        /// The generation that it takes part in.
+        generation: u64,
+        /// The newest one.
+        newest: u64,
+    },
     /// A task or group member returned an error.
     #[error("{task} failed: {message}")]
     TaskFailed {

@@ -8,7 +8,10 @@ use mobula_core::checkpoint::Checkpoint;
 use mobula_core::console::{self, Progress as Bar};
 use mobula_core::group::decode_report;
 use mobula_core::run::{MetricsWriter, RunDir, RunState};
-use mobula_core::{Group, GroupEvent, GroupOptions, GroupTask, Placement, Resources, Runtime};
+use mobula_core::{
+    Group, GroupEvent, GroupOptions, GroupTask, OnLoss, Placement, Resources, RestartPolicy,
+    Runtime,
+};
 use std::collections::BTreeMap;
 use std::time::Duration;
 
@@ -43,14 +46,23 @@ impl ScalingConfig {
 /// How often a training may fail and start again from its newest checkpoint.
 #[derive(Clone, Copy, Debug)]
 pub struct FailureConfig {
-    /// Lost workers that are survived. Errors of the training function itself are never retried:
-    /// they would come again. Default: 3.
+    /// Losses of workers that are survived. Errors of the training function itself are never
+    /// retried: they would come again. Default: 3.
     pub max_failures: u32,
+    /// Which workers get new processes then. The training function begins anew on all of them.
+    /// Default: every one; [`OnLoss::ReplaceLost`] saves the others their start.
+    pub on_loss: OnLoss,
 }
 
 impl Default for FailureConfig {
     fn default() -> Self {
-        Self { max_failures: 3 }
+        Self { max_failures: 3, on_loss: OnLoss::RestartAll }
+    }
+}
+
+impl FailureConfig {
+    fn restart_policy(&self) -> RestartPolicy {
+        RestartPolicy { window: Duration::MAX, ..RestartPolicy::at_most(self.max_failures) }
     }
 }
 
@@ -159,37 +171,47 @@ impl<T> Trainer<T> {
 
     fn fit_with_restarts(&self, runtime: &Runtime) -> Result<TrainingResult<T>> {
         let mut journal = Journal::new(&self.name, self.run.as_ref())?;
-        let (mut restarts, allowed) = (0, self.failure.max_failures);
-        loop {
-            match self.attempt(runtime, restarts, &mut journal) {
-                Ok(values) => return self.result(values, restarts, journal),
-                Err(Error::Core(error)) if error.is_retryable() && restarts < allowed => {
-                    restarts += 1;
-                    console::note(format!("{error}; restart {restarts} of {allowed}"));
-                }
-                Err(Error::Core(source)) if source.is_retryable() => {
-                    return Err(Error::TooManyFailures { failures: restarts + 1, allowed, source });
-                }
-                Err(error) => return Err(error),
-            }
-        }
-    }
-
-    /// One life of the group.
-    fn attempt(&self, runtime: &Runtime, generation: u32, journal: &mut Journal) -> Result<Vec<T>> {
-        let resume_from = self.newest_checkpoint()?;
-        journal.resume(resume_from.as_ref(), self.run.as_ref())?;
-        let options = self.group_options(generation, resume_from)?;
-        let mut group = runtime.group(&options, &self.task)?;
+        let setup = self.setup(&mut journal)?;
+        let mut group = runtime.group(&self.group_options(&setup)?, &self.task)?;
         let mut values: Vec<Option<T>> = (0..self.scaling.num_workers).map(|_| None).collect();
+        let mut restarts = 0;
         while values.iter().any(Option::is_none) {
             match next(&mut group) {
                 GroupEvent::Report { payload, .. } => journal.record(decode_report(&payload)?)?,
                 GroupEvent::Finished { rank, value } => values[rank] = Some(value),
-                GroupEvent::Failed { error, .. } => return Err(error.into()),
+                GroupEvent::Restarting { .. } => {
+                    restarts += 1;
+                    // What has been done since the checkpoint is done again, on all ranks.
+                    values.fill_with(|| None);
+                    group.set_context(&self.setup(&mut journal)?)?;
+                }
+                GroupEvent::Failed { error, .. } => return Err(self.failure(error, restarts)),
             }
         }
-        Ok(values.into_iter().flatten().collect())
+        self.result(values.into_iter().flatten().collect(), restarts, journal)
+    }
+
+    fn failure(&self, error: mobula_core::Error, restarts: u32) -> Error {
+        if !error.is_retryable() {
+            return error.into();
+        }
+        let allowed = self.failure.max_failures;
+        Error::TooManyFailures { failures: restarts + 1, allowed, source: error }
+    }
+
+    /// What the workers are to continue from.
+    fn setup(&self, journal: &mut Journal) -> Result<Setup> {
+        let resume_from = self.newest_checkpoint()?;
+        journal.resume(resume_from.as_ref(), self.run.as_ref())?;
+        let checkpoints = self.run.as_ref().map(|run| run.checkpoints(self.checkpoint.keep));
+        // A survivor of a loss may be about to save: what the others continue from has to stay.
+        let least = if self.failure.on_loss == OnLoss::ReplaceLost { 2 } else { 1 };
+        Ok(Setup {
+            checkpoints: checkpoints.map(|store| store.dir().to_owned()),
+            keep: self.checkpoint.keep.max(least),
+            every_epochs: self.checkpoint.every_epochs,
+            resume_from,
+        })
     }
 
     fn newest_checkpoint(&self) -> Result<Option<Checkpoint>> {
@@ -199,27 +221,17 @@ impl<T> Trainer<T> {
         Ok(run.checkpoints(self.checkpoint.keep).latest()?)
     }
 
-    fn group_options(
-        &self,
-        generation: u32,
-        resume_from: Option<Checkpoint>,
-    ) -> Result<GroupOptions> {
-        let checkpoints = self.run.as_ref().map(|run| run.checkpoints(self.checkpoint.keep));
-        let setup = Setup {
-            checkpoints: checkpoints.map(|store| store.dir().to_owned()),
-            keep: self.checkpoint.keep,
-            every_epochs: self.checkpoint.every_epochs,
-            resume_from,
-        };
+    fn group_options(&self, setup: &Setup) -> Result<GroupOptions> {
         let options = GroupOptions {
             resources: self.scaling.resources_per_worker.clone(),
             placement: self.scaling.placement,
-            generation: u64::from(generation),
+            restart: self.failure.restart_policy(),
+            on_loss: self.failure.on_loss,
             log_dir: self.run.as_ref().map(|run| run.path().join("logs")),
             show_logs: self.show_logs,
             ..GroupOptions::new(&self.name, self.scaling.num_workers)
         };
-        Ok(options.with_context(&setup)?)
+        Ok(options.with_context(setup)?)
     }
 
     fn result(&self, values: Vec<T>, restarts: u32, journal: Journal) -> Result<TrainingResult<T>> {

@@ -10,7 +10,7 @@ mod pool;
 mod process;
 pub mod remote;
 pub(crate) mod stage;
-mod supervisor;
+pub(crate) mod supervisor;
 
 pub(crate) use handle::WeakActor;
 pub use handle::{ActorRef, RemoteActor};

@@ -155,7 +155,11 @@ impl Worker {
                 link.send(ToWorker::Resolved { ticket: *ticket, result: Err(failure) });
                 return;
             }
-            _ => FromWorker::Done(outcome),
+            ToWorker::Run { member, .. } => {
+                FromWorker::Done { generation: member.generation, outcome }
+            }
+            // Nothing else carries values.
+            _ => return,
         };
         self.say_within_credits(WorkerEvent::Frame(answer)).await;
     }

@@ -5,7 +5,7 @@ use super::desk::{Desk, Work};
 use super::wire::{
     Assignment, Frames, FromWorker, MAX_FRAME_BYTES, METHOD, MemberSpec, Outcome, ToWorker,
 };
-use crate::group::{Inbox, Member};
+use crate::group::{Inbox, Line, Member};
 use crate::parcel::{Outgoing, Packed, reader};
 use crate::remote::RemoteFn;
 use crate::store::Offer;
@@ -92,6 +92,7 @@ async fn session(control: StdUnixStream) -> Result<(), BoxError> {
                 Some(ToWorker::TakenOver { call, below }) => desk.taken_over(call, below),
                 Some(ToWorker::Gathered { key, values }) => inbox.gathered(key, values),
                 Some(ToWorker::Told { message }) => inbox.told(message),
+                Some(ToWorker::Reformed { member }) => inbox.reformed(member),
                 Some(ToWorker::Stop) => inbox.stop(),
                 Some(ToWorker::Shutdown) => return Ok(()),
                 None => return Err("the driver closed the control stream".into()),
@@ -136,19 +137,40 @@ fn start(
     thread.spawn(move || {
         let frames = outbound.clone();
         let send = move |frame| frames.blocking_send(frame).map_err(|_| driver_gone());
-        let member = Member::new(spec, Box::new(send), inbox);
         let reader = reader();
-        let args =
-            args.into_iter().map(|packed| packed.open(&reader)).collect::<Result<Vec<_>, _>>();
-        let (outcome, offer) = match args {
-            Ok(args) => run(&function, &args, member),
-            Err(error) => (Outcome::Failed { message: error.to_string() }, None),
-        };
-        // The process stays until the driver has taken the result.
-        std::mem::forget(offer);
-        let _ = outbound.blocking_send(FromWorker::Done(outcome));
+        let args = args.into_iter().map(|packed| packed.open(&reader)).collect();
+        serve_member(&function, args, spec, Arc::new(send), &inbox);
     })?;
     Ok(())
+}
+
+/// Runs a member's function, and again in each later generation that the member is asked to take
+/// part in, for as long as the process lives.
+fn serve_member(
+    function: &str,
+    args: Result<Vec<Encoded>, Error>,
+    mut spec: MemberSpec,
+    line: Line,
+    inbox: &Arc<Inbox>,
+) {
+    loop {
+        let member = Member::new(spec, Arc::clone(&line), Arc::clone(inbox));
+        let life = member.share_life();
+        let (outcome, offer) = match &args {
+            Ok(args) => run(function, args, member),
+            Err(error) => (Outcome::Failed { message: error.to_string() }, None),
+        };
+        let generation = life.lock().unwrap_or_else(PoisonError::into_inner).generation();
+        // However it ended: in a generation that is over nobody counts on it.
+        if inbox.newer_than(generation).is_none() {
+            // The process stays until the driver has taken the result.
+            std::mem::forget(offer);
+            if line(FromWorker::Done { generation, outcome }).is_err() {
+                return;
+            }
+        }
+        spec = inbox.wait_for_newer(generation);
+    }
 }
 
 /// Runs a group member's function; its end, however it ends, as a value.

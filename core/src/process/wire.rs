@@ -57,6 +57,8 @@ pub(crate) enum ToWorker {
     Resume,
     /// A message of the group's maker to a member.
     Told { message: Bytes },
+    /// Lost members were replaced: who this one is in the new generation.
+    Reformed { member: MemberSpec },
     /// Finish soon: the function sees it in [`Member::stop_requested`](crate::Member).
     Stop,
     /// End the process now.
@@ -92,11 +94,11 @@ pub(crate) enum FromWorker {
     /// Alive.
     Beat,
     /// Something for the driver, in the group's own encoding.
-    Report(Bytes),
+    Report { generation: u64, payload: Bytes },
     /// This member's part of a gathering.
-    Gather { key: String, value: Bytes },
+    Gather { generation: u64, key: String, value: Bytes },
     /// The member's function has ended.
-    Done(Outcome),
+    Done { generation: u64, outcome: Outcome },
     /// Values of a call that goes on, the first of this number.
     Yielded { call: u64, first: u64, values: Vec<Packed> },
     /// A call has ended, after so many microseconds of running.
@@ -150,7 +152,7 @@ impl FromWorker {
     /// The values that it refers to.
     pub(crate) fn packed(&self) -> &[Packed] {
         match self {
-            Self::Done(Outcome::Value(value)) => std::slice::from_ref(value),
+            Self::Done { outcome: Outcome::Value(value), .. } => std::slice::from_ref(value),
             Self::Reply { outcome: Outcome::Value(value), .. } => std::slice::from_ref(value),
             Self::Yielded { values, .. } => values,
             Self::Submit { submission, .. } => &submission.args,
@@ -161,7 +163,7 @@ impl FromWorker {
     /// The same, to be changed.
     pub(crate) fn packed_mut(&mut self) -> &mut [Packed] {
         match self {
-            Self::Done(Outcome::Value(value)) => std::slice::from_mut(value),
+            Self::Done { outcome: Outcome::Value(value), .. } => std::slice::from_mut(value),
             Self::Reply { outcome: Outcome::Value(value), .. } => std::slice::from_mut(value),
             Self::Yielded { values, .. } => values,
             Self::Submit { submission, .. } => &mut submission.args,
@@ -177,6 +179,8 @@ pub(crate) struct MemberSpec {
     pub(crate) rank: usize,
     pub(crate) world: usize,
     pub(crate) generation: u64,
+    /// The generation in which each member's function began.
+    pub(crate) born: Vec<u64>,
     pub(crate) threads: usize,
     pub(crate) context: Bytes,
 }

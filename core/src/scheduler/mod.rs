@@ -63,7 +63,7 @@ pub(crate) enum Event {
     Return { id: Id, shape: Shape },
     /// There is a new node.
     NodeJoined { node: NodeId, total: Amounts },
-    /// The node is gone, and what was granted there with it.
+    /// The node is gone, and what was granted there with it; a gang keeps what it has elsewhere.
     NodeLost { node: NodeId },
     /// No more grants.
     Close,
@@ -79,7 +79,7 @@ pub(crate) enum Command {
     Joined { holder: Id, ids: Vec<Id> },
     /// The request can never be granted, wherever it waits.
     Refuse { id: Id, refusal: Refusal },
-    /// The holder's node is gone.
+    /// The nodes of all that the holder had are gone.
     Lost { id: Id },
 }
 
@@ -212,6 +212,12 @@ impl Scheduler {
     }
 
     fn release(&mut self, id: Id, out: &mut Vec<Command>) {
+        self.forget(id);
+        self.dispatch(out);
+    }
+
+    /// Takes back what is granted.
+    fn forget(&mut self, id: Id) {
         let Some(held) = self.held.remove(&id) else { return };
         if held.cpus == Cpus::Wanted {
             self.reclaims.retain(|wanted| *wanted != id);
@@ -222,7 +228,6 @@ impl Scheduler {
             }
             self.give_to_node(&grant);
         }
-        self.dispatch(out);
     }
 
     fn lend(&mut self, id: Id, out: &mut Vec<Command>) {
@@ -287,13 +292,19 @@ impl Scheduler {
         self.nodes.retain(|n| n.id != node);
         self.node_set += 1;
         self.refuse_who_waits_for(node, out);
-        let there = |held: &Held| held.grants.iter().any(|grant| grant.node == node);
-        let mut lost: Vec<Id> =
-            self.held.iter().filter(|(_, held)| there(held)).map(|(id, _)| *id).collect();
+        let mut lost = Vec::new();
+        for (id, held) in &mut self.held {
+            let before = held.grants.len();
+            // What a gang holds on other nodes stays its own: its members there go on.
+            held.grants.retain(|grant| grant.node != node);
+            if held.grants.is_empty() && before > 0 {
+                lost.push(*id);
+            }
+        }
         lost.sort_unstable();
         out.extend(lost.iter().map(|id| Command::Lost { id: *id }));
-        // What the lost ones hold on other nodes is free.
-        lost.iter().for_each(|id| self.release(*id, out));
+        lost.iter().for_each(|id| self.forget(*id));
+        self.dispatch(out);
     }
 
     fn refuse_who_waits_for(&mut self, node: NodeId, out: &mut Vec<Command>) {

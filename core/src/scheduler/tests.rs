@@ -157,14 +157,23 @@ fn two_gangs_never_hold_half_of_each_other() {
 }
 
 #[test]
-fn a_lost_node_frees_what_its_gangs_held_elsewhere() {
+fn a_gang_keeps_what_it_has_elsewhere_when_it_loses_a_node() {
     let mut s = machines(&[Amounts::cpus(UNIT), Amounts::cpus(UNIT)]);
     let gang = shape(&vec![Amounts::cpus(UNIT); 2], PlacementStrategy::StrictSpread);
     submit(&mut s, 1, gang);
     submit(&mut s, 2, cpus(1));
+    assert_eq!(step(&mut s, Event::NodeLost { node: NodeId(1) }), []);
+    assert_eq!(started(&step(&mut s, Event::Release { id: 1 })), [2]);
+}
+
+#[test]
+fn who_loses_all_its_nodes_is_told() {
+    let mut s = machines(&[Amounts::cpus(UNIT), Amounts::cpus(UNIT)]);
+    let gang = shape(&vec![Amounts::cpus(UNIT); 2], PlacementStrategy::StrictSpread);
+    submit(&mut s, 1, gang);
+    assert_eq!(step(&mut s, Event::NodeLost { node: NodeId(0) }), []);
     let after = step(&mut s, Event::NodeLost { node: NodeId(1) });
-    assert_eq!(after[0], Command::Lost { id: 1 });
-    assert_eq!(started(&after), [2]);
+    assert_eq!(after, [Command::Lost { id: 1 }]);
 }
 
 #[test]

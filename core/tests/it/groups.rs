@@ -122,7 +122,7 @@ fn reports(runtime: &Runtime) {
                 seen[rank].push(i);
             }
             GroupEvent::Finished { .. } => finished += 1,
-            GroupEvent::Failed { error, .. } => panic!("{error}"),
+            other => panic!("{other:?}"),
         }
     }
     assert_eq!(seen, [[0, 1, 2], [0, 1, 2]]);

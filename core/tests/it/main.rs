@@ -10,6 +10,7 @@ mod hygiene;
 mod nested;
 mod nodes;
 mod placement;
+mod regroup;
 mod remote_actors;
 mod status;
 mod streams;
@@ -46,6 +47,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         nested::TESTS,
         nodes::TESTS,
         placement::TESTS,
+        regroup::TESTS,
         remote_actors::TESTS,
         status::TESTS,
         streams::TESTS,

@@ -3,6 +3,7 @@
 
 use super::region::Region;
 use crate::{Error, Result};
+use mobula_core::Member;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
@@ -14,15 +15,16 @@ const SPINS: u32 = 2000;
 /// Yields before sleeping between looks.
 const YIELDS: u32 = 2000;
 
-/// Arrives as number `turn` (1, 2, …) and waits for all others.
+/// Arrives as number `turn` (1, 2, …) and waits for all others. Gives up when `member` hears that
+/// one of them was lost.
 pub(crate) fn wait(
     region: &Region,
-    rank: usize,
-    world: usize,
+    member: &Member,
     turn: u64,
     operation: &'static str,
     timeout: Duration,
 ) -> Result<()> {
+    let (rank, world) = (member.rank(), member.world_size());
     region.counter(rank, ARRIVALS).store(turn, Ordering::Release);
     let is_late = |other: &usize| region.counter(*other, ARRIVALS).load(Ordering::Acquire) < turn;
     let begun = Instant::now();
@@ -30,7 +32,11 @@ pub(crate) fn wait(
         let mut looks = 0;
         while is_late(&other) {
             pause(&mut looks);
-            if looks > SPINS && begun.elapsed() > timeout {
+            if looks <= SPINS {
+                continue;
+            }
+            member.check_generation()?;
+            if begun.elapsed() > timeout {
                 let late = (0..world).filter(is_late).collect();
                 return Err(Error::Straggler { operation, rank, late, after: timeout });
             }

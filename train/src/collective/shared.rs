@@ -39,10 +39,10 @@ impl SharedMemory {
         self.reserve(member, size_of_val(values))?;
         self.publish(values.len() as u64)?;
         self.region()?.give(self.rank, values);
-        self.meet("all_reduce")?;
+        self.meet(member, "all_reduce")?;
         self.check_lengths(values.len() as u64)?;
         self.region()?.reduce::<T>(self.chunk(values.len()), values.len());
-        self.meet("all_reduce")?;
+        self.meet(member, "all_reduce")?;
         self.region()?.take(values);
         // No third barrier: a rank can give again only into its own slot, which nobody reads
         // any more, and can touch the sum only after the next barrier.
@@ -112,9 +112,9 @@ impl SharedMemory {
         Ok(())
     }
 
-    fn meet(&mut self, operation: &'static str) -> Result<()> {
+    fn meet(&mut self, member: &Member, operation: &'static str) -> Result<()> {
         self.turn += 1;
-        barrier::wait(self.region()?, self.rank, self.world, self.turn, operation, TIMEOUT)
+        barrier::wait(self.region()?, member, self.turn, operation, TIMEOUT)
     }
 
     /// The part of the sum that this rank adds up.

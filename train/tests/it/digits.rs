@@ -9,6 +9,7 @@ use mobula_nn::{Model, ModelSpec, Pass, metrics};
 use mobula_train::{AdamW, AdamWOptions, TrainState, WorkerContext};
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
+use std::sync::OnceLock;
 
 const FEATURES: usize = 8;
 const CLASSES: usize = 3;
@@ -118,13 +119,19 @@ pub(crate) struct Outcome {
     pub(crate) accuracy: f64,
     /// The step that the rank began at: above 0 if it was restored from a checkpoint.
     pub(crate) began_at: u64,
+    /// The generation in which its process was started.
+    pub(crate) process: u64,
 }
+
+/// Of this process.
+static FIRST_GENERATION: OnceLock<u64> = OnceLock::new();
 
 /// Trains, and gives what this rank has at the end.
 #[remote(crate = mobula_core)]
 pub(crate) fn train(member: Member, config: Config) -> Result<Outcome, BoxError> {
     let generation = member.generation();
     println!("generation {generation}");
+    FIRST_GENERATION.get_or_init(|| generation);
     learn(&mut WorkerContext::join(member)?, &config)
 }
 
@@ -165,7 +172,8 @@ pub(crate) fn learn(context: &mut WorkerContext<'_>, config: &Config) -> Result<
     for (_, var) in state.model.params().vars() {
         weights.extend(var.flatten_all()?.to_vec1::<f32>()?);
     }
-    Ok(Outcome { weights, accuracy, began_at })
+    let process = FIRST_GENERATION.get().copied().unwrap_or(0);
+    Ok(Outcome { weights, accuracy, began_at, process })
 }
 
 fn do_harm(harm: &Harm, rank: usize, step: u64) {

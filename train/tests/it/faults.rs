@@ -3,7 +3,7 @@
 
 use crate::Test;
 use crate::digits::{Config, Harm, Outcome, train};
-use mobula_core::{Resources, RunDir, Runtime};
+use mobula_core::{OnLoss, Resources, RunDir, Runtime};
 use mobula_train::{Error, FailureConfig, ScalingConfig, Trainer, TrainingResult};
 
 pub(crate) const TESTS: &[Test] = &[
@@ -18,27 +18,37 @@ pub(crate) const TESTS: &[Test] = &[
 type Fit = Result<TrainingResult<Outcome>, Error>;
 
 fn fit(runtime: &Runtime, config: Config, run: Option<&RunDir>) -> Fit {
+    fit_on_loss(OnLoss::RestartAll, runtime, config, run)
+}
+
+fn fit_on_loss(on_loss: OnLoss, runtime: &Runtime, config: Config, run: Option<&RunDir>) -> Fit {
     let mut trainer = Trainer::new(train::remote(config)).with_logs_shown(false);
     if let Some(run) = run {
         trainer = trainer.with_run(run);
     }
-    let failure = FailureConfig { max_failures: 2 };
+    let failure = FailureConfig { max_failures: 2, on_loss };
     trainer.with_scaling(ScalingConfig::workers(2)).with_failure(failure).fit(runtime)
 }
 
 /// INV-RECOVER: after a real `kill -9` in the middle of an epoch the weights are, bit by bit,
-/// those of a run that nothing happened to.
+/// those of a run that nothing happened to; whether every worker begins anew or only the lost one.
 fn killed_once(runtime: &Runtime) {
-    let root = tempfile::tempdir().expect("temporary folder");
-    let run = RunDir::create(root.path(), "r", 5, &()).expect("run");
-    let harm = Harm::KillOnce { at_step: 15, marker: root.path().join("marker") };
-    let killed = fit(runtime, Config { harm, ..Config::new(5) }, Some(&run)).expect("recovers");
     let undisturbed = fit(runtime, Config::new(5), None).expect("fit");
-    assert_eq!(killed.restarts, 1);
-    assert!(killed.values.iter().all(|rank| rank.began_at == 12), "restored, not begun anew");
-    assert_eq!(killed.values[0].weights, undisturbed.values[0].weights);
-    let log = std::fs::read_to_string(run.log_path(0)).expect("log");
-    assert_eq!(log, "generation 0\ngeneration 1\n");
+    for on_loss in [OnLoss::RestartAll, OnLoss::ReplaceLost] {
+        let root = tempfile::tempdir().expect("temporary folder");
+        let run = RunDir::create(root.path(), "r", 5, &()).expect("run");
+        let harm = Harm::KillOnce { at_step: 15, marker: root.path().join("marker") };
+        let config = Config { harm, ..Config::new(5) };
+        let killed = fit_on_loss(on_loss, runtime, config, Some(&run)).expect("recovers");
+        assert_eq!(killed.restarts, 1);
+        assert!(killed.values.iter().all(|rank| rank.began_at == 12), "restored, not begun anew");
+        assert_eq!(killed.values[0].weights, undisturbed.values[0].weights);
+        let processes: Vec<u64> = killed.values.iter().map(|rank| rank.process).collect();
+        let of_rank_0 = if on_loss == OnLoss::ReplaceLost { 0 } else { 1 };
+        assert_eq!(processes, [of_rank_0, 1], "{on_loss:?}");
+        let log = std::fs::read_to_string(run.log_path(0)).expect("log");
+        assert_eq!(log, "generation 0\ngeneration 1\n");
+    }
 }
 
 fn killed_always(runtime: &Runtime) {
