@@ -3,11 +3,12 @@
 
 use crate::Test;
 use crate::driver::{assert_gone, wait_for_file};
+use mobula_core::group::decode_report;
 use mobula_core::value::Blob;
 use mobula_core::{
-    ActorOptions, Error, GroupOptions, Member, Node, Placement, PlacementGroupOptions,
-    PlacementStrategy, Resources, RestartPolicy, Runtime, Task, TaskOptions, Yield, collect,
-    remote,
+    ActorOptions, BoxError, Error, Group, GroupEvent, GroupOptions, Member, Node, OnLoss,
+    Placement, PlacementGroupOptions, PlacementStrategy, Resources, RestartPolicy, Runtime, Task,
+    TaskOptions, Yield, collect, remote,
 };
 use std::collections::HashSet;
 use std::net::TcpListener;
@@ -24,6 +25,7 @@ pub(crate) const TESTS: &[Test] = &[
     ("nodes::large_values_go_from_machine_to_machine", large_values),
     ("nodes::a_group_is_spread_over_machines", spread_group),
     ("nodes::what_a_lost_machine_did_is_done_elsewhere", lost_machine),
+    ("nodes::groups_go_on_without_the_machine_that_they_lose", groups_lose_a_machine),
     ("nodes::a_killed_driver_leaves_no_copy_and_no_worker", killed_driver),
     ("nodes::copies_on_one_machine_count_its_cpus_once", copies_on_one_machine),
     ("nodes::nobody_joins_without_the_secret", wrong_secret),
@@ -46,6 +48,7 @@ pub(crate) fn run() -> Result<(), Box<dyn std::error::Error>> {
         "large values" => scenarios::large_values,
         "spread group" => scenarios::spread_group,
         "lost machine" => scenarios::lost_machine,
+        "groups lose a machine" => scenarios::groups_lose_a_machine,
         "long task" => scenarios::long_task,
         "count" => scenarios::count,
         "silent machine" => scenarios::silent_machine,
@@ -200,7 +203,16 @@ fn killed_driver(_: &Runtime) {
 }
 
 fn lost_machine(_: &Runtime) {
-    let mut launch = Launch::start("lost machine", &[1, 1, 1], |_, _| {});
+    lose_a_machine("lost machine");
+}
+
+fn groups_lose_a_machine(_: &Runtime) {
+    lose_a_machine("groups lose a machine");
+}
+
+/// Kills the machine that the scenario names.
+fn lose_a_machine(scenario: &str) {
+    let mut launch = Launch::start(scenario, &[1, 1, 1], |_, _| {});
     let agent = wait_for_file(&launch.file("victim"));
     let victim = launch.copies.iter_mut().find(|copy| copy.id().to_string() == agent);
     victim.expect("an agent").kill().expect("kill -9");
@@ -299,6 +311,22 @@ fn here(member: Member) -> Result<u32, Error> {
     let all = member.all_gather("parents", &parent.to_le_bytes(), LONG)?;
     let all: HashSet<_> = all.into_iter().collect();
     Ok(all.len() as u32)
+}
+
+/// Says where each member runs, once a machine was lost.
+#[remote(crate = mobula_core)]
+fn after_the_loss(member: Member) -> Result<Vec<u32>, BoxError> {
+    let parent = std::os::unix::process::parent_id();
+    let all = member.all_gather("parents", &parent.to_le_bytes(), LONG)?;
+    let number = |bytes: &bytes::Bytes| u32::from_le_bytes(bytes[..].try_into().expect("4 bytes"));
+    let parents: Vec<u32> = all.iter().map(number).collect();
+    if member.generation() == 0 {
+        member.report(&parents)?;
+        while member.check_generation().is_ok() {
+            std::thread::yield_now();
+        }
+    }
+    Ok(parents)
 }
 
 /// Where it runs first it stays until its machine is lost; elsewhere it returns.
@@ -472,6 +500,45 @@ mod scenarios {
         let node = runtime.nodes()[1].node;
         let task = linger::remote().with_options(on(node));
         drop(runtime.submit(task).get());
+    }
+
+    pub(super) fn groups_lose_a_machine(runtime: &Runtime) {
+        let group = |name: &str, size, strategy, on_loss, cpus| {
+            let options = GroupOptions {
+                strategy,
+                on_loss,
+                restart: RestartPolicy::at_most(1),
+                resources: Resources::cpus(cpus),
+                ..GroupOptions::new(name, size)
+            };
+            runtime.group(&options, &after_the_loss::remote()).expect("fits")
+        };
+        // Every member says where all of them run.
+        let parents = |group: &mut Group<Vec<u32>>, size| {
+            let next = |_| match group.next_event(LONG) {
+                Some(GroupEvent::Report { payload, .. }) => decode_report(&payload),
+                other => panic!("{other:?}"),
+            };
+            let said: Vec<Vec<u32>> =
+                (0..size).map(next).collect::<Result<_, _>>().expect("decode");
+            said[0].clone()
+        };
+        let (spread, strict) = (PlacementStrategy::Spread, PlacementStrategy::StrictSpread);
+        let mut replaced = group("replaced", 3, spread, OnLoss::ReplaceLost, 1.0);
+        let mut moved = group("moved", 2, strict, OnLoss::ReplaceLost, 0.5);
+        let (before, moved_before) = (parents(&mut replaced, 3), parents(&mut moved, 2));
+        assert_eq!(before.iter().collect::<HashSet<_>>().len(), 3);
+        let victim = moved_before.iter().find(|parent| **parent != std::process::id());
+        let victim = *victim.expect("one of two machines is not the driver's");
+        tell("victim", &victim.to_string());
+        // The test kills the machine now.
+        let after = replaced.join(LONG).expect("goes on").swap_remove(0);
+        for (before, after) in before.iter().zip(&after) {
+            assert_eq!(before != after, *before == victim, "only the lost one is elsewhere");
+        }
+        let after = moved.join(LONG).expect("goes on").swap_remove(0);
+        assert!(after[0] != after[1] && !after.contains(&victim), "{after:?}");
+        assert_eq!(runtime.free_resources().cpus, 4.0);
     }
 
     pub(super) fn lost_machine(runtime: &Runtime) {
