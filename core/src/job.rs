@@ -43,10 +43,11 @@ const MOST_LOSSES: u32 = 12;
 const LOOK_AGAIN: Duration = Duration::from_millis(500);
 
 impl<T: Send + Sync + 'static> Job<T> {
-    pub(crate) fn new(runtime: Runtime, task: Task<T>, promise: Promise<T>) -> Self {
+    /// Boxed, since it is handed on from thread to thread.
+    pub(crate) fn new(runtime: Runtime, task: Task<T>, promise: Promise<T>) -> Box<Self> {
         let (options, body) = (task.options, Some(task.body));
         runtime.seen().counts.submitted();
-        Self {
+        Box::new(Self {
             id: runtime.next_id(),
             runtime,
             options,
@@ -56,7 +57,7 @@ impl<T: Send + Sync + 'static> Job<T> {
             failed: 0,
             losses: 0,
             is_running: false,
-        }
+        })
     }
 
     /// An input came to nothing, so this task will not run.
@@ -65,7 +66,7 @@ impl<T: Send + Sync + 'static> Job<T> {
     }
 
     /// Waits for resources, then runs.
-    pub(crate) fn enqueue(mut self) {
+    pub(crate) fn enqueue(mut self: Box<Self>) {
         if self.promise.is_settled() {
             return;
         }
@@ -98,7 +99,7 @@ impl<T: Send + Sync + 'static> Job<T> {
     }
 
     /// Its turn in a worker process did not come: it is the next again.
-    fn enqueue_again(mut self) {
+    fn enqueue_again(mut self: Box<Self>) {
         if self.promise.is_settled() {
             return;
         }
@@ -115,7 +116,7 @@ impl<T: Send + Sync + 'static> Job<T> {
     }
 
     /// In a worker process: its driver places it, and retries it if need be.
-    fn have_driver_run(self, nested: &Arc<Nested>) {
+    fn have_driver_run(self: Box<Self>, nested: &Arc<Nested>) {
         let Some(Body::Remote(call)) = &self.body else { return };
         if call.values.is_some() {
             return self.promise.error(Error::OnlyInDriver);
@@ -180,7 +181,7 @@ impl<T: Send + Sync + 'static> Job<T> {
         }
     }
 
-    fn start(self, turn: Result<Turn, Error>) {
+    fn start(self: Box<Self>, turn: Result<Turn, Error>) {
         match (turn, self.options.placement) {
             (Err(error), _) => self.promise.error(error),
             (Ok(_), _) if self.promise.is_settled() => {}
@@ -198,7 +199,7 @@ impl<T: Send + Sync + 'static> Job<T> {
         Ok(lease)
     }
 
-    fn start_thread(mut self, lease: Arc<Lease>) {
+    fn start_thread(mut self: Box<Self>, lease: Arc<Lease>) {
         let object = Arc::downgrade(&self.promise.object());
         let spawned = threads::run(self.options.resources.threads(), move || {
             let limit = self.watch_time();
@@ -255,7 +256,7 @@ impl<T: Send + Sync + 'static> Job<T> {
     }
 
     /// Its arguments may be on other machines, or be lost with one.
-    fn start_when_at_hand(mut self, turn: Turn) {
+    fn start_when_at_hand(mut self: Box<Self>, turn: Turn) {
         let again: Result<Vec<_>, Error> =
             self.args.iter_mut().filter_map(|parcel| parcel.remake().transpose()).collect();
         match again {
@@ -277,7 +278,7 @@ impl<T: Send + Sync + 'static> Job<T> {
     }
 
     /// Waits for its arguments on a thread of its own.
-    fn fetch_and_start(self, turn: Turn) {
+    fn fetch_and_start(self: Box<Self>, turn: Turn) {
         let object = self.promise.object();
         let spawned = threads::run(1, move || {
             let far = self.args.iter().filter(|parcel| !parcel.is_at_hand(turn.node()));
@@ -308,7 +309,7 @@ impl<T: Send + Sync + 'static> Job<T> {
         })
     }
 
-    fn start_in_process(mut self, turn: Turn) {
+    fn start_in_process(mut self: Box<Self>, turn: Turn) {
         self.count_start();
         let host = match self.runtime.host() {
             Ok(host) => host.clone(),
@@ -325,7 +326,7 @@ impl<T: Send + Sync + 'static> Job<T> {
         );
     }
 
-    fn process_ended(mut self, ended: Ended) {
+    fn process_ended(mut self: Box<Self>, ended: Ended) {
         let (function, decode) = match &self.body {
             Some(Body::Remote(call)) => (call.name, call.decode),
             _ => return,
@@ -347,7 +348,7 @@ impl<T: Send + Sync + 'static> Job<T> {
         }
     }
 
-    fn finish(mut self, result: Result<T, Error>) {
+    fn finish(mut self: Box<Self>, result: Result<T, Error>) {
         match result {
             Err(error) if self.can_retry(&error) => {
                 self.failed += 1;

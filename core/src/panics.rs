@@ -22,9 +22,11 @@ thread_local! {
     static CATCHING: RefCell<Option<Option<Caught>>> = const { RefCell::new(None) };
 }
 
-/// Runs `body`; an error becomes [`Error::TaskFailed`], a panic [`Error::TaskPanicked`].
+/// Runs `body` in a `tracing` span of the task; an error becomes [`Error::TaskFailed`], a panic
+/// [`Error::TaskPanicked`].
 pub(crate) fn catch<T>(task: &str, body: impl FnOnce() -> Result<T, BoxError>) -> Result<T, Error> {
     install_hook();
+    let _span = tracing::info_span!("task", name = task).entered();
     CATCHING.with_borrow_mut(|slot| *slot = Some(None));
     let outcome = catch_unwind(AssertUnwindSafe(body));
     let caught = CATCHING.with_borrow_mut(Option::take).flatten();
@@ -89,4 +91,38 @@ fn text(payload: &(dyn Any + Send)) -> String {
     let text = payload.downcast_ref::<&str>().map(|s| (*s).to_owned());
     text.or_else(|| payload.downcast_ref::<String>().cloned())
         .unwrap_or_else(|| "a value that is not text".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+    use std::sync::Arc;
+
+    #[derive(Clone, Default)]
+    struct Lines(Arc<Mutex<Vec<u8>>>);
+
+    impl Write for Lines {
+        fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+            self.0.lock().expect("no panic").extend_from_slice(bytes);
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn what_a_task_logs_says_which_task() {
+        let lines = Lines::default();
+        let copy = lines.clone();
+        let writer = move || copy.clone();
+        let subscriber = tracing_subscriber::fmt().with_ansi(false).with_writer(writer).finish();
+        tracing::subscriber::with_default(subscriber, || {
+            catch("sum", || Ok(tracing::info!("inside"))).expect("runs");
+        });
+        let text = String::from_utf8(lines.0.lock().expect("no panic").clone()).expect("text");
+        assert!(text.contains("task{name=\"sum\"}") && text.contains("inside"), "{text}");
+    }
 }

@@ -11,7 +11,7 @@ use crate::object::when_ready;
 use crate::process::ProcessHost;
 use crate::process::pool::Worker;
 use crate::scheduler::{
-    Amounts, Command, Event, Grant, Id, NodeId, PlacementStrategy, Refusal, Scheduler, Shape,
+    Amounts, Command, Event, Grant, Id, IdMap, NodeId, PlacementStrategy, Refusal, Scheduler, Shape,
 };
 use crate::status::Seen;
 use crate::task::Task;
@@ -85,9 +85,9 @@ struct Inner {
 struct State {
     scheduler: Scheduler,
     /// What to do with the grants of those who wait.
-    starts: HashMap<Id, Waiting>,
+    starts: IdMap<Waiting>,
     /// Who is blocked until its CPUs are back.
-    resumes: HashMap<Id, SyncSender<()>>,
+    resumes: IdMap<SyncSender<()>>,
     /// Where each bundle of a placement group is.
     bundles: HashMap<NodeId, Grant>,
     bundles_so_far: u64,

@@ -279,17 +279,22 @@ impl<S: 'static> Running<S> {
             Err(error) => return drop(started.send(Err(error))),
         };
         let _ = started.send(Ok(()));
-        while let Some(message) = self.inbox.blocking_recv() {
-            let attempt = Attempt::begin();
-            let intact = message(&mut state, &self.name);
-            attempt.end(&self.name, None);
-            if intact {
-                continue;
-            }
-            match panics::catch(&self.name, || (self.build)()) {
-                Ok(fresh) => state = fresh,
-                Err(error) => {
-                    return console::note(format!("{} cannot be rebuilt: {error}", self.name));
+        // Several at a time, where that is little of what may wait.
+        let most = (self.inbox.max_capacity() / 16).clamp(1, 64);
+        let mut messages = Vec::with_capacity(most);
+        while self.inbox.blocking_recv_many(&mut messages, most) > 0 {
+            for message in messages.drain(..) {
+                let attempt = Attempt::begin();
+                let intact = message(&mut state, &self.name);
+                attempt.end(&self.name, None);
+                if intact {
+                    continue;
+                }
+                match panics::catch(&self.name, || (self.build)()) {
+                    Ok(fresh) => state = fresh,
+                    Err(error) => {
+                        return console::note(format!("{} cannot be rebuilt: {error}", self.name));
+                    }
                 }
             }
         }

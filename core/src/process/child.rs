@@ -154,6 +154,8 @@ fn serve_member(
     inbox: &Arc<Inbox>,
 ) {
     loop {
+        let (rank, generation) = (spec.rank, spec.generation);
+        let _span = tracing::info_span!("member", rank, generation).entered();
         let member = Member::new(spec, Arc::clone(&line), Arc::clone(inbox));
         let life = member.share_life();
         let (outcome, offer) = match &args {

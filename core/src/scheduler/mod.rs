@@ -7,9 +7,11 @@
 //! small ones, and one that waits for a GPU holds up nobody who needs none.
 
 mod amounts;
+mod ids;
 mod node;
 
 pub(crate) use amounts::Amounts;
+pub(crate) use ids::IdMap;
 pub(crate) use node::{Grant, NodeId};
 
 use node::Free;
@@ -129,9 +131,11 @@ pub(crate) struct Scheduler {
     nodes: Vec<Node>,
     queues: Vec<Queue>,
     by_shape: HashMap<Arc<Shape>, usize>,
+    /// The queue of the last request, which most often is that of the next one too.
+    last_queue: usize,
     /// Waiting requests and their queue; who is not in here any more is skipped in the queue.
-    waiting: HashMap<Id, usize>,
-    held: HashMap<Id, Held>,
+    waiting: IdMap<usize>,
+    held: IdMap<Held>,
     reclaims: VecDeque<Id>,
     /// Counts the changes of the set of nodes.
     node_set: u64,
@@ -328,6 +332,13 @@ impl Scheduler {
     }
 
     fn queue_of(&mut self, shape: Shape) -> usize {
+        if self.queues.get(self.last_queue).is_none_or(|queue| *queue.shape != shape) {
+            self.last_queue = self.find_queue(shape);
+        }
+        self.last_queue
+    }
+
+    fn find_queue(&mut self, shape: Shape) -> usize {
         if let Some(&queue) = self.by_shape.get(&shape) {
             return queue;
         }
@@ -385,10 +396,10 @@ impl Scheduler {
     fn serve_simple(&mut self, queue: usize, out: &mut Vec<Command>) {
         let shape = Arc::clone(&self.queues[queue].shape);
         let amounts = &shape.bundles[0];
-        while self.head(queue).is_some()
+        while let Some(id) = self.head(queue)
             && let Some(gpus) = self.nodes[0].free.take(amounts)
         {
-            let Some(id) = self.pop(queue) else { return };
+            self.take_head(queue, id);
             let grants = vec![Grant { node: self.nodes[0].id, amounts: amounts.clone(), gpus }];
             let held = Held { shape: Arc::clone(&shape), grants: grants.clone(), cpus: Cpus::Held };
             self.held.insert(id, held);
@@ -464,9 +475,13 @@ impl Scheduler {
 
     fn pop(&mut self, queue: usize) -> Option<Id> {
         let id = self.head(queue)?;
+        self.take_head(queue, id);
+        Some(id)
+    }
+
+    fn take_head(&mut self, queue: usize, id: Id) {
         self.queues[queue].waiting.pop_front();
         self.waiting.remove(&id);
-        Some(id)
     }
 
     fn could_ever_fit(&mut self, queue: usize) -> bool {
