@@ -407,6 +407,7 @@ impl<T> Group<T> {
             WorkerEvent::Frame(
                 FromWorker::Beat
                 | FromWorker::Reply { .. }
+                | FromWorker::Saved { .. }
                 | FromWorker::Yielded { .. }
                 | FromWorker::Returned { .. }
                 | FromWorker::Doomed { .. }

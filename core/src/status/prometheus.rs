@@ -158,7 +158,14 @@ mod tests {
     use std::collections::HashSet;
 
     fn actor(name: &str, state: ActorState, pending: u64) -> ActorStatus {
-        ActorStatus { name: name.to_owned(), state, restarts: 1, pending, pid: None }
+        ActorStatus {
+            name: name.to_owned(),
+            state,
+            restarts: 1,
+            failed_checkpoints: 0,
+            pending,
+            pid: None,
+        }
     }
 
     #[test]
