@@ -133,11 +133,15 @@ impl ProcessActor {
             return arrived.into_iter().for_each(Arrival::settle);
         }
         let mut state = self.state();
-        let calls = arrived.into_iter().map(|arrival| (arrival.call, arrival.under_way));
+        let arrived = arrived.into_iter().chain(std::mem::take(&mut state.arrivals));
+        let calls = arrived.map(|arrival| (arrival.call, arrival.under_way));
         state.under_way.extend(calls);
         let failed = match state.phase {
             // Its end is still to be heard, and says the same of them.
-            Phase::Running(_) => Vec::new(),
+            Phase::Running(_) => {
+                state.has_lost_saved = true;
+                Vec::new()
+            }
             Phase::Starting => state.take_lost(&Begun::Unknown, self.options.max_task_retries),
             Phase::Dead(_) => state.take_lost(&Begun::Unknown, 0),
         };

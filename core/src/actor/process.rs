@@ -49,6 +49,8 @@ pub(super) struct State {
     pub(super) arrivals: VecDeque<Arrival>,
     /// What the next process is made of, if there is one.
     pub(super) newest: Newest,
+    /// A state that the process has saved is lost: so is whatever it did since, and its end is near.
+    pub(super) has_lost_saved: bool,
     /// Calls that wait for a process.
     queue: VecDeque<Post>,
     last_call: u64,
@@ -77,7 +79,7 @@ pub(super) enum Phase {
 pub(super) struct UnderWay {
     pub(super) post: Post,
     /// The state after it, as far as it was saved.
-    saved: Option<Result<Parcel, Error>>,
+    saved: Option<Parcel>,
     /// When it was sent, if somebody wants to know.
     sent: Option<Instant>,
     _args: Vec<store::Lease>,
@@ -106,6 +108,7 @@ impl ProcessActor {
             under_way: BTreeMap::new(),
             arrivals: VecDeque::new(),
             newest: Newest::default(),
+            has_lost_saved: false,
             queue: VecDeque::new(),
             last_call: 0,
             supervisor: Supervisor::new(options.restart),
@@ -164,6 +167,7 @@ impl ProcessActor {
             Some(_) => std::mem::replace(&mut state.newest.lease, kept),
             None => kept,
         };
+        state.has_lost_saved = false;
         state.phase = Phase::Running(Arc::new(Life { link, node, _args: kept }));
         let failed = state.send_queued();
         drop(state);
@@ -319,7 +323,8 @@ impl ProcessActor {
         let is_shared = matches!(outcome, Outcome::Value(Packed::Shared { .. }));
         let (under_way, pid, must_wait) = {
             let mut state = self.state();
-            if state.has_lost_its_saved(call) {
+            if state.has_lost_saved {
+                // Its end says what becomes of the call.
                 return;
             }
             (state.under_way.remove(&call), state.pid().unwrap_or(0), !state.arrivals.is_empty())
@@ -345,7 +350,7 @@ impl ProcessActor {
         result: Result<Parcel, Error>,
         must_wait: bool,
     ) {
-        let saved = under_way.saved.take().and_then(Result::ok);
+        let saved = under_way.saved.take();
         if must_wait || matches!(saved, Some(Parcel::Far(_))) {
             let node = self.node().unwrap_or(NodeId::HERE);
             return self.hold_back(Arrival { call, under_way, result, saved, node });
@@ -366,8 +371,10 @@ impl ProcessActor {
             self.end_process(&format!("the state that it had saved was lost: {error}"));
         }
         let mut state = self.state();
-        if let Some(under_way) = state.under_way.get_mut(&call) {
-            under_way.saved = Some(saved);
+        match (saved, state.under_way.get_mut(&call)) {
+            (Ok(saved), Some(under_way)) => under_way.saved = Some(saved),
+            (Ok(_), None) => {}
+            (Err(_), _) => state.has_lost_saved = true,
         }
         if is_shared {
             state.tell(ToWorker::SavedAdopted { call });
@@ -511,11 +518,6 @@ impl State {
         self.queue = again;
         self.last_call = 0;
         failed
-    }
-
-    /// The end of its process says what becomes of it.
-    fn has_lost_its_saved(&self, call: u64) -> bool {
-        matches!(self.under_way.get(&call), Some(UnderWay { saved: Some(Err(_)), .. }))
     }
 
     fn pid(&self) -> Option<u32> {
