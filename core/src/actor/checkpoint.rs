@@ -98,6 +98,7 @@ impl ProcessActor {
         while let Some((count, newest)) = self.newest_arrival() {
             let brought = newest.map(Parcel::brought).transpose();
             let mut state = self.state();
+            let count = count.min(state.arrivals.len());
             let arrived: Vec<Arrival> = state.arrivals.drain(..count).collect();
             match brought {
                 Ok(saved) => {

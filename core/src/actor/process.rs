@@ -453,7 +453,7 @@ impl ProcessActor {
 
     /// Whoever waits, and whoever comes, gets the error.
     fn die(&self, error: &Error) {
-        let (posts, life, lease) = {
+        let (posts, life, newest, lease) = {
             let mut state = self.state();
             if matches!(state.phase, Phase::Dead(_)) {
                 return;
@@ -464,10 +464,12 @@ impl ProcessActor {
             let under_way = under_way.into_values().map(|call| call.post);
             let posts: Vec<Post> = under_way.chain(queue).collect();
             let dead = Phase::Dead(gone_because(&self.options.name, error));
-            (posts, std::mem::replace(&mut state.phase, dead), state.lease.take())
+            let life = std::mem::replace(&mut state.phase, dead);
+            (posts, life, std::mem::take(&mut state.newest), state.lease.take())
         };
         // Dropping its link kills the process.
         drop(life);
+        drop(newest);
         drop(lease);
         let settle = |post: Post| (post.settle)(Err(gone_because(&self.options.name, error)));
         posts.into_iter().for_each(settle);
