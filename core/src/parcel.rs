@@ -239,6 +239,14 @@ impl Parcel {
         }
     }
 
+    /// The same in this process's hands alone: fetched, or made again, and not needed elsewhere.
+    pub(crate) fn brought(self) -> Result<Self, Error> {
+        match self {
+            Self::Far(far) => far.bring()?.brought(),
+            here => Ok(here),
+        }
+    }
+
     /// Whether its machine is gone, and no copy is here.
     pub(crate) fn is_gone(&self) -> bool {
         matches!(self, Self::Far(far) if far.is_gone())

@@ -39,11 +39,18 @@ enum Run {
     Alone(fn(Call<'_>) -> Result<Outgoing, BoxError>),
     Stream(fn(Outlet, Call<'_>) -> Result<(), BoxError>),
     InGroup(fn(Member, Call<'_>) -> Result<Outgoing, BoxError>),
-    Actor(fn(Call<'_>) -> Result<State, BoxError>),
+    Actor(fn(Call<'_>) -> Result<State, BoxError>, Option<Checkpoint>),
     /// A method that takes `&self`.
     Look(LookFn),
     /// A method that takes `&mut self`.
     Change(ChangeFn),
+}
+
+/// How an actor's state is saved, and made of what was saved: names of registered functions.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Checkpoint {
+    pub(crate) save: &'static str,
+    pub(crate) load: &'static str,
 }
 
 inventory::collect!(RemoteFn);
@@ -85,8 +92,18 @@ impl RemoteFn {
 
     /// The constructor of an actor, under its full path.
     pub const fn actor(name: &'static str, run: fn(Call<'_>) -> Result<State, BoxError>) -> Self {
-        let run = Run::Actor(run);
+        let run = Run::Actor(run, None);
         Self { name, run }
+    }
+
+    /// The same constructor of an actor whose state the method `save` saves, and of what it gave
+    /// the constructor `load` makes the state again.
+    pub const fn with_checkpoint(self, save: &'static str, load: &'static str) -> Self {
+        let run = match self.run {
+            Run::Actor(run, _) => Run::Actor(run, Some(Checkpoint { save, load })),
+            other => other,
+        };
+        Self { name: self.name, run }
     }
 
     /// A method of an actor that takes `&self`, under its full path.
@@ -135,8 +152,16 @@ impl RemoteFn {
 
     pub(crate) fn build(&self, args: &[Encoded]) -> Result<State, BoxError> {
         match &self.run {
-            Run::Actor(build) => build(Call { args }),
+            Run::Actor(build, _) => build(Call { args }),
             _ => Err(self.misused()),
+        }
+    }
+
+    /// How the actor that it constructs is saved, if it is.
+    pub(crate) fn checkpoint(&self) -> Option<Checkpoint> {
+        match self.run {
+            Run::Actor(_, checkpoint) => checkpoint,
+            _ => None,
         }
     }
 

@@ -1,6 +1,7 @@
 //! From the annotated function to the function, its module and its registration.
 
 mod actor;
+mod checkpoint;
 mod groups;
 
 use crate::signature::{Output, Signature};

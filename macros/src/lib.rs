@@ -43,6 +43,15 @@ mod signature;
 /// * `#[group("name")]` on a method of an actor: its calls wait for those of their own group, and
 ///   run beside those of others unless one of them takes `&mut self`. The actor must be
 ///   `Send + Sync` then.
+/// * `#[checkpoint] fn save(&self) -> Saved` (or `Result<Saved, E>`) and
+///   `#[restore] fn load(saved: Saved) -> Self` (or `Result<Self, E>`), both or neither, of any
+///   name: the state of the actor is saved after calls that take `&mut self`
+///   (`ActorOptions::checkpoint_every`, default: after each), before they are answered. When its
+///   process was lost and is started again, or a panic makes the state untrusted, `load` makes it of
+///   the newest saved one instead of `new`. `Saved` travels as an argument does. They are not
+///   methods of the handle. A save that fails leaves the older one in place, and the call its
+///   result; it is noted once an actor, counted (`ActorStatus::failed_checkpoints`), and tried again
+///   after the next change. A `load` that fails ends the actor, as a constructor does.
 /// * `#[remote(crate = path)]` says where Mobula lives, for crates that do not depend on the
 ///   facade: the default is `::mobula`.
 #[proc_macro_attribute]

@@ -1,5 +1,6 @@
 //! The sender's side of a typed actor.
 
+use super::checkpoint::Failures;
 use super::crew::Crew;
 use super::lanes::Class;
 use super::process::ProcessActor;
@@ -43,7 +44,7 @@ struct Inner {
 }
 
 enum Route {
-    Thread(ThreadHandle),
+    Thread(ThreadHandle, Arc<Failures>),
     Process(ProcessHandle),
 }
 
@@ -72,8 +73,12 @@ impl std::fmt::Debug for ActorRef {
 }
 
 impl ActorRef {
-    pub(super) fn on_thread(options: &ActorOptions, crew: Arc<Crew<Post>>) -> Self {
-        Self::new(options, Route::Thread(ThreadHandle(crew)))
+    pub(super) fn on_thread(
+        options: &ActorOptions,
+        crew: Arc<Crew<Post>>,
+        failures: Arc<Failures>,
+    ) -> Self {
+        Self::new(options, Route::Thread(ThreadHandle(crew), failures))
     }
 
     pub(super) fn in_process(options: &ActorOptions, actor: Arc<ProcessActor>) -> Self {
@@ -102,6 +107,10 @@ impl ActorRef {
                 false => ActorState::Starting,
             },
             restarts: 0,
+            failed_checkpoints: match &actor.route {
+                Route::Thread(_, failures) => failures.count(),
+                Route::Process(_) => 0,
+            },
             pending: actor.credits.lock().messages as u64,
             pid: None,
         };
@@ -126,7 +135,7 @@ impl ActorRef {
     /// Whether calls still reach it: not when its process is gone for good.
     pub fn is_alive(&self) -> bool {
         match &self.inner.route {
-            Route::Thread(_) => true,
+            Route::Thread(..) => true,
             Route::Process(actor) => actor.0.is_alive(),
         }
     }
@@ -139,7 +148,7 @@ impl ActorRef {
     /// The process it lives in, if it has one of its own and that is running.
     pub fn pid(&self) -> Option<u32> {
         match &self.inner.route {
-            Route::Thread(_) => None,
+            Route::Thread(..) => None,
             Route::Process(actor) => actor.0.pid(),
         }
     }
@@ -167,7 +176,7 @@ impl ActorRef {
     /// Has values fetched from other machines, if need be, while the caller waits.
     fn bring(&self, args: Vec<Parcel>) -> Result<Vec<Parcel>, Error> {
         let node = match &self.inner.route {
-            Route::Thread(_) => None,
+            Route::Thread(..) => None,
             Route::Process(actor) => actor.0.node(),
         };
         let far = args.iter().filter(|parcel| node.is_some_and(|node| !parcel.is_at_hand(node)));
@@ -212,7 +221,7 @@ impl ActorRef {
 
     fn post(&self, post: Post) {
         match &self.inner.route {
-            Route::Thread(crew) => {
+            Route::Thread(crew, _) => {
                 if let Err(refused) = crew.0.add(post.class, post) {
                     (refused.settle)(Err(gone(&self.inner.name)));
                 }

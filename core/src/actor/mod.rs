@@ -3,6 +3,7 @@
 //! Here are those that closures work on, on a thread of this process. [`remote`] has the typed
 //! ones, which live on a thread or in a process of their own.
 
+pub(crate) mod checkpoint;
 pub(crate) mod crew;
 mod handle;
 pub(crate) mod lanes;
@@ -52,6 +53,10 @@ pub struct ActorOptions {
     /// How often a call that was running when the process was lost is sent to the next one; those
     /// that only waited always are. Default: 0.
     pub max_task_retries: u32,
+    /// The state of an actor with `#[checkpoint]` is saved after each so many (at least 1) calls
+    /// that may change it, before the last of them is answered. Default: 1, so that no change
+    /// that was answered is lost with the process.
+    pub checkpoint_every: u64,
     /// Bytes of resident memory beyond which its process, if it has one, is killed. Default: none.
     pub memory_limit: Option<u64>,
     /// The bundle of a placement group that it takes its resources from. Default: none.
@@ -73,6 +78,7 @@ impl ActorOptions {
             placement: Placement::Thread,
             restart: RestartPolicy::default(),
             max_task_retries: 0,
+            checkpoint_every: 1,
             memory_limit: None,
             bundle: None,
             node: None,
@@ -260,6 +266,7 @@ fn look<S: 'static>(
                 (false, false) => ActorState::Starting,
             },
             restarts: 0,
+            failed_checkpoints: 0,
             pending: (mailbox.max_capacity() - mailbox.capacity()) as u64,
             pid: None,
         })

@@ -1,5 +1,6 @@
 //! An actor in a process of its own: its calls under way, its restarts, its end.
 
+use super::checkpoint::{Arrival, Failures, Newest, Saves};
 use super::handle::ActorRef;
 use super::lanes::MOST_GROUPS;
 use super::remote::Post;
@@ -12,6 +13,7 @@ use crate::process::{
     Begun, End, Environment, LANES, Listener, LogTarget, Sink, WorkerEvent, WorkerLink,
     check_build, into_result, lost,
 };
+use crate::remote::RemoteFn;
 use crate::runtime::{Lease, Runtime};
 use crate::scheduler::NodeId;
 use crate::status::{ActorState, ActorStatus};
@@ -27,19 +29,28 @@ const _: () = assert!(2 * (MOST_GROUPS + 1) <= LANES, "each lane has its number 
 const BUILD_TIMEOUT: Duration = Duration::from_secs(600);
 
 pub(super) struct ProcessActor {
-    runtime: Runtime,
-    options: ActorOptions,
+    pub(super) runtime: Runtime,
+    pub(super) options: ActorOptions,
     /// How many calls of each group may run.
     limits: Vec<usize>,
     constructor: &'static str,
     args: Vec<Parcel>,
     state: Mutex<State>,
+    pub(super) failures: Failures,
+    /// Held by who brings saved states from another machine.
+    pub(super) bringing: Mutex<()>,
 }
 
-struct State {
-    phase: Phase,
+pub(super) struct State {
+    pub(super) phase: Phase,
     /// Calls that the process has, by number.
-    under_way: BTreeMap<u64, UnderWay>,
+    pub(super) under_way: BTreeMap<u64, UnderWay>,
+    /// Answers that wait for a saved state to be brought.
+    pub(super) arrivals: VecDeque<Arrival>,
+    /// What the next process is made of, if there is one.
+    pub(super) newest: Newest,
+    /// A state that the process has saved is lost: so is whatever it did since, and its end is near.
+    pub(super) has_lost_saved: bool,
     /// Calls that wait for a process.
     queue: VecDeque<Post>,
     last_call: u64,
@@ -57,7 +68,7 @@ struct State {
     lease: Option<Arc<Lease>>,
 }
 
-enum Phase {
+pub(super) enum Phase {
     /// A process is being started.
     Starting,
     Running(Arc<Life>),
@@ -65,15 +76,17 @@ enum Phase {
 }
 
 /// A call, and what keeps its arguments where the process finds them.
-struct UnderWay {
-    post: Post,
+pub(super) struct UnderWay {
+    pub(super) post: Post,
+    /// The state after it, as far as it was saved.
+    saved: Option<Parcel>,
     /// When it was sent, if somebody wants to know.
     sent: Option<Instant>,
     _args: Vec<store::Lease>,
 }
 
 /// One process of the actor.
-struct Life {
+pub(super) struct Life {
     link: WorkerLink,
     node: NodeId,
     /// Keep the constructor's arguments, which a panic needs again.
@@ -93,6 +106,9 @@ impl ProcessActor {
         let state = State {
             phase: Phase::Starting,
             under_way: BTreeMap::new(),
+            arrivals: VecDeque::new(),
+            newest: Newest::default(),
+            has_lost_saved: false,
             queue: VecDeque::new(),
             last_call: 0,
             supervisor: Supervisor::new(options.restart),
@@ -110,6 +126,8 @@ impl ProcessActor {
             constructor,
             args,
             state: Mutex::new(state),
+            failures: Failures::default(),
+            bringing: Mutex::new(()),
         });
         let seen = Arc::downgrade(&actor);
         runtime.seen().actors.add(Arc::new(move || seen.upgrade().map(|actor| actor.look())));
@@ -128,6 +146,7 @@ impl ProcessActor {
         let environment = environment.with_memory_limit(self.options.memory_limit);
         let name = &self.options.name;
         let log = LogTarget::new(name.clone(), format!("[{name}]"));
+        self.bring_saved();
         self.bring_arguments(lease.node())?;
         // Locked, so that its end is not noticed before its beginning.
         let mut state = self.state();
@@ -137,11 +156,18 @@ impl ProcessActor {
         let (node, ear) =
             (lease.grants[0].node, Sink::listener(Arc::clone(self) as Arc<dyn Listener>));
         let link = self.runtime.host()?.start(environment, log, ear)?;
-        let (args, kept) = pack_all(&self.args, node)?;
-        let function = self.constructor.to_owned();
+        let (constructor, parcels) = self.made_by(&state)?;
+        let (args, kept) = pack_all(&parcels, node)?;
+        let function = constructor.to_owned();
         let build = ToWorker::Call { call: 0, what: What::Build, function, args };
-        link.send(ToWorker::Actor { limits: self.limits.clone() });
+        link.send(ToWorker::Actor { limits: self.limits.clone(), saves: self.saves() });
         link.send(build);
+        // They are not kept for longer than they are of use.
+        let kept = match &state.newest.state {
+            Some(_) => std::mem::replace(&mut state.newest.lease, kept),
+            None => kept,
+        };
+        state.has_lost_saved = false;
         state.phase = Phase::Running(Arc::new(Life { link, node, _args: kept }));
         let failed = state.send_queued();
         drop(state);
@@ -149,13 +175,31 @@ impl ProcessActor {
         Ok(())
     }
 
+    /// What makes the state, and of what.
+    fn made_by(&self, state: &State) -> Result<(&'static str, Vec<Parcel>), Error> {
+        let checkpoint = RemoteFn::find(self.constructor)?.checkpoint();
+        Ok(match (checkpoint, &state.newest.state) {
+            (Some(checkpoint), Some(saved)) => (checkpoint.load, vec![saved.clone()]),
+            _ => (self.constructor, self.args.clone()),
+        })
+    }
+
+    /// One that is not started again needs its state only after a panic.
+    fn saves(&self) -> Saves {
+        let are_sent = self.options.restart.max_restarts > 0;
+        Saves { every: self.options.checkpoint_every, are_sent }
+    }
+
     /// Waits for what the constructor and the waiting calls need, while nobody is held up. What is
     /// lost for good fails its call when that is sent.
     fn bring_arguments(&self, node: NodeId) -> Result<(), Error> {
-        let waiting: Vec<Parcel> =
-            self.state().queue.iter().flat_map(|post| post.args.iter().cloned()).collect();
+        let (needed, waiting): (Vec<Parcel>, Vec<Parcel>) = {
+            let state = self.state();
+            let waiting = state.queue.iter().flat_map(|post| post.args.iter().cloned());
+            (self.made_by(&state)?.1, waiting.collect())
+        };
         let far = |parcel: &&Parcel| !parcel.is_at_hand(node);
-        self.args.iter().filter(far).try_for_each(Parcel::bring)?;
+        needed.iter().filter(far).try_for_each(Parcel::bring)?;
         waiting.iter().filter(far).for_each(|parcel| drop(parcel.bring()));
         Ok(())
     }
@@ -199,7 +243,8 @@ impl ProcessActor {
                 _ => ActorState::Starting,
             },
             restarts: state.restarts,
-            pending: (state.under_way.len() + state.queue.len()) as u64,
+            failed_checkpoints: self.failures.count(),
+            pending: (state.under_way.len() + state.arrivals.len() + state.queue.len()) as u64,
             pid: state.pid(),
         }
     }
@@ -261,24 +306,78 @@ impl ProcessActor {
                 self.built(into_result(&self.options.name, outcome).map(drop));
             }
             WorkerEvent::Frame(FromWorker::Reply { call, outcome, micros }) => {
-                let (post, pid) = {
-                    let mut state = self.state();
-                    (state.under_way.remove(&call), state.pid().unwrap_or(0))
-                };
-                let is_shared = matches!(outcome, Outcome::Value(Packed::Shared { .. }));
-                let result =
-                    into_result(post.as_ref().map_or("nobody's", |p| p.post.method), outcome);
-                if let Some(UnderWay { post, .. }) = post {
-                    (post.settle)(timeline::replied(pid, post.method, micros, result));
-                }
-                let mut state = self.state();
-                if is_shared {
-                    state.tell(ToWorker::Adopted { call });
-                }
-                state.leave_if_done();
+                self.replied(call, outcome, micros);
+            }
+            WorkerEvent::Frame(FromWorker::Saved { call, state: Ok(packed) }) => {
+                self.saved(call, packed);
+            }
+            WorkerEvent::Frame(FromWorker::Saved { state: Err(reason), .. }) => {
+                self.failures.add(&self.options.name, &reason);
             }
             WorkerEvent::Frame(_) => {}
             WorkerEvent::Ended(end) => self.lost(&end),
+        }
+    }
+
+    fn replied(self: &Arc<Self>, call: u64, outcome: Outcome, micros: u32) {
+        let is_shared = matches!(outcome, Outcome::Value(Packed::Shared { .. }));
+        let (under_way, pid, must_wait) = {
+            let mut state = self.state();
+            if state.has_lost_saved {
+                // Its end says what becomes of the call.
+                return;
+            }
+            (state.under_way.remove(&call), state.pid().unwrap_or(0), !state.arrivals.is_empty())
+        };
+        let name = under_way.as_ref().map_or("nobody's", |call| call.post.method);
+        let result = into_result(name, outcome);
+        if let Some(under_way) = under_way {
+            let result = timeline::replied(pid, name, micros, result);
+            self.answer(call, under_way, result, must_wait);
+        }
+        let mut state = self.state();
+        if is_shared {
+            state.tell(ToWorker::Adopted { call });
+        }
+        state.leave_if_done();
+    }
+
+    /// Gives the caller its result, after the state that was saved has become the newest one.
+    fn answer(
+        self: &Arc<Self>,
+        call: u64,
+        mut under_way: UnderWay,
+        result: Result<Parcel, Error>,
+        must_wait: bool,
+    ) {
+        let saved = under_way.saved.take();
+        if must_wait || matches!(saved, Some(Parcel::Far(_))) {
+            let node = self.node().unwrap_or(NodeId::HERE);
+            return self.hold_back(Arrival { call, under_way, result, saved, node });
+        }
+        if let Some(saved) = saved {
+            let before = std::mem::replace(&mut self.state().newest, saved.into());
+            drop(before);
+        }
+        (under_way.post.settle)(result);
+    }
+
+    /// The state after a call, which counts from the call's reply on.
+    fn saved(&self, call: u64, packed: Packed) {
+        let is_shared = matches!(packed, Packed::Shared { .. });
+        let saved = packed.adopt(&self.options.name);
+        if let Err(error) = &saved {
+            // Most likely the process is gone, and the call that it ran is lost.
+            self.end_process(&format!("the state that it had saved was lost: {error}"));
+        }
+        let mut state = self.state();
+        match (saved, state.under_way.get_mut(&call)) {
+            (Ok(saved), Some(under_way)) => under_way.saved = Some(saved),
+            (Ok(_), None) => {}
+            (Err(_), _) => state.has_lost_saved = true,
+        }
+        if is_shared {
+            state.tell(ToWorker::SavedAdopted { call });
         }
     }
 
@@ -311,7 +410,7 @@ impl ProcessActor {
             let failed = state.take_lost(&end.begun, self.options.max_task_retries);
             let is_done = state.is_killed
                 || matches!(state.phase, Phase::Dead(_))
-                || (state.is_closing && state.queue.is_empty());
+                || (state.is_closing && state.queue.is_empty() && state.arrivals.is_empty());
             let next = if is_done { None } else { state.supervisor.lost(Instant::now()) };
             if next.is_some() {
                 state.phase = Phase::Starting;
@@ -354,7 +453,7 @@ impl ProcessActor {
 
     /// Whoever waits, and whoever comes, gets the error.
     fn die(&self, error: &Error) {
-        let (posts, life, lease) = {
+        let (posts, life, newest, lease) = {
             let mut state = self.state();
             if matches!(state.phase, Phase::Dead(_)) {
                 return;
@@ -365,16 +464,18 @@ impl ProcessActor {
             let under_way = under_way.into_values().map(|call| call.post);
             let posts: Vec<Post> = under_way.chain(queue).collect();
             let dead = Phase::Dead(gone_because(&self.options.name, error));
-            (posts, std::mem::replace(&mut state.phase, dead), state.lease.take())
+            let life = std::mem::replace(&mut state.phase, dead);
+            (posts, life, std::mem::take(&mut state.newest), state.lease.take())
         };
         // Dropping its link kills the process.
         drop(life);
+        drop(newest);
         drop(lease);
         let settle = |post: Post| (post.settle)(Err(gone_because(&self.options.name, error)));
         posts.into_iter().for_each(settle);
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
+    pub(super) fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -400,7 +501,7 @@ impl State {
             let (call, function) = (self.last_call, post.method.to_owned());
             let frame = ToWorker::Call { call, what, function, args };
             let sent = timeline::clock();
-            self.under_way.insert(call, UnderWay { post, sent, _args: kept });
+            self.under_way.insert(call, UnderWay { post, saved: None, sent, _args: kept });
             // If it is not taken, the process is gone, and its end will say so.
             life.link.send(frame);
         }
@@ -408,7 +509,7 @@ impl State {
     }
 
     /// What the lost process had: the failed ones; the others go back to the queue, in order.
-    fn take_lost(&mut self, begun: &Begun, max_retries: u32) -> Vec<Post> {
+    pub(super) fn take_lost(&mut self, begun: &Begun, max_retries: u32) -> Vec<Post> {
         let mut failed = Vec::new();
         let mut again = VecDeque::new();
         for (call, UnderWay { mut post, .. }) in std::mem::take(&mut self.under_way) {
@@ -444,15 +545,17 @@ impl State {
         }
     }
 
-    fn leave_if_done(&mut self) {
-        if !self.is_closing || !self.under_way.is_empty() || !self.queue.is_empty() {
+    pub(super) fn leave_if_done(&mut self) {
+        let is_idle =
+            self.under_way.is_empty() && self.arrivals.is_empty() && self.queue.is_empty();
+        if !self.is_closing || !is_idle {
             return;
         }
         self.tell(ToWorker::Shutdown);
     }
 }
 
-fn settle_all(failed: Vec<(Post, Error)>) {
+pub(super) fn settle_all(failed: Vec<(Post, Error)>) {
     failed.into_iter().for_each(|(post, error)| (post.settle)(Err(error)));
 }
 

@@ -1,11 +1,12 @@
 //! Typed actors, as `#[mobula::remote] impl` describes them: a constructor and methods that are
 //! registered by name, so that the state can live in another process.
 
+use super::checkpoint::Failures;
 use super::crew::{Crew, Place};
 use super::handle::{ActorRef, RemoteActor};
 use super::lanes::Class;
 use super::process::ProcessActor;
-use super::stage::{Stage, State};
+use super::stage::{Done, Stage, State};
 use super::{ActorOptions, gone};
 use crate::current::{self, Current};
 use crate::object::block_until_ready;
@@ -238,16 +239,19 @@ fn start_thread(
     lease: Arc<Lease>,
 ) -> Result<ActorRef, Error> {
     lease.check_here(&options.name)?;
-    let here = Here { threads: options.resources.threads(), lease };
+    let (name, failures) = (options.name.clone(), Arc::new(Failures::default()));
+    let threads = options.resources.threads();
+    let here = Here { threads, lease, name, failures: Arc::clone(&failures) };
     let current = here.current();
     let crew = Crew::new(limits, here);
     let copy = Arc::clone(&crew);
     let (started, start) = sync_channel(1);
-    let actor = ActorRef::on_thread(options, crew);
+    let actor = ActorRef::on_thread(options, crew, failures);
+    let every = options.checkpoint_every;
     runtime.seen().actors.add(actor.look_on_thread());
-    threads::run(options.resources.threads(), move || {
+    threads::run(threads, move || {
         let mut stage = Stage::default();
-        let built = open_all(&args).and_then(|args| stage.build(constructor, args));
+        let built = open_all(&args).and_then(|args| stage.build(constructor, args, every));
         let is_built = built.is_ok();
         let _ = started.send(built);
         if is_built {
@@ -264,6 +268,8 @@ fn start_thread(
 struct Here {
     threads: usize,
     lease: Arc<Lease>,
+    name: String,
+    failures: Arc<Failures>,
 }
 
 impl Here {
@@ -271,13 +277,25 @@ impl Here {
     fn current(&self) -> Current {
         Current { object: None, lease: Some(Arc::clone(&self.lease)), call: None }
     }
+
+    /// For the next panic.
+    fn save(&self, stage: &Stage, saved: Result<Outgoing, Error>) {
+        match saved.and_then(Outgoing::into_encoded) {
+            Ok(saved) => stage.keep(saved),
+            Err(error) => self.failures.add(&self.name, &error.to_string()),
+        }
+    }
 }
 
 impl Place<Post> for Here {
     fn run(&self, stage: &mut Stage, _: Class, post: Post) {
         let attempt = Attempt::begin();
-        let result = open_all(&post.args).and_then(|args| stage.invoke(post.method, &args));
-        let result = result.and_then(Outgoing::into_encoded);
+        let args = open_all(&post.args);
+        let done = args.map_or_else(Done::failed, |args| stage.invoke(post.method, &args));
+        let result = done.result.and_then(Outgoing::into_encoded);
+        if let Some(saved) = done.saved {
+            self.save(stage, saved);
+        }
         attempt.end(post.method, result.as_ref().err());
         (post.settle)(result.map(Parcel::Inline));
     }

@@ -184,6 +184,8 @@ impl Worker {
     async fn take_over(&self, mut frame: FromWorker, link: &WorkerLink) -> FromWorker {
         match &frame {
             FromWorker::Reply { call, .. } if *call > 0 => drop(self.kept().remove(call)),
+            // What the actor was built from is not needed again.
+            FromWorker::Saved { state: Ok(_), .. } => drop(self.kept().remove(&0)),
             FromWorker::Returned { calls } => {
                 calls.iter().for_each(|call| drop(self.kept().remove(call)));
             }
@@ -194,6 +196,7 @@ impl Worker {
         let taken = match &frame {
             _ if !has_large => None,
             FromWorker::Reply { call, .. } => Some(ToWorker::Adopted { call: *call }),
+            FromWorker::Saved { call, .. } => Some(ToWorker::SavedAdopted { call: *call }),
             FromWorker::Yielded { call, first, values } => {
                 Some(ToWorker::TakenOver { call: *call, below: first + values.len() as u64 })
             }

@@ -72,12 +72,13 @@ async fn session(control: StdUnixStream) -> Result<(), BoxError> {
                 Some(ToWorker::Run { function, args, member }) => {
                     start(function, args, member, &outbound, &inbox)?;
                 }
-                Some(ToWorker::Actor { limits }) => desk.for_actor(&limits),
+                Some(ToWorker::Actor { limits, saves }) => desk.for_actor(&limits, saves),
                 Some(ToWorker::Call { call, what, function, args }) => {
                     desk.add(Work { call, what, function, args });
                 }
                 Some(ToWorker::Forget { call }) => desk.forget(call),
                 Some(ToWorker::Adopted { call }) => desk.adopted(call),
+                Some(ToWorker::SavedAdopted { call }) => desk.saved_adopted(call),
                 Some(ToWorker::Resolved { ticket, result }) => {
                     if let Some(nested) = nested::nested() {
                         nested.resolved(ticket, result);

@@ -2,10 +2,11 @@
 
 use super::child::outcome_of;
 use super::progress::Progress;
-use super::wire::{FromWorker, What};
+use super::wire::{FromWorker, MAX_FRAME_BYTES, What};
+use crate::actor::checkpoint::Saves;
 use crate::actor::crew::{Crew, Place};
 use crate::actor::lanes::Class;
-use crate::actor::stage::Stage;
+use crate::actor::stage::{Done, Stage};
 use crate::current::{self, Current};
 use crate::parcel::{Outgoing, Packed, reader};
 use crate::remote::RemoteFn;
@@ -42,6 +43,7 @@ struct Inner {
     queue: Mutex<Queue>,
     /// The calls of the actor that lives here, if one does.
     crew: OnceLock<Arc<Crew<Work>>>,
+    saves: OnceLock<Saves>,
     more: Condvar,
     /// Wakes the control thread when there is a reason to look at the clock.
     waiting: Notify,
@@ -49,6 +51,8 @@ struct Inner {
     reader: Reader,
     /// Large results that the driver has not taken yet.
     offers: Mutex<HashMap<u64, Offer>>,
+    /// Large states of the actor that the driver has not taken yet.
+    saved: Mutex<HashMap<u64, Offer>>,
     /// What calls that give many values have to send.
     outboxes: Mutex<HashMap<u64, Arc<Outbox>>>,
 }
@@ -70,11 +74,13 @@ impl Desk {
         let inner = Inner {
             queue: Mutex::default(),
             crew: OnceLock::new(),
+            saves: OnceLock::new(),
             more: Condvar::new(),
             waiting: Notify::new(),
             progress: Progress::inherited()?,
             reader: reader(),
             offers: Mutex::default(),
+            saved: Mutex::default(),
             outboxes: Mutex::default(),
         };
         let tokio = tokio::runtime::Handle::current();
@@ -87,7 +93,8 @@ impl Desk {
     }
 
     /// This process is for an actor.
-    pub(super) fn for_actor(&self, limits: &[usize]) {
+    pub(super) fn for_actor(&self, limits: &[usize], saves: Saves) {
+        self.inner.saves.get_or_init(|| saves);
         self.inner.crew.get_or_init(|| Crew::new(limits, self.clone()));
     }
 
@@ -146,6 +153,12 @@ impl Desk {
         drop(offer);
     }
 
+    /// The driver has the state that was saved after this call.
+    pub(super) fn saved_adopted(&self, call: u64) {
+        let offer = self.saved().remove(&call);
+        drop(offer);
+    }
+
     /// A call may yield the values below this number.
     pub(super) fn granted(&self, call: u64, below: u64) {
         if let Some(outbox) = self.outbox(call) {
@@ -178,6 +191,10 @@ impl Desk {
 
     fn offers(&self) -> MutexGuard<'_, HashMap<u64, Offer>> {
         self.inner.offers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn saved(&self) -> MutexGuard<'_, HashMap<u64, Offer>> {
+        self.inner.saved.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Waits until tasks are stuck behind a long one.
@@ -220,7 +237,7 @@ impl Desk {
             let (call, what, since) = (work.call, work.what, Instant::now());
             self.inner.progress.begin(call);
             let outbox = self.outbox(call);
-            let result = run(work, &self.inner.reader, &mut stage, outbox.as_ref());
+            let result = self.perform(work, &mut stage, outbox.as_ref()).result;
             if let Some(outbox) = outbox {
                 outbox.close();
                 self.forget_outbox(&outbox, call);
@@ -246,6 +263,46 @@ impl Desk {
         }
         let micros = u32::try_from(since.elapsed().as_micros()).unwrap_or(u32::MAX);
         FromWorker::Reply { call, micros, outcome }
+    }
+
+    /// Keeps what was saved after a call, and tells the driver, before the call's reply.
+    fn save(&self, stage: &Stage, call: u64, saved: Result<Outgoing, Error>) {
+        let state = match saved.and_then(|saved| self.keep(stage, call, saved)) {
+            Ok(None) => return,
+            Ok(Some(packed)) => Ok(packed),
+            Err(error) => Err(error.to_string()),
+        };
+        // If it is not taken the driver has gone, and this process is about to.
+        let _ = self.outbound.blocking_send(FromWorker::Saved { call, state });
+    }
+
+    /// In the stage for the next panic, and for the driver, if it can make use of it.
+    fn keep(&self, stage: &Stage, call: u64, saved: Outgoing) -> Result<Option<Packed>, Error> {
+        if !self.inner.saves.get().is_some_and(|saves| saves.are_sent) {
+            stage.keep(saved.into_encoded()?);
+            return Ok(None);
+        }
+        let (packed, offer) = saved.into_packed()?;
+        if packed.bytes() >= MAX_FRAME_BYTES {
+            let bytes = packed.bytes();
+            let message = format!("it has {bytes} bytes, at most {MAX_FRAME_BYTES} fit");
+            return Err(Error::TaskFailed { task: "saving the state".to_owned(), message });
+        }
+        stage.keep(match &offer {
+            Some(offer) => offer.open()?,
+            None => packed.clone().open(&self.inner.reader)?,
+        });
+        if let Some(offer) = offer {
+            self.saved().insert(call, offer);
+        }
+        Ok(Some(packed))
+    }
+
+    fn perform(&self, work: Work, stage: &mut Stage, outbox: Option<&Arc<Outbox>>) -> Done {
+        let current = Current { object: None, lease: None, call: Some(work.call) };
+        let every = self.inner.saves.get().map_or(1, |saves| saves.every);
+        let run = || run_as_current(work, &self.inner.reader, stage, every, outbox);
+        current::run(current, || run().unwrap_or_else(Done::failed))
     }
 
     /// Nothing runs, so nothing can be stuck behind it.
@@ -280,9 +337,12 @@ impl Place<Work> for Desk {
     fn run(&self, stage: &mut Stage, class: Class, work: Work) {
         let (call, since) = (work.call, Instant::now());
         self.inner.progress.begin_in(class.lane(), call);
-        let result = run(work, &self.inner.reader, stage, None);
+        let done = self.perform(work, stage, None);
+        if let Some(saved) = done.saved {
+            self.save(stage, call, saved);
+        }
         // If it is not taken the driver has gone, and this process is about to.
-        let _ = self.outbound.blocking_send(self.reply(call, since, result));
+        let _ = self.outbound.blocking_send(self.reply(call, since, done.result));
     }
 
     fn spawn(&self, help: Box<dyn FnOnce() + Send>) -> Result<(), Error> {
@@ -317,25 +377,16 @@ impl Queue {
     }
 }
 
-fn run(
-    work: Work,
-    reader: &Reader,
-    stage: &mut Stage,
-    outbox: Option<&Arc<Outbox>>,
-) -> Result<Outgoing, Error> {
-    let current = Current { object: None, lease: None, call: Some(work.call) };
-    current::run(current, || run_as_current(work, reader, stage, outbox))
-}
-
 fn run_as_current(
     work: Work,
     reader: &Reader,
     stage: &mut Stage,
+    every: u64,
     outbox: Option<&Arc<Outbox>>,
-) -> Result<Outgoing, Error> {
+) -> Result<Done, Error> {
     let args = work.args.into_iter().map(|packed| packed.open(reader));
     let (name, args) = (&*work.function, args.collect::<Result<Vec<_>, _>>()?);
-    match work.what {
+    let result = match work.what {
         What::Task => panics::catch(name, || RemoteFn::find(name)?.run(None, &args)),
         What::Stream { .. } => {
             let gone = || Error::Internal(format!("{name} has nowhere to put its values"));
@@ -343,7 +394,8 @@ fn run_as_current(
             panics::catch(name, || RemoteFn::find(name)?.yields(outlet, &args))
                 .and_then(|()| Outgoing::new("nothing", &()))
         }
-        What::Build => stage.build(name, args).and_then(|()| Outgoing::new("nothing", &())),
-        What::Method(_) => stage.invoke(name, &args),
-    }
+        What::Build => stage.build(name, args, every).and_then(|()| Outgoing::new("nothing", &())),
+        What::Method(_) => return Ok(stage.invoke(name, &args)),
+    };
+    Ok(Done { result, saved: None })
 }

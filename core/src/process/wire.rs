@@ -1,6 +1,7 @@
 //! What driver and worker say to each other: one bidirectional gRPC stream per worker, frames in
 //! MessagePack.
 
+use crate::actor::checkpoint::Saves;
 use crate::actor::lanes::Class;
 use crate::nested::{Failure, Submission};
 use crate::parcel::Packed;
@@ -38,7 +39,7 @@ pub(crate) enum ToWorker {
         member: MemberSpec,
     },
     /// This process is for an actor; so many calls of each group may run at the same time.
-    Actor { limits: Vec<usize> },
+    Actor { limits: Vec<usize>, saves: Saves },
     /// Queue a call; calls are begun in the order of their numbers, methods in that of their lane.
     Call { call: u64, what: What, function: String, args: Vec<Packed> },
     /// This call may yield the values below this number.
@@ -47,6 +48,8 @@ pub(crate) enum ToWorker {
     TakenOver { call: u64, below: u64 },
     /// The driver has the large result of this call.
     Adopted { call: u64 },
+    /// The driver has the large state that was saved after this call.
+    SavedAdopted { call: u64 },
     /// Do not run this call, if it has not begun.
     Forget { call: u64 },
     /// What all members gave for a key, by rank.
@@ -103,6 +106,9 @@ pub(crate) enum FromWorker {
     Yielded { call: u64, first: u64, values: Vec<Packed> },
     /// A call has ended, after so many microseconds of running.
     Reply { call: u64, micros: u32, outcome: Outcome },
+    /// The state of the actor after this call, whose reply comes next, or why there is none. It
+    /// counts from that reply on.
+    Saved { call: u64, state: Result<Packed, String> },
     /// This call, which the driver has no use for, runs, and no other will begin: the process is
     /// to be ended. All earlier replies have gone before this.
     Doomed { call: u64 },
@@ -154,6 +160,7 @@ impl FromWorker {
         match self {
             Self::Done { outcome: Outcome::Value(value), .. } => std::slice::from_ref(value),
             Self::Reply { outcome: Outcome::Value(value), .. } => std::slice::from_ref(value),
+            Self::Saved { state: Ok(value), .. } => std::slice::from_ref(value),
             Self::Yielded { values, .. } => values,
             Self::Submit { submission, .. } => &submission.args,
             _ => &[],
@@ -165,6 +172,7 @@ impl FromWorker {
         match self {
             Self::Done { outcome: Outcome::Value(value), .. } => std::slice::from_mut(value),
             Self::Reply { outcome: Outcome::Value(value), .. } => std::slice::from_mut(value),
+            Self::Saved { state: Ok(value), .. } => std::slice::from_mut(value),
             Self::Yielded { values, .. } => values,
             Self::Submit { submission, .. } => &mut submission.args,
             _ => &mut [],

@@ -130,6 +130,8 @@ pub struct ActorStatus {
     pub state: ActorState,
     /// How often its process was started again.
     pub restarts: u64,
+    /// How often its state could not be saved.
+    pub failed_checkpoints: u64,
     /// Calls that were sent and have not ended.
     pub pending: u64,
     /// Its process; `None` on a thread, and while there is none.

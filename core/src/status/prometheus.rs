@@ -63,10 +63,12 @@ fn actors(page: &mut Page, actors: &[ActorStatus]) {
     let mut states: BTreeMap<(&str, &str), f64> = BTreeMap::new();
     let mut pending: BTreeMap<&str, f64> = BTreeMap::new();
     let mut restarts: BTreeMap<&str, f64> = BTreeMap::new();
+    let mut failed: BTreeMap<&str, f64> = BTreeMap::new();
     for actor in actors {
         *states.entry((&actor.name, actor.state.name())).or_default() += 1.0;
         *pending.entry(&actor.name).or_default() += actor.pending as f64;
         *restarts.entry(&actor.name).or_default() += actor.restarts as f64;
+        *failed.entry(&actor.name).or_default() += actor.failed_checkpoints as f64;
     }
     let states = states.into_iter().map(|((name, state), n)| {
         (vec![("actor", name.to_owned()), ("state", state.to_owned())], n)
@@ -78,6 +80,8 @@ fn actors(page: &mut Page, actors: &[ActorStatus]) {
     // Not a counter: it falls when an actor is gone.
     let help = "How often the processes of the actors that live were started again.";
     page.gauge("mobula_actor_restarts", help, restarts.into_iter().map(named));
+    let help = "How often the states of the actors that live could not be saved.";
+    page.gauge("mobula_actor_failed_checkpoints", help, failed.into_iter().map(named));
 }
 
 fn workers(page: &mut Page, status: &Status) {
@@ -158,7 +162,14 @@ mod tests {
     use std::collections::HashSet;
 
     fn actor(name: &str, state: ActorState, pending: u64) -> ActorStatus {
-        ActorStatus { name: name.to_owned(), state, restarts: 1, pending, pid: None }
+        ActorStatus {
+            name: name.to_owned(),
+            state,
+            restarts: 1,
+            failed_checkpoints: 0,
+            pending,
+            pid: None,
+        }
     }
 
     #[test]

@@ -1,9 +1,10 @@
 //! Objects in memory, and how other processes are told of them.
 
 use super::limits;
+use super::reader::Shared;
 use super::segment::{Location, Mapping, Segment};
 use crate::Error;
-use crate::value::{Draft, Layout};
+use crate::value::{Draft, Encoded, Layout};
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use std::cell::RefCell;
@@ -40,6 +41,15 @@ impl Offer {
     /// What to tell the process that owns the store.
     pub(crate) fn place(&self) -> Place {
         self.0.place()
+    }
+
+    /// The value itself, which stays in memory as long as this does, whoever else has it.
+    pub(crate) fn open(&self) -> Result<Encoded, Error> {
+        let flat = match &self.0 {
+            Memory::Inline(flat) => flat.clone(),
+            Memory::Shared(segment, _) => Bytes::from_owner(Shared(Arc::new(segment.map()?))),
+        };
+        Encoded::from_flat("an object", &flat)
     }
 }
 

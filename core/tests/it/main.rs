@@ -2,6 +2,7 @@
 //! first and the harness is libtest-mimic.
 
 mod actors;
+mod checkpoints;
 mod concurrent_actors;
 mod driver;
 mod graphs;
@@ -24,6 +25,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     if driver::requested() {
         return driver::run();
     }
+    if checkpoints::requested() {
+        return checkpoints::run();
+    }
     if nodes::requested() {
         return nodes::run();
     }
@@ -39,6 +43,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     arguments.test_threads.get_or_insert(2);
     let tests = [
         actors::TESTS,
+        checkpoints::TESTS,
         concurrent_actors::TESTS,
         driver::TESTS,
         graphs::TESTS,

@@ -6,9 +6,9 @@ use crate::driver::{assert_gone, wait_for_file};
 use mobula_core::group::decode_report;
 use mobula_core::value::Blob;
 use mobula_core::{
-    ActorOptions, BoxError, Error, Group, GroupEvent, GroupOptions, Member, Node, OnLoss,
-    Placement, PlacementGroupOptions, PlacementStrategy, Resources, RestartPolicy, Runtime, Task,
-    TaskOptions, Yield, collect, remote,
+    ActorOptions, BoxError, Error, Group, GroupEvent, GroupOptions, Member, Node, ObjectRef,
+    OnLoss, Placement, PlacementGroupOptions, PlacementStrategy, Resources, RestartPolicy, Runtime,
+    Task, TaskOptions, Yield, collect, remote,
 };
 use std::collections::HashSet;
 use std::net::TcpListener;
@@ -26,6 +26,7 @@ pub(crate) const TESTS: &[Test] = &[
     ("nodes::a_group_is_spread_over_machines", spread_group),
     ("nodes::what_a_lost_machine_did_is_done_elsewhere", lost_machine),
     ("nodes::groups_go_on_without_the_machine_that_they_lose", groups_lose_a_machine),
+    ("nodes::a_saved_actor_outlives_its_machine", saved_actor),
     ("nodes::a_killed_driver_leaves_no_copy_and_no_worker", killed_driver),
     ("nodes::copies_on_one_machine_count_its_cpus_once", copies_on_one_machine),
     ("nodes::nobody_joins_without_the_secret", wrong_secret),
@@ -49,6 +50,7 @@ pub(crate) fn run() -> Result<(), Box<dyn std::error::Error>> {
         "spread group" => scenarios::spread_group,
         "lost machine" => scenarios::lost_machine,
         "groups lose a machine" => scenarios::groups_lose_a_machine,
+        "saved actor" => scenarios::saved_actor,
         "long task" => scenarios::long_task,
         "count" => scenarios::count,
         "silent machine" => scenarios::silent_machine,
@@ -203,15 +205,19 @@ fn killed_driver(_: &Runtime) {
 }
 
 fn lost_machine(_: &Runtime) {
-    lose_a_machine("lost machine");
+    lose_machine("lost machine");
 }
 
 fn groups_lose_a_machine(_: &Runtime) {
-    lose_a_machine("groups lose a machine");
+    lose_machine("groups lose a machine");
 }
 
-/// Kills the machine that the scenario names.
-fn lose_a_machine(scenario: &str) {
+fn saved_actor(_: &Runtime) {
+    lose_machine("saved actor");
+}
+
+/// Kills the machine that the scenario says.
+fn lose_machine(scenario: &str) {
     let mut launch = Launch::start(scenario, &[1, 1, 1], |_, _| {});
     let agent = wait_for_file(&launch.file("victim"));
     let victim = launch.copies.iter_mut().find(|copy| copy.id().to_string() == agent);
@@ -368,6 +374,43 @@ impl Counter {
 
     fn parent(&mut self) -> Result<u32, Error> {
         Ok(std::os::unix::process::parent_id())
+    }
+}
+
+/// The count, how many bytes are intact, and the agent.
+type Seen = (u32, usize, u32);
+
+/// A counter whose state is larger than what travels in a message.
+struct Keeper(u32, Blob);
+
+#[remote(crate = mobula_core)]
+impl Keeper {
+    fn new() -> Self {
+        Self(0, vec![3; LARGE / 8].into())
+    }
+
+    #[checkpoint]
+    fn save(&self) -> (u32, Blob) {
+        (self.0, self.1.clone())
+    }
+
+    #[restore]
+    fn load(saved: (u32, Blob)) -> Self {
+        Self(saved.0, saved.1)
+    }
+
+    fn count(&mut self) -> u32 {
+        self.0 += 1;
+        self.0
+    }
+
+    fn peek(&self) -> Seen {
+        let intact = self.1.0.iter().filter(|byte| **byte == 3).count();
+        (self.0, intact, std::os::unix::process::parent_id())
+    }
+
+    fn abort(&self) {
+        std::process::abort();
     }
 }
 
@@ -539,6 +582,49 @@ mod scenarios {
         let after = moved.join(LONG).expect("goes on").swap_remove(0);
         assert!(after[0] != after[1] && !after.contains(&victim), "{after:?}");
         assert_eq!(runtime.free_resources().cpus, 4.0);
+    }
+
+    /// What was answered is in the state, wherever it lives, and what was retried is in it once.
+    pub(super) fn saved_actor(runtime: &Runtime) {
+        // With the driver's machine full, work is packed onto the next.
+        let full = (0..2).map(|_| wait_for_victim::remote().with_options(on(Node::HERE)));
+        let full: Vec<_> = full.map(|task| runtime.submit(task)).collect();
+        let options = ActorOptions {
+            placement: Placement::Process,
+            // To abort is retried too.
+            restart: RestartPolicy::at_most(3),
+            max_task_retries: 1,
+            ..ActorOptions::new("keeper")
+        };
+        let keeper = runtime.spawn(Keeper::remote().with_options(options)).expect("starts");
+        let counts = |from: u32| {
+            let calls = (from..from + 10).map(|expected| (expected, keeper.count()));
+            let looks = calls.map(|(expected, call)| (expected, call, keeper.peek()));
+            looks.collect::<Vec<_>>()
+        };
+        let check = |calls: Vec<(u32, ObjectRef<u32>, ObjectRef<Seen>)>| {
+            for (expected, call, look) in calls {
+                // The answer to a look is not there before what it saw is safe.
+                let (seen, intact, _) = *look.get_timeout(LONG).expect("looks");
+                assert_eq!((seen, intact), (expected, LARGE / 8));
+                assert_eq!(*call.get_timeout(LONG).expect("counts"), expected);
+            }
+        };
+        check(counts(1));
+        let agent = keeper.peek().get_timeout(LONG).expect("answers").2;
+        assert_ne!(agent, std::process::id());
+        // First its process is lost, then its machine, both with calls under way.
+        drop(keeper.abort());
+        check(counts(11));
+        assert_eq!(keeper.peek().get_timeout(LONG).expect("answers").2, agent);
+        let under_way = counts(21);
+        tell("victim", &agent.to_string());
+        check(under_way);
+        let nodes = || runtime.nodes().len() == 2;
+        assert!(wait_until(nodes, LONG), "the test kills the machine");
+        check(counts(31));
+        assert_ne!(keeper.peek().get_timeout(LONG).expect("answers").2, agent);
+        collect(&full).expect("the file is there");
     }
 
     pub(super) fn lost_machine(runtime: &Runtime) {

@@ -1,5 +1,6 @@
 //! From an annotated `impl` to an actor: its constructor, its methods, its handle.
 
+use super::checkpoint::{Checkpoint, without_checkpoint};
 use super::described;
 use super::groups::{Groups, without_groups};
 use crate::signature::{Output, Signature};
@@ -11,14 +12,17 @@ use syn::{Attribute, Error, FnArg, ImplItem, ImplItemFn, ItemImpl, Result, Type,
 /// The `impl` itself, the registrations and the handle.
 pub(super) fn expand(krate: &TokenStream, item: &ItemImpl) -> Result<TokenStream> {
     let actor = actor_name(item)?;
-    let (item, groups) = without_groups(item)?;
-    let item = &item;
-    let methods = methods(item);
+    let (item, checkpoint) = without_checkpoint(item.clone())?;
+    let (item, groups) = without_groups(&item)?;
+    let (item, checkpoint) = (&item, checkpoint.as_ref());
+    let mut methods = methods(item);
+    // Not a method of the handle.
+    methods.retain(|method| !checkpoint.is_some_and(|checkpoint| checkpoint.is(method)));
     refuse_clashes(&methods)?;
     let constructor = constructor(item, &methods)?;
     let visibility = &constructor.vis;
     let handle = format_ident!("{actor}Handle");
-    let remote = describe(krate, actor, constructor)?;
+    let remote = describe(krate, actor, constructor, checkpoint)?;
     let calls = methods.iter().filter(|method| takes_self(method));
     let calls = calls.map(|method| call(krate, actor, method, &groups));
     let calls = calls.collect::<Result<Vec<_>>>()?;
@@ -27,7 +31,8 @@ pub(super) fn expand(krate: &TokenStream, item: &ItemImpl) -> Result<TokenStream
         format!("Sends calls to a `{actor}`, wherever it lives. Clones send to the same one.");
     let handle = handle_item(krate, &doc, visibility, actor, &handle, &senders, &groups);
     let shared = groups.must_be_shared(actor);
-    Ok(quote! { #item #remote #handle #(#registrations)* #shared })
+    let saving = checkpoint.map(|checkpoint| checkpoint.registrations(krate, actor)).transpose()?;
+    Ok(quote! { #item #remote #handle #(#registrations)* #saving #shared })
 }
 
 fn handle_item(
@@ -118,7 +123,7 @@ fn constructor<'a>(item: &ItemImpl, methods: &[&'a ImplItemFn]) -> Result<&'a Im
     })
 }
 
-fn read(sig: &syn::Signature) -> Result<Signature> {
+pub(super) fn read(sig: &syn::Signature) -> Result<Signature> {
     let signature = Signature::read(sig)?;
     if let Some(yields) = &signature.yields {
         let message = "an actor's method cannot yield values: make it a remote function, or give \
@@ -129,7 +134,12 @@ fn read(sig: &syn::Signature) -> Result<Signature> {
 }
 
 /// `Actor::remote(..)`, and the constructor's registration.
-fn describe(krate: &TokenStream, actor: &Ident, new: &ImplItemFn) -> Result<TokenStream> {
+fn describe(
+    krate: &TokenStream,
+    actor: &Ident,
+    new: &ImplItemFn,
+    checkpoint: Option<&Checkpoint>,
+) -> Result<TokenStream> {
     let signature = read(&naming(actor, &new.sig)?)?;
     let (names, types) = arguments(&signature);
     let name = registered(actor, &new.sig.ident);
@@ -137,6 +147,7 @@ fn describe(krate: &TokenStream, actor: &Ident, new: &ImplItemFn) -> Result<Toke
     let visibility = &new.vis;
     let doc = format!("Describes a `{actor}`, to be started wherever the runtime places it.");
     let described = described(&names);
+    let saved = checkpoint.map(|checkpoint| checkpoint.mention(actor));
     Ok(quote! {
         #[allow(dead_code)]
         impl #actor {
@@ -154,7 +165,7 @@ fn describe(krate: &TokenStream, actor: &Ident, new: &ImplItemFn) -> Result<Toke
                 use #krate::remote::{KeepLocal as _, KeepShared as _};
                 let keep = (&#krate::remote::Keep::<#actor>::new()).keep();
                 call.build::<(#(#types,)*), #actor, _>(keep, move |(#(#names,)*): (#(#types,)*)| #result)
-            })
+            }) #saved
         }
     })
 }
@@ -235,7 +246,7 @@ fn changes(method: &ImplItemFn) -> Result<bool> {
 }
 
 /// The signature with the actor's name for `Self`, which is another type in the handle.
-fn naming(actor: &Ident, sig: &syn::Signature) -> Result<syn::Signature> {
+pub(super) fn naming(actor: &Ident, sig: &syn::Signature) -> Result<syn::Signature> {
     syn::parse2(without_self(actor, sig.to_token_stream()))
 }
 
@@ -276,7 +287,7 @@ fn refuse_clashes(methods: &[&ImplItemFn]) -> Result<()> {
 }
 
 /// The call's value as a `Result` of a boxed error.
-fn result(signature: &Signature, call: TokenStream) -> TokenStream {
+pub(super) fn result(signature: &Signature, call: TokenStream) -> TokenStream {
     match &signature.output {
         // Spanned, so that an error type that does not convert is reported where it stands.
         Output::Fallible(ty) => quote_spanned! { ty.span() =>
@@ -287,7 +298,7 @@ fn result(signature: &Signature, call: TokenStream) -> TokenStream {
 }
 
 /// The name under which worker processes know a method.
-fn registered(actor: &Ident, method: &Ident) -> TokenStream {
+pub(super) fn registered(actor: &Ident, method: &Ident) -> TokenStream {
     let path = format!("::{actor}::{method}");
     quote!(::core::concat!(::core::module_path!(), #path))
 }

@@ -233,6 +233,58 @@ fn methods_have_groups_and_an_access() {
 }
 
 #[test]
+fn a_checkpoint_is_registered_and_no_method_of_the_handle() {
+    let item = counter(
+        "#[checkpoint] fn save(&self) -> Result<u64, String> { Ok(self.0) } \
+         #[restore] fn load(saved: u64) -> Self { Self(saved) } fn get(&self) -> u64 { self.0 }",
+    );
+    let text = expanded(quote!(crate = mobula_core), item.parse().expect("tokens"));
+    for part in [
+        quote!(call.run::<(), u64, _>).to_string(),
+        "map_err (__mobula_actor . save ()".to_owned(),
+        quote!(call.build::<(u64,), Counter, _>).to_string(),
+        quote!(Ok(Counter::load(saved))).to_string(),
+    ] {
+        assert!(text.contains(&part), "{part}\nis missing in\n{text}");
+    }
+    assert_eq!(text.matches("with_checkpoint").count(), 2, "new and load: {text}");
+    assert!(text.contains("try_get") && !text.contains("try_save"), "{text}");
+    assert!(!text.contains("# [checkpoint") && !text.contains("# [restore"), "{text}");
+}
+
+#[test]
+fn what_cannot_be_a_checkpoint_is_refused() {
+    const SAVE: &str = "#[checkpoint] fn save(&self) -> u64 {}";
+    const LOAD: &str = "#[restore] fn load(saved: u64) -> Self {}";
+    let with = |more: &str| counter(&format!("{SAVE} {more}"));
+    for (item, message) in [
+        (counter(SAVE), "an actor with #[checkpoint] needs a #[restore] too"),
+        (counter(LOAD), "an actor with #[restore] needs a #[checkpoint] too"),
+        (
+            with(&format!("{LOAD} {}", SAVE.replace("save", "again"))),
+            "an actor has one #[checkpoint]",
+        ),
+        (with(&format!("{LOAD} {}", LOAD.replace("load", "again"))), "an actor has one #[restore]"),
+        (with("#[restore] fn load() -> Self {}"), "takes what was saved and nothing else"),
+        (with("#[restore] fn load(a: u64, b: u64) -> Self {}"), "takes what was saved"),
+        (with("#[restore] fn load(&self) -> Self {}"), "takes what was saved"),
+        (with("#[restore] fn load(saved: &str) -> Self {}"), "owned values, not references"),
+        (with("#[restore(now)] fn load(saved: u64) -> Self {}"), "#[restore] takes no options"),
+        (with("#[cfg(unix)] #[restore] fn load(saved: u64) -> Self {}"), "has no #[cfg]"),
+        (counter(&format!("#[checkpoint] fn save(&mut self) -> u64 {{}} {LOAD}")), "takes &self"),
+        (
+            counter(&format!("#[checkpoint] fn save(&self, n: u8) -> u64 {{}} {LOAD}")),
+            "nothing else",
+        ),
+        (counter(&format!("#[checkpoint] fn save() -> u64 {{}} {LOAD}")), "takes &self"),
+        (counter(&format!("#[group(\"a\")] {SAVE} {LOAD}")), "no #[group]"),
+    ] {
+        let got = refused(quote!(), &item);
+        assert!(got.contains(message), "{item}: {got}");
+    }
+}
+
+#[test]
 fn what_cannot_be_an_actor_is_refused() {
     for (item, message) in [
         ("impl Counter { fn add(&mut self) {} }".to_owned(), "needs a constructor"),
