@@ -1,11 +1,8 @@
 //! The driver's way to one worker process on another machine.
 
 use super::hub::NodeLink;
-use super::object::FarPlace;
-use super::transfer::forget_everywhere;
 use super::wire::{CREDITS, ToNode};
 use crate::console;
-use crate::parcel::Packed;
 use crate::process::wire::ToWorker;
 use crate::process::{End, LogTarget, Sink, WorkerEvent};
 use std::fs::{File, OpenOptions};
@@ -130,11 +127,9 @@ async fn pass_on(
 ) {
     let mut taken = 0;
     while let Some(event) = inbox.recv().await {
-        let (is_end, values) = (matches!(event, WorkerEvent::Ended(_)), places(&event));
-        if !sink.send(event).await {
-            // Nobody listens any more, so nobody will ever refer to them.
-            values.iter().for_each(|place| forget_everywhere(place.holder, place.id));
-        }
+        let is_end = matches!(event, WorkerEvent::Ended(_));
+        // Nobody may be listening any more.
+        let _ = sink.send(event).await;
         if is_end {
             return;
         }
@@ -146,16 +141,6 @@ async fn pass_on(
             taken = 0;
         }
     }
-}
-
-/// The values on other machines that an event tells of.
-fn places(event: &WorkerEvent) -> Vec<FarPlace> {
-    let WorkerEvent::Frame(frame) = event else { return Vec::new() };
-    let place = |packed: &Packed| match packed {
-        Packed::Far(place) => Some(*place),
-        _ => None,
-    };
-    frame.packed().iter().filter_map(place).collect()
 }
 
 impl Log {

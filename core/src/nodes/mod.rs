@@ -16,6 +16,7 @@
 mod agent;
 mod far;
 mod hub;
+mod lineage;
 mod object;
 mod role;
 mod secret;
@@ -26,7 +27,8 @@ mod worker;
 
 pub(crate) use far::FarLink;
 pub(crate) use hub::{hub, say_goodbye};
-pub(crate) use object::{Far, FarPlace, Recipe};
+pub(crate) use lineage::Recipe;
+pub(crate) use object::{Far, FarPlace, Owned};
 pub(crate) use role::{Role, role};
 pub(crate) use transfer::forget_everywhere;
 

@@ -5,7 +5,7 @@ use crate::Test;
 use crate::driver::{assert_gone, wait_for_file};
 use mobula_core::value::Blob;
 use mobula_core::{
-    ActorOptions, Error, GroupOptions, Member, Node, Placement, PlacementGroupOptions,
+    ActorOptions, Error, GroupOptions, Member, Node, ObjectRef, Placement, PlacementGroupOptions,
     PlacementStrategy, Resources, RestartPolicy, Runtime, Task, TaskOptions, Yield, collect,
     remote,
 };
@@ -18,6 +18,8 @@ use std::time::{Duration, Instant};
 const SCENARIO: &str = "MOBULA_TEST_NODES";
 const LONG: Duration = Duration::from_secs(60);
 const LARGE: usize = 8 << 20;
+/// Just large enough to stay on the machine that made it.
+const SMALL: usize = 64 << 10;
 
 pub(crate) const TESTS: &[Test] = &[
     ("nodes::each_machine_is_used_and_all_end_with_the_driver", each_machine_is_used),
@@ -31,6 +33,7 @@ pub(crate) const TESTS: &[Test] = &[
     ("nodes::a_silent_machine_is_lost", silent_machine),
     ("nodes::a_machine_joins_later", joins_later),
     ("nodes::values_are_streamed_from_afar", streams),
+    ("nodes::a_long_chain_is_let_go_of_or_made_again_on_a_small_stack", long_chain),
 ];
 
 /// Whether this process was started by a test of this module.
@@ -51,6 +54,7 @@ pub(crate) fn run() -> Result<(), Box<dyn std::error::Error>> {
         "silent machine" => scenarios::silent_machine,
         "joins later" => scenarios::joins_later,
         "streams" => scenarios::streams,
+        "long chain" => scenarios::long_chain,
         other => return Err(format!("there is no scenario {other}").into()),
     };
     scenario(&runtime);
@@ -214,6 +218,11 @@ fn streams(_: &Runtime) {
     Launch::start("streams", &[1, 1], |_, _| {}).succeed();
 }
 
+fn long_chain(_: &Runtime) {
+    let outputs = Launch::start("long chain", &[1, 1], |_, _| {}).end();
+    assert!(outputs[0].status.success(), "{}", said(&outputs));
+}
+
 fn silent_machine(_: &Runtime) {
     use rustix::process::{Pid, Signal, kill_process};
     let mut launch = Launch::start("silent machine", &[1, 1], |_, _| {});
@@ -273,6 +282,16 @@ fn parent() -> Result<u32, Error> {
 #[remote(crate = mobula_core)]
 fn make(byte: u8) -> Result<Blob, Error> {
     Ok(vec![byte; LARGE].into())
+}
+
+#[remote(crate = mobula_core)]
+fn small(byte: u8) -> Result<Blob, Error> {
+    Ok(vec![byte; SMALL].into())
+}
+
+#[remote(crate = mobula_core)]
+fn pass_on(value: Blob) -> Result<Blob, Error> {
+    Ok(value)
 }
 
 #[remote(crate = mobula_core)]
@@ -450,6 +469,53 @@ mod scenarios {
         }
     }
 
+    /// Values that only the other machine has, each made of the one before it.
+    fn chain(runtime: &Runtime, length: usize) -> Vec<ObjectRef<Blob>> {
+        let again = |task: Task<Blob>| {
+            task.with_options(TaskOptions { max_retries: 1, node: None, ..on(Node::HERE) })
+        };
+        let mut values = vec![runtime.submit(again(small::remote(7)))];
+        while let Some(last) = values.last()
+            && values.len() < length
+        {
+            let next = runtime.submit(again(pass_on::remote(last)));
+            values.push(next);
+        }
+        wait_ready(&[&values[length - 1]]);
+        values
+    }
+
+    /// In a call deep in a program, there is not much of the stack left.
+    fn on_a_stack_of<T: Send + 'static>(bytes: usize, f: impl FnOnce() -> T + Send + 'static) -> T {
+        let thread = std::thread::Builder::new().stack_size(bytes).spawn(f);
+        thread.expect("starts").join().expect("no panic")
+    }
+
+    /// What `docs/guides/cluster.md` promises.
+    const LINEAGE_DEPTH: usize = 1000;
+
+    pub(super) fn long_chain(runtime: &Runtime) {
+        // With the driver's machine full, all is made on the other one.
+        let all = PlacementGroupOptions::new("all that is here", vec![Resources::cpus(2.0)]);
+        let full = runtime.placement_group(&all).expect("is free");
+        let last = chain(runtime, LINEAGE_DEPTH / 2).pop();
+        on_a_stack_of(64 << 10, move || drop(last));
+        let values = chain(runtime, LINEAGE_DEPTH + 1);
+        let (deepest, too_deep) =
+            (values[LINEAGE_DEPTH - 1].clone(), values[LINEAGE_DEPTH].clone());
+        drop(values);
+        let agent = parent::remote().with_options(on(runtime.nodes()[1].node));
+        let agent = *runtime.submit(agent).get().expect("runs") as i32;
+        let agent = rustix::process::Pid::from_raw(agent).expect("a process");
+        rustix::process::kill_process(agent, rustix::process::Signal::KILL).expect("kill -9");
+        assert!(wait_until(|| runtime.nodes().len() == 1, LONG), "nobody noticed");
+        let error = too_deep.get().expect_err("too much to run again").to_string();
+        assert!(error.contains("1001") && error.contains("1000"), "{error}");
+        drop((full, too_deep));
+        let again = on_a_stack_of(256 << 10, move || deepest.get().map(|value| value.0.clone()));
+        assert_eq!(again.expect("made again"), vec![7; SMALL]);
+    }
+
     pub(super) fn silent_machine(runtime: &Runtime) {
         let node = runtime.nodes()[1].node;
         let task = runtime.submit(linger::remote().with_options(on(node)));
@@ -557,6 +623,6 @@ fn wait_for_victim() -> Result<(), Error> {
 }
 
 /// Until they are there, wherever, without fetching them.
-fn wait_ready(objects: &[&mobula_core::ObjectRef<Blob>]) {
+fn wait_ready(objects: &[&ObjectRef<Blob>]) {
     assert!(wait_until(|| objects.iter().all(|object| object.is_ready()), LONG));
 }
