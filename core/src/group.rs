@@ -381,7 +381,7 @@ impl<T> Group<T> {
     /// Process ids of the members that are processes, by rank.
     pub fn pids(&self) -> Vec<Option<u32>> {
         let pid = |member: &Port| match &member.route {
-            Route::Process(link) => link.pid(),
+            Route::Process(link) => link.process().map(|process| process.pid),
             Route::Thread(_) => None,
         };
         self.members.iter().map(pid).collect()

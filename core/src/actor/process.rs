@@ -9,12 +9,12 @@ use crate::object::AnyObject;
 use crate::parcel::{Packed, Parcel, pack_all};
 use crate::process::wire::{FromWorker, Outcome, ToWorker, What};
 use crate::process::{
-    Begun, End, Environment, LANES, Listener, LogTarget, Sink, WorkerEvent, WorkerLink,
+    Begun, End, Environment, LANES, Listener, LogTarget, ProcessId, Sink, WorkerEvent, WorkerLink,
     check_build, into_result, lost,
 };
 use crate::runtime::{Lease, Runtime};
 use crate::scheduler::NodeId;
-use crate::status::{ActorState, ActorStatus};
+use crate::status::{ActorState, ActorStatus, Sighting};
 use crate::{Error, console, store, threads, timeline, timer};
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::mpsc::{SyncSender, sync_channel};
@@ -186,12 +186,12 @@ impl ProcessActor {
     }
 
     pub(super) fn pid(&self) -> Option<u32> {
-        self.state().pid()
+        self.state().process().map(|process| process.pid)
     }
 
-    fn look(&self) -> ActorStatus {
+    fn look(&self) -> Sighting {
         let state = self.state();
-        ActorStatus {
+        let status = ActorStatus {
             name: self.options.name.clone(),
             state: match state.phase {
                 Phase::Dead(_) => ActorState::Dead,
@@ -200,8 +200,10 @@ impl ProcessActor {
             },
             restarts: state.restarts,
             pending: (state.under_way.len() + state.queue.len()) as u64,
-            pid: state.pid(),
-        }
+            pid: None,
+            node: None,
+        };
+        Sighting { status, process: state.process() }
     }
 
     pub(super) fn is_alive(&self) -> bool {
@@ -261,15 +263,15 @@ impl ProcessActor {
                 self.built(into_result(&self.options.name, outcome).map(drop));
             }
             WorkerEvent::Frame(FromWorker::Reply { call, outcome, micros }) => {
-                let (post, pid) = {
+                let (post, process) = {
                     let mut state = self.state();
-                    (state.under_way.remove(&call), state.pid().unwrap_or(0))
+                    (state.under_way.remove(&call), state.process().unwrap_or_default())
                 };
                 let is_shared = matches!(outcome, Outcome::Value(Packed::Shared { .. }));
                 let result =
                     into_result(post.as_ref().map_or("nobody's", |p| p.post.method), outcome);
                 if let Some(UnderWay { post, .. }) = post {
-                    (post.settle)(timeline::replied(pid, post.method, micros, result));
+                    (post.settle)(timeline::replied(process, post.method, micros, result));
                 }
                 let mut state = self.state();
                 if is_shared {
@@ -286,7 +288,7 @@ impl ProcessActor {
         let first = {
             let mut state = self.state();
             state.is_built = result.is_ok();
-            timeline::actor_started(&self.options.name, state.pid());
+            timeline::actor_started(&self.options.name, state.process().map(|process| process.pid));
             state.first.take()
         };
         match (result, first) {
@@ -306,8 +308,8 @@ impl ProcessActor {
         let reason = &end.reason;
         let (failed, next) = {
             let mut state = self.state();
-            let pid = state.pid();
-            state.tell_lost(&end.begun, pid.unwrap_or(0), reason);
+            let process = state.process();
+            state.tell_lost(&end.begun, process.unwrap_or_default(), reason);
             let failed = state.take_lost(&end.begun, self.options.max_task_retries);
             let is_done = state.is_killed
                 || matches!(state.phase, Phase::Dead(_))
@@ -317,6 +319,7 @@ impl ProcessActor {
                 state.phase = Phase::Starting;
                 state.is_built = false;
                 state.restarts += 1;
+                let pid = process.map(|process| process.pid);
                 timeline::actor_restarts(&self.options.name, pid, reason);
             }
             (failed, next)
@@ -421,20 +424,20 @@ impl State {
         failed
     }
 
-    fn pid(&self) -> Option<u32> {
+    fn process(&self) -> Option<ProcessId> {
         match &self.phase {
-            Phase::Running(life) => life.link.pid(),
+            Phase::Running(life) => life.link.process(),
             _ => None,
         }
     }
 
     /// Calls that had begun when the process was lost.
-    fn tell_lost(&self, begun: &Begun, pid: u32, reason: &str) {
+    fn tell_lost(&self, begun: &Begun, process: ProcessId, reason: &str) {
         let had_begun =
             |call: &(&u64, &UnderWay)| *call.0 <= begun.newest_in(call.1.post.class.lane());
         for (_, call) in self.under_way.iter().filter(had_begun) {
             let error = lost(call.post.method, reason.to_owned());
-            timeline::call_lost(pid, call.post.method, call.sent, &error);
+            timeline::call_lost(process, call.post.method, call.sent, &error);
         }
     }
 

@@ -87,7 +87,7 @@ impl Worker {
                 return self.say(WorkerEvent::Ended(end)).await;
             }
         };
-        let pid = link.pid().unwrap_or_default();
+        let pid = link.process().unwrap_or_default().pid;
         let _ = self.home.out.send(FromNode::Started { worker: self.number, pid }).await;
         let deliver = tokio::spawn(self.clone().deliver(inbox, Arc::clone(&link)));
         let speak = self.speak(events, &link);

@@ -3,6 +3,7 @@
 
 use crate::Test;
 use crate::driver::{assert_gone, wait_for_file};
+use mobula_core::status::Status;
 use mobula_core::value::Blob;
 use mobula_core::{
     ActorOptions, Error, GroupOptions, Member, Node, ObjectRef, Placement, PlacementGroupOptions,
@@ -33,6 +34,8 @@ pub(crate) const TESTS: &[Test] = &[
     ("nodes::a_silent_machine_is_lost", silent_machine),
     ("nodes::a_machine_joins_later", joins_later),
     ("nodes::values_are_streamed_from_afar", streams),
+    ("nodes::what_is_cancelled_leaves_nothing_behind", cancelled),
+    ("nodes::who_looks_sees_all_machines_and_waits_for_none", looked_at),
     ("nodes::a_long_chain_is_let_go_of_or_made_again_on_a_small_stack", long_chain),
 ];
 
@@ -54,6 +57,8 @@ pub(crate) fn run() -> Result<(), Box<dyn std::error::Error>> {
         "silent machine" => scenarios::silent_machine,
         "joins later" => scenarios::joins_later,
         "streams" => scenarios::streams,
+        "cancelled" => scenarios::cancelled,
+        "looked at" => scenarios::looked_at,
         "long chain" => scenarios::long_chain,
         other => return Err(format!("there is no scenario {other}").into()),
     };
@@ -218,6 +223,35 @@ fn streams(_: &Runtime) {
     Launch::start("streams", &[1, 1], |_, _| {}).succeed();
 }
 
+fn cancelled(_: &Runtime) {
+    Launch::start("cancelled", &[1, 1], |_, _| {}).succeed();
+}
+
+fn looked_at(_: &Runtime) {
+    let folder = tempfile::tempdir().expect("temporary folder");
+    let file = folder.path().join("timeline.json");
+    let launch = Launch::start("looked at", &[1, 1], |rank, command| {
+        if rank == 0 {
+            command.env("MOBULA_TIMELINE", &file);
+        }
+    });
+    launch.succeed();
+    let text = std::fs::read_to_string(&file).expect("a timeline");
+    let events: Vec<serde_json::Value> = serde_json::from_str(&text).expect("a JSON array");
+    let far_process = events.iter().find(|event| {
+        let name = event["args"]["name"].as_str().unwrap_or_default();
+        event["name"] == "process_name"
+            && name.starts_with("tasks on ")
+            && name.ends_with(", node 1)")
+    });
+    let far_process = &far_process.unwrap_or_else(|| panic!("{events:#?}"))["pid"];
+    let parents = events.iter().filter(|event| {
+        event["ph"] == "X" && event["name"].as_str().is_some_and(|name| name.ends_with("parent"))
+    });
+    let places: Vec<bool> = parents.map(|event| event["pid"] == *far_process).collect();
+    assert_eq!(places, [false, true], "one here, and one there: {events:#?}");
+}
+
 fn long_chain(_: &Runtime) {
     let outputs = Launch::start("long chain", &[1, 1], |_, _| {}).end();
     assert!(outputs[0].status.success(), "{}", said(&outputs));
@@ -287,6 +321,13 @@ fn make(byte: u8) -> Result<Blob, Error> {
 #[remote(crate = mobula_core)]
 fn small(byte: u8) -> Result<Blob, Error> {
     Ok(vec![byte; SMALL].into())
+}
+
+/// Says that it is about to give a value.
+#[remote(crate = mobula_core)]
+fn announce(name: String) -> Result<Blob, Error> {
+    tell(&name, "");
+    Ok(vec![1; SMALL].into())
 }
 
 #[remote(crate = mobula_core)]
@@ -467,6 +508,74 @@ mod scenarios {
                 assert_eq!(value.0, vec![n as u8; size]);
             }
         }
+    }
+
+    pub(super) fn cancelled(runtime: &Runtime) {
+        let node = runtime.nodes()[1].node;
+        let there = || runtime.status().nodes[1].clone();
+        let has = |count| wait_until(|| !there().silent && there().objects.count == count, LONG);
+        let kept = runtime.submit(make::remote(1).with_options(on(node)));
+        assert!(has(1), "{:#?}", there());
+        for round in 0..10 {
+            // Values that are on their way when nobody wants them any more.
+            let task = yield_many::remote(64, SMALL).with_options(on(node));
+            let mut stream = runtime.submit_stream(task);
+            stream.next().expect("the first").expect("comes");
+            drop(stream);
+            // A result that comes about when its task is called off.
+            let name = format!("made-{round}");
+            let task = runtime.submit(announce::remote(name.clone()).with_options(on(node)));
+            wait_for_file(&folder().join(name));
+            task.cancel();
+        }
+        assert!(has(1), "only what somebody has stays: {:#?}", there());
+        drop(kept);
+        assert!(has(0), "{:#?}", there());
+    }
+
+    pub(super) fn looked_at(runtime: &Runtime) {
+        use rustix::process::{Pid, Signal, kill_process};
+        let node = runtime.nodes()[1].node;
+        runtime.submit(parent::remote().with_options(on(Node::HERE))).get().expect("runs");
+        let agent = *runtime.submit(parent::remote().with_options(on(node))).get().expect("runs");
+        let nothing = TaskOptions { resources: Resources::default(), ..on(node) };
+        let _busy = runtime.submit(linger::remote().with_options(nothing));
+        let worker: u32 = wait_for_file(&folder().join("worker")).parse().expect("a number");
+        let options = ActorOptions {
+            placement: Placement::Process,
+            node: Some(node),
+            ..ActorOptions::new("counter")
+        };
+        let counter = runtime.spawn(Counter::remote().with_options(options)).expect("starts");
+        counter.count().get().expect("counts");
+        let _kept = runtime.submit(make::remote(1).with_options(on(node))).get().expect("made");
+
+        let status = runtime.status();
+        let (here, there) = (&status.nodes[0], &status.nodes[1]);
+        assert!(there.name.ends_with(" (node 1)") && !there.silent && !here.silent, "{status:#?}");
+        assert!(there.objects.budget_bytes > 0, "{status:#?}");
+        let find = |status: &Status, pid| {
+            let mut workers = status.workers.iter();
+            let found = workers.find(|w| w.pid == pid && w.node == status.nodes[1].name);
+            found.unwrap_or_else(|| panic!("{pid}: {status:#?}")).clone()
+        };
+        let busy = find(&status, worker);
+        assert_eq!((busy.name.as_str(), busy.busy), ("tasks", true));
+        assert!(busy.resident_bytes > 1 << 20, "{status:#?}");
+        let actor = &status.actors[0];
+        assert_eq!(actor.node.as_ref(), Some(&there.name));
+        let idle = find(&status, actor.pid.expect("it runs"));
+        assert_eq!((idle.name.as_str(), idle.busy), ("counter", false));
+        assert!(status.workers.iter().any(|worker| worker.node == here.name), "{status:#?}");
+
+        // One that cannot answer now holds nobody up, and what the driver knows is shown.
+        let agent = Pid::from_raw(agent as i32).expect("a process");
+        kill_process(agent, Signal::STOP).expect("stops");
+        let status = runtime.status();
+        kill_process(agent, Signal::CONT).expect("goes on");
+        assert!(status.nodes[1].silent && !status.nodes[0].silent, "{status:#?}");
+        let busy = find(&status, worker);
+        assert_eq!((busy.busy, busy.resident_bytes), (true, 0));
     }
 
     /// Values that only the other machine has, each made of the one before it.
