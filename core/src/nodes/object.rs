@@ -34,6 +34,7 @@ pub(crate) struct FarPlace {
 #[serde(transparent)]
 pub(crate) struct Owned(FarPlace);
 
+/// NODE-4.
 impl Drop for Owned {
     fn drop(&mut self) {
         transfer::forget_everywhere(self.0.holder, self.0.id);
