@@ -11,7 +11,8 @@ use mobula_core::{
     remote,
 };
 use std::collections::HashSet;
-use std::net::TcpListener;
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
 use std::path::PathBuf;
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -19,6 +20,8 @@ use std::time::{Duration, Instant};
 const SCENARIO: &str = "MOBULA_TEST_NODES";
 const LONG: Duration = Duration::from_secs(60);
 const LARGE: usize = 8 << 20;
+/// At 64 KiB in 20 ms, more than 6 s.
+const SLOW: usize = 20 << 20;
 /// Just large enough to stay on the machine that made it.
 const SMALL: usize = 64 << 10;
 
@@ -32,6 +35,7 @@ pub(crate) const TESTS: &[Test] = &[
     ("nodes::nobody_joins_without_the_secret", wrong_secret),
     ("nodes::a_file_will_do_for_a_secret", secret_in_a_file),
     ("nodes::a_silent_machine_is_lost", silent_machine),
+    ("nodes::a_machine_behind_a_slow_network_is_not_lost", slow_network),
     ("nodes::a_machine_joins_later", joins_later),
     ("nodes::values_are_streamed_from_afar", streams),
     ("nodes::what_is_cancelled_leaves_nothing_behind", cancelled),
@@ -55,6 +59,7 @@ pub(crate) fn run() -> Result<(), Box<dyn std::error::Error>> {
         "long task" => scenarios::long_task,
         "count" => scenarios::count,
         "silent machine" => scenarios::silent_machine,
+        "slow network" => scenarios::slow_network,
         "joins later" => scenarios::joins_later,
         "streams" => scenarios::streams,
         "cancelled" => scenarios::cancelled,
@@ -274,6 +279,47 @@ fn silent_machine(_: &Runtime) {
     assert!(said(&outputs[..1]).contains("no heartbeat for 4s"), "{}", said(&outputs));
 }
 
+fn slow_network(_: &Runtime) {
+    let network = TcpListener::bind("127.0.0.1:0").expect("a port");
+    let entrance = network.local_addr().expect("bound").port().to_string();
+    let launch = Launch::start("slow network", &[1, 1], |rank, command| {
+        if rank == 1 {
+            command.env("MASTER_PORT", &entrance);
+        } else {
+            let port = command.get_envs().find(|(name, _)| *name == "MASTER_PORT");
+            let port = port.and_then(|(_, port)| port?.to_str()).expect("it is set");
+            let driver = format!("127.0.0.1:{port}");
+            let network = network.try_clone().expect("a listener");
+            // Ends with the test: nobody waits for what never comes.
+            std::thread::spawn(move || carry(&network, &driver));
+        }
+    });
+    launch.succeed();
+}
+
+/// Takes connections to the driver, and what goes there slowly.
+fn carry(network: &TcpListener, driver: &str) {
+    for agent in network.incoming().flatten() {
+        // One that comes before the driver listens comes again.
+        let Ok(driver) = TcpStream::connect(driver) else { continue };
+        let (up, down) = (agent.try_clone().expect("a socket"), driver.try_clone().expect("one"));
+        std::thread::spawn(move || pour(&up, &driver, Duration::from_millis(20)));
+        std::thread::spawn(move || pour(&down, &agent, Duration::ZERO));
+    }
+}
+
+/// 64 KiB at a time, and so long for each.
+fn pour(mut from: &TcpStream, mut to: &TcpStream, pause: Duration) {
+    let mut piece = vec![0; 64 << 10];
+    while let Ok(bytes @ 1..) = from.read(&mut piece) {
+        std::thread::sleep(pause);
+        if to.write_all(&piece[..bytes]).is_err() {
+            break;
+        }
+    }
+    let _ = to.shutdown(std::net::Shutdown::Both);
+}
+
 fn joins_later(_: &Runtime) {
     let port = TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr()).expect("a port");
     let alone = |command: &mut Command| {
@@ -359,6 +405,13 @@ fn here(member: Member) -> Result<u32, Error> {
     let all = member.all_gather("parents", &parent.to_le_bytes(), LONG)?;
     let all: HashSet<_> = all.into_iter().collect();
     Ok(all.len() as u32)
+}
+
+/// One message that takes the slow network longer than a heartbeat.
+#[remote(crate = mobula_core)]
+fn tell_all(member: Member) -> Result<u64, Error> {
+    let all = member.all_gather("large", &vec![1; SLOW], LONG)?;
+    Ok(all.iter().map(|part| part.len() as u64).sum())
 }
 
 /// Where it runs first it stays until its machine is lost; elsewhere it returns.
@@ -631,6 +684,16 @@ mod scenarios {
         let error = task.get().expect_err("its machine says nothing").to_string();
         assert!(error.contains("node 1"), "{error}");
         assert_eq!(runtime.nodes().len(), 1);
+    }
+
+    pub(super) fn slow_network(runtime: &Runtime) {
+        let options = GroupOptions {
+            strategy: PlacementStrategy::StrictSpread,
+            ..GroupOptions::new("apart", 2)
+        };
+        let group = runtime.group(&options, &tell_all::remote()).expect("fits");
+        assert_eq!(group.join(LONG).expect("nobody is lost"), [2 * SLOW as u64; 2]);
+        assert_eq!(runtime.nodes().len(), 2);
     }
 
     pub(super) fn joins_later(runtime: &Runtime) {
