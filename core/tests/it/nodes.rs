@@ -566,7 +566,8 @@ mod scenarios {
     pub(super) fn cancelled(runtime: &Runtime) {
         let node = runtime.nodes()[1].node;
         let there = || runtime.status().nodes[1].clone();
-        let has = |count| wait_until(|| !there().silent && there().objects.count == count, LONG);
+        let has =
+            |count| wait_until(|| !there().silent && there().objects.count == count, LONG / 2);
         let kept = runtime.submit(make::remote(1).with_options(on(node)));
         assert!(has(1), "{:#?}", there());
         for round in 0..10 {
