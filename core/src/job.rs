@@ -11,7 +11,7 @@ use crate::runtime::{Lease, Request, Runtime, Turn};
 use crate::scheduler::{Id, NodeId};
 use crate::task::{Body, Placement, Task, TaskOptions};
 use crate::timeline::Attempt;
-use crate::{BoxError, Error, Node, ObjectRef, panics, threads, timer};
+use crate::{BoxError, Error, Node, ObjectRef, drops, panics, threads, timer};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
@@ -262,8 +262,8 @@ impl<T: Send + Sync + 'static> Job<T> {
         match again {
             Err(error) => self.promise.error(error),
             Ok(again) if !again.is_empty() => {
-                // Those who make them may need what this would hold.
-                drop(turn);
+                // Those who make them may need what this would hold. Who gets it may find the same.
+                drops::in_turn(turn);
                 let objects = again.iter().map(ObjectRef::object).collect();
                 when_ready(objects, move |failure| match failure {
                     None => self.enqueue_again(),
@@ -296,14 +296,13 @@ impl<T: Send + Sync + 'static> Job<T> {
 
     /// How to make the result again, if its machine is lost: only what may be run again is.
     fn recipe(&self, function: &'static str) -> Recipe {
-        let (runtime, options, args) =
-            (self.runtime.downgrade(), self.options.clone(), self.args.clone());
+        let (runtime, options) = (self.runtime.downgrade(), self.options.clone());
         let (name, left) = (Arc::clone(self.promise.name()), AtomicU32::new(options.max_retries));
-        Box::new(move || {
+        Recipe::new(self.args.clone(), move |args| {
             let one_less = |left: u32| left.checked_sub(1);
             left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, one_less).ok()?;
             tracing::info!(task = %name, "its result was lost; running it again");
-            let call = RemoteCall::raw(function, args.clone());
+            let call = RemoteCall::raw(function, args.to_vec());
             let task = Task::remote(Arc::clone(&name), call).with_options(options.clone());
             Some(runtime.upgrade()?.submit(task))
         })

@@ -23,6 +23,7 @@ pub mod checkpoint;
 pub mod clock;
 pub mod console;
 mod current;
+mod drops;
 pub mod error;
 pub mod group;
 mod init;

@@ -2,7 +2,7 @@
 //! shared memory, where every process of this host reads the same copy.
 
 use crate::nested::Up;
-use crate::nodes::{self, Far, FarPlace, Recipe};
+use crate::nodes::{self, Far, FarPlace, Owned, Recipe};
 use crate::scheduler::NodeId;
 use crate::status::ObjectCounts;
 use crate::store::{
@@ -98,7 +98,7 @@ impl Stored {
 }
 
 /// An encoded value in a message.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Debug, Serialize, Deserialize)]
 pub(crate) enum Packed {
     Inline {
         head: Bytes,
@@ -110,6 +110,8 @@ pub(crate) enum Packed {
     },
     /// On another machine than the one that the message is for, perhaps.
     Far(FarPlace),
+    /// On the machine that the message comes from, which keeps it for the driver.
+    Kept(Owned),
     /// What the driver holds for the worker that says so.
     Held {
         ticket: u64,
@@ -159,16 +161,18 @@ impl Packed {
             Self::Inline { head, buffers } => {
                 head.len() + buffers.iter().map(Bytes::len).sum::<usize>()
             }
-            Self::Shared { .. } | Self::Far(_) | Self::Held { .. } => 0,
+            Self::Shared { .. } | Self::Far(_) | Self::Kept(_) | Self::Held { .. } => 0,
         }
     }
 
     /// In a worker: its driver's value, mapped where it is shared.
-    pub(crate) fn open(self, reader: &Reader) -> Result<Encoded, Error> {
+    pub(crate) fn open(&self, reader: &Reader) -> Result<Encoded, Error> {
         match self {
-            Self::Inline { head, buffers } => Ok(Encoded { head, buffers }),
-            Self::Shared { id, location } => reader.open(id, &location),
-            Self::Far(_) | Self::Held { .. } => Err(misplaced()),
+            Self::Inline { head, buffers } => {
+                Ok(Encoded { head: head.clone(), buffers: buffers.clone() })
+            }
+            Self::Shared { id, location } => reader.open(*id, location),
+            Self::Far(_) | Self::Kept(_) | Self::Held { .. } => Err(misplaced()),
         }
     }
 
@@ -179,8 +183,8 @@ impl Packed {
             Self::Shared { location, .. } => {
                 Stored::adopt(location).map(|stored| Parcel::Stored(Arc::new(stored)))
             }
-            Self::Far(place) => Ok(Parcel::Far(Arc::new(Far::new(name.into(), place)))),
-            Self::Held { .. } => Err(misplaced()),
+            Self::Kept(value) => Ok(Parcel::Far(Arc::new(Far::new(name.into(), value)))),
+            Self::Far(_) | Self::Held { .. } => Err(misplaced()),
         }
     }
 }

@@ -4,7 +4,7 @@ use super::output::{bytes, print, print_json, table};
 use anyhow::bail;
 use mobula_core::Resources;
 use mobula_core::run::unix_time;
-use mobula_core::status::{self, Status};
+use mobula_core::status::{self, NodeStatus, Status};
 use std::fmt::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -77,14 +77,7 @@ fn text(status: &Status) -> String {
     if !status.workers.is_empty() {
         section(&mut text, "worker processes", &workers(status));
     }
-    let objects = &status.objects;
-    let held = format!(
-        "{} of up to {} in memory, {} on disk",
-        bytes(objects.memory_bytes),
-        bytes(objects.budget_bytes),
-        bytes(objects.spilled_bytes)
-    );
-    section(&mut text, "objects", &format!("{}: {held}", objects.count));
+    section(&mut text, "objects", &objects(status));
     text
 }
 
@@ -117,11 +110,16 @@ fn resources(status: &Status) -> String {
         let row = move |(name, total): (String, String)| {
             let free = free.iter().find(|(other, _)| *other == name);
             let free = free.map_or("0".to_owned(), |(_, amount)| amount.clone());
-            is_there(&total).then(|| [node.name.clone(), name, total, free])
+            is_there(&total).then(|| [node_name(node), name, total, free])
         };
         amounts(&node.total).into_iter().filter_map(row)
     });
     table(["node", "resource", "total", "free"], rows)
+}
+
+/// One that did not answer is shown as such.
+fn node_name(node: &NodeStatus) -> String {
+    if node.silent { format!("{}: silent", node.name) } else { node.name.clone() }
 }
 
 /// Resources by name, as they are read.
@@ -150,18 +148,38 @@ fn actors(status: &Status) -> String {
             actor.restarts.to_string(),
             actor.pending.to_string(),
             actor.pid.map_or("-".to_owned(), |pid| pid.to_string()),
+            actor.node.clone().unwrap_or_else(|| "-".to_owned()),
         ]
     });
-    table(["name", "state", "restarts", "pending calls", "process"], rows)
+    table(["name", "state", "restarts", "pending calls", "process", "node"], rows)
 }
 
 fn workers(status: &Status) -> String {
     let rows = status.workers.iter().map(|worker| {
         let state = if worker.busy { "busy" } else { "idle" };
-        let mib = worker.resident_bytes as f64 / f64::from(1 << 20);
-        [worker.pid.to_string(), worker.name.clone(), state.to_owned(), format!("{mib:.1}")]
+        let mib = match worker.resident_bytes {
+            0 => "-".to_owned(),
+            bytes => format!("{:.1}", bytes as f64 / f64::from(1 << 20)),
+        };
+        [worker.node.clone(), worker.pid.to_string(), worker.name.clone(), state.to_owned(), mib]
     });
-    table(["process", "for", "state", "resident MiB"], rows)
+    table(["node", "process", "for", "state", "resident MiB"], rows)
+}
+
+fn objects(status: &Status) -> String {
+    let nodes = status.nodes.iter().filter(|node| !node.silent);
+    let lines = nodes.map(|node| {
+        let objects = &node.objects;
+        format!(
+            "{}: {}, {} of up to {} in memory, {} on disk",
+            node.name,
+            objects.count,
+            bytes(objects.memory_bytes),
+            bytes(objects.budget_bytes),
+            bytes(objects.spilled_bytes)
+        )
+    });
+    lines.collect::<Vec<_>>().join("\n")
 }
 
 /// `2 h 5 min`, `40 s`.

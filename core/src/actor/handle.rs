@@ -9,7 +9,7 @@ use super::{ActorOptions, gone};
 use crate::object::block_until_ready;
 use crate::parcel::Parcel;
 use crate::remote::{Arguments, Value};
-use crate::status::{ActorState, ActorStatus, Look};
+use crate::status::{ActorState, ActorStatus, Look, Sighting};
 use crate::{Error, ObjectRef};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
@@ -100,19 +100,22 @@ impl ActorRef {
     /// How one on a thread is, as long as somebody has a handle to it.
     pub(super) fn look_on_thread(&self) -> Look {
         let seen = Arc::downgrade(&self.inner);
-        let status = |actor: Arc<Inner>| ActorStatus {
-            name: actor.name.to_string(),
-            state: match actor.is_built.load(Ordering::Relaxed) {
-                true => ActorState::Running,
-                false => ActorState::Starting,
-            },
-            restarts: 0,
-            failed_checkpoints: match &actor.route {
-                Route::Thread(_, failures) => failures.count(),
-                Route::Process(_) => 0,
-            },
-            pending: actor.credits.lock().messages as u64,
-            pid: None,
+        let status = |actor: Arc<Inner>| {
+            Sighting::on_thread(ActorStatus {
+                name: actor.name.to_string(),
+                state: match actor.is_built.load(Ordering::Relaxed) {
+                    true => ActorState::Running,
+                    false => ActorState::Starting,
+                },
+                restarts: 0,
+                failed_checkpoints: match &actor.route {
+                    Route::Thread(_, failures) => failures.count(),
+                    Route::Process(_) => 0,
+                },
+                pending: actor.credits.lock().messages as u64,
+                pid: None,
+                node: None,
+            })
         };
         Arc::new(move || seen.upgrade().map(status))
     }

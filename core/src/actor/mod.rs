@@ -20,7 +20,7 @@ pub use supervisor::RestartPolicy;
 
 use crate::current::{self, Current};
 use crate::runtime::{Request, Runtime};
-use crate::status::{ActorState, ActorStatus, Look};
+use crate::status::{ActorState, ActorStatus, Look, Sighting};
 use crate::task::Placement;
 use crate::timeline::{self, Attempt};
 use crate::{BoxError, Bundle, Error, Node, Resources, console, panics, threads};
@@ -258,7 +258,7 @@ fn look<S: 'static>(
     let (name, mailbox, is_built) = (Arc::clone(name), mailbox.downgrade(), Arc::clone(is_built));
     Arc::new(move || {
         let mailbox = mailbox.upgrade()?;
-        Some(ActorStatus {
+        Some(Sighting::on_thread(ActorStatus {
             name: name.to_string(),
             state: match (mailbox.is_closed(), is_built.load(Ordering::Relaxed)) {
                 (true, _) => ActorState::Dead,
@@ -269,7 +269,8 @@ fn look<S: 'static>(
             failed_checkpoints: 0,
             pending: (mailbox.max_capacity() - mailbox.capacity()) as u64,
             pid: None,
-        })
+            node: None,
+        }))
     })
 }
 

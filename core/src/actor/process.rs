@@ -10,13 +10,13 @@ use crate::object::AnyObject;
 use crate::parcel::{Packed, Parcel, pack_all};
 use crate::process::wire::{FromWorker, Outcome, ToWorker, What};
 use crate::process::{
-    Begun, End, Environment, LANES, Listener, LogTarget, Sink, WorkerEvent, WorkerLink,
+    Begun, End, Environment, LANES, Listener, LogTarget, ProcessId, Sink, WorkerEvent, WorkerLink,
     check_build, into_result, lost,
 };
 use crate::remote::RemoteFn;
 use crate::runtime::{Lease, Runtime};
 use crate::scheduler::NodeId;
-use crate::status::{ActorState, ActorStatus};
+use crate::status::{ActorState, ActorStatus, Sighting};
 use crate::{Error, console, store, threads, timeline, timer};
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::mpsc::{SyncSender, sync_channel};
@@ -230,12 +230,12 @@ impl ProcessActor {
     }
 
     pub(super) fn pid(&self) -> Option<u32> {
-        self.state().pid()
+        self.state().process().map(|process| process.pid)
     }
 
-    fn look(&self) -> ActorStatus {
+    fn look(&self) -> Sighting {
         let state = self.state();
-        ActorStatus {
+        let status = ActorStatus {
             name: self.options.name.clone(),
             state: match state.phase {
                 Phase::Dead(_) => ActorState::Dead,
@@ -245,8 +245,10 @@ impl ProcessActor {
             restarts: state.restarts,
             failed_checkpoints: self.failures.count(),
             pending: (state.under_way.len() + state.arrivals.len() + state.queue.len()) as u64,
-            pid: state.pid(),
-        }
+            pid: None,
+            node: None,
+        };
+        Sighting { status, process: state.process() }
     }
 
     pub(super) fn is_alive(&self) -> bool {
@@ -321,18 +323,19 @@ impl ProcessActor {
 
     fn replied(self: &Arc<Self>, call: u64, outcome: Outcome, micros: u32) {
         let is_shared = matches!(outcome, Outcome::Value(Packed::Shared { .. }));
-        let (under_way, pid, must_wait) = {
+        let (under_way, process, must_wait) = {
             let mut state = self.state();
             if state.has_lost_saved {
                 // Its end says what becomes of the call.
                 return;
             }
-            (state.under_way.remove(&call), state.pid().unwrap_or(0), !state.arrivals.is_empty())
+            let process = state.process().unwrap_or_default();
+            (state.under_way.remove(&call), process, !state.arrivals.is_empty())
         };
         let name = under_way.as_ref().map_or("nobody's", |call| call.post.method);
         let result = into_result(name, outcome);
         if let Some(under_way) = under_way {
-            let result = timeline::replied(pid, name, micros, result);
+            let result = timeline::replied(process, name, micros, result);
             self.answer(call, under_way, result, must_wait);
         }
         let mut state = self.state();
@@ -385,7 +388,7 @@ impl ProcessActor {
         let first = {
             let mut state = self.state();
             state.is_built = result.is_ok();
-            timeline::actor_started(&self.options.name, state.pid());
+            timeline::actor_started(&self.options.name, state.process().map(|process| process.pid));
             state.first.take()
         };
         match (result, first) {
@@ -405,8 +408,8 @@ impl ProcessActor {
         let reason = &end.reason;
         let (failed, next) = {
             let mut state = self.state();
-            let pid = state.pid();
-            state.tell_lost(&end.begun, pid.unwrap_or(0), reason);
+            let process = state.process();
+            state.tell_lost(&end.begun, process.unwrap_or_default(), reason);
             let failed = state.take_lost(&end.begun, self.options.max_task_retries);
             let is_done = state.is_killed
                 || matches!(state.phase, Phase::Dead(_))
@@ -416,6 +419,7 @@ impl ProcessActor {
                 state.phase = Phase::Starting;
                 state.is_built = false;
                 state.restarts += 1;
+                let pid = process.map(|process| process.pid);
                 timeline::actor_restarts(&self.options.name, pid, reason);
             }
             (failed, next)
@@ -522,20 +526,20 @@ impl State {
         failed
     }
 
-    fn pid(&self) -> Option<u32> {
+    fn process(&self) -> Option<ProcessId> {
         match &self.phase {
-            Phase::Running(life) => life.link.pid(),
+            Phase::Running(life) => life.link.process(),
             _ => None,
         }
     }
 
     /// Calls that had begun when the process was lost.
-    fn tell_lost(&self, begun: &Begun, pid: u32, reason: &str) {
+    fn tell_lost(&self, begun: &Begun, process: ProcessId, reason: &str) {
         let had_begun =
             |call: &(&u64, &UnderWay)| *call.0 <= begun.newest_in(call.1.post.class.lane());
         for (_, call) in self.under_way.iter().filter(had_begun) {
             let error = lost(call.post.method, reason.to_owned());
-            timeline::call_lost(pid, call.post.method, call.sent, &error);
+            timeline::call_lost(process, call.post.method, call.sent, &error);
         }
     }
 

@@ -84,7 +84,7 @@ impl Port {
 
     pub(super) fn pid(&self) -> Option<u32> {
         match &self.route {
-            Route::Process(link) => link.pid(),
+            Route::Process(link) => link.process().map(|process| process.pid),
             Route::Thread(_) => None,
         }
     }

@@ -141,7 +141,7 @@ impl Drop for Up {
 
 impl Up {
     pub(crate) fn open(&self) -> Result<Encoded, Error> {
-        self.packed.clone().open(&self.nested.reader)
+        self.packed.open(&self.nested.reader)
     }
 
     /// For another call of this worker: the driver knows what it is.

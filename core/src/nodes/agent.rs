@@ -1,11 +1,14 @@
 //! The other machines' side: joins the driver, tells what the machine has, and starts workers.
 
+use super::look::View;
 use super::role::Join;
 use super::secret::Secret;
 use super::server::{listen, serve as serve_values};
+use super::silence::{Heard, Listened};
 use super::transfer::{self, Copies, WINDOW};
 use super::wire::{CREDITS, FromNode, Hello, JOIN, Machine, ToNode};
 use super::worker::{self, Orders};
+use crate::clock::SystemClock;
 use crate::process::wire::{Frames, MAX_FRAME_BYTES};
 use crate::process::{ProcessHost, build_id};
 use crate::scheduler::NodeId;
@@ -22,6 +25,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::codec::Streaming;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Request, Status};
+use tower::ServiceExt;
 
 const BEAT_INTERVAL: Duration = Duration::from_secs(1);
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -61,14 +65,14 @@ pub(super) fn serve(join: Join, total: &Resources) -> i32 {
 async fn live(join: &Join, total: &Resources) -> Result<i32, BoxError> {
     let host = ProcessHost::new(tokio::runtime::Handle::current())?;
     let (out, frames) = mpsc::channel(OUTBOUND);
-    let mut inbound = knock(join, total, &out, frames).await?;
+    let (mut inbound, heard) = knock(join, total, &out, frames).await?;
     let node = match inbound.message().await? {
         Some(ToNode::Welcome { node }) => node,
         Some(ToNode::Refused { reason }) => return Err(not_let_in(&reason)),
         _ => return Err(not_let_in("it closed the stream")),
     };
     let agent = Agent { node, host, out, workers: HashMap::new(), copies: Arc::default() };
-    agent.serve(join, inbound).await
+    agent.serve(join, inbound, &heard).await
 }
 
 fn not_let_in(reason: &str) -> BoxError {
@@ -82,7 +86,7 @@ async fn knock(
     total: &Resources,
     out: &mpsc::Sender<FromNode>,
     frames: mpsc::Receiver<FromNode>,
-) -> Result<Streaming<ToNode>, BoxError> {
+) -> Result<(Streaming<ToNode>, Heard), BoxError> {
     let mut frames = Some(frames);
     loop {
         let tried = match tokio::task::block_in_place(|| connect(join)) {
@@ -158,7 +162,12 @@ async fn enter(
     channel: Channel,
     secret: &Secret,
     frames: mpsc::Receiver<FromNode>,
-) -> Result<Streaming<ToNode>, Status> {
+) -> Result<(Streaming<ToNode>, Heard), Status> {
+    let heard = Heard::new(SystemClock::new());
+    let listened = heard.clone();
+    let channel = channel.map_response(move |response: http::Response<tonic::body::Body>| {
+        response.map(|body| Listened::new(body, listened.clone()))
+    });
     let mut grpc = tonic::client::Grpc::new(channel).max_decoding_message_size(MAX_FRAME_BYTES);
     grpc.ready().await.map_err(|error| Status::unavailable(error.to_string()))?;
     let mut request = Request::new(ReceiverStream::new(frames));
@@ -166,7 +175,8 @@ async fn enter(
     shown.map_err(|error| Status::invalid_argument(error.to_string()))?;
     let method = http::uri::PathAndQuery::from_static(JOIN);
     let codec = Frames::<FromNode, ToNode>::default();
-    grpc.streaming(request, method, codec).await.map(tonic::Response::into_inner)
+    let stream = grpc.streaming(request, method, codec).await?;
+    Ok((stream.into_inner(), heard))
 }
 
 fn explained(status: Status) -> BoxError {
@@ -189,10 +199,15 @@ struct Agent {
 
 impl Agent {
     /// Until the driver ends.
-    async fn serve(mut self, join: &Join, inbound: Streaming<ToNode>) -> Result<i32, BoxError> {
+    async fn serve(
+        mut self,
+        join: &Join,
+        inbound: Streaming<ToNode>,
+        heard: &Heard,
+    ) -> Result<i32, BoxError> {
         tokio::spawn(beat(self.out.clone()));
         let end = tokio::select! {
-            end = self.obey(inbound) => end.map(|()| 0),
+            end = self.obey(inbound, heard) => end.map(|()| 0),
             code = signalled() => Ok(code),
         };
         // NODE-3.
@@ -204,10 +219,14 @@ impl Agent {
         end
     }
 
-    async fn obey(&mut self, mut inbound: Streaming<ToNode>) -> Result<(), BoxError> {
+    async fn obey(
+        &mut self,
+        mut inbound: Streaming<ToNode>,
+        heard: &Heard,
+    ) -> Result<(), BoxError> {
         loop {
-            let frame = tokio::time::timeout(SILENCE, inbound.message()).await;
-            let frame = frame.map_err(|_| format!("it was silent for {SILENCE:?}"))?;
+            let frame = heard.message(&mut inbound, SILENCE).await;
+            let frame = frame.ok_or_else(|| format!("it was silent for {SILENCE:?}"))?;
             let broke = |status: Status| {
                 tracing::debug!(%status, "the stream of the driver broke");
                 "its connection broke"
@@ -237,8 +256,20 @@ impl Agent {
             ToNode::Kill { worker, reason } => self.orders(worker, |orders| orders.kill(reason)),
             ToNode::Taken { worker, events } => self.orders(worker, |orders| orders.taken(events)),
             ToNode::Forget { holder, id } => self.copies.forget(holder, id),
+            ToNode::Look { look } => self.look(look),
             ToNode::Welcome { .. } | ToNode::Refused { .. } | ToNode::Beat | ToNode::Shutdown => {}
         }
+    }
+
+    /// Reading what the system says of processes takes its time.
+    fn look(&self, look: u64) {
+        let (host, out) = (self.host.clone(), self.out.clone());
+        tokio::spawn(async move {
+            if let Ok(view) = tokio::task::spawn_blocking(move || View::of(&host)).await {
+                // Who asked is gone with the driver.
+                let _ = out.send(FromNode::Seen { look, view }).await;
+            }
+        });
     }
 
     fn orders(&self, worker: u64, give: impl FnOnce(&Orders)) {

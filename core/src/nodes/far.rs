@@ -1,13 +1,11 @@
 //! The driver's way to one worker process on another machine.
 
 use super::hub::NodeLink;
-use super::object::FarPlace;
-use super::transfer::forget_everywhere;
 use super::wire::{CREDITS, ToNode};
-use crate::console;
-use crate::parcel::Packed;
 use crate::process::wire::ToWorker;
-use crate::process::{End, LogTarget, Sink, WorkerEvent};
+use crate::process::{End, LogTarget, ProcessId, Sink, WorkerEvent};
+use crate::scheduler::NodeId;
+use crate::{console, timeline};
 use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -29,6 +27,10 @@ pub(crate) struct FarLink {
 #[derive(Debug)]
 pub(super) struct FarWorker {
     number: u64,
+    node: NodeId,
+    /// What it is for.
+    name: String,
+    /// 0 until it has been started.
     pid: AtomicU32,
     /// Bounded by the credits of its agent.
     events: mpsc::Sender<WorkerEvent>,
@@ -50,6 +52,8 @@ impl FarLink {
         let (events, inbox) = mpsc::channel(CREDITS + 2);
         let worker = Arc::new(FarWorker {
             number,
+            node: node.id(),
+            name: log.name.clone(),
             pid: AtomicU32::new(0),
             events,
             log: Mutex::new(Log::open(log)),
@@ -73,8 +77,8 @@ impl FarLink {
         self.node.send(ToNode::Frame { worker: self.worker.number, frame })
     }
 
-    pub(crate) fn pid(&self) -> Option<u32> {
-        Some(self.worker.pid.load(Ordering::Relaxed)).filter(|pid| *pid > 0)
+    pub(crate) fn process(&self) -> Option<ProcessId> {
+        self.worker.process()
     }
 
     pub(crate) fn kill(&self, reason: Option<String>) {
@@ -95,12 +99,30 @@ impl Drop for FarLink {
 }
 
 impl FarWorker {
-    pub(super) fn started(&self, pid: u32) {
+    pub(super) fn started(&self, pid: u32, host: &str) {
         self.pid.store(pid, Ordering::Relaxed);
+        if let Some(process) = self.process() {
+            timeline::process_started(process, &format!("{} on {host}", self.name));
+        }
+    }
+
+    pub(super) fn name(&self) -> &str {
+        &self.name
+    }
+
+    pub(super) fn pid(&self) -> Option<u32> {
+        Some(self.pid.load(Ordering::Relaxed)).filter(|pid| *pid > 0)
+    }
+
+    fn process(&self) -> Option<ProcessId> {
+        Some(ProcessId { node: self.node, pid: self.pid()? })
     }
 
     pub(super) fn hear(&self, event: WorkerEvent) {
         let is_end = matches!(event, WorkerEvent::Ended(_));
+        if let (WorkerEvent::Ended(end), Some(process)) = (&event, self.process()) {
+            timeline::process_ended(process, &self.name, &end.reason);
+        }
         if self.events.try_send(event).is_err() {
             // Who listened is gone, or the agent does not keep to its credits.
             tracing::debug!(worker = self.number, "an event of a worker was dropped");
@@ -130,11 +152,9 @@ async fn pass_on(
 ) {
     let mut taken = 0;
     while let Some(event) = inbox.recv().await {
-        let (is_end, values) = (matches!(event, WorkerEvent::Ended(_)), places(&event));
-        if !sink.send(event).await {
-            // Nobody listens any more, so nobody will ever refer to them.
-            values.iter().for_each(|place| forget_everywhere(place.holder, place.id));
-        }
+        let is_end = matches!(event, WorkerEvent::Ended(_));
+        // Nobody may be listening any more.
+        let _ = sink.send(event).await;
         if is_end {
             return;
         }
@@ -146,16 +166,6 @@ async fn pass_on(
             taken = 0;
         }
     }
-}
-
-/// The values on other machines that an event tells of.
-fn places(event: &WorkerEvent) -> Vec<FarPlace> {
-    let WorkerEvent::Frame(frame) = event else { return Vec::new() };
-    let place = |packed: &Packed| match packed {
-        Packed::Far(place) => Some(*place),
-        _ => None,
-    };
-    frame.packed().iter().filter_map(place).collect()
 }
 
 impl Log {

@@ -1,9 +1,11 @@
 //! The driver's side: who has joined, and who is gone.
 
 use super::far::{FarLink, FarWorker};
+use super::look::Looks;
 use super::role::Door;
 use super::secret::{Secret, SecretFile};
 use super::server::{Guest, listen, serve};
+use super::silence::Heard;
 use super::transfer;
 use super::wire::{FromNode, Hello, Machine, ToNode};
 use crate::process::{Environment, LogTarget, Sink, check_build};
@@ -23,8 +25,6 @@ use tonic::codec::Streaming;
 
 /// Who says nothing for so long is lost; agents send a beat every second.
 const SILENCE: Duration = Duration::from_secs(4);
-/// Then it is listened to once more: what it sent may not have been read yet.
-const SECOND_LOOK: Duration = Duration::from_millis(500);
 /// Lines of workers that may wait to be written.
 const LINES: usize = 4096;
 const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
@@ -80,6 +80,7 @@ pub(crate) struct NodeLink {
     tokio: tokio::runtime::Handle,
     workers: Mutex<Workers>,
     objects: SocketAddr,
+    looks: Looks,
     /// To the thread that writes logs.
     lines: SyncSender<(Arc<FarWorker>, String)>,
 }
@@ -153,8 +154,8 @@ impl Hub {
     }
 
     async fn receive(self: Arc<Self>, mut arrivals: mpsc::Receiver<Guest>) {
-        while let Some((inbound, frames)) = arrivals.recv().await {
-            self.tokio.spawn(Arc::clone(&self).entertain(inbound, frames));
+        while let Some((inbound, heard, frames)) = arrivals.recv().await {
+            self.tokio.spawn(Arc::clone(&self).entertain(inbound, heard, frames));
         }
     }
 
@@ -162,6 +163,7 @@ impl Hub {
     async fn entertain(
         self: Arc<Self>,
         mut inbound: Streaming<FromNode>,
+        heard: Heard,
         frames: mpsc::UnboundedSender<ToNode>,
     ) {
         let first = tokio::time::timeout(HELLO_TIMEOUT, inbound.message()).await;
@@ -171,7 +173,7 @@ impl Hub {
             return;
         }
         let (copy, node) = self.admit(hello, frames);
-        let reason = self.listen(&mut inbound, node.as_deref()).await;
+        let reason = self.listen(&mut inbound, &heard, node.as_deref()).await;
         if let Some(node) = node {
             self.lose(&node, &reason);
         }
@@ -202,7 +204,8 @@ impl Hub {
         let (name, tokio) = (hello.host, self.tokio.clone());
         let workers = Mutex::default();
         let lines = self.lines.clone();
-        let node = Arc::new(NodeLink { id, name, frames, tokio, workers, objects, lines });
+        let looks = Looks::default();
+        let node = Arc::new(NodeLink { id, name, frames, tokio, workers, objects, looks, lines });
         node.send(ToNode::Welcome { node: id });
         members.nodes.insert(id, Arc::clone(&node));
         drop(members);
@@ -215,14 +218,15 @@ impl Hub {
     }
 
     /// Hears what a copy says until it ends; why it has.
-    async fn listen(&self, inbound: &mut Streaming<FromNode>, node: Option<&NodeLink>) -> String {
+    async fn listen(
+        &self,
+        inbound: &mut Streaming<FromNode>,
+        heard: &Heard,
+        node: Option<&NodeLink>,
+    ) -> String {
         loop {
-            let frame = match tokio::time::timeout(SILENCE, inbound.message()).await {
-                Ok(frame) => frame,
-                Err(_) => match tokio::time::timeout(SECOND_LOOK, inbound.message()).await {
-                    Ok(frame) => frame,
-                    Err(_) => return format!("it sent no heartbeat for {SILENCE:?}"),
-                },
+            let Some(frame) = heard.message(inbound, SILENCE).await else {
+                return format!("it sent no heartbeat for {SILENCE:?}");
             };
             match (frame, node) {
                 (Ok(Some(frame)), Some(node)) => node.hear(frame),
@@ -281,9 +285,13 @@ impl Hub {
         self.members().nodes.get(&node).map(|node| node.objects)
     }
 
+    /// Those that have joined and are not lost, the first one first.
+    pub(super) fn nodes(&self) -> Vec<Arc<NodeLink>> {
+        self.members().nodes.values().cloned().collect()
+    }
+
     pub(super) fn forget(&self, holder: NodeId, id: ObjectId) {
-        let nodes: Vec<Arc<NodeLink>> = self.members().nodes.values().cloned().collect();
-        for node in nodes {
+        for node in self.nodes() {
             node.send(ToNode::Forget { holder, id });
         }
     }
@@ -337,7 +345,7 @@ impl NodeLink {
     fn hear(&self, frame: FromNode) {
         match frame {
             FromNode::Started { worker, pid } => {
-                self.worker(worker).iter().for_each(|worker| worker.started(pid));
+                self.worker(worker).iter().for_each(|worker| worker.started(pid, &self.name));
             }
             FromNode::Event { worker: number, event } => {
                 let is_end = matches!(event, crate::process::WorkerEvent::Ended(_));
@@ -353,8 +361,25 @@ impl NodeLink {
                 // A terminal that takes nothing holds up nobody but this: lines are lost then.
                 let _ = self.worker(worker).map(|worker| self.lines.try_send((worker, line)));
             }
+            FromNode::Seen { look, view } => self.looks.answered(look, view),
             FromNode::Beat | FromNode::Hello(_) => {}
         }
+    }
+
+    pub(super) fn looks(&self) -> &Looks {
+        &self.looks
+    }
+
+    /// The worker processes that have been started, the oldest first, and what they are for.
+    pub(super) fn processes(&self) -> Vec<(u32, String)> {
+        let mut workers: Vec<(u64, Arc<FarWorker>)> = {
+            let workers = self.workers();
+            workers.by_number.iter().map(|(n, worker)| (*n, Arc::clone(worker))).collect()
+        };
+        workers.sort_unstable_by_key(|(number, _)| *number);
+        let process =
+            |(_, worker): (u64, Arc<FarWorker>)| Some((worker.pid()?, worker.name().to_owned()));
+        workers.into_iter().filter_map(process).collect()
     }
 
     fn worker(&self, number: u64) -> Option<Arc<FarWorker>> {

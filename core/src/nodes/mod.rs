@@ -10,23 +10,30 @@
 //! Invariants:
 //! * NODE-1: nobody joins, and nobody gets a value, without the secret.
 //! * NODE-2: a machine that has been silent for 4 seconds is lost: nothing is placed there any more,
-//!   before anybody hears that its workers are gone.
+//!   before anybody hears that its workers are gone. Silence is that no bytes come.
 //! * NODE-3: an agent ends with its driver, and its workers end with it.
+//! * NODE-4: a value that an agent keeps has an owner in the driver from the moment that the frame
+//!   which tells of it is decoded; where that is dropped, the agent lets go of the value.
 
 mod agent;
 mod far;
 mod hub;
+mod lineage;
+mod look;
 mod object;
 mod role;
 mod secret;
 mod server;
+mod silence;
 mod transfer;
 mod wire;
 mod worker;
 
 pub(crate) use far::FarLink;
 pub(crate) use hub::{hub, say_goodbye};
-pub(crate) use object::{Far, FarPlace, Recipe};
+pub(crate) use lineage::Recipe;
+pub(crate) use look::{NodeView, look_around};
+pub(crate) use object::{Far, FarPlace, Owned};
 pub(crate) use role::{Role, role};
 pub(crate) use transfer::forget_everywhere;
 

@@ -1,9 +1,11 @@
 //! What a machine offers to the others: the driver its door, everybody the values of its store.
 
 use super::secret::Secret;
+use super::silence::{Heard, Listened};
 use super::transfer::{WINDOW, give_out};
 use super::wire::{FETCH, FromNode, JOIN, Piece, ToNode, Wanted};
 use crate::Error;
+use crate::clock::SystemClock;
 use crate::process::wire::{Frames, MAX_FRAME_BYTES};
 use futures::future::BoxFuture;
 use futures::stream::{self, BoxStream, StreamExt};
@@ -17,7 +19,7 @@ use tonic::codec::Streaming;
 use tonic::{Request, Response, Status};
 
 /// Who came in, and where to send what is for it.
-pub(super) type Guest = (Streaming<FromNode>, mpsc::UnboundedSender<ToNode>);
+pub(super) type Guest = (Streaming<FromNode>, Heard, mpsc::UnboundedSender<ToNode>);
 
 /// Serves until the process ends. An agent has no `door`.
 pub(super) fn serve(
@@ -73,7 +75,9 @@ impl tower_service::Service<http::Request<tonic::body::Body>> for Service {
                             Some(MAX_FRAME_BYTES),
                             Some(MAX_FRAME_BYTES),
                         );
-                    grpc.streaming(Join(service), request).await
+                    let heard = Heard::new(SystemClock::new());
+                    let request = request.map(|body| Listened::new(body, heard.clone()));
+                    grpc.streaming(Join(service, heard), request).await
                 }
                 FETCH => {
                     let mut grpc = tonic::server::Grpc::new(Frames::<Piece, Wanted>::default());
@@ -97,17 +101,18 @@ impl Service {
     async fn let_in(
         self,
         request: Request<Streaming<FromNode>>,
+        heard: Heard,
     ) -> Result<Response<BoxStream<'static, Result<ToNode, Status>>>, Status> {
         self.check(&request)?;
         let door = self.door.ok_or_else(|| Status::unimplemented("this is not the driver"))?;
         let (frames, outbound) = mpsc::unbounded_channel();
         let closing = |_| Status::unavailable("the driver is ending");
-        door.send((request.into_inner(), frames)).await.map_err(closing)?;
+        door.send((request.into_inner(), heard, frames)).await.map_err(closing)?;
         Ok(Response::new(UnboundedReceiverStream::new(outbound).map(Ok).boxed()))
     }
 }
 
-struct Join(Service);
+struct Join(Service, Heard);
 
 impl tower_service::Service<Request<Streaming<FromNode>>> for Join {
     type Response = Response<BoxStream<'static, Result<ToNode, Status>>>;
@@ -119,7 +124,7 @@ impl tower_service::Service<Request<Streaming<FromNode>>> for Join {
     }
 
     fn call(&mut self, request: Request<Streaming<FromNode>>) -> Self::Future {
-        Box::pin(self.0.clone().let_in(request))
+        Box::pin(self.0.clone().let_in(request, self.1.clone()))
     }
 }
 

@@ -73,7 +73,12 @@ impl Copies {
     /// A copy of the value; whoever asks for it at the same time shares one transfer.
     pub(super) async fn bring(&self, place: FarPlace) -> Result<Arc<Stored>, Error> {
         let copy = Arc::clone(self.lock().entry((place.holder, place.id)).or_default());
-        bring(&copy, place).await
+        let brought = bring(&copy, place).await;
+        if brought.is_err() {
+            // It may have been forgotten before it was asked for, and will not be again.
+            self.forget(place.holder, place.id);
+        }
+        brought
     }
 
     /// Keeps a value of this machine for as long as the driver refers to it.

@@ -1,6 +1,7 @@
 //! What a driver and its agents say to each other: one bidirectional gRPC stream a machine, and one
 //! stream for each large value that is fetched.
 
+use super::look::View;
 use crate::Resources;
 use crate::process::wire::ToWorker;
 use crate::process::{Environment, WorkerEvent};
@@ -29,6 +30,8 @@ pub(super) enum FromNode {
     Event { worker: u64, event: WorkerEvent },
     /// A line that a worker has printed.
     Line { worker: u64, line: String },
+    /// What somebody has asked for under this number.
+    Seen { look: u64, view: View },
 }
 
 /// Who wants to join.
@@ -64,6 +67,8 @@ pub(super) enum ToNode {
     Kill { worker: u64, reason: Option<String> },
     /// So many more events of this worker have been taken.
     Taken { worker: u64, events: usize },
+    /// Say what the machine has, under this number.
+    Look { look: u64 },
     /// Nobody refers to this value any more.
     Forget { holder: NodeId, id: ObjectId },
     /// The program has ended.

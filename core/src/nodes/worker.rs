@@ -1,6 +1,6 @@
 //! One worker process of an agent: what is for it and what it says, with the values on their way.
 
-use super::object::FarPlace;
+use super::object::{FarPlace, Owned};
 use super::transfer::Copies;
 use super::wire::{CREDITS, FromNode};
 use crate::Error;
@@ -87,7 +87,7 @@ impl Worker {
                 return self.say(WorkerEvent::Ended(end)).await;
             }
         };
-        let pid = link.pid().unwrap_or_default();
+        let pid = link.process().unwrap_or_default().pid;
         let _ = self.home.out.send(FromNode::Started { worker: self.number, pid }).await;
         let deliver = tokio::spawn(self.clone().deliver(inbox, Arc::clone(&link)));
         let speak = self.speak(events, &link);
@@ -134,8 +134,8 @@ impl Worker {
     async fn localise(&self, frame: &mut ToWorker) -> Result<Vec<(Arc<Stored>, Lease)>, Error> {
         let mut kept = Vec::new();
         for packed in frame.packed_mut() {
-            let Packed::Far(place) = *packed else { continue };
-            let stored = self.home.copies.bring(place).await?;
+            let Packed::Far(place) = packed else { continue };
+            let stored = self.home.copies.bring(*place).await?;
             let here = Arc::clone(&stored);
             let shared = tokio::task::spawn_blocking(move || here.pack()).await;
             let (local, lease) = shared.map_err(|e| Error::Internal(e.to_string()))??;
@@ -220,7 +220,8 @@ impl Worker {
                 let (holder, id) = (self.home.node, stored.id());
                 let bytes = location.bytes;
                 self.home.copies.keep(holder, Arc::new(stored));
-                *packed = Packed::Far(FarPlace { holder, id, bytes, address: None });
+                let place = FarPlace { holder, id, bytes, address: None };
+                *packed = Packed::Kept(Owned::by_driver(place));
             }
             // The driver takes this for the loss that it is.
             Err(error) => {

@@ -290,7 +290,7 @@ impl Desk {
         }
         stage.keep(match &offer {
             Some(offer) => offer.open()?,
-            None => packed.clone().open(&self.inner.reader)?,
+            None => packed.open(&self.inner.reader)?,
         });
         if let Some(offer) = offer {
             self.saved().insert(call, offer);

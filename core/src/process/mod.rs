@@ -18,7 +18,7 @@ pub(crate) use link::{End, Listener, Sink, WorkerEvent};
 pub(crate) use logs::LogTarget;
 pub(crate) use memory::resident_bytes;
 pub(crate) use progress::{Begun, LANES};
-pub(crate) use worker::WorkerLink;
+pub(crate) use worker::{ProcessId, WorkerLink};
 
 use progress::Progress;
 
@@ -127,16 +127,9 @@ struct Alive {
 
 /// A worker process, as others see it.
 pub(crate) struct WorkerView {
-    pub(crate) pid: u32,
+    pub(crate) process: ProcessId,
+    /// What it is for.
     pub(crate) name: String,
-    pub(crate) busy: Busy,
-}
-
-/// Whether a worker process has work.
-pub(crate) enum Busy {
-    Known(bool),
-    /// It is an actor's, which knows, or a group's, and has.
-    AskActor,
 }
 
 impl ProcessHost {
@@ -202,9 +195,8 @@ impl ProcessHost {
         &self.pool
     }
 
-    /// Those that are alive, the oldest first.
+    /// Those of this machine that are alive, the oldest first.
     pub(crate) fn workers(&self) -> Vec<WorkerView> {
-        let pooled = self.pool.workers();
         let processes: Vec<(Arc<link::Process>, String)> = {
             let alive = self.alive();
             let processes = alive.processes.iter();
@@ -214,10 +206,9 @@ impl ProcessHost {
         };
         let lives =
             processes.into_iter().filter(|(process, _)| process.wait(Duration::ZERO).is_none());
-        let view = |(process, name): (Arc<link::Process>, String)| {
-            let pid = process.pid();
-            let busy = pooled.get(&pid).map_or(Busy::AskActor, |busy| Busy::Known(*busy));
-            WorkerView { pid, name, busy }
+        let view = |(process, name): (Arc<link::Process>, String)| WorkerView {
+            process: process.pid().into(),
+            name,
         };
         lives.map(view).collect()
     }

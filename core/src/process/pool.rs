@@ -9,7 +9,7 @@
 use super::affinity::Cpus;
 use super::idle::Idle;
 use super::wire::{FromWorker, Outcome, ToWorker, What};
-use super::{End, Environment, Listener, LogTarget, Sink, WorkerEvent, WorkerLink};
+use super::{End, Environment, Listener, LogTarget, ProcessId, Sink, WorkerEvent, WorkerLink};
 use super::{check_build, into_result, lost};
 use crate::object::AnyObject;
 use crate::parcel::{Packed, Parcel, pack_all};
@@ -168,12 +168,12 @@ impl Pool {
         Ok(worker)
     }
 
-    /// The process ids of all workers, and which of them have work.
-    pub(super) fn workers(&self) -> HashMap<u32, bool> {
+    /// All workers, wherever they are, and which of them have work.
+    pub(crate) fn workers(&self) -> HashMap<ProcessId, bool> {
         let workers: Vec<Arc<Worker>> =
             lock(&self.inner.workers).iter().filter_map(Weak::upgrade).collect();
-        let here = workers.iter().filter(|worker| worker.node() == NodeId::HERE);
-        here.map(|worker| (worker.pid(), !worker.state().calls.is_empty())).collect()
+        let is_busy = |worker: &Arc<Worker>| (worker.process(), !worker.state().calls.is_empty());
+        workers.iter().map(is_busy).collect()
     }
 
     /// Keeps a worker for later, for a while.
@@ -266,7 +266,7 @@ impl Worker {
         let values = call.values.clone();
         let (skip, granted) = values.as_ref().map_or((0, 0), |values| values.begin());
         let what = values.as_ref().map_or(What::Task, |_| What::Stream { skip, granted });
-        timeline::sent(self.pid(), &call.task);
+        timeline::sent(self.process(), &call.task);
         let sent = timeline::clock();
         let known = UnderWay { call, is_late: false, sent, _args: kept, _limit: limit };
         state.calls.insert(number, known);
@@ -327,10 +327,12 @@ impl Worker {
                 let function = call.function;
                 self.pool.learn(function, micros);
                 let result = into_result(&call.task, outcome);
-                (call.finish)(match timeline::replied(self.pid(), &call.task, micros, result) {
-                    Ok(value) => Ended::Value(value),
-                    Err(error) => Ended::Error(error),
-                });
+                (call.finish)(
+                    match timeline::replied(self.process(), &call.task, micros, result) {
+                        Ok(value) => Ended::Value(value),
+                        Err(error) => Ended::Error(error),
+                    },
+                );
                 if is_shared {
                     self.tell(ToWorker::Adopted { call: number });
                 }
@@ -402,7 +404,7 @@ impl Worker {
             if number > newest && first != Some(number) {
                 known.not_started();
             } else {
-                known.lost(self.pid(), &end.reason);
+                known.lost(self.process(), &end.reason);
             }
         }
         drop(lease);
@@ -414,8 +416,8 @@ impl Worker {
         }
     }
 
-    fn pid(&self) -> u32 {
-        self.link.get().and_then(WorkerLink::pid).unwrap_or(0)
+    fn process(&self) -> ProcessId {
+        self.link.get().and_then(WorkerLink::process).unwrap_or_default()
     }
 
     fn tell(&self, frame: ToWorker) -> bool {
@@ -457,9 +459,9 @@ impl UnderWay {
         }
     }
 
-    fn lost(self, pid: u32, reason: &str) {
+    fn lost(self, process: ProcessId, reason: &str) {
         let error = self.timeout().unwrap_or_else(|| lost(&self.call.task, reason.to_owned()));
-        timeline::call_lost(pid, &self.call.task, self.sent, &error);
+        timeline::call_lost(process, &self.call.task, self.sent, &error);
         (self.call.finish)(Ended::Error(error));
     }
 

@@ -156,18 +156,6 @@ impl ToWorker {
 
 impl FromWorker {
     /// The values that it refers to.
-    pub(crate) fn packed(&self) -> &[Packed] {
-        match self {
-            Self::Done { outcome: Outcome::Value(value), .. } => std::slice::from_ref(value),
-            Self::Reply { outcome: Outcome::Value(value), .. } => std::slice::from_ref(value),
-            Self::Saved { state: Ok(value), .. } => std::slice::from_ref(value),
-            Self::Yielded { values, .. } => values,
-            Self::Submit { submission, .. } => &submission.args,
-            _ => &[],
-        }
-    }
-
-    /// The same, to be changed.
     pub(crate) fn packed_mut(&mut self) -> &mut [Packed] {
         match self {
             Self::Done { outcome: Outcome::Value(value), .. } => std::slice::from_mut(value),

@@ -3,7 +3,22 @@
 use super::link::LocalLink;
 use super::wire::ToWorker;
 use crate::nodes::FarLink;
+use crate::scheduler::NodeId;
 use std::time::Duration;
+
+/// A process among those of all machines, two of which may have one of the same number.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub(crate) struct ProcessId {
+    pub(crate) node: NodeId,
+    pub(crate) pid: u32,
+}
+
+/// One of this machine.
+impl From<u32> for ProcessId {
+    fn from(pid: u32) -> Self {
+        Self { node: NodeId::HERE, pid }
+    }
+}
 
 /// A running worker process, of this machine or of another one. Dropping it kills the process.
 #[derive(Debug)]
@@ -21,11 +36,11 @@ impl WorkerLink {
         }
     }
 
-    /// Its number on its own machine, once it is known.
-    pub(crate) fn pid(&self) -> Option<u32> {
+    /// Which process it is, once that is known.
+    pub(crate) fn process(&self) -> Option<ProcessId> {
         match self {
-            Self::Here(link) => Some(link.process().pid()),
-            Self::There(link) => link.pid(),
+            Self::Here(link) => Some(link.process().pid().into()),
+            Self::There(link) => link.process(),
         }
     }
 

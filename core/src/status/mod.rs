@@ -16,6 +16,7 @@
 
 mod client;
 mod counts;
+mod machines;
 mod metrics;
 mod prometheus;
 mod roster;
@@ -27,14 +28,13 @@ pub use metrics::METRICS_VARIABLE;
 pub use prometheus::prometheus;
 
 pub(crate) use counts::{Counts, Ending};
-pub(crate) use roster::{Look, Roster};
+pub(crate) use roster::{Look, Roster, Sighting};
 pub(crate) use server::open;
 pub(crate) use socket::{Guard, follow_run, leave};
 
-use crate::process::Busy;
-use crate::{Node, NodeInfo, Resources, Runtime, parcel};
+use crate::{Node, NodeInfo, Resources, Runtime};
+use machines::Machines;
 use serde::{Deserialize, Serialize};
-use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::OnceLock;
 
@@ -51,9 +51,9 @@ pub struct Status {
     pub tasks: TaskCounts,
     /// Its actors, the oldest first.
     pub actors: Vec<ActorStatus>,
-    /// Its worker processes, the oldest first.
+    /// Its worker processes, machine by machine, the oldest first.
     pub workers: Vec<WorkerStatus>,
-    /// What it holds in shared memory and on disk.
+    /// What it holds in shared memory and on disk of the machine that it runs on.
     pub objects: ObjectCounts,
 }
 
@@ -76,17 +76,22 @@ pub struct Program {
     pub resident_bytes: u64,
 }
 
-/// A machine's resources.
+/// A machine.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 #[non_exhaustive]
 pub struct NodeStatus {
-    /// Its host name.
+    /// Its host name, and its number unless the program runs on it.
     pub name: String,
-    /// All of it.
+    /// All resources of it.
     pub total: Resources,
     /// What nobody holds.
     pub free: Resources,
+    /// It did not answer within a second. What only it knows is 0 then: the memory of its worker
+    /// processes, and its objects.
+    pub silent: bool,
+    /// What the program holds in shared memory and on disk of this machine.
+    pub objects: ObjectCounts,
 }
 
 impl From<NodeInfo> for NodeStatus {
@@ -95,7 +100,7 @@ impl From<NodeInfo> for NodeStatus {
             Node::HERE => info.host,
             node => format!("{} ({node})", info.host),
         };
-        Self { name, total: info.total, free: info.free }
+        Self { name, total: info.total, free: info.free, ..Self::default() }
     }
 }
 
@@ -136,6 +141,9 @@ pub struct ActorStatus {
     pub pending: u64,
     /// Its process; `None` on a thread, and while there is none.
     pub pid: Option<u32>,
+    /// The name of the machine that its process is on.
+    #[serde(default)]
+    pub node: Option<String>,
 }
 
 /// Where an actor is in its life.
@@ -166,13 +174,15 @@ impl ActorState {
 #[serde(default)]
 #[non_exhaustive]
 pub struct WorkerStatus {
-    /// Its process id.
+    /// The name of its machine.
+    pub node: String,
+    /// Its process id there.
     pub pid: u32,
     /// What it is for: `tasks`, the name of an actor, or a group and its rank.
     pub name: String,
     /// Whether it has work. Members of groups always have.
     pub busy: bool,
-    /// Bytes of resident memory; 0 if it has just ended.
+    /// Bytes of resident memory; 0 if it has just ended, or its machine does not answer.
     pub resident_bytes: u64,
 }
 
@@ -202,16 +212,18 @@ pub(crate) struct Seen {
 }
 
 impl Runtime {
-    /// What this program is doing. Other programs ask with [`running`] and its kin.
+    /// What this program is doing. Other programs ask with [`running`] and its kin. Waits up to a
+    /// second for other machines that do not answer.
     pub fn status(&self) -> Status {
+        let machines = Machines::look(self);
         let actors = self.seen().actors.look();
         Status {
             program: self.program(),
-            nodes: self.nodes().into_iter().map(NodeStatus::from).collect(),
             tasks: self.seen().counts.look(),
-            workers: self.workers(&actors),
-            actors,
-            objects: parcel::object_counts(),
+            workers: machines.workers(self, &actors),
+            actors: actors.into_iter().map(|actor| machines.actor(actor)).collect(),
+            objects: machines.objects_here(),
+            nodes: machines.nodes,
         }
     }
 
@@ -225,21 +237,5 @@ impl Runtime {
             runs: socket::runs(),
             resident_bytes: crate::process::resident_bytes(pid).unwrap_or(0),
         }
-    }
-
-    fn workers(&self, actors: &[ActorStatus]) -> Vec<WorkerStatus> {
-        let Ok(host) = self.host() else { return Vec::new() };
-        let pending: HashMap<u32, u64> =
-            actors.iter().filter_map(|actor| Some((actor.pid?, actor.pending))).collect();
-        let status = |worker: crate::process::WorkerView| WorkerStatus {
-            busy: match worker.busy {
-                Busy::Known(busy) => busy,
-                Busy::AskActor => pending.get(&worker.pid).is_none_or(|pending| *pending > 0),
-            },
-            pid: worker.pid,
-            name: worker.name,
-            resident_bytes: crate::process::resident_bytes(worker.pid).unwrap_or(0),
-        };
-        host.workers().into_iter().map(status).collect()
     }
 }

@@ -28,6 +28,10 @@ fn resources(page: &mut Page, status: &Status) {
     page.gauge("mobula_resource_total", "Resources of a node (memory in bytes).", total);
     let free = each(|node| &node.free);
     page.gauge("mobula_resource_free", "Resources of a node that nobody holds.", free);
+    let up =
+        |node: &NodeStatus| (vec![("node", node.name.clone())], f64::from(u8::from(!node.silent)));
+    let help = "Whether a node answers within a second.";
+    page.gauge("mobula_node_up", help, status.nodes.iter().map(up));
 }
 
 /// Resources by name.
@@ -85,13 +89,25 @@ fn actors(page: &mut Page, actors: &[ActorStatus]) {
 }
 
 fn workers(page: &mut Page, status: &Status) {
-    let state = |busy: bool| if busy { "busy" } else { "idle" };
-    let count = |busy: bool| status.workers.iter().filter(|worker| worker.busy == busy).count();
-    let counts =
-        [true, false].map(|busy| (vec![("state", state(busy).to_owned())], count(busy) as f64));
+    let count = |node: &NodeStatus, busy: bool| {
+        let there = status.workers.iter().filter(|worker| worker.node == node.name);
+        there.filter(|worker| worker.busy == busy).count()
+    };
+    let counts = status.nodes.iter().flat_map(|node| {
+        [(true, "busy"), (false, "idle")].map(|(busy, state)| {
+            let labels = vec![("node", node.name.clone()), ("state", state.to_owned())];
+            (labels, count(node, busy) as f64)
+        })
+    });
     page.gauge("mobula_workers", "Worker processes, by whether they have work.", counts);
-    let resident = status.workers.iter().map(|worker| {
-        let labels = vec![("name", worker.name.clone()), ("pid", worker.pid.to_string())];
+    // What a machine that does not answer has is not known; that is not nothing.
+    let known = status.workers.iter().filter(|worker| worker.resident_bytes > 0);
+    let resident = known.map(|worker| {
+        let labels = vec![
+            ("name", worker.name.clone()),
+            ("node", worker.node.clone()),
+            ("pid", worker.pid.to_string()),
+        ];
         (labels, worker.resident_bytes as f64)
     });
     let help = "Resident memory of a worker process.";
@@ -169,6 +185,7 @@ mod tests {
             failed_checkpoints: 0,
             pending,
             pid: None,
+            node: None,
         }
     }
 
@@ -177,14 +194,19 @@ mod tests {
         let mut status = Status::default();
         let (name, total) =
             ("node \"a\\b\"\n".to_owned(), Resources::cpus(2.0).with_custom("x", 0.5));
-        status.nodes.push(NodeStatus { name, free: Resources::cpus(0.5), total });
+        let node = NodeStatus { name, free: Resources::cpus(0.5), total, ..NodeStatus::default() };
+        status.nodes.push(node);
+        let far = NodeStatus { name: "far (node 1)".into(), silent: true, ..NodeStatus::default() };
+        status.nodes.push(far);
         status.tasks.running = 3;
         status.tasks.finished = 1 << 40;
         let states = [ActorState::Running, ActorState::Running, ActorState::Dead];
         status.actors = states.map(|state| actor("pool", state, 2)).to_vec();
-        let worker =
-            WorkerStatus { pid: 7, name: "tasks".into(), busy: true, resident_bytes: 1 << 20 };
-        status.workers.push(worker);
+        // Two machines may have processes of one number.
+        for (node, resident_bytes) in [("node \"a\\b\"\n", 1 << 20), ("far (node 1)", 1 << 21)] {
+            let (node, name) = (node.to_owned(), "tasks".to_owned());
+            status.workers.push(WorkerStatus { node, pid: 7, name, busy: true, resident_bytes });
+        }
         let text = prometheus(&status);
         for line in [
             r#"mobula_resource_total{node="node \"a\\b\"\n",resource="cpu"} 2"#,
@@ -197,8 +219,11 @@ mod tests {
             r#"mobula_actors{actor="pool",state="dead"} 1"#,
             r#"mobula_actors{actor="pool",state="running"} 2"#,
             r#"mobula_actor_pending_calls{actor="pool"} 6"#,
-            r#"mobula_workers{state="busy"} 1"#,
-            r#"mobula_worker_resident_bytes{name="tasks",pid="7"} 1048576"#,
+            r#"mobula_node_up{node="far (node 1)"} 0"#,
+            r#"mobula_workers{node="far (node 1)",state="busy"} 1"#,
+            r#"mobula_workers{node="far (node 1)",state="idle"} 0"#,
+            r#"mobula_worker_resident_bytes{name="tasks",node="node \"a\\b\"\n",pid="7"} 1048576"#,
+            r#"mobula_worker_resident_bytes{name="tasks",node="far (node 1)",pid="7"} 2097152"#,
             r#"mobula_object_bytes{place="disk"} 0"#,
         ] {
             assert!(text.lines().any(|found| found == line), "{line} in\n{text}");

@@ -1,10 +1,23 @@
 //! The actors of a runtime, as long as they live.
 
 use super::ActorStatus;
+use crate::process::ProcessId;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+/// How an actor is, where its process and machine are yet to be named.
+pub(crate) struct Sighting {
+    pub(crate) status: ActorStatus,
+    pub(crate) process: Option<ProcessId>,
+}
+
+impl Sighting {
+    pub(crate) fn on_thread(status: ActorStatus) -> Self {
+        Self { status, process: None }
+    }
+}
+
 /// How an actor is; `None` once it is gone for everybody.
-pub(crate) type Look = Arc<dyn Fn() -> Option<ActorStatus> + Send + Sync>;
+pub(crate) type Look = Arc<dyn Fn() -> Option<Sighting> + Send + Sync>;
 
 /// How each of the actors can be looked at.
 #[derive(Default)]
@@ -23,7 +36,7 @@ impl Roster {
     }
 
     /// Without the lock: an actor that is being started keeps who looks at it waiting.
-    pub(crate) fn look(&self) -> Vec<ActorStatus> {
+    pub(crate) fn look(&self) -> Vec<Sighting> {
         let looks = self.lock().clone();
         looks.iter().filter_map(|look| look()).collect()
     }

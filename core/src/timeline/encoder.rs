@@ -8,7 +8,7 @@ use std::sync::mpsc::SyncSender;
 /// Something to be written. Times are in microseconds since the timeline began.
 #[derive(Debug)]
 pub(super) enum Event {
-    /// A process by its name.
+    /// What a process is called.
     Process {
         pid: u32,
         name: String,
@@ -62,7 +62,6 @@ impl Encoder {
     pub(super) fn add(&mut self, event: Event, out: &mut Vec<u8>) {
         match event {
             Event::Process { pid, name } => {
-                let name = format!("{name} ({pid})");
                 self.put(metadata("process_name", pid, u64::from(pid), &name), out);
             }
             Event::Slice(slice) => self.slice(slice, out),
@@ -176,7 +175,7 @@ mod tests {
     fn instants_say_what_happened() {
         let detail = "killed by signal 9".to_owned();
         let events = encoded(vec![
-            Event::Process { pid: 7, name: "tasks".to_owned() },
+            Event::Process { pid: 7, name: "tasks (7)".to_owned() },
             Event::Instant { pid: 7, name: "process ended", at: 5.0, detail },
         ]);
         assert_eq!(events[0]["args"]["name"], "tasks (7)");

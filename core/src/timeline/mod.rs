@@ -8,7 +8,9 @@
 mod encoder;
 mod writer;
 
-use crate::{Error, console};
+use crate::process::ProcessId;
+use crate::scheduler::NodeId;
+use crate::{Error, Node, console};
 use encoder::{Event, Slice, Track};
 use std::fs::TryLockError;
 use std::path::{Path, PathBuf};
@@ -44,7 +46,8 @@ pub(crate) fn open() -> Result<(), Error> {
     writer::start(file, queue)?;
     let new = Timeline { begun: Instant::now(), events, dropped: AtomicU64::new(0), path };
     if TIMELINE.set(new).is_ok() {
-        send(Event::Process { pid: std::process::id(), name: "driver".to_owned() });
+        let pid = std::process::id();
+        send(Event::Process { pid, name: label(pid.into(), "driver") });
     }
     Ok(())
 }
@@ -149,26 +152,26 @@ pub(crate) fn clock() -> Option<Instant> {
 
 /// A call in a worker process has ended, which took so many microseconds there; gives its result.
 pub(crate) fn replied<T>(
-    pid: u32,
+    process: ProcessId,
     name: &str,
     took: u32,
     result: Result<T, Error>,
 ) -> Result<T, Error> {
     let error = result.as_ref().err();
     let duration = Duration::from_micros(took.into());
-    told(name, Some(pid), duration, error);
+    told(name, Some(process.pid), duration, error);
     if let Some(end) = now() {
-        send(slice(Track::Process(pid), name, end, duration, error));
+        send(slice(Track::Process(number(process)), name, end, duration, error));
     }
     result
 }
 
 /// A call was lost with the worker process that it had been sent to at that time.
-pub(crate) fn call_lost(pid: u32, name: &str, sent: Option<Instant>, error: &Error) {
+pub(crate) fn call_lost(process: ProcessId, name: &str, sent: Option<Instant>, error: &Error) {
     let duration = sent.map(|sent| sent.elapsed()).unwrap_or_default();
-    told(name, Some(pid), duration, Some(error));
+    told(name, Some(process.pid), duration, Some(error));
     if let Some(end) = now() {
-        send(slice(Track::Lost(pid), name, end, duration, Some(error)));
+        send(slice(Track::Lost(number(process)), name, end, duration, Some(error)));
     }
 }
 
@@ -192,21 +195,39 @@ fn slice(track: Track, name: &str, end: f64, duration: Duration, error: Option<&
 }
 
 /// A call is on its way to a worker process.
-pub(crate) fn sent(pid: u32, name: &str) {
-    tracing::debug!(task = name, pid, "task sent to a worker process");
+pub(crate) fn sent(process: ProcessId, name: &str) {
+    tracing::debug!(task = name, pid = process.pid, "task sent to a worker process");
 }
 
-pub(crate) fn process_started(pid: u32, name: &str) {
-    tracing::debug!(pid, name, "worker process started");
+pub(crate) fn process_started(process: impl Into<ProcessId>, name: &str) {
+    let process = process.into();
+    tracing::debug!(node = process.node.0, pid = process.pid, name, "worker process started");
     if TIMELINE.get().is_some() {
-        send(Event::Process { pid, name: name.to_owned() });
-        instant(pid, "process started", name);
+        send(Event::Process { pid: number(process), name: label(process, name) });
+        instant(number(process), "process started", name);
     }
 }
 
-pub(crate) fn process_ended(pid: u32, name: &str, reason: &str) {
-    tracing::info!(pid, name, reason, "worker process ended");
-    instant(pid, "process ended", reason);
+pub(crate) fn process_ended(process: impl Into<ProcessId>, name: &str, reason: &str) {
+    let process = process.into();
+    tracing::info!(node = process.node.0, pid = process.pid, name, reason, "worker process ended");
+    instant(number(process), "process ended", reason);
+}
+
+/// Linux has no process ids beyond.
+const PID_BITS: u32 = 22;
+
+/// A process in the file, which knows one machine and numbers of 32 bits: those of the first 1023
+/// other machines differ, and those of this one are as they are.
+fn number(process: ProcessId) -> u32 {
+    ((process.node.0 as u32) << PID_BITS) | process.pid
+}
+
+fn label(process: ProcessId, name: &str) -> String {
+    match process {
+        ProcessId { node: NodeId::HERE, pid } => format!("{name} ({pid})"),
+        ProcessId { node, pid } => format!("{name} ({pid}, {})", Node(node)),
+    }
 }
 
 pub(crate) fn actor_started(actor: &str, pid: Option<u32>) {
@@ -232,5 +253,22 @@ pub(crate) fn actor_ended(actor: &str, reason: &Error, is_wanted: bool) {
 fn instant(pid: u32, name: &'static str, detail: &str) {
     if let Some(at) = now() {
         send(Event::Instant { pid, name, at, detail: detail.to_owned() });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn processes_of_two_machines_are_two() {
+        let process = |node, pid| ProcessId { node: NodeId(node), pid };
+        let most = (1 << PID_BITS) - 1;
+        assert_eq!(number(process(0, most)), most);
+        let all = [process(0, 7), process(1, 7), process(2, 7), process(1, 8), process(1023, most)];
+        let numbers: std::collections::HashSet<u32> = all.into_iter().map(number).collect();
+        assert_eq!(numbers.len(), all.len());
+        assert_eq!(label(process(0, 7), "tasks"), "tasks (7)");
+        assert_eq!(label(process(2, 7), "tasks on far"), "tasks on far (7, node 2)");
     }
 }

@@ -4,6 +4,7 @@
 use crate::Test;
 use crate::driver::{assert_gone, wait_for_file};
 use mobula_core::group::decode_report;
+use mobula_core::status::Status;
 use mobula_core::value::Blob;
 use mobula_core::{
     ActorOptions, BoxError, Error, Group, GroupEvent, GroupOptions, Member, Node, ObjectRef,
@@ -11,7 +12,8 @@ use mobula_core::{
     Task, TaskOptions, Yield, collect, remote,
 };
 use std::collections::HashSet;
-use std::net::TcpListener;
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
 use std::path::PathBuf;
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -19,6 +21,10 @@ use std::time::{Duration, Instant};
 const SCENARIO: &str = "MOBULA_TEST_NODES";
 const LONG: Duration = Duration::from_secs(60);
 const LARGE: usize = 8 << 20;
+/// At 64 KiB in 20 ms, more than 6 s.
+const SLOW: usize = 20 << 20;
+/// Just large enough to stay on the machine that made it.
+const SMALL: usize = 64 << 10;
 
 pub(crate) const TESTS: &[Test] = &[
     ("nodes::each_machine_is_used_and_all_end_with_the_driver", each_machine_is_used),
@@ -32,8 +38,12 @@ pub(crate) const TESTS: &[Test] = &[
     ("nodes::nobody_joins_without_the_secret", wrong_secret),
     ("nodes::a_file_will_do_for_a_secret", secret_in_a_file),
     ("nodes::a_silent_machine_is_lost", silent_machine),
+    ("nodes::a_machine_behind_a_slow_network_is_not_lost", slow_network),
     ("nodes::a_machine_joins_later", joins_later),
     ("nodes::values_are_streamed_from_afar", streams),
+    ("nodes::what_is_cancelled_leaves_nothing_behind", cancelled),
+    ("nodes::who_looks_sees_all_machines_and_waits_for_none", looked_at),
+    ("nodes::a_long_chain_is_let_go_of_or_made_again_on_a_small_stack", long_chain),
 ];
 
 /// Whether this process was started by a test of this module.
@@ -54,8 +64,12 @@ pub(crate) fn run() -> Result<(), Box<dyn std::error::Error>> {
         "long task" => scenarios::long_task,
         "count" => scenarios::count,
         "silent machine" => scenarios::silent_machine,
+        "slow network" => scenarios::slow_network,
         "joins later" => scenarios::joins_later,
         "streams" => scenarios::streams,
+        "cancelled" => scenarios::cancelled,
+        "looked at" => scenarios::looked_at,
+        "long chain" => scenarios::long_chain,
         other => return Err(format!("there is no scenario {other}").into()),
     };
     scenario(&runtime);
@@ -232,6 +246,40 @@ fn streams(_: &Runtime) {
     Launch::start("streams", &[1, 1], |_, _| {}).succeed();
 }
 
+fn cancelled(_: &Runtime) {
+    Launch::start("cancelled", &[1, 1], |_, _| {}).succeed();
+}
+
+fn looked_at(_: &Runtime) {
+    let folder = tempfile::tempdir().expect("temporary folder");
+    let file = folder.path().join("timeline.json");
+    let launch = Launch::start("looked at", &[1, 1], |rank, command| {
+        if rank == 0 {
+            command.env("MOBULA_TIMELINE", &file);
+        }
+    });
+    launch.succeed();
+    let text = std::fs::read_to_string(&file).expect("a timeline");
+    let events: Vec<serde_json::Value> = serde_json::from_str(&text).expect("a JSON array");
+    let far_process = events.iter().find(|event| {
+        let name = event["args"]["name"].as_str().unwrap_or_default();
+        event["name"] == "process_name"
+            && name.starts_with("tasks on ")
+            && name.ends_with(", node 1)")
+    });
+    let far_process = &far_process.unwrap_or_else(|| panic!("{events:#?}"))["pid"];
+    let parents = events.iter().filter(|event| {
+        event["ph"] == "X" && event["name"].as_str().is_some_and(|name| name.ends_with("parent"))
+    });
+    let places: Vec<bool> = parents.map(|event| event["pid"] == *far_process).collect();
+    assert_eq!(places, [false, true], "one here, and one there: {events:#?}");
+}
+
+fn long_chain(_: &Runtime) {
+    let outputs = Launch::start("long chain", &[1, 1], |_, _| {}).end();
+    assert!(outputs[0].status.success(), "{}", said(&outputs));
+}
+
 fn silent_machine(_: &Runtime) {
     use rustix::process::{Pid, Signal, kill_process};
     let mut launch = Launch::start("silent machine", &[1, 1], |_, _| {});
@@ -247,6 +295,47 @@ fn silent_machine(_: &Runtime) {
     let outputs = launch.end();
     assert!(outputs[0].status.success(), "{}", said(&outputs));
     assert!(said(&outputs[..1]).contains("no heartbeat for 4s"), "{}", said(&outputs));
+}
+
+fn slow_network(_: &Runtime) {
+    let network = TcpListener::bind("127.0.0.1:0").expect("a port");
+    let entrance = network.local_addr().expect("bound").port().to_string();
+    let launch = Launch::start("slow network", &[1, 1], |rank, command| {
+        if rank == 1 {
+            command.env("MASTER_PORT", &entrance);
+        } else {
+            let port = command.get_envs().find(|(name, _)| *name == "MASTER_PORT");
+            let port = port.and_then(|(_, port)| port?.to_str()).expect("it is set");
+            let driver = format!("127.0.0.1:{port}");
+            let network = network.try_clone().expect("a listener");
+            // Ends with the test: nobody waits for what never comes.
+            std::thread::spawn(move || carry(&network, &driver));
+        }
+    });
+    launch.succeed();
+}
+
+/// Takes connections to the driver, and what goes there slowly.
+fn carry(network: &TcpListener, driver: &str) {
+    for agent in network.incoming().flatten() {
+        // One that comes before the driver listens comes again.
+        let Ok(driver) = TcpStream::connect(driver) else { continue };
+        let (up, down) = (agent.try_clone().expect("a socket"), driver.try_clone().expect("one"));
+        std::thread::spawn(move || pour(&up, &driver, Duration::from_millis(20)));
+        std::thread::spawn(move || pour(&down, &agent, Duration::ZERO));
+    }
+}
+
+/// 64 KiB at a time, and so long for each.
+fn pour(mut from: &TcpStream, mut to: &TcpStream, pause: Duration) {
+    let mut piece = vec![0; 64 << 10];
+    while let Ok(bytes @ 1..) = from.read(&mut piece) {
+        std::thread::sleep(pause);
+        if to.write_all(&piece[..bytes]).is_err() {
+            break;
+        }
+    }
+    let _ = to.shutdown(std::net::Shutdown::Both);
 }
 
 fn joins_later(_: &Runtime) {
@@ -294,6 +383,23 @@ fn make(byte: u8) -> Result<Blob, Error> {
 }
 
 #[remote(crate = mobula_core)]
+fn small(byte: u8) -> Result<Blob, Error> {
+    Ok(vec![byte; SMALL].into())
+}
+
+/// Says that it is about to give a value.
+#[remote(crate = mobula_core)]
+fn announce(name: String) -> Result<Blob, Error> {
+    tell(&name, "");
+    Ok(vec![1; SMALL].into())
+}
+
+#[remote(crate = mobula_core)]
+fn pass_on(value: Blob) -> Result<Blob, Error> {
+    Ok(value)
+}
+
+#[remote(crate = mobula_core)]
 fn add(a: Blob, b: Blob) -> Result<u64, Error> {
     assert_eq!((a.0.len(), b.0.len()), (LARGE, LARGE));
     Ok(a.0.iter().chain(b.0.iter()).map(|byte| u64::from(*byte)).sum())
@@ -333,6 +439,13 @@ fn after_the_loss(member: Member) -> Result<Vec<u32>, BoxError> {
         }
     }
     Ok(parents)
+}
+
+/// One message that takes the slow network longer than a heartbeat.
+#[remote(crate = mobula_core)]
+fn tell_all(member: Member) -> Result<u64, Error> {
+    let all = member.all_gather("large", &vec![1; SLOW], LONG)?;
+    Ok(all.iter().map(|part| part.len() as u64).sum())
 }
 
 /// Where it runs first it stays until its machine is lost; elsewhere it returns.
@@ -521,12 +634,138 @@ mod scenarios {
         }
     }
 
+    pub(super) fn cancelled(runtime: &Runtime) {
+        let node = runtime.nodes()[1].node;
+        let there = || runtime.status().nodes[1].clone();
+        let has =
+            |count| wait_until(|| !there().silent && there().objects.count == count, LONG / 2);
+        let kept = runtime.submit(make::remote(1).with_options(on(node)));
+        assert!(has(1), "{:#?}", there());
+        for round in 0..10 {
+            // Values that are on their way when nobody wants them any more.
+            let task = yield_many::remote(64, SMALL).with_options(on(node));
+            let mut stream = runtime.submit_stream(task);
+            stream.next().expect("the first").expect("comes");
+            drop(stream);
+            // A result that comes about when its task is called off.
+            let name = format!("made-{round}");
+            let task = runtime.submit(announce::remote(name.clone()).with_options(on(node)));
+            wait_for_file(&folder().join(name));
+            task.cancel();
+        }
+        assert!(has(1), "only what somebody has stays: {:#?}", there());
+        drop(kept);
+        assert!(has(0), "{:#?}", there());
+    }
+
+    pub(super) fn looked_at(runtime: &Runtime) {
+        use rustix::process::{Pid, Signal, kill_process};
+        let node = runtime.nodes()[1].node;
+        runtime.submit(parent::remote().with_options(on(Node::HERE))).get().expect("runs");
+        let agent = *runtime.submit(parent::remote().with_options(on(node))).get().expect("runs");
+        let nothing = TaskOptions { resources: Resources::default(), ..on(node) };
+        let _busy = runtime.submit(linger::remote().with_options(nothing));
+        let worker: u32 = wait_for_file(&folder().join("worker")).parse().expect("a number");
+        let options = ActorOptions {
+            placement: Placement::Process,
+            node: Some(node),
+            ..ActorOptions::new("counter")
+        };
+        let counter = runtime.spawn(Counter::remote().with_options(options)).expect("starts");
+        counter.count().get().expect("counts");
+        let _kept = runtime.submit(make::remote(1).with_options(on(node))).get().expect("made");
+
+        let status = runtime.status();
+        let (here, there) = (&status.nodes[0], &status.nodes[1]);
+        assert!(there.name.ends_with(" (node 1)") && !there.silent && !here.silent, "{status:#?}");
+        assert!(there.objects.budget_bytes > 0, "{status:#?}");
+        let find = |status: &Status, pid| {
+            let mut workers = status.workers.iter();
+            let found = workers.find(|w| w.pid == pid && w.node == status.nodes[1].name);
+            found.unwrap_or_else(|| panic!("{pid}: {status:#?}")).clone()
+        };
+        let busy = find(&status, worker);
+        assert_eq!((busy.name.as_str(), busy.busy), ("tasks", true));
+        assert!(busy.resident_bytes > 1 << 20, "{status:#?}");
+        let actor = &status.actors[0];
+        assert_eq!(actor.node.as_ref(), Some(&there.name));
+        let idle = find(&status, actor.pid.expect("it runs"));
+        assert_eq!((idle.name.as_str(), idle.busy), ("counter", false));
+        assert!(status.workers.iter().any(|worker| worker.node == here.name), "{status:#?}");
+
+        // One that cannot answer now holds nobody up, and what the driver knows is shown.
+        let agent = Pid::from_raw(agent as i32).expect("a process");
+        kill_process(agent, Signal::STOP).expect("stops");
+        let status = runtime.status();
+        kill_process(agent, Signal::CONT).expect("goes on");
+        assert!(status.nodes[1].silent && !status.nodes[0].silent, "{status:#?}");
+        let busy = find(&status, worker);
+        assert_eq!((busy.busy, busy.resident_bytes), (true, 0));
+    }
+
+    /// Values that only the other machine has, each made of the one before it.
+    fn chain(runtime: &Runtime, length: usize) -> Vec<ObjectRef<Blob>> {
+        let again = |task: Task<Blob>| {
+            task.with_options(TaskOptions { max_retries: 1, node: None, ..on(Node::HERE) })
+        };
+        let mut values = vec![runtime.submit(again(small::remote(7)))];
+        while let Some(last) = values.last()
+            && values.len() < length
+        {
+            let next = runtime.submit(again(pass_on::remote(last)));
+            values.push(next);
+        }
+        wait_ready(&[&values[length - 1]]);
+        values
+    }
+
+    /// In a call deep in a program, there is not much of the stack left.
+    fn on_a_stack_of<T: Send + 'static>(bytes: usize, f: impl FnOnce() -> T + Send + 'static) -> T {
+        let thread = std::thread::Builder::new().stack_size(bytes).spawn(f);
+        thread.expect("starts").join().expect("no panic")
+    }
+
+    /// What `docs/guides/cluster.md` promises.
+    const LINEAGE_DEPTH: usize = 1000;
+
+    pub(super) fn long_chain(runtime: &Runtime) {
+        // With the driver's machine full, all is made on the other one.
+        let all = PlacementGroupOptions::new("all that is here", vec![Resources::cpus(2.0)]);
+        let full = runtime.placement_group(&all).expect("is free");
+        let last = chain(runtime, LINEAGE_DEPTH / 2).pop();
+        on_a_stack_of(64 << 10, move || drop(last));
+        let values = chain(runtime, LINEAGE_DEPTH + 1);
+        let (deepest, too_deep) =
+            (values[LINEAGE_DEPTH - 1].clone(), values[LINEAGE_DEPTH].clone());
+        drop(values);
+        let agent = parent::remote().with_options(on(runtime.nodes()[1].node));
+        let agent = *runtime.submit(agent).get().expect("runs") as i32;
+        let agent = rustix::process::Pid::from_raw(agent).expect("a process");
+        rustix::process::kill_process(agent, rustix::process::Signal::KILL).expect("kill -9");
+        assert!(wait_until(|| runtime.nodes().len() == 1, LONG), "nobody noticed");
+        let error = too_deep.get().expect_err("too much to run again").to_string();
+        assert!(error.contains("1001") && error.contains("1000"), "{error}");
+        drop((full, too_deep));
+        let again = on_a_stack_of(256 << 10, move || deepest.get().map(|value| value.0.clone()));
+        assert_eq!(again.expect("made again"), vec![7; SMALL]);
+    }
+
     pub(super) fn silent_machine(runtime: &Runtime) {
         let node = runtime.nodes()[1].node;
         let task = runtime.submit(linger::remote().with_options(on(node)));
         let error = task.get().expect_err("its machine says nothing").to_string();
         assert!(error.contains("node 1"), "{error}");
         assert_eq!(runtime.nodes().len(), 1);
+    }
+
+    pub(super) fn slow_network(runtime: &Runtime) {
+        let options = GroupOptions {
+            strategy: PlacementStrategy::StrictSpread,
+            ..GroupOptions::new("apart", 2)
+        };
+        let group = runtime.group(&options, &tell_all::remote()).expect("fits");
+        assert_eq!(group.join(LONG).expect("nobody is lost"), [2 * SLOW as u64; 2]);
+        assert_eq!(runtime.nodes().len(), 2);
     }
 
     pub(super) fn joins_later(runtime: &Runtime) {
@@ -710,6 +949,6 @@ fn wait_for_victim() -> Result<(), Error> {
 }
 
 /// Until they are there, wherever, without fetching them.
-fn wait_ready(objects: &[&mobula_core::ObjectRef<Blob>]) {
+fn wait_ready(objects: &[&ObjectRef<Blob>]) {
     assert!(wait_until(|| objects.iter().all(|object| object.is_ready()), LONG));
 }
