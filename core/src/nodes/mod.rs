@@ -8,18 +8,26 @@
 //! a detour over the driver.
 //!
 //! Invariants:
-//! * NODE-1: nobody joins, and nobody gets a value, without the secret.
+//! * NODE-1: nobody joins, and nobody gets a value, without the secret: who does not show that they
+//!   know it has no connection.
 //! * NODE-2: a machine that has been silent for 4 seconds is lost: nothing is placed there any more,
 //!   before anybody hears that its workers are gone.
 //! * NODE-3: an agent ends with its driver, and its workers end with it.
 
 mod agent;
+#[cfg(not(feature = "tls"))]
+mod clear;
 mod far;
 mod hub;
+mod knock;
+mod link;
 mod object;
 mod role;
 mod secret;
 mod server;
+mod strangers;
+#[cfg(feature = "tls")]
+mod tls;
 mod transfer;
 mod wire;
 mod worker;

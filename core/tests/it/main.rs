@@ -11,6 +11,7 @@ mod nested;
 mod nodes;
 mod placement;
 mod remote_actors;
+mod secrets;
 mod status;
 mod streams;
 mod tasks;
@@ -47,6 +48,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         nodes::TESTS,
         placement::TESTS,
         remote_actors::TESTS,
+        secrets::TESTS,
         status::TESTS,
         streams::TESTS,
         tasks::TESTS,
