@@ -107,7 +107,7 @@ fn doc() -> Result<String> {
 /// All tests, and once more with TLS those that it changes.
 const TEST_RUNS: &[&str] = &[
     "test --workspace --no-fail-fast",
-    "test --package mobula-core --features tls --no-fail-fast --lib --test it -- nodes secrets",
+    "test --package mobula-core --features tls --no-fail-fast --lib --test it -- nodes",
 ];
 
 fn tests(tests: &mut Tests) -> Result<String> {

@@ -52,14 +52,17 @@ pub(super) fn serve(join: Join, total: &Resources) -> i32 {
 async fn live(join: &Join, total: &Resources) -> Result<i32, BoxError> {
     let host = ProcessHost::new(tokio::runtime::Handle::current())?;
     let mut session = knock(join).await?;
-    let machine = machine(join, total, &session).await?;
-    let hello = Hello { build: build_id(), host: super::host_name(), machine };
-    session.out.send(FromNode::Hello(hello)).await?;
-    let node = match session.inbound.message().await? {
-        Some(ToNode::Welcome { node }) => node,
-        Some(ToNode::Refused { reason }) => return Err(not_let_in(&reason)),
-        _ => return Err(not_let_in("it closed the stream")),
+    let listener = match join.is_agent {
+        true => Some(listen(&[SocketAddr::new(session.local.ip(), 0)]).await?),
+        false => None,
     };
+    let machine = listener.as_ref().map(|(_, at)| Machine { total: total.clone(), objects: *at });
+    let node = introduce(&mut session, machine).await?;
+    if let Some((listener, _)) = listener {
+        let tokio = tokio::runtime::Handle::current();
+        tokio.spawn(serve_values(listener, session.credentials.clone(), node, None));
+        transfer::set_up(tokio, session.credentials, Some(session.driver));
+    }
     let out = session.out;
     let agent = Agent { node, host, out, workers: HashMap::new(), copies: Arc::default() };
     agent.serve(join, session.inbound).await
@@ -70,20 +73,15 @@ fn not_let_in(reason: &str) -> BoxError {
     Error::Join { action, reason: reason.to_owned() }.into()
 }
 
-/// What this copy brings, and where its values are to be had.
-async fn machine(
-    join: &Join,
-    total: &Resources,
-    session: &Session,
-) -> Result<Option<Machine>, BoxError> {
-    if !join.is_agent {
-        return Ok(None);
+/// Tells who this is and what the machine has; gives what the driver calls it.
+async fn introduce(session: &mut Session, machine: Option<Machine>) -> Result<NodeId, BoxError> {
+    let hello = Hello { build: build_id(), host: super::host_name(), machine };
+    session.out.send(FromNode::Hello(hello)).await?;
+    match session.inbound.message().await? {
+        Some(ToNode::Welcome { node }) => Ok(node),
+        Some(ToNode::Refused { reason }) => Err(not_let_in(&reason)),
+        _ => Err(not_let_in("it closed the stream")),
     }
-    let (listener, objects) = listen(&[SocketAddr::new(session.local.ip(), 0)]).await?;
-    let (tokio, credentials) = (tokio::runtime::Handle::current(), session.credentials.clone());
-    tokio.spawn(serve_values(listener, credentials.clone(), None));
-    transfer::set_up(tokio, credentials, Some(session.driver));
-    Ok(Some(Machine { total: total.clone(), objects }))
 }
 
 struct Agent {

@@ -120,7 +120,7 @@ pub(super) fn open(door: Door, runtime: &Runtime) -> Result<(), Error> {
     });
     let hub = HUB.get_or_init(|| hub);
     let (guests, arrivals) = mpsc::channel(64);
-    handle.spawn(serve(listener, credentials, Some(guests)));
+    handle.spawn(serve(listener, credentials, NodeId::HERE, Some(guests)));
     handle.spawn(Arc::clone(hub).receive(arrivals));
     handle.spawn(Arc::clone(hub).beat());
     hub.wait_for_all(&door.world, door.patience);

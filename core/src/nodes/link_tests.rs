@@ -144,3 +144,12 @@ async fn callers_who_talk_otherwise_are_hung_up_on() {
         echo.await.expect("no panic").expect_err("not let in");
     }
 }
+
+#[tokio::test]
+async fn who_says_nothing_is_hung_up_on() {
+    let (machine, echo) = echo().await;
+    let mut caller = TcpStream::connect(machine).await.expect("listens");
+    let error = echo.await.expect("no panic").expect_err("not let in");
+    assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+    caller.read_to_end(&mut Vec::new()).await.expect("nobody is there any more");
+}

@@ -6,6 +6,7 @@ use super::transfer::{WINDOW, give_out};
 use super::wire::{FETCH, FromNode, JOIN, Piece, ToNode, Wanted};
 use crate::Error;
 use crate::process::wire::{Frames, MAX_FRAME_BYTES};
+use crate::scheduler::NodeId;
 use futures::future::BoxFuture;
 use futures::stream::{BoxStream, StreamExt};
 use hyper::body::Incoming;
@@ -32,9 +33,10 @@ pub(super) type Guest = (Streaming<FromNode>, mpsc::UnboundedSender<ToNode>);
 pub(super) async fn serve(
     listener: TcpListener,
     credentials: Credentials,
+    here: NodeId,
     door: Option<mpsc::Sender<Guest>>,
 ) {
-    let service = Service { door };
+    let service = Service { here, door };
     let mut strangers = Strangers::new(STAY);
     loop {
         match listener.accept().await {
@@ -71,6 +73,7 @@ async fn talk(stream: Stream, service: Service) {
 
 #[derive(Clone)]
 struct Service {
+    here: NodeId,
     door: Option<mpsc::Sender<Guest>>,
 }
 
@@ -92,7 +95,7 @@ impl Service {
                 }
                 FETCH => {
                     let mut grpc = tonic::server::Grpc::new(Frames::<Piece, Wanted>::default());
-                    grpc.server_streaming(Fetch, request).await
+                    grpc.server_streaming(Fetch(service.here), request).await
                 }
                 other => Status::unimplemented(format!("there is no {other}")).into_http(),
             })
@@ -127,7 +130,7 @@ impl tower_service::Service<Request<Streaming<FromNode>>> for Join {
     }
 }
 
-struct Fetch;
+struct Fetch(NodeId);
 
 impl tower_service::Service<Request<Wanted>> for Fetch {
     type Response = Response<BoxStream<'static, Result<Piece, Status>>>;
@@ -139,7 +142,8 @@ impl tower_service::Service<Request<Wanted>> for Fetch {
     }
 
     fn call(&mut self, request: Request<Wanted>) -> Self::Future {
-        Box::pin(async move { give_out(request.into_inner()).await.map(Response::new) })
+        let given = give_out(request.into_inner(), self.0);
+        Box::pin(async move { given.await.map(Response::new) })
     }
 }
 

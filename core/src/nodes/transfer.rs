@@ -137,7 +137,7 @@ impl Transfers {
         let mut grpc = tonic::client::Grpc::new(self.channel(address)?)
             .max_decoding_message_size(MAX_FRAME_BYTES);
         tokio::time::timeout(LINK_TIMEOUT, grpc.ready()).await??;
-        let request = Request::new(Wanted { id: place.id });
+        let request = Request::new(Wanted { holder: place.holder, id: place.id });
         let codec = Frames::<Wanted, Piece>::default();
         let path = http::uri::PathAndQuery::from_static(FETCH);
         let opened = grpc.server_streaming(request, path, codec);
@@ -179,7 +179,12 @@ impl Transfers {
 /// A value of this process's store, piece by piece.
 pub(super) async fn give_out(
     wanted: Wanted,
+    here: NodeId,
 ) -> Result<BoxStream<'static, Result<Piece, Status>>, Status> {
+    // Another machine may have the address of one that is lost, and its own value of this number.
+    if wanted.holder != here {
+        return Err(Status::not_found(format!("this is {here:?}, not {:?}", wanted.holder)));
+    }
     let gone = |error: Error| Status::not_found(error.to_string());
     let flat = tokio::task::spawn_blocking(move || -> Result<Bytes, Error> {
         Ok(store()?.flat(wanted.id)?)

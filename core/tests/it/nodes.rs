@@ -50,6 +50,7 @@ pub(crate) fn run() -> Result<(), Box<dyn std::error::Error>> {
         "silent machine" => scenarios::silent_machine,
         "joins later" => scenarios::joins_later,
         "streams" => scenarios::streams,
+        "two machines" => scenarios::two_machines,
         "payload" => scenarios::payload,
         other => return Err(format!("there is no scenario {other}").into()),
     };
@@ -464,6 +465,11 @@ mod scenarios {
         // Four at a time: two here, and two on the machine that joins.
         assert_eq!(collect(&tasks).expect("run").len(), 4);
         assert_eq!(runtime.resources().cpus, 4.0);
+    }
+
+    pub(super) fn two_machines(runtime: &Runtime) {
+        tell("alone", "");
+        assert!(wait_until(|| runtime.nodes().len() == 2, LONG), "nobody has joined");
     }
 
     pub(super) fn long_task(runtime: &Runtime) {

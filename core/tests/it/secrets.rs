@@ -13,14 +13,16 @@ use std::path::Path;
 use std::process::{Child, Command};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex};
+use std::time::Instant;
 
 pub(crate) const TESTS: &[Test] = &[
-    ("secrets::nobody_joins_without_the_secret", wrong_secret),
-    ("secrets::a_file_will_do_for_a_secret", secret_in_a_file),
-    ("secrets::a_secret_of_an_earlier_start_is_read_again", stale_secret),
-    ("secrets::with_tls_nobody_can_listen_in", listened_in),
-    ("secrets::strangers_keep_nobody_out", strangers),
-    ("secrets::a_driver_that_was_built_otherwise_is_named_as_such", built_otherwise),
+    ("nodes::secrets::nobody_joins_without_the_secret", wrong_secret),
+    ("nodes::secrets::a_file_will_do_for_a_secret", secret_in_a_file),
+    ("nodes::secrets::a_secret_of_an_earlier_start_is_read_again", stale_secret),
+    ("nodes::secrets::one_that_stays_wrong_is_named", stale_for_good),
+    ("nodes::secrets::with_tls_nobody_can_listen_in", listened_in),
+    ("nodes::secrets::strangers_keep_nobody_out", strangers),
+    ("nodes::secrets::a_driver_that_was_built_otherwise_is_named_as_such", built_otherwise),
 ];
 
 fn wrong_secret(_: &Runtime) {
@@ -48,29 +50,51 @@ fn secret_in_a_file(_: &Runtime) {
     assert!(!runs.exists(), "the folder of the test goes with the launch");
 }
 
-/// The files of both agents are of an earlier start. One is put right once its agent was refused.
+/// The file is that of an earlier start when the agent comes, and right once it was refused.
 fn stale_secret(_: &Runtime) {
     let between = OnceCell::new();
-    let launch = Launch::start("count", &[1, 1, 1], |rank, command| {
-        command.env("MOBULA_JOIN_TIMEOUT", "6");
+    let launch = Launch::start("count", &[1, 1], |rank, command| {
         if rank == 1 {
             let between = between.get_or_init(|| Between::start(master_port(command)));
             command.env("MASTER_PORT", between.port.to_string());
-        }
-        if rank > 0 {
-            command.env_remove("MOBULA_SECRET");
-            write_secret(command, "the secret of an earlier start");
+            stale_secret_of(command);
         }
     });
     let between = between.get().expect("rank 1 was started");
     between.ended.recv_timeout(LONG).expect("the agent was refused");
     secret_file(launch.folder.path(), between.port, SECRET);
-    let outputs = launch.end();
-    let codes: Vec<_> = outputs.iter().map(|output| output.status.code()).collect();
-    assert_eq!(codes, [Some(0), Some(0), Some(1)], "{}", said(&outputs));
+    let outputs = launch.succeed();
     assert!(said(&outputs[..1]).contains("4 CPU on 2 nodes"), "{}", said(&outputs));
-    let refused = said(&outputs[2..]);
-    assert!(refused.contains("has another secret than runs/.join-127-0-0-1-"), "{refused}");
+}
+
+fn stale_for_good(_: &Runtime) {
+    let mut launch = Launch::start("count", &[1, 1], |rank, command| {
+        if rank == 1 {
+            // The agent has little time, and it must not be for want of a driver.
+            wait_for_listener(master_port(command));
+            command.env("MOBULA_JOIN_TIMEOUT", "0.5");
+            stale_secret_of(command);
+        }
+    });
+    let agent = launch.copies.remove(1).wait_with_output().expect("ends by itself");
+    let agent = [agent];
+    assert_eq!(agent[0].status.code(), Some(1), "{}", said(&agent));
+    let told = said(&agent);
+    assert!(told.contains("has another secret than runs/.join-127-0-0-1-"), "{told}");
+}
+
+fn stale_secret_of(agent: &mut Command) {
+    agent.env_remove("MOBULA_SECRET");
+    let folder = agent.get_current_dir().expect("set by the launch");
+    secret_file(folder, master_port(agent), "the secret of an earlier start");
+}
+
+fn wait_for_listener(port: u16) {
+    let deadline = Instant::now() + LONG;
+    while TcpStream::connect(("127.0.0.1", port)).is_err() {
+        assert!(Instant::now() < deadline, "nobody listens");
+        std::thread::yield_now();
+    }
 }
 
 fn listened_in(_: &Runtime) {
@@ -92,7 +116,7 @@ fn listened_in(_: &Runtime) {
 
 /// Who connects and says nothing takes up few descriptors, and no room from those who join.
 fn strangers(_: &Runtime) {
-    let (mut launch, address) = Launch::listening("joins later");
+    let (mut launch, address) = Launch::listening("two machines");
     wait_for_file(&launch.file("alone"));
     let before = sockets(&launch.copies[0]);
     let mut strangers: Vec<_> =
@@ -129,12 +153,6 @@ fn master_port(command: &Command) -> u16 {
     let mut variables = command.get_envs();
     let port = variables.find(|(name, _)| *name == "MASTER_PORT").and_then(|(_, port)| port);
     port.and_then(|port| port.to_str()?.parse().ok()).expect("set by the launch")
-}
-
-/// The secret's file of the copy that this command starts.
-fn write_secret(command: &Command, secret: &str) {
-    let folder = command.get_current_dir().expect("set by the launch");
-    secret_file(folder, master_port(command), secret);
 }
 
 /// Written beside and renamed, as the driver does it.
