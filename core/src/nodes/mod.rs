@@ -7,6 +7,9 @@
 //! only says where ([`FarPlace`]); a machine that needs one fetches it from the other, once, without
 //! a detour over the driver.
 //!
+//! What is said on a connection is for those who know the program's secret only. Who calls shows it
+//! (`clear`), or both ends show keys that are made of it (`tls`, with the feature of that name).
+//!
 //! Invariants:
 //! * NODE-1: nobody joins, and nobody gets a value, without the secret: who does not show that they
 //!   know it has no connection.

@@ -17,11 +17,17 @@ const MIN_BYTES: usize = if cfg!(feature = "tls") { 16 } else { 1 };
 pub(super) const MAX_BYTES: usize = 1024;
 
 /// What all copies know, and nobody else.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub(super) struct Secret {
     text: String,
     /// Where it is from, unless it was given.
     file: Option<PathBuf>,
+}
+
+impl std::fmt::Debug for Secret {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Secret").field("file", &self.file).finish_non_exhaustive()
+    }
 }
 
 /// A secret's file, until the driver ends.
@@ -77,7 +83,9 @@ impl Secret {
         Err(Error::LaunchVariable {
             variable: SECRET_VARIABLE.to_owned(),
             got: Some(format!("({} bytes, not shown)", text.len())),
-            expected: format!("{MIN_BYTES} to {MAX_BYTES} bytes, best random ones"),
+            expected: format!(
+                "{MIN_BYTES} to {MAX_BYTES} bytes; best are 32 random ones in hexadecimal"
+            ),
         })
     }
 
