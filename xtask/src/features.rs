@@ -3,7 +3,8 @@
 use crate::command;
 use anyhow::{Result, ensure};
 
-/// The facade's features: one a layer, and `tls`. `cuda` needs its toolkit and is left to machines with one.
+/// The facade's features: one a layer, and `tls`. `cuda` needs its toolkit and is left to machines
+/// with one.
 const FEATURES: &[&str] = &["", "data", "serve", "train", "tune", "tls"];
 
 /// Crates that belong to one feature only, by the start of their names.

@@ -1,4 +1,4 @@
-//! Without TLS: who calls shows the secret, and all that follows is to be read by whoever is between.
+//! Without TLS: who calls shows the secret, and whoever is between can read all that is said.
 
 use super::secret::{MAX_BYTES, Secret, is_same};
 use crate::Error;
