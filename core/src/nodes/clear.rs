@@ -14,7 +14,6 @@ const WELCOME: u8 = 1;
 pub(super) struct Credentials(Secret);
 
 impl Credentials {
-    #[expect(clippy::unnecessary_wraps, reason = "as with TLS")]
     pub(super) fn new(secret: &Secret) -> Result<Self, Error> {
         Ok(Self(secret.clone()))
     }
