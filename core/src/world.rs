@@ -166,7 +166,8 @@ impl World {
     }
 }
 
-/// The variable with what ranks show each other to be let in.
+/// The variable with the secret that all copies know, and that lets them in: at most 1024 bytes, and
+/// with the feature `tls` at least 16.
 pub const SECRET_VARIABLE: &str = "MOBULA_SECRET";
 
 /// The variable with where an agent that nobody launched is to join, `HOST:PORT`.

@@ -170,7 +170,7 @@ fn mpirun_here() {
 fn joins_by_hand() {
     let port = TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr()).expect("a port");
     let (address, program) = (port.to_string(), program());
-    let secret = ("MOBULA_SECRET", "for this test");
+    let secret = ("MOBULA_SECRET", "the secret of this test");
     let mut driver = Command::new(&program);
     driver.args([ROLE, SPREAD, "two"]).env("MOBULA_LISTEN", &address).env(secret.0, secret.1);
     let driver = std::thread::spawn(move || program::finish(driver));

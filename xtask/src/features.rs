@@ -3,11 +3,13 @@
 use crate::command;
 use anyhow::{Result, ensure};
 
-/// The facade's features, one a layer. `cuda` needs its toolkit and is left to machines with one.
-const FEATURES: &[&str] = &["", "data", "serve", "train", "tune"];
+/// The facade's features: one a layer, and `tls`. `cuda` needs its toolkit and is left to machines
+/// with one.
+const FEATURES: &[&str] = &["", "data", "serve", "train", "tune", "tls"];
 
 /// Crates that belong to one feature only, by the start of their names.
-const HEAVY: &[(&str, &str)] = &[("datafusion", "data"), ("parquet", "data"), ("axum", "serve")];
+const HEAVY: &[(&str, &str)] =
+    &[("datafusion", "data"), ("parquet", "data"), ("axum", "serve"), ("rustls", "tls")];
 
 pub(crate) fn check() -> Result<String> {
     for feature in FEATURES {

@@ -104,9 +104,17 @@ fn doc() -> Result<String> {
     command::run(doc).map(|()| String::new())
 }
 
+/// All tests, and once more with TLS those that it changes.
+const TEST_RUNS: &[&str] = &[
+    "test --workspace --no-fail-fast",
+    "test --package mobula-core --features tls --no-fail-fast --lib --test it -- nodes",
+];
+
 fn tests(tests: &mut Tests) -> Result<String> {
-    let command = command::cargo_command("test --workspace --no-fail-fast");
-    let good = command::run_seeing(command, |line| tests.count(line))?;
+    let mut good = true;
+    for run in TEST_RUNS {
+        good &= command::run_seeing(command::cargo_command(run), |line| tests.count(line))?;
+    }
     let summary = format!("{} passed, {} failed", tests.passed, tests.failed);
     match good {
         true => Ok(summary),

@@ -1,6 +1,7 @@
 //! The driver's side: who has joined, and who is gone.
 
 use super::far::{FarLink, FarWorker};
+use super::link::Credentials;
 use super::look::Looks;
 use super::role::Door;
 use super::secret::{Secret, SecretFile};
@@ -95,6 +96,7 @@ struct Workers {
 /// Opens the door, and waits until all copies of the launch have come in.
 pub(super) fn open(door: Door, runtime: &Runtime) -> Result<(), Error> {
     let (secret, file) = Secret::of_driver(&door.world)?;
+    let credentials = Credentials::new(&secret)?;
     let tokio = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .thread_name("mobula-nodes")
@@ -107,7 +109,7 @@ pub(super) fn open(door: Door, runtime: &Runtime) -> Result<(), Error> {
     let master = door.world.master()?;
     let anywhere = SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), master.port());
     let (listener, _) = handle.block_on(listen(&[master, anywhere]))?;
-    transfer::set_up(handle.clone(), secret.clone(), None);
+    transfer::set_up(handle.clone(), credentials.clone(), None);
     let hub = Arc::new(Hub {
         tokio: handle.clone(),
         runtime: runtime.downgrade(),
@@ -119,7 +121,7 @@ pub(super) fn open(door: Door, runtime: &Runtime) -> Result<(), Error> {
     });
     let hub = HUB.get_or_init(|| hub);
     let (guests, arrivals) = mpsc::channel(64);
-    handle.spawn(serve(listener, secret, Some(guests)));
+    handle.spawn(serve(listener, credentials, NodeId::HERE, Some(guests)));
     handle.spawn(Arc::clone(hub).receive(arrivals));
     handle.spawn(Arc::clone(hub).beat());
     hub.wait_for_all(&door.world, door.patience);

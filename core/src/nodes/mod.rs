@@ -7,8 +7,12 @@
 //! only says where ([`FarPlace`]); a machine that needs one fetches it from the other, once, without
 //! a detour over the driver.
 //!
+//! What is said on a connection is for those who know the program's secret only. Who calls shows it
+//! (`clear`), or both ends show keys that are made of it (`tls`, with the feature of that name).
+//!
 //! Invariants:
-//! * NODE-1: nobody joins, and nobody gets a value, without the secret.
+//! * NODE-1: nobody joins, and nobody gets a value, without the secret: who does not show that they
+//!   know it has no connection.
 //! * NODE-2: a machine that has been silent for 4 seconds is lost: nothing is placed there any more,
 //!   before anybody hears that its workers are gone. Silence is that no bytes come.
 //! * NODE-3: an agent ends with its driver, and its workers end with it.
@@ -16,15 +20,22 @@
 //!   which tells of it is decoded; where that is dropped, the agent lets go of the value.
 
 mod agent;
+#[cfg(not(feature = "tls"))]
+mod clear;
 mod far;
 mod hub;
+mod knock;
 mod lineage;
+mod link;
 mod look;
 mod object;
 mod role;
 mod secret;
 mod server;
 mod silence;
+mod strangers;
+#[cfg(feature = "tls")]
+mod tls;
 mod transfer;
 mod wire;
 mod worker;

@@ -5,17 +5,30 @@ use crate::Error;
 use crate::error::AtPath;
 use crate::world::{SECRET_VARIABLE, World};
 use std::fs::{self, OpenOptions};
+use std::hint::black_box;
 use std::io::{Read, Write};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use tonic::metadata::{Ascii, MetadataMap, MetadataValue};
 
-const HEADER: &str = "authorization";
+/// Of a secret that is made here, before they are written in hexadecimal.
 const BYTES: u64 = 32;
+/// With TLS, who connects can try secrets at leisure, and a short one is soon found.
+const MIN_BYTES: usize = if cfg!(feature = "tls") { 16 } else { 1 };
+pub(super) const MAX_BYTES: usize = 1024;
 
-/// Shown by who joins, checked by who lets in.
+/// What all copies know, and nobody else.
 #[derive(Clone)]
-pub(super) struct Secret(String);
+pub(super) struct Secret {
+    text: String,
+    /// Where it is from, unless it was given.
+    file: Option<PathBuf>,
+}
+
+impl std::fmt::Debug for Secret {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Secret").field("file", &self.file).finish_non_exhaustive()
+    }
+}
 
 /// A secret's file, until the driver ends.
 #[derive(Debug)]
@@ -31,21 +44,21 @@ impl Drop for SecretFile {
 impl Secret {
     /// The driver's: from the environment, else a new one in a file for the others.
     pub(super) fn of_driver(world: &World) -> Result<(Self, Option<SecretFile>), Error> {
-        if let Some(secret) = Self::from_environment() {
+        if let Some(secret) = Self::from_environment()? {
             return Ok((secret, None));
         }
-        let (secret, path) = (random()?, path(world));
-        write(&path, &secret)?;
-        Ok((Self(secret), Some(SecretFile(path))))
+        let (text, path) = (random()?, path(world));
+        write(&path, &text)?;
+        Ok((Self { text, file: Some(path.clone()) }, Some(SecretFile(path))))
     }
 
     /// The others': from the environment, else from the file, once it is there.
     pub(super) fn of_agent(world: Option<&World>) -> Result<Option<Self>, Error> {
-        if let Some(secret) = Self::from_environment() {
+        if let Some(secret) = Self::from_environment()? {
             return Ok(Some(secret));
         }
         let Some(world) = world else { return Ok(None) };
-        read(&path(world)).map(|text| text.map(Self))
+        Self::from_file(path(world))
     }
 
     /// Where the file of this world is, for those who look for it in vain.
@@ -53,30 +66,57 @@ impl Secret {
         path(world)
     }
 
-    fn from_environment() -> Option<Self> {
-        std::env::var(SECRET_VARIABLE).ok().filter(|text| !text.is_empty()).map(Self)
+    /// Where it was read, or written. `None`: it was given in the environment.
+    pub(super) fn file(&self) -> Option<&Path> {
+        self.file.as_deref()
     }
 
-    pub(super) fn show(&self, metadata: &mut MetadataMap) -> Result<(), Error> {
-        let value: Result<MetadataValue<Ascii>, _> = format!("Bearer {}", self.0).parse();
-        let wrong = |_| Error::LaunchVariable {
+    fn from_environment() -> Result<Option<Self>, Error> {
+        let given = std::env::var(SECRET_VARIABLE).ok().filter(|text| !text.is_empty());
+        given.map(Self::given).transpose()
+    }
+
+    pub(super) fn given(text: String) -> Result<Self, Error> {
+        if has_right_length(&text) {
+            return Ok(Self { text, file: None });
+        }
+        Err(Error::LaunchVariable {
             variable: SECRET_VARIABLE.to_owned(),
-            got: Some("(not shown)".to_owned()),
-            expected: "visible ASCII characters".to_owned(),
-        };
-        metadata.insert(HEADER, value.map_err(wrong)?);
-        Ok(())
+            got: Some(format!("({} bytes, not shown)", text.len())),
+            expected: format!(
+                "{MIN_BYTES} to {MAX_BYTES} bytes; best are 32 random ones in hexadecimal"
+            ),
+        })
     }
 
-    /// Whether who sent this knows the secret; takes the same time for every wrong one.
-    pub(super) fn is_shown(&self, metadata: &MetadataMap) -> bool {
-        let shown = metadata.get(HEADER).and_then(|value| value.to_str().ok());
-        let Some(shown) = shown.and_then(|value| value.strip_prefix("Bearer ")) else {
-            return false;
-        };
-        let differences = shown.bytes().zip(self.0.bytes()).map(|(a, b)| a ^ b);
-        shown.len() == self.0.len() && differences.fold(0, |sum, one| sum | one) == 0
+    fn from_file(path: PathBuf) -> Result<Option<Self>, Error> {
+        let Some(text) = read(&path)? else { return Ok(None) };
+        if has_right_length(&text) {
+            return Ok(Some(Self { text, file: Some(path) }));
+        }
+        let reason = format!(
+            "it has {} bytes, not {MIN_BYTES} to {MAX_BYTES}; remove it, and start again",
+            text.len()
+        );
+        Err(Error::Join { action: format!("take the secret of {}", path.display()), reason })
     }
+
+    pub(super) fn bytes(&self) -> &[u8] {
+        self.text.as_bytes()
+    }
+}
+
+fn has_right_length(text: &str) -> bool {
+    (MIN_BYTES..=MAX_BYTES).contains(&text.len())
+}
+
+/// Takes the same time for all that have the right length, so that nobody finds a secret byte by
+/// byte.
+pub(super) fn is_same(one: &[u8], other: &[u8]) -> bool {
+    let differences = one.iter().zip(other).map(|(a, b)| a ^ b);
+    // Without the black box, a compiler might stop at the first difference.
+    let difference = differences.fold(0, |sum, one| black_box(sum | one));
+    one.len() == other.len() && difference == 0
 }
 
 /// One file for each start of a job, in the folder of the run, else in that of all runs.
@@ -131,18 +171,29 @@ mod tests {
     use std::os::unix::fs::PermissionsExt;
 
     #[test]
-    fn only_the_whole_secret_is_let_in() {
-        let secret = Secret("correct".to_owned());
-        let shows = |text: &str| {
-            let mut metadata = MetadataMap::new();
-            metadata.insert(HEADER, text.parse().expect("ASCII"));
-            secret.is_shown(&metadata)
-        };
-        assert!(shows("Bearer correct"));
-        for wrong in ["Bearer correc", "Bearer correctt", "Bearer corrext", "correct", "Bearer "] {
-            assert!(!shows(wrong), "{wrong}");
+    fn only_the_whole_secret_is_the_same() {
+        assert!(is_same(b"correct", b"correct"));
+        for wrong in ["correc", "correctt", "corrext", "korrect", "", "tcerroc"] {
+            assert!(!is_same(b"correct", wrong.as_bytes()), "{wrong}");
         }
-        assert!(!secret.is_shown(&MetadataMap::new()));
+    }
+
+    #[test]
+    fn a_secret_of_the_wrong_length_is_refused_and_not_shown() {
+        let folder = tempfile::tempdir().expect("temporary folder");
+        let path = folder.path().join("secret");
+        for wrong in ["x".repeat(MIN_BYTES - 1), "x".repeat(MAX_BYTES + 1)] {
+            let error = Secret::given(wrong.clone()).expect_err("wrong").to_string();
+            assert!(error.contains(&format!("({} bytes, not shown)", wrong.len())), "{error}");
+            assert!(error.contains(&format!("{MIN_BYTES} to 1024 bytes")), "{error}");
+            write(&path, &wrong).expect("writes");
+            let error = Secret::from_file(path.clone()).expect_err("wrong").to_string();
+            assert!(error.contains(&path.display().to_string()), "{error}");
+        }
+        Secret::given("x".repeat(MIN_BYTES)).expect("long enough");
+        write(&path, &"x".repeat(MIN_BYTES)).expect("writes");
+        let secret = Secret::from_file(path.clone()).expect("long enough").expect("there");
+        assert_eq!(secret.file(), Some(path.as_path()));
     }
 
     #[test]

@@ -1,73 +1,91 @@
 //! What a machine offers to the others: the driver its door, everybody the values of its store.
 
-use super::secret::Secret;
+use super::link::{Credentials, Stream, answer};
 use super::silence::{Heard, Listened};
+use super::strangers::{STAY, Strangers};
 use super::transfer::{WINDOW, give_out};
 use super::wire::{FETCH, FromNode, JOIN, Piece, ToNode, Wanted};
 use crate::Error;
 use crate::clock::SystemClock;
 use crate::process::wire::{Frames, MAX_FRAME_BYTES};
+use crate::scheduler::NodeId;
 use futures::future::BoxFuture;
-use futures::stream::{self, BoxStream, StreamExt};
+use futures::stream::{BoxStream, StreamExt};
+use hyper::body::Incoming;
+use hyper::server::conn::http2;
+use hyper::service::service_fn;
+use hyper_util::rt::{TokioExecutor, TokioIo};
 use std::convert::Infallible;
-use std::sync::Arc;
 use std::task::{Context, Poll};
+use std::time::Duration;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::UnboundedReceiverStream;
+use tonic::body::Body;
 use tonic::codec::Streaming;
 use tonic::{Request, Response, Status};
+
+/// After a connection that could not be taken: there may be no descriptors left for a while.
+const PAUSE: Duration = Duration::from_millis(100);
 
 /// Who came in, and where to send what is for it.
 pub(super) type Guest = (Streaming<FromNode>, Heard, mpsc::UnboundedSender<ToNode>);
 
 /// Serves until the process ends. An agent has no `door`.
-pub(super) fn serve(
+pub(super) async fn serve(
     listener: TcpListener,
-    secret: Secret,
+    credentials: Credentials,
+    here: NodeId,
     door: Option<mpsc::Sender<Guest>>,
-) -> impl Future<Output = ()> + Send {
-    let service = Service { secret: Arc::new(secret), door };
-    let server = tonic::transport::Server::builder()
-        .initial_stream_window_size(WINDOW)
-        .initial_connection_window_size(WINDOW);
-    async move {
-        if let Err(error) = server.serve_with_incoming(service, incoming(listener)).await {
-            tracing::error!(%error, "the server for other nodes has ended");
+) {
+    let service = Service { here, door };
+    let mut strangers = Strangers::new(STAY);
+    loop {
+        match listener.accept().await {
+            Ok((connection, _)) => {
+                strangers.add(welcome(connection, credentials.clone(), service.clone())).await;
+            }
+            Err(error) => {
+                tracing::warn!(%error, "a connection of another node could not be taken");
+                tokio::time::sleep(PAUSE).await;
+            }
         }
     }
 }
 
-/// Connections as they come; one that fails is no reason to end.
-fn incoming(listener: TcpListener) -> BoxStream<'static, std::io::Result<TcpStream>> {
-    let accept = |listener: TcpListener| async move {
-        let accepted = listener.accept().await.and_then(|(connection, _)| {
-            connection.set_nodelay(true)?;
-            Ok(connection)
-        });
-        Some((accepted, listener))
-    };
-    stream::unfold(listener, accept).boxed()
+/// NODE-1.
+async fn welcome(connection: TcpStream, credentials: Credentials, service: Service) {
+    match answer(connection, &credentials).await {
+        Ok(stream) => drop(tokio::spawn(talk(stream, service))),
+        Err(error) => tracing::debug!(%error, "a connection was not let in"),
+    }
+}
+
+async fn talk(stream: Stream, service: Service) {
+    let call = |request: http::Request<Incoming>| service.call(request.map(Body::new));
+    let served = http2::Builder::new(TokioExecutor::new())
+        .max_concurrent_streams(None)
+        .initial_stream_window_size(WINDOW)
+        .initial_connection_window_size(WINDOW)
+        .serve_connection(TokioIo::new(stream), service_fn(call));
+    if let Err(error) = served.await {
+        tracing::debug!(%error, "the connection of a node broke");
+    }
 }
 
 #[derive(Clone)]
 struct Service {
-    secret: Arc<Secret>,
+    here: NodeId,
     door: Option<mpsc::Sender<Guest>>,
 }
 
-impl tower_service::Service<http::Request<tonic::body::Body>> for Service {
-    type Response = http::Response<tonic::body::Body>;
-    type Error = Infallible;
-    type Future = BoxFuture<'static, Result<Self::Response, Infallible>>;
-
-    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
-        Poll::Ready(Ok(()))
-    }
-
-    fn call(&mut self, request: http::Request<tonic::body::Body>) -> Self::Future {
+impl Service {
+    fn call(
+        &self,
+        request: http::Request<Body>,
+    ) -> impl Future<Output = Result<http::Response<Body>, Infallible>> + Send + 'static {
         let service = self.clone();
-        Box::pin(async move {
+        async move {
             Ok(match request.uri().path() {
                 JOIN => {
                     let mut grpc = tonic::server::Grpc::new(Frames::<ToNode, FromNode>::default())
@@ -81,21 +99,11 @@ impl tower_service::Service<http::Request<tonic::body::Body>> for Service {
                 }
                 FETCH => {
                     let mut grpc = tonic::server::Grpc::new(Frames::<Piece, Wanted>::default());
-                    grpc.server_streaming(Fetch(service), request).await
+                    grpc.server_streaming(Fetch(service.here), request).await
                 }
                 other => Status::unimplemented(format!("there is no {other}")).into_http(),
             })
-        })
-    }
-}
-
-impl Service {
-    /// NODE-1.
-    fn check<T>(&self, request: &Request<T>) -> Result<(), Status> {
-        if self.secret.is_shown(request.metadata()) {
-            return Ok(());
         }
-        Err(Status::unauthenticated("the secret is not the driver's"))
     }
 
     async fn let_in(
@@ -103,7 +111,6 @@ impl Service {
         request: Request<Streaming<FromNode>>,
         heard: Heard,
     ) -> Result<Response<BoxStream<'static, Result<ToNode, Status>>>, Status> {
-        self.check(&request)?;
         let door = self.door.ok_or_else(|| Status::unimplemented("this is not the driver"))?;
         let (frames, outbound) = mpsc::unbounded_channel();
         let closing = |_| Status::unavailable("the driver is ending");
@@ -128,7 +135,7 @@ impl tower_service::Service<Request<Streaming<FromNode>>> for Join {
     }
 }
 
-struct Fetch(Service);
+struct Fetch(NodeId);
 
 impl tower_service::Service<Request<Wanted>> for Fetch {
     type Response = Response<BoxStream<'static, Result<Piece, Status>>>;
@@ -140,11 +147,8 @@ impl tower_service::Service<Request<Wanted>> for Fetch {
     }
 
     fn call(&mut self, request: Request<Wanted>) -> Self::Future {
-        let checked = self.0.check(&request);
-        Box::pin(async move {
-            checked?;
-            give_out(request.into_inner()).await.map(Response::new)
-        })
+        let given = give_out(request.into_inner(), self.0);
+        Box::pin(async move { given.await.map(Response::new) })
     }
 }
 

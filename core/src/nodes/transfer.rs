@@ -1,8 +1,9 @@
 //! Values on their way from one machine's store to another's.
 
+use super::link::{Credentials, LINK_TIMEOUT, dial};
 use super::object::FarPlace;
-use super::secret::Secret;
 use super::wire::{FETCH, Piece, Wanted};
+use crate::error::chain;
 use crate::parcel::{Stored, store};
 use crate::process::wire::{Frames, MAX_FRAME_BYTES};
 use crate::scheduler::NodeId;
@@ -10,6 +11,7 @@ use crate::store::ObjectId;
 use crate::{BoxError, Error};
 use bytes::Bytes;
 use futures::stream::{self, BoxStream, StreamExt};
+use hyper_util::rt::TokioIo;
 use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::sync::mpsc::sync_channel;
@@ -24,7 +26,6 @@ use tonic::{Request, Status};
 const PIECE_BYTES: usize = 1 << 20;
 /// Pieces that may wait to be written.
 const PIECES: usize = 8;
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// A holder that sends nothing for so long is taken for gone.
 const PIECE_TIMEOUT: Duration = Duration::from_secs(15);
 /// Bytes on their way that need no acknowledgement yet.
@@ -32,20 +33,24 @@ pub(super) const WINDOW: u32 = 16 << 20;
 
 /// What this process needs to get values from others.
 pub(super) struct Transfers {
-    pub(super) tokio: tokio::runtime::Handle,
-    pub(super) secret: Secret,
+    tokio: tokio::runtime::Handle,
+    credentials: Credentials,
     /// Where the driver is, unless this is it.
-    pub(super) driver: Option<SocketAddr>,
+    driver: Option<SocketAddr>,
     channels: Mutex<HashMap<SocketAddr, Channel>>,
 }
 
 static TRANSFERS: OnceLock<Transfers> = OnceLock::new();
 
 /// To be called once, before the first value is needed.
-pub(super) fn set_up(tokio: tokio::runtime::Handle, secret: Secret, driver: Option<SocketAddr>) {
+pub(super) fn set_up(
+    tokio: tokio::runtime::Handle,
+    credentials: Credentials,
+    driver: Option<SocketAddr>,
+) {
     let channels = Mutex::default();
     // A second call would be a second `init`, which is refused.
-    let _ = TRANSFERS.set(Transfers { tokio, secret, driver, channels });
+    let _ = TRANSFERS.set(Transfers { tokio, credentials, driver, channels });
 }
 
 fn transfers() -> Result<&'static Transfers, Error> {
@@ -123,7 +128,8 @@ fn interrupted() -> Error {
 async fn transfers_fetch(place: FarPlace) -> Result<Arc<Stored>, Error> {
     let transfers = transfers()?;
     let failed = |error: BoxError| {
-        Error::system("fetching a value from another node", std::io::Error::other(error))
+        let text = chain(&*error);
+        Error::system("fetching a value from another node", std::io::Error::other(text))
     };
     // On the runtime of the transfers, whichever thread waits for it.
     let fetch = transfers.tokio.spawn(transfers.fetch(place));
@@ -135,9 +141,8 @@ impl Transfers {
         let address = place.address.or(self.driver).ok_or("nobody knows where its holder is")?;
         let mut grpc = tonic::client::Grpc::new(self.channel(address)?)
             .max_decoding_message_size(MAX_FRAME_BYTES);
-        tokio::time::timeout(CONNECT_TIMEOUT, grpc.ready()).await??;
-        let mut request = Request::new(Wanted { id: place.id });
-        self.secret.show(request.metadata_mut())?;
+        tokio::time::timeout(LINK_TIMEOUT, grpc.ready()).await??;
+        let request = Request::new(Wanted { holder: place.holder, id: place.id });
         let codec = Frames::<Wanted, Piece>::default();
         let path = http::uri::PathAndQuery::from_static(FETCH);
         let opened = grpc.server_streaming(request, path, codec);
@@ -162,12 +167,15 @@ impl Transfers {
             return Ok(channel.clone());
         }
         let endpoint = Endpoint::from_shared(format!("http://{address}"))?
-            .connect_timeout(CONNECT_TIMEOUT)
             .initial_stream_window_size(WINDOW)
-            .initial_connection_window_size(WINDOW)
-            .tcp_nodelay(true);
+            .initial_connection_window_size(WINDOW);
+        let credentials = self.credentials.clone();
+        let connector = tower::service_fn(move |_| {
+            let credentials = credentials.clone();
+            async move { dial(address, &credentials).await.map(|(stream, _)| TokioIo::new(stream)) }
+        });
         let _entered = self.tokio.enter();
-        let channel = endpoint.connect_lazy();
+        let channel = endpoint.connect_with_connector_lazy(connector);
         channels.insert(address, channel.clone());
         Ok(channel)
     }
@@ -176,7 +184,12 @@ impl Transfers {
 /// A value of this process's store, piece by piece.
 pub(super) async fn give_out(
     wanted: Wanted,
+    here: NodeId,
 ) -> Result<BoxStream<'static, Result<Piece, Status>>, Status> {
+    // Another machine may have the address of one that is lost, and its own value of this number.
+    if wanted.holder != here {
+        return Err(Status::not_found(format!("this is {here:?}, not {:?}", wanted.holder)));
+    }
     let gone = |error: Error| Status::not_found(error.to_string());
     let flat = tokio::task::spawn_blocking(move || -> Result<Bytes, Error> {
         Ok(store()?.flat(wanted.id)?)

@@ -78,6 +78,7 @@ pub(super) enum ToNode {
 /// Asks for a value, by its holder's number.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct Wanted {
+    pub(super) holder: NodeId,
     pub(super) id: ObjectId,
 }
 

@@ -13,6 +13,7 @@ mod nodes;
 mod placement;
 mod regroup;
 mod remote_actors;
+mod secrets;
 mod status;
 mod streams;
 mod tasks;
@@ -54,6 +55,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         placement::TESTS,
         regroup::TESTS,
         remote_actors::TESTS,
+        secrets::TESTS,
         status::TESTS,
         streams::TESTS,
         tasks::TESTS,
