@@ -1,6 +1,6 @@
 //! Memory limits of worker processes: one thread looks at their resident size.
 
-use super::link::Process;
+use super::handle::Process;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
@@ -47,7 +47,7 @@ impl Watched {
     /// `false` when there is nothing more to see.
     fn look(&self) -> bool {
         let Some(process) = self.process.upgrade() else { return false };
-        if process.wait(Duration::ZERO).is_some() {
+        if process.has_ended() {
             return false;
         }
         let peak = process.see_memory();

@@ -4,6 +4,8 @@ mod affinity;
 pub(crate) mod child;
 mod desk;
 mod ending;
+pub(crate) mod forkserver;
+mod handle;
 mod idle;
 mod link;
 mod logs;
@@ -26,6 +28,7 @@ use crate::parcel::Parcel;
 use crate::scheduler::{Grant, NodeId};
 use crate::{Error, nodes, timeline};
 use affinity::Cpus;
+use handle::Process;
 use link::LocalLink;
 use pool::Pool;
 use serde::{Deserialize, Serialize};
@@ -121,7 +124,7 @@ fn gpu_ids(granted: &[usize]) -> String {
 #[derive(Default)]
 struct Alive {
     /// With what they are for.
-    processes: Vec<(Weak<link::Process>, String)>,
+    processes: Vec<(Weak<Process>, String)>,
     closing: bool,
 }
 
@@ -174,15 +177,11 @@ impl ProcessHost {
         let progress = Progress::create()?;
         let mut started = self.spawner.spawn()?;
         let name = log.name.clone();
-        timeline::process_started(started.child.id(), &name);
-        let bound = self.cpus.bind(environment.bound_cpus);
-        if let Some(bound) = &bound {
-            bound.apply(rustix::process::Pid::from_child(&started.child));
-        }
+        timeline::process_started(started.process.pid(), &name);
+        started.process.bind(self.cpus.bind(environment.bound_cpus));
         let memory_limit = environment.memory_limit;
         environment.assign(&progress, &mut started.control)?;
         let link = LocalLink::new(started, progress, log, sink, &self.tokio)?;
-        link.process().hold(bound);
         // So that there is something to say of one that ends at once.
         link.process().see_memory();
         if let Some(limit) = memory_limit {
@@ -205,7 +204,7 @@ impl ProcessHost {
     /// Those that are alive, the oldest first.
     pub(crate) fn workers(&self) -> Vec<WorkerView> {
         let pooled = self.pool.workers();
-        let processes: Vec<(Arc<link::Process>, String)> = {
+        let processes: Vec<(Arc<Process>, String)> = {
             let alive = self.alive();
             let processes = alive.processes.iter();
             processes
@@ -214,7 +213,7 @@ impl ProcessHost {
         };
         let lives =
             processes.into_iter().filter(|(process, _)| process.wait(Duration::ZERO).is_none());
-        let view = |(process, name): (Arc<link::Process>, String)| {
+        let view = |(process, name): (Arc<Process>, String)| {
             let pid = process.pid();
             let busy = pooled.get(&pid).map_or(Busy::AskActor, |busy| Busy::Known(*busy));
             WorkerView { pid, name, busy }
@@ -231,7 +230,7 @@ impl ProcessHost {
     }
 
     /// Kills every worker and starts no more.
-    pub(crate) fn kill_all(&self) -> Vec<Arc<link::Process>> {
+    pub(crate) fn kill_all(&self) -> Vec<Arc<Process>> {
         let mut alive = self.alive();
         alive.closing = true;
         let processes: Vec<_> =

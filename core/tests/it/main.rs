@@ -4,6 +4,7 @@
 mod actors;
 mod concurrent_actors;
 mod driver;
+mod fork_server;
 mod graphs;
 mod groups;
 mod hygiene;
@@ -23,6 +24,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     if driver::requested() {
         return driver::run();
     }
+    if fork_server::requested() {
+        return fork_server::run();
+    }
     if nodes::requested() {
         return nodes::run();
     }
@@ -40,6 +44,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         actors::TESTS,
         concurrent_actors::TESTS,
         driver::TESTS,
+        fork_server::TESTS,
         graphs::TESTS,
         groups::TESTS,
         hygiene::TESTS,
