@@ -265,9 +265,14 @@ fn tell(name: &str, text: &str) {
 }
 
 /// The agent, or the driver, whose worker runs this.
+/// The process of this worker's machine: the fork server is between them.
+fn machine() -> u32 {
+    std::env::var("MOBULA_DRIVER_PID").ok().and_then(|pid| pid.parse().ok()).unwrap_or(0)
+}
+
 #[remote(crate = mobula_core)]
 fn parent() -> Result<u32, Error> {
-    Ok(std::os::unix::process::parent_id())
+    Ok(machine())
 }
 
 #[remote(crate = mobula_core)]
@@ -295,7 +300,7 @@ fn add_made(n: u8) -> Result<u64, Error> {
 #[remote(crate = mobula_core)]
 fn here(member: Member) -> Result<u32, Error> {
     println!("here is {}", member.rank());
-    let parent = std::os::unix::process::parent_id();
+    let parent = machine();
     let all = member.all_gather("parents", &parent.to_le_bytes(), LONG)?;
     let all: HashSet<_> = all.into_iter().collect();
     Ok(all.len() as u32)
@@ -304,7 +309,7 @@ fn here(member: Member) -> Result<u32, Error> {
 /// Where it runs first it stays until its machine is lost; elsewhere it returns.
 #[remote(crate = mobula_core)]
 fn stay(name: String) -> Result<u32, Error> {
-    let parent = std::os::unix::process::parent_id();
+    let parent = machine();
     if wait_until(|| folder().join("victim").exists(), Duration::ZERO) {
         return Ok(parent);
     }
@@ -339,7 +344,7 @@ impl Counter {
     }
 
     fn parent(&mut self) -> Result<u32, Error> {
-        Ok(std::os::unix::process::parent_id())
+        Ok(machine())
     }
 }
 
