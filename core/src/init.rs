@@ -15,6 +15,10 @@ static INITIALISED: AtomicBool = AtomicBool::new(false);
 /// A worker process, which is the same program started by a driver, serves its driver and exits
 /// without ever returning from here. So it must be the first line of `main`.
 ///
+/// What `main` does before is done once more for all worker processes of a machine, which are then
+/// forked here. If it has started threads by then, each worker starts by itself, which takes longer
+/// and more memory.
+///
 /// ```no_run
 /// fn main() -> Result<(), Box<dyn std::error::Error>> {
 ///     let runtime = mobula_core::init()?;

@@ -211,7 +211,8 @@ fn kill_group_of(pidfd: &OwnedFd) -> bool {
     result == 0 || std::io::Error::last_os_error().raw_os_error() != Some(libc::EINVAL)
 }
 
-fn is_readable(pidfd: &OwnedFd, timeout: Duration) -> bool {
+/// Whether the process of that pidfd ends in time.
+pub(super) fn is_readable(pidfd: &OwnedFd, timeout: Duration) -> bool {
     let timeout = Timespec { tv_sec: timeout.as_secs() as i64, tv_nsec: 0 };
     let mut fds = [PollFd::new(pidfd, PollFlags::IN)];
     poll(&mut fds, Some(&timeout)).is_ok_and(|ready| ready > 0)

@@ -221,12 +221,13 @@ impl ProcessHost {
         lives.map(view).collect()
     }
 
-    /// Kills every worker, starts no more, and waits for them to be gone.
+    /// Kills every worker and what they have started, starts no more, and waits for them to be gone.
     pub(crate) fn shutdown(&self) {
         let deadline = Instant::now() + SHUTDOWN_GRACE;
         for process in self.kill_all() {
             process.wait(deadline.saturating_duration_since(Instant::now()));
         }
+        self.spawner.close(deadline.saturating_duration_since(Instant::now()));
     }
 
     /// Kills every worker and starts no more.

@@ -18,6 +18,7 @@ use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::sync::mpsc::{SyncSender, sync_channel};
+use std::time::Duration;
 
 /// In the environment of a worker that was not forked: the file descriptor of its control stream.
 pub(crate) const WORKER_VARIABLE: &str = "MOBULA_WORKER_FD";
@@ -43,7 +44,10 @@ pub(crate) struct Started {
     pub(crate) output: PipeReader,
 }
 
-type Request = SyncSender<Result<Started, Error>>;
+enum Request {
+    Start { reply: SyncSender<Result<Started, Error>> },
+    Close { done: SyncSender<()> },
+}
 
 /// The one thread that starts processes. `PR_SET_PDEATHSIG` fires when the *thread* that started
 /// a child ends, so that thread must live as long as the program.
@@ -58,9 +62,15 @@ impl Spawner {
         let thread = std::thread::Builder::new().name("mobula-spawner".to_owned());
         let spawned = thread.spawn(move || {
             let mut source = Source::default();
-            for reply in inbox {
-                // Whoever asked may have given up; then the worker ends with its control stream.
-                let _ = reply.send(source.start());
+            for request in inbox {
+                // Whoever asked may have given up; a worker then ends with its control stream.
+                match request {
+                    Request::Start { reply } => drop(reply.send(source.start())),
+                    Request::Close { done } => {
+                        source.close();
+                        let _ = done.send(());
+                    }
+                }
             }
         });
         spawned.map_err(|source| Error::system("starting the spawner thread", source))?;
@@ -71,8 +81,17 @@ impl Spawner {
     pub(crate) fn spawn(&self) -> Result<Started, Error> {
         let (reply, answer) = sync_channel(1);
         let gone = || Error::Internal("the spawner thread has ended".to_owned());
-        self.requests.send(reply).map_err(|_| gone())?;
+        self.requests.send(Request::Start { reply }).map_err(|_| gone())?;
         answer.recv().map_err(|_| gone())?
+    }
+
+    /// Starts no more processes, ends the fork server, and with it all that workers have left
+    /// behind. Waits at most so long.
+    pub(crate) fn close(&self, timeout: Duration) {
+        let (done, answer) = sync_channel(1);
+        if self.requests.try_send(Request::Close { done }).is_ok() {
+            let _ = answer.recv_timeout(timeout);
+        }
     }
 }
 
@@ -82,10 +101,14 @@ struct Source {
     fork_server: Option<ForkServer>,
     /// This program cannot be forked: each worker is started from the beginning.
     is_unfit: bool,
+    is_closed: bool,
 }
 
 impl Source {
     fn start(&mut self) -> Result<Started, Error> {
+        if self.is_closed {
+            return Err(Error::Cancelled { task: "starting a worker process".to_owned() });
+        }
         let (control, worker_end) =
             UnixStream::pair().map_err(|e| Error::system("creating a socket pair", e))?;
         let (output, input) = std::io::pipe().map_err(|e| Error::system("creating a pipe", e))?;
@@ -94,6 +117,13 @@ impl Source {
             None => Arc::new(Process::own(exec(&worker_end, input)?)),
         };
         Ok(Started { process, control, output })
+    }
+
+    fn close(&mut self) {
+        self.is_closed = true;
+        if let Some(server) = self.fork_server.take() {
+            server.end();
+        }
     }
 
     /// `None` if there is no fork server.

@@ -16,6 +16,7 @@ const LONG: Duration = Duration::from_secs(60);
 pub(crate) const TESTS: &[Test] = &[
     ("fork_server::what_a_task_started_ends_with_a_killed_driver", killed_driver),
     ("fork_server::what_a_task_started_ends_with_a_driver_that_returns", returned_driver),
+    ("fork_server::what_a_task_started_ends_when_the_runtime_is_shut_down", shut_down),
     ("fork_server::what_a_task_started_ends_with_its_killed_worker", killed_worker),
     ("fork_server::a_killed_one_loses_its_workers_and_is_replaced", killed_server),
     ("fork_server::a_peak_is_exact_and_the_workers_own", peak),
@@ -37,12 +38,17 @@ pub(crate) fn run() -> Result<(), Box<dyn std::error::Error>> {
     }
     let runtime = mobula_core::init_with(Resources::cpus(2.0))?;
     match mode.as_str() {
-        "wait" | "return" => {
+        "wait" | "return" | "shut down" => {
             let folder = PathBuf::from(std::env::var(FOLDER)?);
             let _task = runtime.submit(on_process(start_programs::remote(folder.clone())));
-            programs(&folder);
+            let [worker, near, far] = programs(&folder);
             if mode == "wait" {
                 std::thread::park();
+            }
+            if mode == "shut down" {
+                let server = parent(&worker);
+                runtime.shutdown();
+                [worker, near, far, server].iter().for_each(|pid| assert_gone(pid));
             }
         }
         "lose" => lose_server(&runtime)?,
@@ -184,6 +190,11 @@ fn returned_driver(_: &Runtime) {
     let pids = programs(folder.path());
     assert!(driver.wait().expect("reap").success());
     pids.iter().for_each(|pid| assert_gone(pid));
+}
+
+fn shut_down(_: &Runtime) {
+    let folder = tempfile::tempdir().expect("temporary folder");
+    assert!(start("shut down", folder.path()).wait().expect("reap").success());
 }
 
 fn killed_worker(runtime: &Runtime) {

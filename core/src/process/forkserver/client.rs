@@ -1,10 +1,10 @@
 //! The driver's side: it asks for workers, and one thread hears how they end.
 
 use super::super::ending;
-use super::super::handle::Process;
+use super::super::handle::{Process, is_readable};
 use super::{Report, Request, receive, send};
 use rustix::net::{AddressFamily, Shutdown, SocketFlags, SocketType, shutdown, socketpair};
-use rustix::process::Pid;
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use std::collections::HashMap;
 use std::io::{Error, Result};
 use std::os::fd::{BorrowedFd, OwnedFd};
@@ -20,6 +20,8 @@ const READY_TIMEOUT: Duration = Duration::from_secs(30);
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 /// Then it is listened to once more: this process may have been stopped itself (Ctrl-Z).
 const SECOND_LOOK: Duration = Duration::from_secs(1);
+/// One that has nobody to serve has killed all that is left by then, and ended.
+const END_TIMEOUT: Duration = Duration::from_secs(6);
 
 /// A running fork server.
 #[derive(Debug)]
@@ -86,6 +88,13 @@ impl ForkServer {
         }
     }
 
+    /// Ends it, and all that is left of its workers; waits for that.
+    pub(crate) fn end(self) {
+        let _ = shutdown(&self.socket, Shutdown::Both);
+        // There is no answer to come, but the thread that could give one goes.
+        let _ = self.answers.recv_timeout(END_TIMEOUT + SECOND_LOOK);
+    }
+
     fn answer(&self, timeout: Duration) -> Option<Answer> {
         let answer = self.answers.recv_timeout(timeout);
         answer.or_else(|_| self.answers.recv_timeout(SECOND_LOOK)).ok()
@@ -140,9 +149,12 @@ impl Hearing {
         Some(process)
     }
 
-    /// It has ended, or is of no use: then so it does now.
+    /// It has ended, or does so now, as it has nobody to serve any more.
     fn ended(mut self) {
-        let _ = self.child.kill();
+        let _ = shutdown(&self.socket, Shutdown::Both);
+        if !has_ended(&self.child, END_TIMEOUT) {
+            let _ = self.child.kill();
+        }
         let how = self.child.wait().map(ending::how).unwrap_or_default();
         if !self.workers.is_empty() {
             tracing::warn!(%how, workers = self.workers.len(), "lost the fork server of this machine");
@@ -151,4 +163,10 @@ impl Hearing {
             process.orphaned(format!("the fork server that its process came from {how}"));
         }
     }
+}
+
+fn has_ended(child: &Child, timeout: Duration) -> bool {
+    // Not reaped yet, so that the number is its own.
+    let pidfd = pidfd_open(Pid::from_child(child), PidfdFlags::empty());
+    pidfd.is_ok_and(|pidfd| is_readable(&pidfd, timeout))
 }
