@@ -3,6 +3,7 @@
 #![allow(unsafe_code)]
 
 use super::affinity::Bound;
+use super::cgroup::Cgroup;
 use super::logs::LogTarget;
 use super::{ending, memory};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -32,6 +33,8 @@ pub(crate) struct Process {
     peak: AtomicU64,
     /// What it runs on, until it has ended.
     bound: Mutex<Option<Bound>>,
+    /// What limits its memory beside who watches it, until it has ended.
+    cgroup: Mutex<Option<Cgroup>>,
 }
 
 /// Who reaps it.
@@ -64,6 +67,7 @@ impl Process {
             why_killed: Mutex::new(None),
             peak: AtomicU64::new(0),
             bound: Mutex::new(None),
+            cgroup: Mutex::new(None),
         }
     }
 
@@ -77,6 +81,11 @@ impl Process {
             bound.apply(self.pid);
         }
         *lock(&self.bound) = bound;
+    }
+
+    /// Has the kernel kill it when it holds far more bytes of memory than these, where it can.
+    pub(super) fn confine(&self, limit: u64) {
+        *lock(&self.cgroup) = Cgroup::of(self.pid, limit);
     }
 
     /// Looks at its memory, as far as it lives: of one that has ended the system tells no more.
@@ -158,6 +167,13 @@ impl Process {
     /// It was reaped: how it ended, and the most bytes that it held, as far as that is known.
     pub(super) fn reaped(&self, status: ExitStatus, peak: u64) {
         self.note_peak(peak);
+        let cgroup = lock(&self.cgroup).take();
+        // Not only a program of its own was killed.
+        let was_killed = status.signal() == Some(Signal::KILL.as_raw());
+        if let Some((held, limit)) = cgroup.and_then(|group| group.overrun()).filter(|_| was_killed)
+        {
+            lock(&self.why_killed).get_or_insert(memory::over_limit(held, limit));
+        }
         *lock(&self.bound) = None;
         *lock(&self.status) = Some(status);
         self.ended.notify_all();

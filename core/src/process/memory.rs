@@ -1,4 +1,5 @@
-//! Memory limits of worker processes: one thread looks at their resident size.
+//! Memory limits of worker processes: one thread looks at their resident size. What grows faster
+//! than it looks is for [`cgroup`](super::cgroup).
 
 use super::handle::Process;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
@@ -59,7 +60,7 @@ impl Watched {
     }
 }
 
-fn over_limit(peak: u64, limit: u64) -> String {
+pub(super) fn over_limit(peak: u64, limit: u64) -> String {
     let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
     format!(
         "its process held {:.0} MiB of memory, over its limit of {:.0} MiB, and was killed",

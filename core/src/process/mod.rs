@@ -1,6 +1,7 @@
 //! Worker processes: started by one thread, talked to over one stream each, gone with the driver.
 
 mod affinity;
+mod cgroup;
 pub(crate) mod child;
 mod desk;
 mod ending;
@@ -180,6 +181,9 @@ impl ProcessHost {
         timeline::process_started(started.process.pid(), &name);
         started.process.bind(self.cpus.bind(environment.bound_cpus));
         let memory_limit = environment.memory_limit;
+        if let Some(limit) = memory_limit {
+            started.process.confine(limit);
+        }
         environment.assign(&progress, &mut started.control)?;
         let link = LocalLink::new(started, progress, log, sink, &self.tokio)?;
         // So that there is something to say of one that ends at once.

@@ -1,7 +1,7 @@
 //! The fork server's side: one thread, which waits for requests and for the ends of its children.
 #![allow(unsafe_code)]
 
-use super::super::spawn;
+use super::super::{cgroup, spawn};
 use super::system::{self, Held, Side};
 use super::{Report, Request, receive, send};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -218,6 +218,9 @@ impl Server {
             }
             let mut fds = [PollFd::new(&self.watch.children, PollFlags::IN)];
             let _ = poll(&mut fds, Some(&ROUND));
+        }
+        if let Some(driver) = spawn::driver() {
+            cgroup::remove_those_of(driver);
         }
         std::process::exit(0);
     }
