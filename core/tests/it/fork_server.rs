@@ -136,9 +136,11 @@ fn drive(mode: String) -> Result<String, std::io::Error> {
 fn lose_server(runtime: &Runtime) -> Result<(), Box<dyn std::error::Error>> {
     let folder = tempfile::tempdir()?;
     let task = runtime.submit(on_process(start_programs::remote(folder.path().to_owned())));
-    let [worker, near, _] = programs(folder.path());
+    let [worker, near, far] = programs(folder.path());
     let first = parent(&worker);
     kill(&first);
+    // Nobody is left to know of this one.
+    kill(&far);
     println!("first: {}", task.get_timeout(LONG).expect_err("it is lost"));
     assert_gone(&worker);
     assert_gone(&near);
