@@ -25,7 +25,7 @@ impl Census {
     fn take(scratch: &Path) -> Self {
         let mut things = BTreeMap::new();
         let mut count = |name: String| *things.entry(name).or_insert(0) += 1;
-        processes::children().iter().for_each(|_| count("child process".to_owned()));
+        processes::workers().iter().for_each(|_| count("worker process".to_owned()));
         for thread in names("/proc/self/task", "comm") {
             count(format!("thread {}", thread.trim()));
         }
@@ -60,9 +60,9 @@ impl Census {
                 return Ok(now);
             }
             if Instant::now() > deadline {
-                let children: Vec<_> =
-                    processes::children().into_iter().map(processes::describe).collect();
-                bail!("leaked: {}; children: {children:?}", excess.join(", "));
+                let workers: Vec<_> =
+                    processes::workers().into_iter().map(processes::describe).collect();
+                bail!("leaked: {}; workers: {workers:?}", excess.join(", "));
             }
             std::thread::sleep(Duration::from_millis(20));
         }
@@ -91,7 +91,7 @@ impl<'a> Watch<'a> {
     /// To be called once there is a runtime, and each kind of thread that stays.
     pub(crate) fn begin(scratch: &'a Path) -> Result<Self> {
         let nothing = Census { things: BTreeMap::new(), resident: 0 };
-        let is_idle = |census: &Census| !census.things.contains_key("child process");
+        let is_idle = |census: &Census| !census.things.contains_key("worker process");
         let deadline = Instant::now() + PATIENCE;
         loop {
             let idle = Census::take(scratch);

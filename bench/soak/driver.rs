@@ -22,9 +22,7 @@ pub(crate) fn work(runtime: &Runtime, stream: Stream, number: u64) -> Result<()>
     println!("begins");
     let folder = std::env::current_dir()?;
     for i in 0.. {
-        // What a task starts itself has no one to end it when both its worker and the driver are
-        // killed at once.
-        round::run(runtime, &folder, stream.child(number), i, false)?;
+        round::run(runtime, &folder, stream.child(number), i)?;
     }
     Ok(())
 }

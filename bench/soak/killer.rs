@@ -1,6 +1,6 @@
 //! Who kills workers meanwhile: when, whom and how is drawn from the seed.
 
-use crate::processes::{Child, children};
+use crate::processes::{Worker, workers};
 use crate::tally::Tally;
 use mobula_core::random::Philox;
 use rustix::process::Signal;
@@ -45,10 +45,10 @@ impl Killer {
                 if stopped.recv_timeout(pause) != Err(RecvTimeoutError::Timeout) {
                     break;
                 }
-                let candidates = children();
+                let candidates = workers();
                 let victim = candidates.get((victim * candidates.len() as f64) as usize);
-                if let Some(child) = victim.and_then(|pid| Child::open(*pid)) {
-                    strike(&child, how as usize, Duration::from_millis(rest), &mut tally);
+                if let Some(worker) = victim.and_then(|pid| Worker::open(*pid)) {
+                    strike(&worker, how as usize, Duration::from_millis(rest), &mut tally);
                 }
             }
             tally
@@ -63,21 +63,21 @@ impl Killer {
     }
 }
 
-fn strike(child: &Child, how: usize, rest: Duration, tally: &mut Tally) {
+fn strike(worker: &Worker, how: usize, rest: Duration, tally: &mut Tally) {
     let Some((signal, name)) = SIGNALS.get(how) else {
-        child.signal(Signal::STOP);
+        worker.signal(Signal::STOP);
         std::thread::sleep(rest);
         let (signal, name) = match how % 2 {
             0 => (Signal::CONT, "STOP, CONT"),
             _ => (Signal::KILL, "STOP, KILL"),
         };
-        child.signal(signal);
+        worker.signal(signal);
         return tally.killed(name);
     };
-    child.signal(*signal);
+    worker.signal(*signal);
     // Rust's own handler takes the first one of these for a stack overflow that it was not.
     if matches!(*signal, Signal::SEGV | Signal::BUS) {
-        child.signal(*signal);
+        worker.signal(*signal);
     }
     tally.killed(name);
 }

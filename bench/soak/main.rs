@@ -146,7 +146,7 @@ fn one(
     scratch: &Path,
     watch: &mut Watch<'_>,
 ) -> Result<Tally> {
-    let mut tally = round::run(runtime, scratch, stream, number, true)?;
+    let mut tally = round::run(runtime, scratch, stream, number)?;
     if number % ROUNDS_A_DRIVER == ROUNDS_A_DRIVER - 1 {
         driver::kill_one(stream, number)?;
         tally.drivers_killed = 1;

@@ -3,10 +3,23 @@
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use std::os::fd::OwnedFd;
 
-/// The children of this process, also those that wait to be reaped.
-pub(crate) fn children() -> Vec<u32> {
-    let own = std::process::id();
-    all().filter(|pid| parent(*pid) == Some(own)).collect()
+/// The children of this process and of its fork server, other than that itself; also those that
+/// wait to be reaped, and what a worker has left behind.
+pub(crate) fn workers() -> Vec<u32> {
+    let (servers, mut workers): (Vec<u32>, Vec<u32>) =
+        children(&[std::process::id()]).into_iter().partition(|pid| is_fork_server(*pid));
+    workers.extend(children(&servers));
+    workers
+}
+
+fn children(parents: &[u32]) -> Vec<u32> {
+    all().filter(|pid| parent(*pid).is_some_and(|parent| parents.contains(&parent))).collect()
+}
+
+/// A worker has the same environment, but is no child of this process.
+fn is_fork_server(child: u32) -> bool {
+    let environment = std::fs::read(format!("/proc/{child}/environ")).unwrap_or_default();
+    environment.split(|byte| *byte == 0).any(|entry| entry.starts_with(b"MOBULA_FORK_SERVER_FD="))
 }
 
 /// Living processes that have this in their environment.
@@ -28,16 +41,16 @@ pub(crate) fn describe(pid: u32) -> String {
     format!("{pid} (state {state}, parent {:?}): {command}", parent(pid))
 }
 
-/// A child of this process, under a handle that never means another one.
-pub(crate) struct Child(OwnedFd);
+/// A worker of this process, under a handle that never means another one.
+pub(crate) struct Worker(OwnedFd);
 
-impl Child {
+impl Worker {
     /// `None` if it has ended.
     pub(crate) fn open(pid: u32) -> Option<Self> {
         let handle = Pid::from_raw(i32::try_from(pid).ok()?)?;
-        let child = Self(pidfd_open(handle, PidfdFlags::empty()).ok()?);
+        let worker = Self(pidfd_open(handle, PidfdFlags::empty()).ok()?);
         // The id may have been somebody else's by the time it was opened.
-        (parent(pid) == Some(std::process::id())).then_some(child)
+        workers().contains(&pid).then_some(worker)
     }
 
     /// `false` if it has ended.

@@ -29,30 +29,22 @@ struct Plan {
     kills: u64,
     /// Whether tasks are cancelled or run out of time: their processes are killed too.
     is_rough: bool,
-    /// Whether tasks may start programs of their own.
-    has_children: bool,
 }
 
 impl Plan {
     /// Every fourth round nobody is killed, and nothing may be lost.
-    fn draw(draw: &mut Philox, has_children: bool) -> Self {
+    fn draw(draw: &mut Philox) -> Self {
         let is_quiet = draw.below(4) == 0;
         let kills = if is_quiet { 0 } else { 2 + draw.below(10) };
-        Self { kills, is_rough: !is_quiet, has_children }
+        Self { kills, is_rough: !is_quiet }
     }
 }
 
 /// Runs round `number` and gives what happened, or what must not have.
-pub(crate) fn run(
-    runtime: &Runtime,
-    folder: &Path,
-    stream: Stream,
-    number: u64,
-    has_children: bool,
-) -> Result<Tally> {
+pub(crate) fn run(runtime: &Runtime, folder: &Path, stream: Stream, number: u64) -> Result<Tally> {
     let file = folder.join(format!("round-{number}"));
     let mut draw = stream.at(number, 0);
-    let plan = Plan::draw(&mut draw, has_children);
+    let plan = Plan::draw(&mut draw);
     let killer = Killer::start(stream.at(number, 1), plan.kills);
     let round = Round { runtime, file: &file, plan, next: 0, draw };
     let outcome = round.run();
@@ -174,12 +166,12 @@ impl Round<'_> {
             18 => {
                 options.timeout = Some(Duration::from_millis(20 + x / 10));
                 options.max_retries = options.max_retries.min(1);
-                let with_child = self.plan.has_children && x.is_multiple_of(2);
+                let with_child = x.is_multiple_of(2);
                 let task = work::linger::remote(mark.clone(), with_child);
                 pending.push(self.expect(mark, task, options, Value::Late));
             }
             _ => {
-                let with_child = self.plan.has_children && x.is_multiple_of(2);
+                let with_child = x.is_multiple_of(2);
                 let task = work::linger::remote(mark.clone(), with_child);
                 let retries = options.max_retries;
                 let object = self.runtime.submit(task.with_options(options));

@@ -1,7 +1,8 @@
 //! The first line of `main`: the driver gets its runtime, a worker never returns.
 
 use crate::nodes::{self, Role};
-use crate::process::{ProcessHost, child, spawn};
+use crate::process::spawn::{self, Inherited};
+use crate::process::{ProcessHost, child, forkserver};
 use crate::{Error, Resources, Runtime, interrupt, panics, status, timeline};
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -13,6 +14,10 @@ static INITIALISED: AtomicBool = AtomicBool::new(false);
 /// The driver, that is the program that the user started, gets the [`Runtime`] of this machine.
 /// A worker process, which is the same program started by a driver, serves its driver and exits
 /// without ever returning from here. So it must be the first line of `main`.
+///
+/// What `main` does before is done once more for all worker processes of a machine, which are then
+/// forked here. If it has started threads by then, each worker starts by itself, which takes longer
+/// and more memory.
 ///
 /// ```no_run
 /// fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -30,11 +35,10 @@ pub fn init_with(total: Resources) -> Result<Runtime, Error> {
     if INITIALISED.swap(true, Ordering::SeqCst) {
         return Err(Error::InitTwice);
     }
-    if let Some(mut control) = spawn::inherited_control()? {
-        // Before its first thread, as that could read the environment.
-        let Some(assignment) = child::assignment(&mut control) else { std::process::exit(0) };
-        spawn::set_environment(&assignment.environment);
-        std::process::exit(work(control));
+    match spawn::inherited()? {
+        Some(Inherited::Worker(control)) => work(control),
+        Some(Inherited::ForkServer(socket)) => work(forkserver::serve(socket)),
+        None => {}
     }
     let door = match nodes::role()? {
         Role::Member(join) => std::process::exit(nodes::serve(join, &total)),
@@ -58,17 +62,15 @@ pub fn init_with(total: Resources) -> Result<Runtime, Error> {
     Ok(runtime)
 }
 
-/// The life of a worker process; gives its exit code.
-fn work(control: UnixStream) -> i32 {
-    let driver = std::env::var(spawn::DRIVER_VARIABLE).ok().and_then(|pid| pid.parse().ok());
-    if driver != Some(std::os::unix::process::parent_id()) {
-        eprintln!("worker {}: its driver ended before it began", std::process::id());
-        return 1;
-    }
+/// The life of a worker process.
+fn work(mut control: UnixStream) -> ! {
+    // Before its first thread, as that could read the environment.
+    let Some(assignment) = child::assignment(&mut control) else { std::process::exit(0) };
+    spawn::set_environment(&assignment.environment);
     // The pool that candle and rayon share in this process works for the worker's one function.
     let pool = rayon::ThreadPoolBuilder::new().start_handler(|_| panics::keep_quiet_here());
     let _ = pool.build_global();
-    child::serve(control)
+    std::process::exit(child::serve(control))
 }
 
 /// A process that was started as a worker but reaches a runtime without `init()` would start

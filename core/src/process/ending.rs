@@ -5,14 +5,16 @@ use std::process::ExitStatus;
 
 /// `peak` is the most memory that it was seen to hold, in bytes; 0 if it was never seen.
 pub(super) fn describe(status: ExitStatus, peak: u64) -> String {
-    let how = match (status.code(), status.signal()) {
-        (Some(code), _) => format!("its process exited with code {code}"),
-        (_, Some(signal)) => {
-            format!("its process was killed by signal {signal}{}", bracketed_name(signal))
-        }
-        _ => "its process ended".to_owned(),
-    };
-    with_peak(how, peak)
+    with_peak(format!("its process {}", how(status)), peak)
+}
+
+/// What a process did in the end.
+pub(super) fn how(status: ExitStatus) -> String {
+    match (status.code(), status.signal()) {
+        (Some(code), _) => format!("exited with code {code}"),
+        (_, Some(signal)) => format!("was killed by signal {signal}{}", bracketed_name(signal)),
+        _ => "ended".to_owned(),
+    }
 }
 
 /// The same with the most memory that the process was seen to hold.

@@ -1,11 +1,11 @@
 //! The driver's side of one worker process: its control stream, its output, its end.
 
-use super::affinity::Bound;
+use super::ending;
+use super::handle::Process;
 use super::logs::{LogTarget, pump};
 use super::progress::{Begun, Progress};
 use super::spawn::Started;
 use super::wire::{Frames, FromWorker, MAX_FRAME_BYTES, ToWorker};
-use super::{ending, memory};
 use crate::nested::Tickets;
 use crate::object::AnyObject;
 use crate::runtime::Lease;
@@ -14,11 +14,9 @@ use crate::{Error, interrupt, timeline};
 use futures::stream::{self, StreamExt};
 use serde::{Deserialize, Serialize};
 use std::convert::Infallible;
-use std::process::{Child, ExitStatus};
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use tokio::net::UnixStream;
 use tokio::sync::{mpsc, oneshot};
 use tokio_stream::wrappers::UnboundedReceiverStream;
@@ -152,7 +150,7 @@ impl LocalLink {
         tokio: &tokio::runtime::Handle,
     ) -> Result<Self, Error> {
         let (frames, outbound) = mpsc::unbounded_channel();
-        let process = Arc::new(Process::new(started.child));
+        let process = started.process;
         let replies = frames.downgrade();
         let sink = sink.with_tickets(NodeId::HERE, move |frame| {
             // A link that was dropped has killed its process.
@@ -189,111 +187,8 @@ impl Drop for LocalLink {
     }
 }
 
-/// A child process that is killed and reaped without ever touching a reused process id.
-#[derive(Debug)]
-pub(crate) struct Process {
-    child: Mutex<Child>,
-    pid: rustix::process::Pid,
-    status: Mutex<Option<ExitStatus>>,
-    ended: Condvar,
-    ended_async: tokio::sync::Notify,
-    why_killed: Mutex<Option<String>>,
-    /// The most bytes of memory that it was seen to hold.
-    peak: AtomicU64,
-    /// What it runs on, until it has ended.
-    bound: Mutex<Option<Bound>>,
-}
-
-impl Process {
-    fn new(child: Child) -> Self {
-        Self {
-            pid: rustix::process::Pid::from_child(&child),
-            child: Mutex::new(child),
-            status: Mutex::new(None),
-            ended: Condvar::new(),
-            ended_async: tokio::sync::Notify::new(),
-            why_killed: Mutex::new(None),
-            peak: AtomicU64::new(0),
-            bound: Mutex::new(None),
-        }
-    }
-
-    pub(crate) fn pid(&self) -> u32 {
-        self.pid.as_raw_nonzero().get().unsigned_abs()
-    }
-
-    /// Keeps what it runs on from others.
-    pub(super) fn hold(&self, bound: Option<Bound>) {
-        *lock(&self.bound) = bound;
-    }
-
-    /// Looks at its memory, as far as it lives: of one that has ended the system tells no more.
-    /// Gives the most bytes that it has held so far.
-    pub(crate) fn see_memory(&self) -> u64 {
-        let seen = memory::peak_bytes(self.pid()).unwrap_or(0);
-        self.peak.fetch_max(seen, Ordering::Relaxed).max(seen)
-    }
-
-    fn peak(&self) -> u64 {
-        self.peak.load(Ordering::Relaxed)
-    }
-
-    /// Kills the process at once. `std` knows whether it was reaped, so a stale id is never used.
-    pub(crate) fn kill(&self) {
-        let _ = lock(&self.child).kill();
-    }
-
-    pub(crate) fn kill_because(&self, reason: String) {
-        lock(&self.why_killed).get_or_insert(reason);
-        self.kill();
-    }
-
-    /// Waits for the end of the process, at most so long.
-    pub(crate) fn wait(&self, timeout: Duration) -> Option<ExitStatus> {
-        let deadline = Instant::now() + timeout;
-        let mut status = lock(&self.status);
-        loop {
-            let left = deadline.saturating_duration_since(Instant::now());
-            if status.is_some() || left.is_zero() {
-                return *status;
-            }
-            status =
-                self.ended.wait_timeout(status, left).unwrap_or_else(PoisonError::into_inner).0;
-        }
-    }
-
-    /// Blocks until the process has ended, then reaps it.
-    fn reap(&self) {
-        use rustix::process::{WaitId, WaitIdOptions, waitid};
-        // Look without reaping first: `kill` must not be locked out while this waits.
-        let options = WaitIdOptions::EXITED | WaitIdOptions::NOWAIT;
-        while let Err(rustix::io::Errno::INTR) = waitid(WaitId::Pid(self.pid), options) {}
-        // What the worker had started is of its process group, whose id cannot be reused as long
-        // as the worker has not been reaped.
-        let _ = rustix::process::kill_process_group(self.pid, rustix::process::Signal::KILL);
-        let status = lock(&self.child).wait().ok();
-        *lock(&self.bound) = None;
-        *lock(&self.status) = status;
-        self.ended.notify_all();
-        // Stored until somebody waits, so that an early end is not missed.
-        self.ended_async.notify_one();
-    }
-
-    fn describe_end(&self, log: &LogTarget) -> String {
-        let killed = lock(&self.why_killed).clone();
-        let how = match (killed, self.wait(Duration::from_secs(5))) {
-            (Some(reason), _) => reason,
-            (None, Some(status)) => ending::describe(status, self.peak()),
-            (None, None) => "its control stream closed".to_owned(),
-        };
-        match &log.file {
-            Some(path) => format!("{how}; its output is in {}", path.display()),
-            None => how,
-        }
-    }
-}
-
-/// One thread copies the output, and says when that is done; another waits for the end.
+/// One thread copies the output, and says when that is done; another waits for the end, if the fork
+/// server does not.
 fn watch(
     process: &Arc<Process>,
     output: std::io::PipeReader,
@@ -309,7 +204,9 @@ fn watch(
         let _ = done.send(());
     };
     thread("mobula-log").spawn(copy).map_err(failed)?;
-    thread("mobula-wait").spawn(move || process.reap()).map_err(failed)?;
+    if process.is_own() {
+        thread("mobula-wait").spawn(move || process.reap()).map_err(failed)?;
+    }
     Ok(drained)
 }
 
@@ -335,7 +232,7 @@ impl Session {
             tokio::select! {
                 biased;
                 Some(frames) = inbound.recv() => self.forward(frames).await,
-                () = self.process.ended_async.notified() => {}
+                () = self.process.ended() => {}
                 () = tokio::time::sleep(HELLO_TIMEOUT) => self.process.kill_because(no_hello()),
             }
         };

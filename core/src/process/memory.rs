@@ -1,6 +1,7 @@
-//! Memory limits of worker processes: one thread looks at their resident size.
+//! Memory limits of worker processes: one thread looks at their resident size. What grows faster
+//! than it looks is for [`cgroup`](super::cgroup).
 
-use super::link::Process;
+use super::handle::Process;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
@@ -47,7 +48,7 @@ impl Watched {
     /// `false` when there is nothing more to see.
     fn look(&self) -> bool {
         let Some(process) = self.process.upgrade() else { return false };
-        if process.wait(Duration::ZERO).is_some() {
+        if process.has_ended() {
             return false;
         }
         let peak = process.see_memory();
@@ -59,7 +60,7 @@ impl Watched {
     }
 }
 
-fn over_limit(peak: u64, limit: u64) -> String {
+pub(super) fn over_limit(peak: u64, limit: u64) -> String {
     let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
     format!(
         "its process held {:.0} MiB of memory, over its limit of {:.0} MiB, and was killed",

@@ -1,9 +1,12 @@
 //! Worker processes: started by one thread, talked to over one stream each, gone with the driver.
 
 mod affinity;
+mod cgroup;
 pub(crate) mod child;
 mod desk;
 mod ending;
+pub(crate) mod forkserver;
+mod handle;
 mod idle;
 mod link;
 mod logs;
@@ -26,6 +29,7 @@ use crate::parcel::Parcel;
 use crate::scheduler::{Grant, NodeId};
 use crate::{Error, nodes, timeline};
 use affinity::Cpus;
+use handle::Process;
 use link::LocalLink;
 use pool::Pool;
 use serde::{Deserialize, Serialize};
@@ -121,7 +125,7 @@ fn gpu_ids(granted: &[usize]) -> String {
 #[derive(Default)]
 struct Alive {
     /// With what they are for.
-    processes: Vec<(Weak<link::Process>, String)>,
+    processes: Vec<(Weak<Process>, String)>,
     closing: bool,
 }
 
@@ -167,15 +171,14 @@ impl ProcessHost {
         let progress = Progress::create()?;
         let mut started = self.spawner.spawn()?;
         let name = log.name.clone();
-        timeline::process_started(started.child.id(), &name);
-        let bound = self.cpus.bind(environment.bound_cpus);
-        if let Some(bound) = &bound {
-            bound.apply(rustix::process::Pid::from_child(&started.child));
-        }
+        timeline::process_started(started.process.pid(), &name);
+        started.process.bind(self.cpus.bind(environment.bound_cpus));
         let memory_limit = environment.memory_limit;
+        if let Some(limit) = memory_limit {
+            started.process.confine(limit);
+        }
         environment.assign(&progress, &mut started.control)?;
         let link = LocalLink::new(started, progress, log, sink, &self.tokio)?;
-        link.process().hold(bound);
         // So that there is something to say of one that ends at once.
         link.process().see_memory();
         if let Some(limit) = memory_limit {
@@ -197,7 +200,7 @@ impl ProcessHost {
 
     /// Those of this machine that are alive, the oldest first.
     pub(crate) fn workers(&self) -> Vec<WorkerView> {
-        let processes: Vec<(Arc<link::Process>, String)> = {
+        let processes: Vec<(Arc<Process>, String)> = {
             let alive = self.alive();
             let processes = alive.processes.iter();
             processes
@@ -206,23 +209,24 @@ impl ProcessHost {
         };
         let lives =
             processes.into_iter().filter(|(process, _)| process.wait(Duration::ZERO).is_none());
-        let view = |(process, name): (Arc<link::Process>, String)| WorkerView {
+        let view = |(process, name): (Arc<Process>, String)| WorkerView {
             process: process.pid().into(),
             name,
         };
         lives.map(view).collect()
     }
 
-    /// Kills every worker, starts no more, and waits for them to be gone.
+    /// Kills every worker and what they have started, starts no more, and waits for them to be gone.
     pub(crate) fn shutdown(&self) {
         let deadline = Instant::now() + SHUTDOWN_GRACE;
         for process in self.kill_all() {
             process.wait(deadline.saturating_duration_since(Instant::now()));
         }
+        self.spawner.close(deadline.saturating_duration_since(Instant::now()));
     }
 
     /// Kills every worker and starts no more.
-    pub(crate) fn kill_all(&self) -> Vec<Arc<link::Process>> {
+    pub(crate) fn kill_all(&self) -> Vec<Arc<Process>> {
         let mut alive = self.alive();
         alive.closing = true;
         let processes: Vec<_> =

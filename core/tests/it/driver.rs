@@ -25,7 +25,9 @@ pub(crate) fn requested() -> bool {
 /// The driver program under test.
 pub(crate) fn run() -> Result<(), Box<dyn std::error::Error>> {
     let mode = std::env::var(MODE)?;
-    if mode.starts_with("forgotten") && std::env::var_os("MOBULA_WORKER_FD").is_some() {
+    let was_started = |variable| std::env::var_os(variable).is_some();
+    let is_worker = was_started("MOBULA_WORKER_FD") || was_started("MOBULA_FORK_SERVER_FD");
+    if mode.starts_with("forgotten") && is_worker {
         // A main() that calls init() only in some branch which its workers do not take.
         Runtime::local(mobula_core::Resources::cpus(1.0))?;
         return Err("a worker got a runtime of its own".into());

@@ -5,6 +5,7 @@ mod actors;
 mod checkpoints;
 mod concurrent_actors;
 mod driver;
+mod fork_server;
 mod graphs;
 mod groups;
 mod hygiene;
@@ -29,6 +30,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     if checkpoints::requested() {
         return checkpoints::run();
     }
+    if fork_server::requested() {
+        return fork_server::run();
+    }
     if nodes::requested() {
         return nodes::run();
     }
@@ -47,6 +51,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         checkpoints::TESTS,
         concurrent_actors::TESTS,
         driver::TESTS,
+        fork_server::TESTS,
         graphs::TESTS,
         groups::TESTS,
         hygiene::TESTS,

@@ -362,10 +362,14 @@ fn tell(name: &str, text: &str) {
     std::fs::write(&draft, text).and_then(|()| std::fs::rename(&draft, &path)).expect("writes");
 }
 
-/// The agent, or the driver, whose worker runs this.
+/// The agent, or the driver, whose worker runs this: the fork server is between them.
+fn machine() -> u32 {
+    std::env::var("MOBULA_DRIVER_PID").ok().and_then(|pid| pid.parse().ok()).unwrap_or(0)
+}
+
 #[remote(crate = mobula_core)]
 fn parent() -> Result<u32, Error> {
-    Ok(std::os::unix::process::parent_id())
+    Ok(machine())
 }
 
 #[remote(crate = mobula_core)]
@@ -410,7 +414,7 @@ fn add_made(n: u8) -> Result<u64, Error> {
 #[remote(crate = mobula_core)]
 fn here(member: Member) -> Result<u32, Error> {
     println!("here is {}", member.rank());
-    let parent = std::os::unix::process::parent_id();
+    let parent = machine();
     let all = member.all_gather("parents", &parent.to_le_bytes(), LONG)?;
     let all: HashSet<_> = all.into_iter().collect();
     Ok(all.len() as u32)
@@ -419,7 +423,7 @@ fn here(member: Member) -> Result<u32, Error> {
 /// Says where each member runs, once a machine was lost.
 #[remote(crate = mobula_core)]
 fn after_the_loss(member: Member) -> Result<Vec<u32>, BoxError> {
-    let parent = std::os::unix::process::parent_id();
+    let parent = machine();
     let all = member.all_gather("parents", &parent.to_le_bytes(), LONG)?;
     let number = |bytes: &bytes::Bytes| u32::from_le_bytes(bytes[..].try_into().expect("4 bytes"));
     let parents: Vec<u32> = all.iter().map(number).collect();
@@ -442,7 +446,7 @@ fn tell_all(member: Member) -> Result<u64, Error> {
 /// Where it runs first it stays until its machine is lost; elsewhere it returns.
 #[remote(crate = mobula_core)]
 fn stay(name: String) -> Result<u32, Error> {
-    let parent = std::os::unix::process::parent_id();
+    let parent = machine();
     if wait_until(|| folder().join("victim").exists(), Duration::ZERO) {
         return Ok(parent);
     }
@@ -477,7 +481,7 @@ impl Counter {
     }
 
     fn parent(&mut self) -> Result<u32, Error> {
-        Ok(std::os::unix::process::parent_id())
+        Ok(machine())
     }
 }
 
@@ -510,7 +514,7 @@ impl Keeper {
 
     fn peek(&self) -> Seen {
         let intact = self.1.0.iter().filter(|byte| **byte == 3).count();
-        (self.0, intact, std::os::unix::process::parent_id())
+        (self.0, intact, machine())
     }
 
     fn abort(&self) {
