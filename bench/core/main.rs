@@ -10,7 +10,7 @@
 
 use anyhow::{Context, Result, bail};
 use mobula_core::value::Blob;
-use mobula_core::{ActorOptions, ObjectRef, Placement, Runtime, Task};
+use mobula_core::{ActorOptions, Error, ObjectRef, Placement, Runtime, Task, Yield};
 use serde_json::json;
 use std::io::{BufRead, Write};
 use std::time::Instant;
@@ -56,6 +56,8 @@ fn case(name: &str, runtime: &Runtime) -> Result<Run> {
         "actor_calls" => actor_calls(runtime),
         "actor_create" => Ok(actor_create(here)),
         "tasks" => Ok(timed(move || tasks(&here))),
+        "tasks_of_a_task" => Ok(timed(move || Ok(*here.submit(process_fan_out()).get()?))),
+        "stream" => Ok(timed(move || stream(&here))),
         "by_reference" => by_reference(runtime),
         "graph_layered" => Ok(timed(move || graph_layered(&here))),
         "graph_wide" => Ok(timed(move || graph_wide(&here))),
@@ -85,6 +87,27 @@ fn noop(x: u64) -> u64 {
 
 fn process_noop(x: u64) -> Task<u64> {
     noop::remote(x).on(Placement::Process)
+}
+
+/// Tasks in processes, submitted and summed up by one.
+#[mobula_core::remote(crate = mobula_core)]
+fn fan_out(tasks: u64) -> Result<u64> {
+    let runtime = Runtime::current()?;
+    sum((0..tasks).map(|x| runtime.submit(process_noop(x))).collect())
+}
+
+fn process_fan_out() -> Task<u64> {
+    fan_out::remote(BATCH).on(Placement::Process)
+}
+
+#[mobula_core::remote(crate = mobula_core)]
+fn count(values: u64, out: Yield<u64>) -> Result<(), Error> {
+    (0..values).try_for_each(|value| out.send(value))
+}
+
+fn stream(runtime: &Runtime) -> Result<u64> {
+    let values = runtime.submit_stream(count::remote(BATCH).on(Placement::Process));
+    values.map(|value| Ok(*value?)).sum()
 }
 
 struct Counter(u64);

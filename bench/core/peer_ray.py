@@ -30,6 +30,16 @@ def noop(x):
 
 
 @ray.remote
+def fan_out(tasks):
+    return sum(ray.get([noop.remote(x) for x in range(tasks)]))
+
+
+@ray.remote(num_returns="streaming")
+def count(values):
+    yield from range(values)
+
+
+@ray.remote
 class Counter:
     def __init__(self, start):
         self.total = start
@@ -80,6 +90,14 @@ def tasks():
     )
 
 
+def tasks_of_a_task():
+    return lambda steps: timed(steps, lambda: ray.get(fan_out.remote(BATCH)))
+
+
+def stream():
+    return lambda steps: timed(steps, lambda: sum(map(ray.get, count.remote(BATCH))))
+
+
 def by_reference():
     # The array, unlike bytes, is read in place: Ray's fastest way.
     import numpy
@@ -124,7 +142,8 @@ def memory(steps):
 
 
 KEPT = []
-CASES = {case.__name__: case for case in (actor_call, actor_calls, tasks, by_reference, actor_create)}
+PROCESSES = (actor_call, actor_calls, tasks, tasks_of_a_task, stream, by_reference, actor_create)
+CASES = {case.__name__: case for case in PROCESSES}
 # These start Ray when they are asked to run.
 ONE_SHOT = {"start": first_result, "memory": memory}
 

@@ -8,8 +8,8 @@ use anyhow::{Context, Result, bail, ensure};
 use mobula_core::random::{Philox, Stream};
 use mobula_core::value::Blob;
 use mobula_core::{
-    ActorOptions, Backoff, Error, GroupEvent, GroupOptions, ObjectRef, Placement, Resources,
-    RestartPolicy, Runtime, Task, TaskOptions,
+    ActorOptions, Backoff, Error, GroupEvent, GroupOptions, ObjectRef, OnLoss, Placement,
+    Resources, RestartPolicy, Runtime, Task, TaskOptions,
 };
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -243,9 +243,15 @@ impl Round<'_> {
         (counted, large)
     }
 
-    /// A group whose members all give their result, or which says who was lost.
+    /// A group whose members all give their result, after restarts perhaps, or which says who was
+    /// lost.
     fn group(&mut self, shared: &ObjectRef<Blob>, data: &Blob, tally: &mut Tally) -> Result<()> {
+        let initial = Duration::from_millis(1);
+        let backoff = Backoff { initial, ..Backoff::default() };
+        let restarts = [0, 5][self.draw.below(2) as usize];
         let options = GroupOptions {
+            restart: RestartPolicy { backoff, ..RestartPolicy::at_most(restarts) },
+            on_loss: [OnLoss::RestartAll, OnLoss::ReplaceLost][self.draw.below(2) as usize],
             placement_timeout: LONG,
             show_logs: false,
             ..GroupOptions::new("pair", 2)
@@ -253,14 +259,23 @@ impl Round<'_> {
         let task = work::meet::remote(shared.clone(), self.draw.below(100));
         let mut group = self.runtime.group(&options, &task).context("starting a group")?;
         tally.groups += 1;
-        let (mut finished, mut reports) = (0, 0);
-        while finished < 2 {
+        let (mut finished, mut reports) = ([false; 2], 0);
+        while finished.contains(&false) {
             match group.next_event(LONG) {
                 Some(GroupEvent::Report { .. }) => reports += 1,
                 Some(GroupEvent::Finished { rank, value }) => {
                     let is_right = value == transformed(data, rank as u8);
                     ensure!(is_right, "rank {rank} of a group gave a wrong value");
-                    finished += 1;
+                    finished[rank] = true;
+                }
+                Some(GroupEvent::Restarting { error, .. }) => {
+                    ensure!(
+                        self.plan.is_rough,
+                        "a group restarts, and nothing explains it: {error}"
+                    );
+                    tally.groups_restarted += 1;
+                    // Every member is called again, whether its process is a new one or not.
+                    (finished, reports) = ([false; 2], 0);
                 }
                 Some(GroupEvent::Failed { error, .. }) => {
                     let is_explained = self.plan.is_rough && is_loss(&error);

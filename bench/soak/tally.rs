@@ -18,6 +18,7 @@ pub(crate) struct Tally {
     pub(crate) actors: u64,
     pub(crate) restarts: u64,
     pub(crate) groups: u64,
+    pub(crate) groups_restarted: u64,
     pub(crate) groups_lost: u64,
     /// Bytes of the driver, at each look for leaks.
     pub(crate) resident: Vec<u64>,
@@ -42,6 +43,7 @@ impl Tally {
             (&mut self.actors, other.actors),
             (&mut self.restarts, other.restarts),
             (&mut self.groups, other.groups),
+            (&mut self.groups_restarted, other.groups_restarted),
             (&mut self.groups_lost, other.groups_lost),
         ];
         fields.into_iter().for_each(|(sum, more)| *sum += more);
@@ -62,7 +64,8 @@ impl Tally {
         row("  timed out", self.timed_out.to_string());
         row("  run again", self.repeated.to_string());
         row("actors, restarts", format!("{}, {}", self.actors, self.restarts));
-        row("groups, lost", format!("{}, {}", self.groups, self.groups_lost));
+        let groups = [self.groups, self.groups_restarted, self.groups_lost];
+        row("groups, restarts, lost", groups.map(|count| count.to_string()).join(", "));
         let looks = self.resident.iter().map(|bytes| (bytes >> 20).to_string());
         let looks: Vec<_> = looks.collect();
         row("looks for leaks, leaks", format!("{}, 0", looks.len()));

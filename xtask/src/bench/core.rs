@@ -74,6 +74,22 @@ const WORK: &[Work] = &[
         rounds: (3, 15),
     },
     Work {
+        case: "process tasks of a process task",
+        unit: Unit::PerSecond("k tasks/s", 1.0),
+        ours: "tasks_of_a_task",
+        peer: Peer::Ray("tasks_of_a_task"),
+        steps: 5,
+        rounds: (3, 15),
+    },
+    Work {
+        case: "values streamed from a process task",
+        unit: Unit::PerSecond("k values/s", 1.0),
+        ours: "stream",
+        peer: Peer::Ray("stream"),
+        steps: 5,
+        rounds: (3, 15),
+    },
+    Work {
         case: "create a process actor",
         unit: Unit::Milliseconds,
         ours: "actor_create",
