@@ -137,7 +137,7 @@ pub enum Error {
     },
     /// A member of a group works for a generation that is over.
     #[error(
-        "{member} is of generation {generation}, and generation {newest} was formed after a loss: return this error to be called again, or go on from Member::rendezvous"
+        "{member} is of generation {generation}, and generation {newest} follows a loss: return this error to be called again, or go on from Member::rendezvous"
     )]
     Reformed {
         /// Who.

@@ -23,10 +23,13 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{RecvTimeoutError, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError, Weak};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// After this, who waits for resources that others hold is told so.
 const PLACEMENT_NOTE: Duration = Duration::from_secs(5);
+
+/// How often who waits for resources looks whether they are still wanted.
+const LOOK_AGAIN: Duration = Duration::from_millis(500);
 
 /// Places tasks, actors and groups on this machine. Clones share one account of resources.
 ///
@@ -347,33 +350,45 @@ impl Runtime {
 
     /// Waits for resources on behalf of an actor or a group.
     pub(crate) fn lease(&self, request: Request, timeout: Duration) -> Result<Arc<Lease>, Error> {
+        self.lease_while(request, timeout, &|| true)
+    }
+
+    /// The same, as long as they are wanted.
+    pub(crate) fn lease_while(
+        &self,
+        request: Request,
+        timeout: Duration,
+        is_wanted: &dyn Fn() -> bool,
+    ) -> Result<Arc<Lease>, Error> {
         let (name, resources) = (Arc::clone(&request.name), request.total());
         let (sender, receiver) = sync_channel(1);
         let start = move |turn: Result<Turn, Error>| drop(sender.send(turn.and_then(Turn::lease)));
-        let id = self.next_id();
+        let (id, begun) = (self.next_id(), Instant::now());
         self.enqueue(id, request, Box::new(start));
-        let note = timeout.min(PLACEMENT_NOTE);
-        let mut answer = receiver.recv_timeout(note);
-        if matches!(answer, Err(RecvTimeoutError::Timeout)) && note < timeout {
-            let free = self.free_resources();
-            console::note(format!("{name} waits for {resources}; free now: {free}"));
-            answer = receiver.recv_timeout(timeout - note);
-        }
-        match answer {
-            Ok(lease) => lease,
-            Err(RecvTimeoutError::Disconnected) => Err(closed(&name)),
-            Err(RecvTimeoutError::Timeout) => {
-                self.cancel(id);
-                // It may have been granted in this very moment; then it is dropped here.
-                drop(receiver);
-                Err(Error::NotPlaced {
-                    name: name.to_string(),
-                    asked: Box::new(resources),
-                    free: Box::new(self.free_resources()),
-                    after: timeout,
-                })
+        let mut is_noted = false;
+        loop {
+            let left = timeout.saturating_sub(begun.elapsed());
+            match receiver.recv_timeout(left.min(LOOK_AGAIN)) {
+                Ok(lease) => return lease,
+                Err(RecvTimeoutError::Disconnected) => return Err(closed(&name)),
+                Err(RecvTimeoutError::Timeout) if left <= LOOK_AGAIN || !is_wanted() => break,
+                Err(RecvTimeoutError::Timeout) => {}
+            }
+            if !is_noted && begun.elapsed() >= PLACEMENT_NOTE {
+                is_noted = true;
+                let free = self.free_resources();
+                console::note(format!("{name} waits for {resources}; free now: {free}"));
             }
         }
+        self.cancel(id);
+        // It may have been granted in this very moment; then it is dropped here.
+        drop(receiver);
+        Err(Error::NotPlaced {
+            name: name.to_string(),
+            asked: Box::new(resources),
+            free: Box::new(self.free_resources()),
+            after: timeout,
+        })
     }
 
     /// Makes what was granted a place of its own.

@@ -172,9 +172,9 @@ impl<T> Trainer<T> {
     fn fit_with_restarts(&self, runtime: &Runtime) -> Result<TrainingResult<T>> {
         let mut journal = Journal::new(&self.name, self.run.as_ref())?;
         let setup = self.setup(&mut journal)?;
-        let mut group = runtime.group(&self.group_options(&setup)?, &self.task)?;
-        let mut values: Vec<Option<T>> = (0..self.scaling.num_workers).map(|_| None).collect();
         let mut restarts = 0;
+        let mut group = self.start(runtime, &setup, &mut restarts)?;
+        let mut values: Vec<Option<T>> = (0..self.scaling.num_workers).map(|_| None).collect();
         while values.iter().any(Option::is_none) {
             match next(&mut group) {
                 GroupEvent::Report { payload, .. } => journal.record(decode_report(&payload)?)?,
@@ -189,6 +189,21 @@ impl<T> Trainer<T> {
             }
         }
         self.result(values.into_iter().flatten().collect(), restarts, journal)
+    }
+
+    /// A machine may be lost in the very moment in which workers are started there.
+    fn start(&self, runtime: &Runtime, setup: &Setup, restarts: &mut u32) -> Result<Group<T>> {
+        let options = self.group_options(setup)?;
+        loop {
+            match runtime.group(&options, &self.task) {
+                Ok(group) => return Ok(group),
+                Err(error) if error.is_retryable() && *restarts < self.failure.max_failures => {
+                    console::note(error.to_string());
+                    *restarts += 1;
+                }
+                Err(error) => return Err(self.failure(error, *restarts)),
+            }
+        }
     }
 
     fn failure(&self, error: mobula_core::Error, restarts: u32) -> Error {

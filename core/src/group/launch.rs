@@ -2,44 +2,24 @@
 
 use super::member::{Inbox, Member};
 use super::reform::Reform;
-use super::{Group, GroupOptions, GroupTask, Notice, Phase};
+use super::room::{Place, bring};
+use super::{Group, GroupOptions, GroupTask, Notice};
 use crate::object::block_until_ready;
 use crate::parcel::{Parcel, open_all, pack_all};
 use crate::process::wire::{FromWorker, MemberSpec, Outcome, ToWorker};
 use crate::process::{EVENTS, Environment, LogTarget, Sink, WorkerEvent, WorkerLink, child, lost};
-use crate::runtime::{Lease, Request, Runtime};
+use crate::runtime::{Request, Runtime};
 use crate::scheduler::{Grant, NodeId};
 use crate::task::Placement;
-use crate::{Error, Node, PlacementStrategy, store, threads};
-use std::collections::HashMap;
+use crate::{Error, Node, store, threads};
+use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::sync::mpsc::{SyncSender, sync_channel};
 use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
 
 /// How long the processes of a finished group, or of members that are replaced, may take to leave.
-const GOODBYE: Duration = Duration::from_secs(1);
-
-/// What a member holds: a grant of a lease.
-#[derive(Clone, Debug)]
-pub(super) struct Place {
-    lease: Arc<Lease>,
-    at: usize,
-}
-
-impl Place {
-    /// One for each grant.
-    fn all(lease: &Arc<Lease>) -> impl Iterator<Item = Self> {
-        (0..lease.grants.len()).map(|at| Self { lease: Arc::clone(lease), at })
-    }
-
-    fn grant(&self) -> &Grant {
-        &self.lease.grants[self.at]
-    }
-}
-
-/// New places of members whose machine is gone.
-pub(super) type Placed = Vec<(usize, Place)>;
+pub(super) const GOODBYE: Duration = Duration::from_secs(1);
 
 /// The driver's way to one member.
 #[derive(Debug)]
@@ -48,7 +28,7 @@ pub(super) struct Port {
     /// The generation in which it was given its process.
     process: u64,
     state: PortState,
-    place: Option<Place>,
+    pub(super) place: Option<Place>,
     /// Keep the arguments where the member finds them.
     _args: Vec<store::Lease>,
 }
@@ -98,6 +78,14 @@ impl Port {
         self.state == PortState::Done
     }
 
+    pub(super) fn is_doomed(&self) -> bool {
+        self.state == PortState::Doomed
+    }
+
+    pub(super) fn is_here(&self) -> bool {
+        self.place.as_ref().is_some_and(|place| place.grant().node == NodeId::HERE)
+    }
+
     pub(super) fn set_done(&mut self) {
         self.state = PortState::Done;
     }
@@ -123,9 +111,9 @@ impl Port {
         }
     }
 
-    fn wait(&self, timeout: Duration) {
+    pub(super) fn wait_until(&self, deadline: Instant) {
         if let Route::Process(link) = &self.route {
-            link.wait(timeout);
+            link.wait(deadline.saturating_duration_since(Instant::now()));
         }
     }
 }
@@ -155,9 +143,10 @@ impl Runtime {
             members: Vec::with_capacity(options.size),
             gathering: HashMap::new(),
             reform: Reform::new(on_loss, restart, options.generation, options.size),
-            phase: Phase::Running,
             cause: None,
+            failures: VecDeque::new(),
             is_stopping: false,
+            wanted: Arc::new(()),
             _lent: lent,
         };
         // An error half-way drops the group, which ends the members that have started.
@@ -171,7 +160,7 @@ impl Runtime {
 
 impl GroupOptions {
     /// One bundle a member.
-    fn request(&self, members: usize) -> Request {
+    pub(super) fn request(&self, members: usize) -> Request {
         let bundles = vec![self.resources.clone(); members];
         let (strategy, node) = (self.strategy, Node::for_placement(self.placement));
         Request {
@@ -191,73 +180,12 @@ impl<T> Group<T> {
             rank,
             world: self.options.size,
             generation: self.reform.generation(),
-            born: self.reform.born().to_vec(),
             threads: self.options.resources.threads(),
             context: self.options.context.clone(),
         }
     }
 
-    /// Whether the machine of a lost member is gone, and no other one will do for it alone.
-    pub(super) fn must_move(&self) -> bool {
-        use PlacementStrategy::{StrictPack, StrictSpread};
-        matches!(self.options.strategy, StrictPack | StrictSpread)
-            && self.members.iter().any(|port| self.is_homeless(port))
-    }
-
-    fn is_homeless(&self, port: &Port) -> bool {
-        port.place.as_ref().is_none_or(|place| !self.runtime.has_node(place.grant().node))
-    }
-
-    /// Finds room for the new members, if their old one is gone with its machine, and brings the
-    /// arguments there; in the background, since both may take long.
-    pub(super) fn find_room(&mut self, replaced: &[usize]) -> Result<(), Error> {
-        let is_homeless = |rank: &&usize| self.is_homeless(&self.members[**rank]);
-        let mut homeless: Vec<usize> = replaced.iter().filter(is_homeless).copied().collect();
-        if !homeless.is_empty() && replaced.len() == self.members.len() {
-            // All of them anew: laid out as at first.
-            homeless = replaced.to_vec();
-        }
-        homeless.iter().for_each(|rank| self.members[*rank].place = None);
-        let nodes: Vec<NodeId> = replaced
-            .iter()
-            .filter_map(|rank| self.members[*rank].place.as_ref())
-            .map(|place| place.grant().node)
-            .collect();
-        let (runtime, args, notify) =
-            (self.runtime.clone(), self.args.clone(), self.notify.clone());
-        let (request, patience) =
-            (self.options.request(homeless.len()), self.options.placement_timeout);
-        let find = move || {
-            let lease = match homeless.is_empty() {
-                true => None,
-                false => Some(runtime.lease(request, patience)?),
-            };
-            let places = lease.iter().flat_map(Place::all);
-            let placed: Placed = homeless.into_iter().zip(places).collect();
-            let new = placed.iter().map(|(_, place)| place.grant().node);
-            nodes.into_iter().chain(new).try_for_each(|node| bring(&args, node))?;
-            Ok(placed)
-        };
-        Ok(threads::run(1, move || drop(notify.send(Notice::Placed(find()))))?)
-    }
-
-    /// Starts the new processes of these members.
-    pub(super) fn begin(&mut self, replaced: &[usize], placed: Placed) -> Result<(), Error> {
-        for (rank, place) in placed {
-            self.members[rank].place = Some(place);
-        }
-        let deadline = Instant::now() + GOODBYE;
-        for rank in replaced {
-            // What they hold of a GPU is to be free first.
-            self.members[*rank].wait(deadline.saturating_duration_since(Instant::now()));
-            let homeless = || Error::Internal(format!("rank {rank} has no place"));
-            let place = self.members[*rank].place.take().ok_or_else(homeless)?;
-            self.members[*rank] = self.start(*rank, place)?;
-        }
-        Ok(())
-    }
-
-    fn start(&self, rank: usize, place: Place) -> Result<Port, Error> {
+    pub(super) fn start(&self, rank: usize, place: Place) -> Result<Port, Error> {
         let spec = self.spec(rank);
         let process = spec.generation;
         let (route, args) = match self.options.placement {
@@ -272,7 +200,7 @@ impl<T> Group<T> {
         let (inbox, args, function) =
             (Arc::new(Inbox::default()), self.args.clone(), self.task.function);
         let (rank, generation, threads) = (spec.rank, spec.generation, spec.threads);
-        let (port, lease) = (Arc::clone(&inbox), Arc::clone(&place.lease));
+        let (port, place) = (Arc::clone(&inbox), place.clone());
         let notify = self.notify.clone();
         let send = move |frame| {
             let event = WorkerEvent::Frame(frame);
@@ -293,7 +221,7 @@ impl<T> Group<T> {
             };
             let _ = line(FromWorker::Done { generation, outcome });
             // A thread cannot be killed: the CPUs stay taken until the last one has ended.
-            drop(lease);
+            drop(place);
         })?;
         Ok(Route::Thread(inbox))
     }
@@ -324,13 +252,9 @@ impl<T> Group<T> {
 impl<T> Drop for Group<T> {
     fn drop(&mut self) {
         self.members.iter().for_each(Port::end);
-        self.members.iter().for_each(|member| member.wait(GOODBYE));
+        let deadline = Instant::now() + GOODBYE;
+        self.members.iter().for_each(|member| member.wait_until(deadline));
     }
-}
-
-/// Waits until the arguments can be packed for this machine.
-fn bring(args: &[Parcel], node: NodeId) -> Result<(), Error> {
-    args.iter().filter(|parcel| !parcel.is_at_hand(node)).try_for_each(Parcel::bring)
 }
 
 /// Passes a worker's events on as those of the member, until the worker or the group ends.

@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-/// The key under which all members meet. User keys do not begin like this.
+/// What the keys begin with under which all members meet. User keys do not begin like this.
 const RENDEZVOUS: &str = "mobula: rendezvous";
 
 /// A member's line to its driver.
@@ -30,8 +30,10 @@ pub struct Member {
 #[derive(Debug)]
 pub(crate) struct Life {
     spec: MemberSpec,
-    /// Of its last rendezvous.
+    /// The generation of its last rendezvous.
     met: Option<u64>,
+    /// How often it has met in this generation.
+    meetings: u64,
 }
 
 impl Life {
@@ -58,7 +60,7 @@ impl std::fmt::Debug for Member {
 
 impl Member {
     pub(crate) fn new(spec: MemberSpec, line: Line, inbox: Arc<Inbox>) -> Self {
-        let life = Life { spec: spec.clone(), met: None };
+        let life = Life { spec: spec.clone(), met: None, meetings: 0 };
         Self { spec, life: Arc::new(Mutex::new(life)), line, inbox }
     }
 
@@ -116,58 +118,65 @@ impl Member {
         message.map(|message| decode("a message to a group", &message)).transpose()
     }
 
-    /// Errors with [`Error::Reformed`] when members were lost and replaced since: no gathering of
-    /// this generation will be complete any more. To be asked where a long wait or computation
-    /// depends on the other members.
+    /// Errors with [`Error::Reformed`] when a member was lost and is replaced: no gathering of this
+    /// generation will be complete any more. To be asked where a long wait or computation depends
+    /// on the other members.
     pub fn check_generation(&self) -> Result<(), Error> {
         let current = self.generation();
         match self.inbox.newest() {
-            Some(newest) if newest > current => Err(self.reformed(current, newest)),
+            newest if newest > current => Err(self.reformed(current, newest)),
             _ => Ok(()),
         }
     }
 
     /// Takes part in the newest generation, and waits until all of its members have come here.
-    /// Errors when they have not within `timeout`.
+    /// Errors when they have not within `timeout`, in which new processes may have to be placed.
     ///
     /// A function may do without: in a group that replaces lost members
     /// ([`OnLoss::ReplaceLost`](crate::OnLoss)), the others get [`Error::Reformed`] from what they
-    /// wait for; when a function ends while a newer generation is there, however it ends, it is
+    /// wait for; when a function ends while a newer generation is coming, however it ends, it is
     /// called again with a member of the new one. Who calls this instead keeps what it has in hand.
     pub fn rendezvous(&self, timeout: Duration) -> Result<Rendezvous, Error> {
         let deadline = super::far_deadline(timeout);
+        let left = || deadline.saturating_duration_since(Instant::now());
         loop {
-            self.join_newest();
-            let left = deadline.saturating_duration_since(Instant::now());
-            match self.all_gather(RENDEZVOUS, &[], left) {
-                Ok(_) => return Ok(self.met()),
-                Err(Error::Reformed { .. }) => {}
-                Err(Error::Timeout { what, .. }) => {
-                    return Err(Error::Timeout { what, after: timeout });
+            if let Some(newest) = self.inbox.wait_for_newest(self.generation(), left()) {
+                self.join(newest);
+            }
+            match self.meet(left()) {
+                Err(Error::Reformed { .. }) if !left().is_zero() => {}
+                Err(Error::Reformed { .. } | Error::Timeout { .. }) => {
+                    return Err(self.late("for a rendezvous of all members", timeout));
                 }
-                Err(error) => return Err(error),
+                met => return met,
             }
         }
     }
 
-    fn join_newest(&self) {
-        if let Some(newest) = self.inbox.newer_than(self.generation()) {
-            self.life().spec = newest;
-        }
+    fn join(&self, newest: MemberSpec) {
+        let mut life = self.life();
+        life.spec = newest;
+        life.meetings = 0;
     }
 
-    fn met(&self) -> Rendezvous {
+    /// Each tells when its function began.
+    fn meet(&self, timeout: Duration) -> Result<Rendezvous, Error> {
+        let key = format!("{RENDEZVOUS} {}", self.life().meetings);
+        let began = self.spec.generation.to_le_bytes();
+        let all = self.all_gather(&key, &began, timeout)?;
         let mut life = self.life();
+        life.meetings += 1;
         let generation = life.generation();
         let before = life.met.replace(generation);
-        let is_new = |born: u64| before.is_none_or(|before| born > before);
-        let started = (0..self.world_size()).filter(|rank| is_new(life.spec.born[*rank])).collect();
-        Rendezvous { generation, started }
+        let is_new = |began: &Bytes| before.is_none_or(|before| number(began) > before);
+        let started = (0..all.len()).filter(|rank| is_new(&all[*rank])).collect();
+        Ok(Rendezvous { generation, started })
     }
 
     /// Gives `value` under `key` and waits for the values of all members, by rank. Each key is
-    /// for one use in a generation. Errors when they are not all there within `timeout`, and with
-    /// [`Error::Reformed`] as soon as a member was lost and is replaced.
+    /// for one use in a generation, also by who has waited in vain. Errors when they are not all
+    /// there within `timeout`, and with [`Error::Reformed`] as soon as a member was lost and is
+    /// replaced.
     pub fn all_gather(
         &self,
         key: &str,
@@ -180,11 +189,12 @@ impl Member {
         match self.inbox.take(generation, &key, timeout) {
             Taken::Values(values) => Ok(values),
             Taken::Reformed(newest) => Err(self.reformed(generation, newest)),
-            Taken::Nothing => Err(Error::Timeout {
-                what: format!("{} waiting for all members at {key:?}", self.who()),
-                after: timeout,
-            }),
+            Taken::Nothing => Err(self.late(&format!("for all members at {key:?}"), timeout)),
         }
+    }
+
+    fn late(&self, waiting: &str, after: Duration) -> Error {
+        Error::Timeout { what: format!("{} waiting {waiting}", self.who()), after }
     }
 
     fn reformed(&self, generation: u64, newest: u64) -> Error {
@@ -215,7 +225,9 @@ pub(crate) struct Inbox {
 #[derive(Debug, Default)]
 struct Mail {
     gathered: HashMap<String, Vec<Bytes>>,
-    /// The newest generation, if it is not the member's first.
+    /// The number of the newest generation that follows a loss.
+    coming: u64,
+    /// The newest one that has begun, if it is not the member's first.
     newest: Option<MemberSpec>,
     /// Nobody will send any more.
     is_closed: bool,
@@ -243,10 +255,16 @@ impl Inbox {
         self.arrived.notify_all();
     }
 
-    /// Members were lost and are replaced.
+    /// Members were lost, and this generation follows.
+    pub(crate) fn reforming(&self, generation: u64) {
+        lock(&self.mail).expect(generation);
+        self.arrived.notify_all();
+    }
+
+    /// It has begun.
     pub(crate) fn reformed(&self, newest: MemberSpec) {
         let mut mail = lock(&self.mail);
-        mail.gathered.clear();
+        mail.expect(newest.generation);
         mail.newest = Some(newest);
         drop(mail);
         self.arrived.notify_all();
@@ -259,27 +277,36 @@ impl Inbox {
         self.arrived.notify_all();
     }
 
-    /// Waits for a generation after this one; for as long as the process lives.
+    /// The newest generation, once it has begun; `None` if that is this one, or it is too late.
+    fn wait_for_newest(&self, generation: u64, timeout: Duration) -> Option<MemberSpec> {
+        let comes = |mail: &mut Mail| mail.coming > generation && mail.newer().is_none();
+        let waited = self.arrived.wait_timeout_while(lock(&self.mail), timeout, comes);
+        let mail = waited.unwrap_or_else(PoisonError::into_inner).0;
+        mail.newer().filter(|newest| newest.generation > generation).cloned()
+    }
+
+    /// The next generation after this one that begins; for as long as the process lives.
     pub(crate) fn wait_for_newer(&self, generation: u64) -> MemberSpec {
         let mut mail = lock(&self.mail);
         loop {
-            match &mail.newest {
+            match mail.newer() {
                 Some(newest) if newest.generation > generation => return newest.clone(),
                 _ => mail = self.arrived.wait(mail).unwrap_or_else(PoisonError::into_inner),
             }
         }
     }
 
-    pub(crate) fn newer_than(&self, generation: u64) -> Option<MemberSpec> {
-        lock(&self.mail).newest.clone().filter(|newest| newest.generation > generation)
+    /// Whether this generation is the newest, as far as is known.
+    pub(crate) fn is_newest(&self, generation: u64) -> bool {
+        self.newest() <= generation
     }
 
     pub(super) fn offers(&self) -> MutexGuard<'_, Vec<store::Offer>> {
         lock(&self.offers)
     }
 
-    fn newest(&self) -> Option<u64> {
-        lock(&self.mail).newest.as_ref().map(|newest| newest.generation)
+    fn newest(&self) -> u64 {
+        lock(&self.mail).coming
     }
 
     fn messages(&self) -> MutexGuard<'_, VecDeque<Bytes>> {
@@ -288,21 +315,33 @@ impl Inbox {
 
     fn take(&self, generation: u64, key: &str, timeout: Duration) -> Taken {
         let waits = |mail: &mut Mail| {
-            !mail.gathered.contains_key(key) && !mail.is_closed && mail.is_newest(generation)
+            !mail.gathered.contains_key(key) && !mail.is_closed && mail.coming <= generation
         };
         let waited = self.arrived.wait_timeout_while(lock(&self.mail), timeout, waits);
         let mut mail = waited.unwrap_or_else(PoisonError::into_inner).0;
-        match &mail.newest {
-            Some(newest) if newest.generation > generation => Taken::Reformed(newest.generation),
+        match mail.coming {
+            coming if coming > generation => Taken::Reformed(coming),
             _ => mail.gathered.remove(key).map_or(Taken::Nothing, Taken::Values),
         }
     }
 }
 
 impl Mail {
-    fn is_newest(&self, generation: u64) -> bool {
-        self.newest.as_ref().is_none_or(|newest| newest.generation <= generation)
+    fn expect(&mut self, generation: u64) {
+        if generation > self.coming {
+            self.coming = generation;
+            self.gathered.clear();
+        }
     }
+
+    /// The newest generation, if it has begun.
+    fn newer(&self) -> Option<&MemberSpec> {
+        self.newest.as_ref().filter(|newest| newest.generation >= self.coming)
+    }
+}
+
+fn number(bytes: &Bytes) -> u64 {
+    bytes.as_ref().try_into().map_or(0, u64::from_le_bytes)
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

@@ -6,6 +6,7 @@
 mod launch;
 mod member;
 mod reform;
+mod room;
 
 pub(crate) use member::{Inbox, Line};
 pub use member::{Member, Rendezvous};
@@ -13,21 +14,27 @@ pub use reform::OnLoss;
 
 use crate::parcel::Parcel;
 use crate::process::wire::{FromWorker, Outcome, ToWorker};
-use crate::process::{End, WorkerEvent, check_build, into_result, lost};
+use crate::process::{WorkerEvent, check_build, into_result, lost};
 use crate::remote::{Inputs, decode, encode};
 use crate::runtime::Runtime;
 use crate::task::Placement;
 use crate::{Error, PlacementStrategy, Resources, RestartPolicy, console};
 use bytes::Bytes;
-use launch::{Placed, Port};
+use launch::Port;
 use reform::Reform;
+use room::Placed;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, SyncSender, TryRecvError};
+use std::sync::mpsc::{Receiver, SyncSender};
 use std::time::{Duration, Instant};
+
+/// By then the loss of a process of this machine has been noticed, and that of another machine: with
+/// its last words, and after its silence.
+const LOSS_HERE: Duration = Duration::from_secs(1);
+const LOSS_ELSEWHERE: Duration = Duration::from_secs(6);
 
 /// How a group is placed. Every default is here.
 #[derive(Clone, Debug)]
@@ -47,9 +54,11 @@ pub struct GroupOptions {
     /// How long to wait for resources that others hold. Default: 10 minutes.
     pub placement_timeout: Duration,
     /// How often the group goes on after the loss of members, and how soon. Errors and panics of the
-    /// function are no losses: they would come again. Default: never.
+    /// function are no losses: they would come again. But as long as others run, they are told a
+    /// second later, or six where members are on other machines: they may be the consequence of a
+    /// loss that has yet to be noticed. Default: never.
     pub restart: RestartPolicy,
-    /// Who begins anew then. Default: every member.
+    /// Who gets a new process then. Default: every member.
     pub on_loss: OnLoss,
     /// The first generation. Default: 0.
     pub generation: u64,
@@ -152,13 +161,13 @@ pub enum GroupEvent<T> {
         error: Error,
     },
     /// Members were lost, and the next generation is formed when the next event is asked for:
-    /// until then [`Group::set_context`] can change what it is given.
+    /// until then [`Group::set_context`] can change what it is given. Whatever members have
+    /// finished is void: they are called again.
     Restarting {
         /// The number of the new generation.
         generation: u64,
-        /// Whose function begins anew, the lowest first: forget what they have finished. The others
-        /// go on, and are told.
-        ranks: Vec<usize>,
+        /// Who gets a new process, the lowest rank first.
+        replaced: Vec<usize>,
         /// The first loss.
         error: Error,
     },
@@ -180,12 +189,22 @@ pub struct Group<T> {
     members: Vec<Port>,
     gathering: HashMap<String, Vec<Option<Bytes>>>,
     reform: Reform,
-    phase: Phase,
-    /// The first loss since a generation was formed.
-    cause: Option<(usize, Error)>,
+    /// The first loss since a generation was announced.
+    cause: Option<Error>,
+    failures: VecDeque<Failure>,
     is_stopping: bool,
+    /// Goes with the group: who looks for room for it stops.
+    wanted: Arc<()>,
     /// The CPUs of the task that watches over the group.
     _lent: Option<crate::current::Lent>,
+}
+
+/// A member's function has failed. It may be the consequence of a loss of which nobody has heard yet:
+/// until then the driver is not told.
+struct Failure {
+    rank: usize,
+    error: Error,
+    until: Instant,
 }
 
 impl<T> std::fmt::Debug for Group<T> {
@@ -206,16 +225,6 @@ enum Notice {
     Placed(Result<Placed, Error>),
 }
 
-/// Where a group is on its way to the next generation.
-enum Phase {
-    /// Its members run. A loss may have set a time for the next generation.
-    Running,
-    /// The driver knows of the restart; these are to have new processes.
-    Announced { replaced: Vec<usize> },
-    /// Room for them is being found.
-    Placing { replaced: Vec<usize> },
-}
-
 impl<T> Group<T> {
     /// The next event, or `None` when none came within `timeout`, or when all members have ended.
     /// Call it often: gatherings of the members, and restarts, advance here.
@@ -225,14 +234,13 @@ impl<T> Group<T> {
             if let Some(event) = self.advance() {
                 return Some(event);
             }
-            match self.next_notice(deadline) {
-                Some(notice) => {
-                    if let Some(event) = self.take_in(notice) {
-                        return Some(event);
-                    }
-                }
-                None if self.is_due() => {}
+            let event = match self.next_notice(deadline) {
+                Some(notice) => self.take_in(notice),
+                None if self.wake().is_some_and(|wake| wake < deadline) => None,
                 None => return None,
+            };
+            if event.is_some() {
+                return event;
             }
         }
     }
@@ -259,9 +267,7 @@ impl<T> Group<T> {
                 Some(GroupEvent::Finished { rank, value }) => values[rank] = Some(value),
                 Some(GroupEvent::Failed { error, .. }) => return Err(error),
                 Some(GroupEvent::Report { .. }) => {}
-                Some(GroupEvent::Restarting { ranks, .. }) => {
-                    ranks.into_iter().for_each(|rank| values[rank] = None);
-                }
+                Some(GroupEvent::Restarting { .. }) => values.fill_with(|| None),
                 None => {
                     let what = format!("group {}", self.options.name);
                     return Err(Error::Timeout { what, after: timeout });
@@ -292,45 +298,47 @@ impl<T> Group<T> {
         self.members.iter().map(Port::pid).collect()
     }
 
-    /// Waits for a notice, at most until the deadline or until a restart is due. All that is there is
-    /// taken first when no more can come.
+    /// Waits for a notice, at most until the deadline, or until there is something to do. When no
+    /// member runs any more it only gives what is there.
     fn next_notice(&self, deadline: Instant) -> Option<Notice> {
-        match self.notices.try_recv() {
-            Ok(notice) => return Some(notice),
-            Err(TryRecvError::Disconnected) => return None,
-            Err(TryRecvError::Empty) if self.is_over() => return None,
-            Err(TryRecvError::Empty) => {}
+        if let Ok(notice) = self.notices.try_recv() {
+            return Some(notice);
         }
-        let wake = self.reform.due().map_or(deadline, |due| due.min(deadline));
+        if self.reform.is_over() && self.failures.is_empty() {
+            return None;
+        }
+        let wake = self.wake().map_or(deadline, |wake| wake.min(deadline));
         self.notices.recv_timeout(wake.saturating_duration_since(Instant::now())).ok()
     }
 
-    fn is_over(&self) -> bool {
-        matches!(self.phase, Phase::Running) && self.reform.is_over()
+    /// When there is something to do that nobody will notify of.
+    fn wake(&self) -> Option<Instant> {
+        let failure = self.failures.front().map(|failure| failure.until);
+        self.reform.due().into_iter().chain(failure).min()
     }
 
-    fn is_due(&self) -> bool {
-        let due = self.reform.due().is_some_and(|due| due <= Instant::now());
-        due && matches!(self.phase, Phase::Running)
-    }
-
-    /// Takes the next step towards the next generation, if it is time.
+    /// Takes the next step towards the next generation, or tells of a failure, if it is time.
     fn advance(&mut self) -> Option<GroupEvent<T>> {
-        if let Phase::Announced { replaced } = &mut self.phase {
-            let replaced = std::mem::take(replaced);
+        if let Some(replaced) = self.reform.place(self.must_move()) {
+            replaced.iter().for_each(|rank| self.members[*rank].doom());
             let sought = self.find_room(&replaced);
-            self.phase = Phase::Placing { replaced };
-            return sought.err().map(|error| self.give_up(error));
+            return sought.err().and_then(|error| self.not_begun(error));
         }
-        if !self.is_due() {
-            return None;
+        let now = Instant::now();
+        if self.reform.due().is_some_and(|due| due <= now) {
+            return self.announce();
         }
-        let (_, error) = self.cause.clone()?;
-        let replaced = self.reform.doomed(self.must_move());
+        let is_time = |failure: &mut Failure| failure.until <= now || !self.reform.is_any_running();
+        let Failure { rank, error, .. } = self.failures.pop_front_if(is_time)?;
+        Some(GroupEvent::Failed { rank, error })
+    }
+
+    /// The driver hears of the next generation before it begins.
+    fn announce(&mut self) -> Option<GroupEvent<T>> {
+        let replaced = self.reform.announce(self.must_move());
         replaced.iter().for_each(|rank| self.members[*rank].doom());
-        let ranks = self.reform.form(&replaced);
-        self.phase = Phase::Announced { replaced };
-        Some(GroupEvent::Restarting { generation: self.reform.generation(), ranks, error })
+        let error = self.cause.take()?;
+        Some(GroupEvent::Restarting { generation: self.reform.generation(), replaced, error })
     }
 
     fn take_in(&mut self, notice: Notice) -> Option<GroupEvent<T>> {
@@ -341,38 +349,19 @@ impl<T> Group<T> {
             // Of one that has been replaced.
             Notice::Member { .. } => None,
             Notice::Placed(placed) => {
-                let formed = placed.and_then(|placed| self.form(placed));
-                formed.err().map(|error| self.give_up(error))
+                let begun = placed.and_then(|placed| self.begin(placed));
+                begun.err().and_then(|error| self.not_begun(error))
             }
         }
     }
 
-    /// Starts the new members of a generation, and tells the others.
-    fn form(&mut self, placed: Placed) -> Result<(), Error> {
-        let Phase::Placing { replaced } = std::mem::replace(&mut self.phase, Phase::Running) else {
-            return Ok(());
-        };
-        self.gathering.clear();
-        self.begin(&replaced, placed)?;
-        if self.reform.due().is_none() {
-            self.cause = None;
+    /// The next generation cannot begin. If that is for another loss, there is one more attempt.
+    fn not_begun(&mut self, error: Error) -> Option<GroupEvent<T>> {
+        let rank = self.reform.abandon();
+        if error.is_retryable() {
+            return self.restart_for(rank, error);
         }
-        for rank in (0..self.members.len()).filter(|rank| !replaced.contains(rank)) {
-            let member = self.spec(rank);
-            self.members[rank].go_on(member);
-        }
-        if self.is_stopping {
-            self.stop();
-        }
-        Ok(())
-    }
-
-    /// The next generation cannot be formed.
-    fn give_up(&mut self, error: Error) -> GroupEvent<T> {
-        let rank = self.cause.take().map_or(0, |(rank, _)| rank);
-        self.phase = Phase::Running;
-        self.reform.ended(rank, false);
-        GroupEvent::Failed { rank, error }
+        Some(GroupEvent::Failed { rank, error })
     }
 
     fn heard(&mut self, rank: usize, event: WorkerEvent) -> Option<GroupEvent<T>> {
@@ -398,38 +387,65 @@ impl<T> Group<T> {
             }
             // What an older generation says counts no more.
             WorkerEvent::Frame(_) => None,
-            WorkerEvent::Ended(_) if self.members[rank].is_done() => None,
-            WorkerEvent::Ended(end) => self.lost(rank, &end),
+            WorkerEvent::Ended(_) if self.members[rank].is_done() => {
+                self.reform.gone(rank);
+                None
+            }
+            WorkerEvent::Ended(end) => {
+                let error = lost(&self.who(rank), end.reason);
+                self.restart_for(rank, error)
+            }
         }
     }
 
     fn done(&mut self, rank: usize, outcome: Outcome) -> Option<GroupEvent<T>> {
         let value = into_result(&self.who(rank), outcome);
         let value = value.and_then(|parcel| (self.task.decode)(&parcel));
+        if let Err(error) = &value
+            && error.is_retryable()
+        {
+            // Its result, or an argument, was lost.
+            return self.restart_for(rank, error.clone());
+        }
         self.members[rank].set_done();
-        if self.reform.due().is_some() {
-            // Another was lost, which this may be the consequence of: it is asked again.
-            self.reform.ended(rank, true);
+        self.reform.ended(rank);
+        if self.reform.is_under_way() {
+            // It is called again.
             return None;
         }
-        self.reform.ended(rank, value.is_ok());
-        Some(match value {
-            Ok(value) => GroupEvent::Finished { rank, value },
-            Err(error) => GroupEvent::Failed { rank, error },
-        })
+        match value {
+            Ok(value) => Some(GroupEvent::Finished { rank, value }),
+            Err(error) => {
+                let until = Instant::now() + self.patience();
+                self.failures.push_back(Failure { rank, error, until });
+                None
+            }
+        }
     }
 
-    fn lost(&mut self, rank: usize, end: &End) -> Option<GroupEvent<T>> {
-        let error = lost(&self.who(rank), end.reason.clone());
+    /// How long a failure is held back in case that it is the consequence of a loss.
+    fn patience(&self) -> Duration {
+        match self.options.restart.max_restarts {
+            0 => Duration::ZERO,
+            _ if self.members.iter().all(Port::is_here) => LOSS_HERE,
+            _ => LOSS_ELSEWHERE,
+        }
+    }
+
+    /// A member was lost: the next generation follows, or this is the end.
+    fn restart_for(&mut self, rank: usize, error: Error) -> Option<GroupEvent<T>> {
         self.members[rank].set_done();
         let Some(delay) = self.reform.lost(rank, Instant::now()) else {
             return Some(GroupEvent::Failed { rank, error });
         };
-        let next = self.reform.generation() + 1;
+        let next = self.reform.coming();
         console::note(format!("{error}; generation {next} follows in {delay:?}"));
-        // Who is to begin anew need not go on until then.
+        self.failures.clear();
+        self.cause.get_or_insert(error);
+        // Who is to get a new process need not go on until then, and nobody need wait for it.
         self.reform.doomed(false).into_iter().for_each(|rank| self.members[rank].doom());
-        self.cause.get_or_insert((rank, error));
+        let hears = self.members.iter().filter(|member| !member.is_doomed());
+        hears.for_each(|member| member.send(ToWorker::Reforming { generation: next }));
         None
     }
 

@@ -93,6 +93,7 @@ async fn session(control: StdUnixStream) -> Result<(), BoxError> {
                 Some(ToWorker::TakenOver { call, below }) => desk.taken_over(call, below),
                 Some(ToWorker::Gathered { key, values }) => inbox.gathered(key, values),
                 Some(ToWorker::Told { message }) => inbox.told(message),
+                Some(ToWorker::Reforming { generation }) => inbox.reforming(generation),
                 Some(ToWorker::Reformed { member }) => inbox.reformed(member),
                 Some(ToWorker::Stop) => inbox.stop(),
                 Some(ToWorker::Shutdown) => return Ok(()),
@@ -154,6 +155,8 @@ fn serve_member(
     line: Line,
     inbox: &Arc<Inbox>,
 ) {
+    // The driver takes a large result from where it is; until there is another one.
+    let mut kept;
     loop {
         let (rank, generation) = (spec.rank, spec.generation);
         let _span = tracing::info_span!("member", rank, generation).entered();
@@ -165,14 +168,12 @@ fn serve_member(
         };
         let generation = life.lock().unwrap_or_else(PoisonError::into_inner).generation();
         // However it ended: in a generation that is over nobody counts on it.
-        if inbox.newer_than(generation).is_none() {
-            // The process stays until the driver has taken the result.
-            std::mem::forget(offer);
-            if line(FromWorker::Done { generation, outcome }).is_err() {
-                return;
-            }
+        if inbox.is_newest(generation) && line(FromWorker::Done { generation, outcome }).is_err() {
+            return;
         }
+        kept = offer;
         spec = inbox.wait_for_newer(generation);
+        drop(kept);
     }
 }
 

@@ -60,7 +60,9 @@ pub(crate) enum ToWorker {
     Resume,
     /// A message of the group's maker to a member.
     Told { message: Bytes },
-    /// Lost members were replaced: who this one is in the new generation.
+    /// Members were lost, and this generation follows.
+    Reforming { generation: u64 },
+    /// It has begun: who this one is in it.
     Reformed { member: MemberSpec },
     /// Finish soon: the function sees it in [`Member::stop_requested`](crate::Member).
     Stop,
@@ -175,8 +177,6 @@ pub(crate) struct MemberSpec {
     pub(crate) rank: usize,
     pub(crate) world: usize,
     pub(crate) generation: u64,
-    /// The generation in which each member's function began.
-    pub(crate) born: Vec<u64>,
     pub(crate) threads: usize,
     pub(crate) context: Bytes,
 }
