@@ -10,8 +10,8 @@ use crate::object::AnyObject;
 use crate::parcel::{Packed, Parcel, pack_all};
 use crate::process::wire::{FromWorker, Outcome, ToWorker, What};
 use crate::process::{
-    Begun, End, Environment, LANES, Listener, LogTarget, ProcessId, Sink, WorkerEvent, WorkerLink,
-    check_build, into_result, lost,
+    Begun, End, Environment, LANES, Listener, LogTarget, Owner, ProcessId, Sink, WorkerEvent,
+    WorkerLink, check_build, into_result, lost,
 };
 use crate::remote::RemoteFn;
 use crate::runtime::{Lease, Runtime};
@@ -574,7 +574,9 @@ impl Listener for ProcessActor {
     fn hear(self: Arc<Self>, event: WorkerEvent) {
         self.take_in(event);
     }
+}
 
+impl Owner for ProcessActor {
     fn lease(&self) -> Option<Arc<Lease>> {
         self.state().lease.clone()
     }

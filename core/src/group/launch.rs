@@ -2,14 +2,15 @@
 
 use super::member::{Inbox, Member};
 use super::reform::Reform;
-use super::room::{Place, bring};
+use super::room::bring;
 use super::{Group, GroupOptions, GroupTask, Notice};
+use crate::current::{self, Current};
 use crate::object::block_until_ready;
 use crate::parcel::{Parcel, open_all, pack_all};
 use crate::process::wire::{FromWorker, MemberSpec, Outcome, ToWorker};
 use crate::process::{EVENTS, Environment, LogTarget, Sink, WorkerEvent, WorkerLink, child, lost};
-use crate::runtime::{Request, Runtime};
-use crate::scheduler::{Grant, NodeId};
+use crate::runtime::{Lease, Request, Runtime};
+use crate::scheduler::NodeId;
 use crate::task::Placement;
 use crate::{Error, Node, store, threads};
 use std::collections::{HashMap, VecDeque};
@@ -19,7 +20,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
 
 /// How long the processes of a finished group, or of members that are replaced, may take to leave.
-pub(super) const GOODBYE: Duration = Duration::from_secs(1);
+pub(super) const GOODBYE: Duration = Duration::from_secs(3);
 
 /// The driver's way to one member.
 #[derive(Debug)]
@@ -28,7 +29,7 @@ pub(super) struct Port {
     /// The generation in which it was given its process.
     process: u64,
     state: PortState,
-    pub(super) place: Option<Place>,
+    pub(super) lease: Option<Arc<Lease>>,
     /// Keep the arguments where the member finds them.
     _args: Vec<store::Lease>,
 }
@@ -83,7 +84,7 @@ impl Port {
     }
 
     pub(super) fn is_here(&self) -> bool {
-        self.place.as_ref().is_some_and(|place| place.grant().node == NodeId::HERE)
+        self.lease.as_ref().is_some_and(|lease| lease.node() == NodeId::HERE)
     }
 
     pub(super) fn set_done(&mut self) {
@@ -129,7 +130,7 @@ impl Runtime {
             self.host()?;
         }
         // A task that watches over a group needs no CPU of its own, and the group may need it.
-        let lent = crate::current::lend();
+        let lent = current::lend();
         let lease = self.lease(options.request(options.size), options.placement_timeout)?;
         let (notify, notices) = sync_channel(EVENTS);
         let (on_loss, restart) = (options.on_loss, options.restart);
@@ -150,8 +151,8 @@ impl Runtime {
             _lent: lent,
         };
         // An error half-way drops the group, which ends the members that have started.
-        for (rank, place) in Place::all(&lease).enumerate() {
-            let port = group.start(rank, place)?;
+        for (rank, lease) in lease.split().into_iter().enumerate() {
+            let port = group.start(rank, lease)?;
             group.members.push(port);
         }
         Ok(group)
@@ -185,22 +186,23 @@ impl<T> Group<T> {
         }
     }
 
-    pub(super) fn start(&self, rank: usize, place: Place) -> Result<Port, Error> {
+    pub(super) fn start(&self, rank: usize, lease: Arc<Lease>) -> Result<Port, Error> {
         let spec = self.spec(rank);
         let process = spec.generation;
         let (route, args) = match self.options.placement {
-            Placement::Thread => (self.start_thread(spec, &place)?, Vec::new()),
-            Placement::Process => self.start_process(spec, place.grant())?,
+            Placement::Thread => (self.start_thread(spec, &lease)?, Vec::new()),
+            Placement::Process => self.start_process(spec, &lease)?,
         };
-        let place = Some(place);
-        Ok(Port { route, process, state: PortState::Running, place, _args: args })
+        let lease = Some(lease);
+        Ok(Port { route, process, state: PortState::Running, lease, _args: args })
     }
 
-    fn start_thread(&self, spec: MemberSpec, place: &Place) -> Result<Route, Error> {
+    fn start_thread(&self, spec: MemberSpec, lease: &Arc<Lease>) -> Result<Route, Error> {
         let (inbox, args, function) =
             (Arc::new(Inbox::default()), self.args.clone(), self.task.function);
         let (rank, generation, threads) = (spec.rank, spec.generation, spec.threads);
-        let (port, place) = (Arc::clone(&inbox), place.clone());
+        let port = Arc::clone(&inbox);
+        let current = Current { object: None, lease: Some(Arc::clone(lease)), call: None };
         let notify = self.notify.clone();
         let send = move |frame| {
             let event = WorkerEvent::Frame(frame);
@@ -212,7 +214,9 @@ impl<T> Group<T> {
             let member = Member::new(spec, Arc::clone(&line), Arc::clone(&port));
             let outcome = match open_all(&args) {
                 Ok(args) => {
-                    let (outcome, offer) = child::run(function, &args, member);
+                    // A thread cannot be killed: it holds its CPUs until it ends.
+                    let run = || child::run(function, &args, member);
+                    let (outcome, offer) = current::run(current, run);
                     // Until the group has taken it, a large result stays where it is.
                     port.offers().extend(offer);
                     outcome
@@ -220,8 +224,6 @@ impl<T> Group<T> {
                 Err(error) => Outcome::Failed { message: error.to_string() },
             };
             let _ = line(FromWorker::Done { generation, outcome });
-            // A thread cannot be killed: the CPUs stay taken until the last one has ended.
-            drop(place);
         })?;
         Ok(Route::Thread(inbox))
     }
@@ -229,20 +231,21 @@ impl<T> Group<T> {
     fn start_process(
         &self,
         spec: MemberSpec,
-        grant: &Grant,
+        lease: &Arc<Lease>,
     ) -> Result<(Route, Vec<store::Lease>), Error> {
         let (sender, inbox) = mpsc::channel(EVENTS);
         let (options, rank, process) = (&self.options, spec.rank, spec.generation);
-        bring(&self.args, grant.node)?;
-        let (args, kept) = pack_all(&self.args, grant.node)?;
+        bring(&self.args, lease.node())?;
+        let (args, kept) = pack_all(&self.args, lease.node())?;
         let log = LogTarget {
             name: format!("{} rank {rank}", spec.group),
             prefix: options.show_logs.then(|| format!("[rank {rank}]")),
             file: options.log_dir.as_ref().map(|dir| dir.join(format!("rank-{rank}.log"))),
             ..LogTarget::default()
         };
-        let environment = Environment::of(grant).with_memory_limit(options.memory_limit);
-        let link = self.runtime.host()?.start(environment, log, Sink::channel(sender))?;
+        let sink = Sink::holding(Arc::clone(lease), sender);
+        let environment = Environment::of(&lease.grants[0]).with_memory_limit(options.memory_limit);
+        let link = self.runtime.host()?.start(environment, log, sink)?;
         forward(rank, process, inbox, self.notify.clone())?;
         link.send(ToWorker::Run { function: self.task.function.to_owned(), args, member: spec });
         Ok((Route::Process(link), kept))

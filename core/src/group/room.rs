@@ -1,34 +1,16 @@
-//! Where members run: the grants that they hold, and new ones for those whose machine is gone.
+//! Where members run: what they hold, and new room for those whose machine is gone.
 
 use super::launch::{GOODBYE, Port};
 use super::{Group, Notice};
 use crate::parcel::Parcel;
 use crate::runtime::{Lease, Runtime};
-use crate::scheduler::{Grant, NodeId};
+use crate::scheduler::NodeId;
 use crate::{Error, PlacementStrategy, panics, threads};
 use std::sync::{Arc, Weak};
 use std::time::Instant;
 
-/// What a member holds: a grant of a lease.
-#[derive(Clone, Debug)]
-pub(super) struct Place {
-    lease: Arc<Lease>,
-    at: usize,
-}
-
-impl Place {
-    /// One for each grant.
-    pub(super) fn all(lease: &Arc<Lease>) -> impl Iterator<Item = Self> {
-        (0..lease.grants.len()).map(|at| Self { lease: Arc::clone(lease), at })
-    }
-
-    pub(super) fn grant(&self) -> &Grant {
-        &self.lease.grants[self.at]
-    }
-}
-
-/// New places of members whose machine is gone.
-pub(super) type Placed = Vec<(usize, Place)>;
+/// What new members hold whose machine is gone.
+pub(super) type Placed = Vec<(usize, Arc<Lease>)>;
 
 /// What is needed to find room in the background.
 struct Search {
@@ -52,7 +34,7 @@ impl<T> Group<T> {
     }
 
     fn is_homeless(&self, port: &Port) -> bool {
-        port.place.as_ref().is_none_or(|place| !self.runtime.has_node(place.grant().node))
+        port.lease.as_ref().is_none_or(|lease| !self.runtime.has_node(lease.node()))
     }
 
     /// Finds room for the new processes whose old place is gone, and brings the arguments to where
@@ -63,14 +45,14 @@ impl<T> Group<T> {
         let homeless: Vec<usize> = replaced.iter().filter(is_homeless).copied().collect();
         // What they hold of a machine that is there is to be free before others get it.
         self.wait_for(&homeless);
-        homeless.iter().for_each(|rank| self.members[*rank].place = None);
-        let place = |rank: &usize| self.members[*rank].place.as_ref();
+        homeless.iter().for_each(|rank| self.members[*rank].lease = None);
+        let lease = |rank: &usize| self.members[*rank].lease.as_ref();
         let search = Search {
             runtime: self.runtime.clone(),
             request: self.options.request(homeless.len()),
             patience: self.options.placement_timeout,
             args: self.args.clone(),
-            nodes: replaced.iter().filter_map(place).map(|place| place.grant().node).collect(),
+            nodes: replaced.iter().filter_map(lease).map(|lease| lease.node()).collect(),
             homeless,
             wanted: Arc::downgrade(&self.wanted),
         };
@@ -84,8 +66,8 @@ impl<T> Group<T> {
 
     /// Starts the new processes of a generation, and tells the other members who they are in it.
     pub(super) fn begin(&mut self, placed: Placed) -> Result<(), Error> {
-        for (rank, place) in placed {
-            self.members[rank].place = Some(place);
+        for (rank, lease) in placed {
+            self.members[rank].lease = Some(lease);
         }
         self.gathering.clear();
         let replaced = self.reform.replaced().to_vec();
@@ -93,8 +75,8 @@ impl<T> Group<T> {
         self.wait_for(&replaced);
         for rank in &replaced {
             let homeless = || Error::Internal(format!("rank {rank} has no place"));
-            let place = self.members[*rank].place.clone().ok_or_else(homeless)?;
-            self.members[*rank] = self.start(*rank, place)?;
+            let lease = self.members[*rank].lease.clone().ok_or_else(homeless)?;
+            self.members[*rank] = self.start(*rank, lease)?;
         }
         self.reform.begin();
         if !self.reform.is_under_way() {
@@ -120,16 +102,15 @@ impl<T> Group<T> {
 
 impl Search {
     fn run(self) -> Result<Placed, Error> {
-        let lease = match self.homeless.is_empty() {
-            true => None,
+        let leases = match self.homeless.is_empty() {
+            true => Vec::new(),
             false => {
                 let is_wanted = || self.wanted.strong_count() > 0;
-                Some(self.runtime.lease_while(self.request, self.patience, &is_wanted)?)
+                self.runtime.lease_while(self.request, self.patience, &is_wanted)?.split()
             }
         };
-        let places = lease.iter().flat_map(Place::all);
-        let placed: Placed = self.homeless.into_iter().zip(places).collect();
-        let new = placed.iter().map(|(_, place)| place.grant().node);
+        let placed: Placed = self.homeless.into_iter().zip(leases).collect();
+        let new = placed.iter().map(|(_, lease)| lease.node());
         self.nodes.into_iter().chain(new).try_for_each(|node| bring(&self.args, node))?;
         Ok(placed)
     }

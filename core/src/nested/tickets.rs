@@ -3,7 +3,7 @@
 use super::wire::{Failure, Submission};
 use crate::object::when_ready;
 use crate::parcel::{Packed, Parcel};
-use crate::process::Listener;
+use crate::process::Owner;
 use crate::process::wire::{FromWorker, ToWorker};
 use crate::remote::{RemoteCall, RemoteFn};
 use crate::runtime::{Lease, Runtime, WeakRuntime};
@@ -58,7 +58,7 @@ impl Tickets {
     pub(crate) fn take(
         self: &Arc<Self>,
         frame: FromWorker,
-        owner: Option<&dyn Listener>,
+        owner: Option<&dyn Owner>,
     ) -> Option<FromWorker> {
         match frame {
             FromWorker::Submit { ticket, submission } => self.submit(ticket, *submission, owner),
@@ -85,7 +85,7 @@ impl Tickets {
         drop(lent);
     }
 
-    fn submit(self: &Arc<Self>, ticket: u64, submission: Submission, owner: Option<&dyn Listener>) {
+    fn submit(self: &Arc<Self>, ticket: u64, submission: Submission, owner: Option<&dyn Owner>) {
         let parent = submission.by.and_then(|call| owner?.object_of(call));
         let runtime = self.runtime.upgrade().ok_or(Error::NoCurrentRuntime);
         let object = match runtime.and_then(|runtime| Ok((self.task(submission)?, runtime))) {
@@ -158,8 +158,8 @@ impl Tickets {
         (self.reply)(ToWorker::Resolved { ticket, result });
     }
 
-    fn lend(&self, owner: Option<&dyn Listener>) {
-        let Some(lease) = owner.and_then(Listener::lease) else { return };
+    fn lend(&self, owner: Option<&dyn Owner>) {
+        let Some(lease) = owner.and_then(Owner::lease) else { return };
         lease.lend();
         self.state().lent.push(lease);
     }

@@ -5,6 +5,7 @@ use super::desk::{Desk, Work};
 use super::wire::{
     Assignment, Frames, FromWorker, MAX_FRAME_BYTES, METHOD, MemberSpec, Outcome, ToWorker,
 };
+use crate::current::{self, Current};
 use crate::group::{Inbox, Line, Member};
 use crate::parcel::{Outgoing, Packed, reader};
 use crate::remote::RemoteFn;
@@ -163,7 +164,11 @@ fn serve_member(
         let member = Member::new(spec, Arc::clone(&line), Arc::clone(inbox));
         let life = member.share_life();
         let (outcome, offer) = match &args {
-            Ok(args) => run(function, args, member),
+            // It has no queue of calls, and waits like one.
+            Ok(args) => {
+                let current = Current { object: None, lease: None, call: Some(0) };
+                current::run(current, || run(function, args, member))
+            }
             Err(error) => (Outcome::Failed { message: error.to_string() }, None),
         };
         let generation = life.lock().unwrap_or_else(PoisonError::into_inner).generation();

@@ -62,16 +62,20 @@ pub(crate) struct Sink {
 }
 
 enum To {
-    /// Who reads when it can; until then the worker waits.
-    Channel(mpsc::Sender<WorkerEvent>),
+    /// Who reads when it can; until then the worker waits. With what the worker holds, if that is
+    /// to be lent.
+    Channel(mpsc::Sender<WorkerEvent>, Option<Arc<Lease>>),
     /// Who never waits.
     Listener(Arc<dyn Listener>),
 }
 
 /// Takes in what a worker says, at once.
-pub(crate) trait Listener: Send + Sync {
+pub(crate) trait Listener: Owner {
     fn hear(self: Arc<Self>, event: WorkerEvent);
+}
 
+/// Whose work a worker does.
+pub(crate) trait Owner: Send + Sync {
     /// What the worker works with now, to be lent while it waits.
     fn lease(&self) -> Option<Arc<Lease>>;
 
@@ -79,9 +83,25 @@ pub(crate) trait Listener: Send + Sync {
     fn object_of(&self, call: u64) -> Option<Arc<dyn AnyObject>>;
 }
 
+/// What a member of a group submits goes on whatever becomes of the member's function.
+impl Owner for Arc<Lease> {
+    fn lease(&self) -> Option<Arc<Lease>> {
+        Some(Self::clone(self))
+    }
+
+    fn object_of(&self, _: u64) -> Option<Arc<dyn AnyObject>> {
+        None
+    }
+}
+
 impl Sink {
     pub(crate) fn channel(channel: mpsc::Sender<WorkerEvent>) -> Self {
-        Self { to: To::Channel(channel), tickets: None }
+        Self { to: To::Channel(channel, None), tickets: None }
+    }
+
+    /// The same for a worker that holds this, and lends it while it waits.
+    pub(crate) fn holding(lease: Arc<Lease>, channel: mpsc::Sender<WorkerEvent>) -> Self {
+        Self { to: To::Channel(channel, Some(lease)), tickets: None }
     }
 
     pub(crate) fn listener(listener: Arc<dyn Listener>) -> Self {
@@ -107,9 +127,9 @@ impl Sink {
 
     fn hold_back(&self, event: WorkerEvent) -> Option<WorkerEvent> {
         let Some(tickets) = &self.tickets else { return Some(event) };
-        let owner = match &self.to {
+        let owner: Option<&dyn Owner> = match &self.to {
             To::Listener(listener) => Some(&**listener),
-            To::Channel(_) => None,
+            To::Channel(_, lease) => lease.as_ref().map(|lease| lease as &dyn Owner),
         };
         match event {
             WorkerEvent::Frame(frame) => tickets.take(frame, owner).map(WorkerEvent::Frame),
@@ -122,7 +142,7 @@ impl Sink {
 
     async fn pass_on(&self, event: WorkerEvent) -> bool {
         match &self.to {
-            To::Channel(channel) => channel.send(event).await.is_ok(),
+            To::Channel(channel, _) => channel.send(event).await.is_ok(),
             To::Listener(listener) => {
                 Arc::clone(listener).hear(event);
                 true

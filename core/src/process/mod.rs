@@ -17,7 +17,7 @@ pub(crate) mod spawn;
 pub(crate) mod wire;
 mod worker;
 
-pub(crate) use link::{End, Listener, Sink, WorkerEvent};
+pub(crate) use link::{End, Listener, Owner, Sink, WorkerEvent};
 pub(crate) use logs::LogTarget;
 pub(crate) use memory::resident_bytes;
 pub(crate) use progress::{Begun, LANES};

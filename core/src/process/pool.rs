@@ -9,7 +9,9 @@
 use super::affinity::Cpus;
 use super::idle::Idle;
 use super::wire::{FromWorker, Outcome, ToWorker, What};
-use super::{End, Environment, Listener, LogTarget, ProcessId, Sink, WorkerEvent, WorkerLink};
+use super::{
+    End, Environment, Listener, LogTarget, Owner, ProcessId, Sink, WorkerEvent, WorkerLink,
+};
 use super::{check_build, into_result, lost};
 use crate::object::AnyObject;
 use crate::parcel::{Packed, Parcel, pack_all};
@@ -433,7 +435,9 @@ impl Listener for Worker {
     fn hear(self: Arc<Self>, event: WorkerEvent) {
         self.take_in(event);
     }
+}
 
+impl Owner for Worker {
     fn lease(&self) -> Option<Arc<Lease>> {
         self.state().lease.clone()
     }

@@ -53,6 +53,16 @@ impl Lease {
         &self.runtime
     }
 
+    /// One for each bundle, each to be lent and given back by itself. If a machine was lost since
+    /// they were granted, some hold nothing; who uses them will find that out.
+    pub(crate) fn split(&self) -> Vec<Arc<Self>> {
+        let part = |grant: &Grant| (self.runtime.next_id(), grant.clone());
+        let parts: Vec<(Id, Grant)> = self.grants.iter().map(part).collect();
+        self.runtime.step(Event::Split { id: self.id, into: parts.clone() });
+        let lease = |(id, grant)| Arc::new(Self::new(self.runtime.clone(), id, vec![grant]));
+        parts.into_iter().map(lease).collect()
+    }
+
     /// The machine of its first, and mostly only, bundle.
     pub(crate) fn node(&self) -> NodeId {
         self.grants[0].node

@@ -55,6 +55,8 @@ pub(crate) enum Event {
     Cancel { id: Id },
     /// The grant is given back.
     Release { id: Id },
+    /// A gang's grants become those of its members: each can lend its own.
+    Split { id: Id, into: Vec<(Id, Grant)> },
     /// The holder waits for other work: its CPUs are free for that work meanwhile.
     Lend { id: Id },
     /// The holder wants its CPUs back, before anyone who waits.
@@ -151,6 +153,7 @@ impl Scheduler {
             Event::Submit { id, shape } => self.submit(id, shape, out),
             Event::Cancel { id } => self.cancel(id, out),
             Event::Release { id } => self.release(id, out),
+            Event::Split { id, into } => self.split(id, into),
             Event::Lend { id } => self.lend(id, out),
             Event::Reclaim { id } => self.reclaim(id, out),
             Event::Join { holder, max } => self.join(holder, max, out),
@@ -231,6 +234,17 @@ impl Scheduler {
                 grant.amounts.cpus = 0;
             }
             self.give_to_node(&grant);
+        }
+    }
+
+    fn split(&mut self, id: Id, into: Vec<(Id, Grant)>) {
+        let Some(mut held) = self.held.remove(&id) else { return };
+        for (id, grant) in into {
+            // What was on a lost node is not there any more.
+            let Some(at) = held.grants.iter().position(|other| *other == grant) else { continue };
+            held.grants.swap_remove(at);
+            let shape = Arc::clone(&held.shape);
+            self.held.insert(id, Held { shape, grants: vec![grant], cpus: held.cpus });
         }
     }
 

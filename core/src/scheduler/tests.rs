@@ -177,6 +177,22 @@ fn who_loses_all_its_nodes_is_told() {
 }
 
 #[test]
+fn members_of_a_gang_lend_one_by_one() {
+    let mut s = machines(&[Amounts::cpus(2 * UNIT)]);
+    let gang = shape(&vec![Amounts::cpus(UNIT); 2], PlacementStrategy::Pack);
+    let Command::Start { grants, .. } = submit(&mut s, 1, gang).remove(0) else { panic!("fits") };
+    let into = [2, 3].into_iter().zip(grants).collect();
+    assert_eq!(step(&mut s, Event::Split { id: 1, into }), []);
+    submit(&mut s, 4, cpus(1));
+    submit(&mut s, 5, cpus(1));
+    assert_eq!(started(&step(&mut s, Event::Lend { id: 2 })), [4]);
+    assert_eq!(started(&step(&mut s, Event::Release { id: 3 })), [5]);
+    step(&mut s, Event::Release { id: 4 });
+    assert_eq!(step(&mut s, Event::Reclaim { id: 2 }), [Command::Resume { id: 2 }]);
+    assert_eq!(step(&mut s, Event::Release { id: 1 }), [], "the gang itself holds nothing");
+}
+
+#[test]
 fn bundles_are_only_for_those_who_name_them() {
     let mut s = machines(&[Amounts::cpus(UNIT)]);
     submit(&mut s, 1, cpus(1));
@@ -213,6 +229,7 @@ enum Act {
     Lend(usize),
     Reclaim(usize),
     Join(usize, usize),
+    Split(usize),
     LoseNode(u64),
     AddNode,
 }
@@ -234,6 +251,7 @@ fn act() -> impl Strategy<Value = Act> {
         2 => (0usize..64).prop_map(Act::Lend),
         2 => (0usize..64).prop_map(Act::Reclaim),
         1 => ((0usize..64), (1usize..4)).prop_map(|(holder, max)| Act::Join(holder, max)),
+        1 => (0usize..64).prop_map(Act::Split),
         1 => (0u64..6).prop_map(Act::LoseNode),
         1 => Just(Act::AddNode),
     ]
@@ -279,6 +297,7 @@ impl Life {
             Act::Join(n, max) if !self.held.is_empty() => {
                 Event::Join { holder: self.held[n % self.held.len()], max }
             }
+            Act::Split(n) if !self.held.is_empty() => self.split(n),
             Act::LoseNode(node) => Event::NodeLost { node: NodeId(node) },
             Act::AddNode => {
                 self.next_node += 1;
@@ -289,6 +308,21 @@ impl Life {
         let commands = step(&mut self.scheduler, event);
         commands.into_iter().for_each(|command| self.learn(command));
         self.check();
+    }
+
+    /// Who had joined is of no interest here: gangs share nothing.
+    fn split(&mut self, n: usize) -> Event {
+        let id = self.held[n % self.held.len()];
+        let grants = self.scheduler.held[&id].grants.clone();
+        if grants.len() < 2 {
+            return Event::Cancel { id: 0 };
+        }
+        self.held.retain(|held| *held != id);
+        self.ended.push(id);
+        let into: Vec<(Id, Grant)> = (self.next + 1..).zip(grants).collect();
+        self.next += into.len() as u64;
+        self.held.extend(into.iter().map(|(id, _)| *id));
+        Event::Split { id, into }
     }
 
     fn release(&mut self, n: usize) -> Event {

@@ -172,9 +172,12 @@ fn actors_and_members(runtime: &Runtime) {
         let asker = runtime.spawn(Asker::remote().with_options(options)).expect("starts");
         assert_eq!(*asker.ask(2).get_timeout(LONG).expect("answers"), 4);
     }
-    let group: Group<u64> =
-        runtime.group(&GroupOptions::new("askers", 2), &member::remote(1)).expect("starts");
-    assert_eq!(group.join(LONG).expect("answers"), [2, 4]);
+    // They hold all CPUs there are, and lend them while they wait.
+    for placement in [Placement::Thread, Placement::Process] {
+        let options = GroupOptions { placement, ..GroupOptions::new("askers", 4) };
+        let group: Group<u64> = runtime.group(&options, &member::remote(1)).expect("starts");
+        assert_eq!(group.join(LONG).expect("answers"), [2, 4, 8, 16], "{placement:?}");
+    }
 }
 
 #[remote(crate = mobula_core)]
