@@ -21,6 +21,8 @@ pub(crate) const TESTS: &[Test] = &[
     ("fork_server::a_killed_one_loses_its_workers_and_is_replaced", killed_server),
     ("fork_server::a_peak_is_exact_and_the_workers_own", peak),
     ("fork_server::a_program_with_threads_starts_each_worker_by_itself", with_threads),
+    ("fork_server::threads_that_were_joined_do_not_count", joined_threads),
+    ("fork_server::one_that_is_killed_while_it_starts_is_missed_once", killed_early),
     ("fork_server::a_worker_begins_where_its_driver_is_with_nothing_else", begins),
     ("fork_server::a_program_that_a_worker_starts_is_a_driver_of_its_own", nested_driver),
 ];
@@ -35,6 +37,15 @@ pub(crate) fn run() -> Result<(), Box<dyn std::error::Error>> {
     let mode = std::env::var(MODE)?;
     if mode == "threads" {
         std::thread::spawn(std::thread::park);
+    }
+    if mode == "joined" {
+        join_threads();
+    }
+    if mode == "stumble" && std::env::var_os("MOBULA_FORK_SERVER_FD").is_some() {
+        let marker = PathBuf::from(std::env::var(FOLDER)?).join("marker");
+        if std::fs::File::create_new(marker).is_ok() {
+            std::process::abort();
+        }
     }
     let runtime = mobula_core::init_with(Resources::cpus(2.0))?;
     match mode.as_str() {
@@ -61,6 +72,11 @@ pub(crate) fn run() -> Result<(), Box<dyn std::error::Error>> {
         "threads" => {
             let (_, parent) = *runtime.submit(on_process(about::remote())).get_timeout(LONG)?;
             assert_eq!(parent, std::process::id(), "there is nobody between them");
+        }
+        "joined" => assert_ne!(parent_of_a_worker(&runtime, 1.0)?, std::process::id()),
+        "stumble" => {
+            assert_eq!(parent_of_a_worker(&runtime, 1.0)?, std::process::id(), "it is missed");
+            assert_ne!(parent_of_a_worker(&runtime, 2.0)?, std::process::id(), "it is there");
         }
         "begin" => {
             runtime.submit(on_process(about::remote())).get_timeout(LONG)?;
@@ -103,6 +119,18 @@ fn start_programs(folder: PathBuf) -> Result<(), std::io::Error> {
 /// The ids that `start_programs` says: of the worker, and of what it has started.
 fn programs(folder: &Path) -> [String; 3] {
     ["worker", "near", "far"].map(|name| wait_for_file(&folder.join(name)).trim().to_owned())
+}
+
+/// Of a new worker, if none was asked for with so many CPUs before.
+fn parent_of_a_worker(runtime: &Runtime, cpus: f64) -> Result<u32, mobula_core::Error> {
+    let task = on_process(about::remote()).with_resources(Resources::cpus(cpus));
+    Ok(runtime.submit(task).get_timeout(LONG)?.1)
+}
+
+/// The last of them have just ended.
+fn join_threads() {
+    let threads: Vec<_> = (0..64).map(|_| std::thread::spawn(|| {})).collect();
+    threads.into_iter().for_each(|thread| drop(thread.join()));
 }
 
 fn touch(bytes: usize) {
@@ -231,6 +259,23 @@ fn peak(_: &Runtime) {
 fn with_threads(_: &Runtime) {
     let said = printed("threads");
     assert!(said.contains("done"), "{said}");
+    assert_eq!(said.matches("no fork server: each worker process").count(), 1, "{said}");
+    assert!(said.contains("the program has 2 threads when it calls init()"), "{said}");
+}
+
+fn joined_threads(_: &Runtime) {
+    let said = printed("joined");
+    assert!(said.contains("done"), "{said}");
+}
+
+fn killed_early(_: &Runtime) {
+    let folder = tempfile::tempdir().expect("temporary folder");
+    let mut driver = program("stumble");
+    let output = driver.env(FOLDER, folder.path()).stderr(Stdio::piped()).output().expect("start");
+    let said = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
+    assert!(said.contains("done"), "{said}");
+    assert_eq!(said.matches("no fork server: a worker process").count(), 1, "{said}");
+    assert!(said.contains("was killed by signal 6 (SIGABRT) before it served"), "{said}");
 }
 
 fn begins(_: &Runtime) {
