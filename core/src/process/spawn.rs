@@ -333,3 +333,6 @@ pub(crate) fn set_environment(variables: &[(String, String)]) {
         unsafe { std::env::set_var(name, value) };
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -3,7 +3,8 @@
 
 use crate::Test;
 use crate::driver::{assert_gone, wait_for_file};
-use mobula_core::{Placement, Resources, Runtime, Task, remote};
+use mobula_core::status::ActorState;
+use mobula_core::{ActorOptions, Placement, Resources, RestartPolicy, Runtime, Task, remote};
 use rustix::process::{Pid, Signal, kill_process};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -19,6 +20,7 @@ pub(crate) const TESTS: &[Test] = &[
     ("fork_server::what_a_task_started_ends_when_the_runtime_is_shut_down", shut_down),
     ("fork_server::what_a_task_started_ends_with_its_killed_worker", killed_worker),
     ("fork_server::a_killed_one_loses_its_workers_and_is_replaced", killed_server),
+    ("fork_server::an_actor_is_not_locked_while_one_starts", slow_start),
     ("fork_server::a_peak_is_exact_and_the_workers_own", peak),
     ("fork_server::a_program_with_threads_starts_each_worker_by_itself", with_threads),
     ("fork_server::threads_that_were_joined_do_not_count", joined_threads),
@@ -47,6 +49,9 @@ pub(crate) fn run() -> Result<(), Box<dyn std::error::Error>> {
             std::process::abort();
         }
     }
+    if mode == "hold" && std::env::var_os("MOBULA_FORK_SERVER_FD").is_some() {
+        hold(&PathBuf::from(std::env::var(FOLDER)?));
+    }
     let runtime = mobula_core::init_with(Resources::cpus(2.0))?;
     match mode.as_str() {
         "wait" | "return" | "shut down" => {
@@ -63,6 +68,7 @@ pub(crate) fn run() -> Result<(), Box<dyn std::error::Error>> {
             }
         }
         "lose" => lose_server(&runtime)?,
+        "hold" => start_slowly(&runtime, &PathBuf::from(std::env::var(FOLDER)?))?,
         "peak" => {
             touch(400 << 20);
             let end = |task| runtime.submit(on_process(task)).get_timeout(LONG);
@@ -178,6 +184,47 @@ fn lose_server(runtime: &Runtime) -> Result<(), Box<dyn std::error::Error>> {
     Ok(())
 }
 
+/// The second fork server does not come to `init()` before it is let.
+fn hold(folder: &Path) {
+    if std::fs::File::create_new(folder.join("first")).is_err() {
+        std::fs::write(folder.join("second"), "").expect("say so");
+        wait_for_file(&folder.join("go"));
+    }
+}
+
+struct Orphan;
+
+#[remote(crate = mobula_core)]
+impl Orphan {
+    fn new() -> Self {
+        Self
+    }
+
+    fn parent(&self) -> u32 {
+        std::os::unix::process::parent_id()
+    }
+}
+
+fn start_slowly(runtime: &Runtime, folder: &Path) -> Result<(), Box<dyn std::error::Error>> {
+    let options = ActorOptions {
+        placement: Placement::Process,
+        restart: RestartPolicy::at_most(1),
+        ..ActorOptions::new("orphan")
+    };
+    let orphan = runtime.spawn(Orphan::remote().with_options(options))?;
+    let first = *orphan.parent().get_timeout(LONG)?;
+    kill(&first.to_string());
+    wait_for_file(&folder.join("second"));
+    // None of this waits.
+    assert_eq!(orphan.actor().pid(), None);
+    assert_eq!(runtime.status().actors[0].state, ActorState::Starting);
+    let parent = orphan.parent();
+    std::fs::write(folder.join("go"), "")?;
+    let second = *parent.get_timeout(LONG)?;
+    assert!(second != first && second != std::process::id(), "{first}, then {second}");
+    Ok(())
+}
+
 fn program(mode: &str) -> Command {
     let mut command = Command::new(std::env::current_exe().expect("this binary"));
     command.env(MODE, mode).stdin(Stdio::null()).stdout(Stdio::piped());
@@ -243,6 +290,11 @@ fn killed_server(_: &Runtime) {
     let said = printed("lose");
     let reason = "the fork server that its process came from was killed by signal 9 (SIGKILL)";
     assert!(said.contains(reason) && said.contains("done"), "{said}");
+}
+
+fn slow_start(_: &Runtime) {
+    let folder = tempfile::tempdir().expect("temporary folder");
+    assert!(start("hold", folder.path()).wait().expect("reap").success());
 }
 
 fn peak(_: &Runtime) {
