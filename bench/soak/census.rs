@@ -4,7 +4,7 @@ use crate::processes;
 use anyhow::{Result, bail};
 use std::collections::BTreeMap;
 use std::fs::read_dir;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 /// Everything idle has ended by then: workers after a second, threads after ten.
@@ -26,6 +26,8 @@ impl Census {
         let mut things = BTreeMap::new();
         let mut count = |name: String| *things.entry(name).or_insert(0) += 1;
         processes::workers().iter().for_each(|_| count("worker process".to_owned()));
+        processes::fork_servers().iter().for_each(|_| count("fork server".to_owned()));
+        memory_cgroups().iter().for_each(|_| count("memory cgroup".to_owned()));
         for thread in names("/proc/self/task", "comm") {
             count(format!("thread {}", thread.trim()));
         }
@@ -148,6 +150,30 @@ fn kind(target: &str) -> &str {
         Some((kind @ ("socket" | "pipe"), _)) => kind,
         _ => target,
     }
+}
+
+/// Those that this process has made for its workers, or that one which has ended has left.
+fn memory_cgroups() -> Vec<PathBuf> {
+    let own = std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+    let folders = own.lines().filter_map(|line| {
+        let mut fields = line.splitn(3, ':').skip(1);
+        let (controllers, path) = (fields.next()?, fields.next()?.trim_start_matches('/'));
+        // Where they are mounted on most systems.
+        let root = Path::new("/sys/fs/cgroup");
+        Some(if controllers.is_empty() {
+            root.join(path)
+        } else {
+            root.join(controllers).join(path)
+        })
+    });
+    let entries = folders.flat_map(read_dir).flatten().flatten().map(|entry| entry.path());
+    entries.filter(|path| is_ours_or_nobodys(path)).collect()
+}
+
+fn is_ours_or_nobodys(cgroup: &Path) -> bool {
+    let name = cgroup.file_name().unwrap_or_default().to_string_lossy();
+    let driver = name.strip_prefix("mobula-").and_then(|rest| rest.split('-').next()?.parse().ok());
+    driver.is_some_and(|driver| driver == std::process::id() || !processes::is_alive(driver))
 }
 
 fn is_spill_of_another(name: &str) -> bool {

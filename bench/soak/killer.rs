@@ -1,6 +1,6 @@
 //! Who kills workers meanwhile: when, whom and how is drawn from the seed.
 
-use crate::processes::{Worker, workers};
+use crate::processes::{Worker, victims};
 use crate::tally::Tally;
 use mobula_core::random::Philox;
 use rustix::process::Signal;
@@ -45,7 +45,7 @@ impl Killer {
                 if stopped.recv_timeout(pause) != Err(RecvTimeoutError::Timeout) {
                     break;
                 }
-                let candidates = workers();
+                let candidates = victims();
                 let victim = candidates.get((victim * candidates.len() as f64) as usize);
                 if let Some(worker) = victim.and_then(|pid| Worker::open(*pid)) {
                     strike(&worker, how as usize, Duration::from_millis(rest), &mut tally);

@@ -169,10 +169,23 @@ pub(crate) trait AnyObject: Send + Sync {
 
 impl<T> Slot<T> {
     fn settle(&self, outcome: Result<Payload<T>, Error>) {
-        if self.outcome.set(outcome).is_err() {
-            return;
+        if self.outcome.set(outcome).is_ok() {
+            drop(lock(&self.kill).take());
+            self.wake();
         }
-        drop(lock(&self.kill).take());
+    }
+
+    /// Settles it with an error before its task is told to stop: one that then gives a result after
+    /// all is too late.
+    fn call_off(&self, error: Error) {
+        let is_new = self.outcome.set(Err(error)).is_ok();
+        self.cancelled.store(true, Ordering::Release);
+        if is_new {
+            self.wake();
+        }
+    }
+
+    fn wake(&self) {
         let waiters = std::mem::take(&mut lock(&self.waiters).wakers);
         wake_all(waiters.into_iter().map(|(_, waker)| waker));
     }
@@ -211,9 +224,8 @@ impl<T: Send + Sync> AnyObject for Slot<T> {
     }
 
     fn cancel(&self) {
-        self.cancelled.store(true, Ordering::Release);
+        self.call_off(Error::Cancelled { task: self.name.to_string() });
         let kill = lock(&self.kill).take();
-        self.settle(Err(Error::Cancelled { task: self.name.to_string() }));
         if let Some(kill) = kill {
             kill();
         }
@@ -223,8 +235,8 @@ impl<T: Send + Sync> AnyObject for Slot<T> {
 
     fn expire(&self, after: Duration) {
         if !self.is_ready() {
-            self.cancelled.store(true, Ordering::Release);
-            self.settle(Err(Error::Timeout { what: self.name.to_string(), after }));
+            self.call_off(Error::Timeout { what: self.name.to_string(), after });
+            drop(lock(&self.kill).take());
         }
     }
 

@@ -51,7 +51,8 @@ mod signature;
 ///   the newest saved one instead of `new`. `Saved` travels as an argument does. They are not
 ///   methods of the handle. A save that fails leaves the older one in place, and the call its
 ///   result; it is noted once an actor, counted (`ActorStatus::failed_checkpoints`), and tried again
-///   after the next change. A `load` that fails ends the actor, as a constructor does.
+///   after the next change. A `load` that fails ends an actor whose process was lost, as a
+///   constructor does; after a panic the next call tries it again.
 /// * `#[remote(crate = path)]` says where Mobula lives, for crates that do not depend on the
 ///   facade: the default is `::mobula`.
 #[proc_macro_attribute]

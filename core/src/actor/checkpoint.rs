@@ -4,15 +4,15 @@
 //! answered then: what callers know of is in the state that comes back. One that was saved on
 //! another machine is brought to the driver first, and whatever else the actor answers waits too.
 
-use super::process::{Phase, ProcessActor, UnderWay, settle_all};
+use super::process::{Phase, ProcessActor, State, UnderWay, settle_all};
 use crate::parcel::Parcel;
 use crate::process::{Begun, lost};
-use crate::scheduler::NodeId;
 use crate::store::Lease;
 use crate::{Error, console, threads};
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, PoisonError};
+use std::sync::{Arc, MutexGuard, PoisonError};
 
 /// How an actor's state is to be saved, if it can be.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
@@ -58,15 +58,20 @@ impl From<Parcel> for Newest {
 
 /// An answer that waits for a saved state to be brought.
 pub(super) struct Arrival {
+    /// Of the actor's processes, the one that has answered.
+    pub(super) life: u64,
     pub(super) call: u64,
     pub(super) under_way: UnderWay,
     pub(super) result: Result<Parcel, Error>,
     pub(super) saved: Option<Parcel>,
-    /// Where that is.
-    pub(super) node: NodeId,
 }
 
 impl Arrival {
+    /// What it was before its answer.
+    fn into_call(self) -> (u64, UnderWay) {
+        (self.call, self.under_way)
+    }
+
     fn settle(self) {
         (self.under_way.post.settle)(self.result);
     }
@@ -86,15 +91,19 @@ impl ProcessActor {
         // To fetch is to wait: not on the thread that hears of workers.
         let actor = Arc::clone(self);
         if let Err(refused) = threads::run(1, move || actor.bring_saved()) {
-            let arrived: Vec<Arrival> = self.state().arrivals.drain(..).collect();
-            self.not_brought(arrived, &refused.error);
+            let _one = self.bringing();
+            self.not_brought(self.state(), Vec::new(), &refused.error);
         }
+    }
+
+    fn bringing(&self) -> MutexGuard<'_, ()> {
+        self.bringing.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Brings what was saved on another machine, and answers those who wait for it, until there is
     /// nothing left. For one thread at a time: another one finds all done.
     pub(super) fn bring_saved(&self) {
-        let _one = self.bringing.lock().unwrap_or_else(PoisonError::into_inner);
+        let _one = self.bringing();
         while let Some((count, newest)) = self.newest_arrival() {
             let brought = newest.map(Parcel::brought).transpose();
             let mut state = self.state();
@@ -108,10 +117,7 @@ impl ProcessActor {
                     drop(before);
                     arrived.into_iter().for_each(Arrival::settle);
                 }
-                Err(error) => {
-                    drop(state);
-                    self.not_brought(arrived, &error);
-                }
+                Err(error) => self.not_brought(state, arrived, &error),
             }
             self.state().leave_if_done();
         }
@@ -125,29 +131,32 @@ impl ProcessActor {
         Some((state.arrivals.len(), newest)).filter(|(count, _)| *count > 0)
     }
 
-    /// The state before these calls is the newest. If their machine is gone, so is what they did:
-    /// they were running when it was lost.
-    fn not_brought(&self, arrived: Vec<Arrival>, error: &Error) {
-        let is_there = |arrival: &Arrival| self.runtime.has_node(arrival.node);
-        if arrived.first().is_none_or(is_there) {
-            self.failures.add(&self.options.name, &error.to_string());
-            return arrived.into_iter().for_each(Arrival::settle);
-        }
-        let mut state = self.state();
-        let arrived = arrived.into_iter().chain(std::mem::take(&mut state.arrivals));
-        let calls = arrived.map(|arrival| (arrival.call, arrival.under_way));
-        state.under_way.extend(calls);
-        let failed = match state.phase {
-            // Its end is still to be heard, and says the same of them.
-            Phase::Running(_) => {
-                state.has_lost_saved = true;
-                Vec::new()
-            }
-            Phase::Starting => state.take_lost(&Begun::Unknown, self.options.max_task_retries),
-            Phase::Dead(_) => state.take_lost(&Begun::Unknown, 0),
+    /// The state before these calls is the newest, and what they did is lost: they count as running
+    /// when their process ended, and it ends here, if that is still to come.
+    fn not_brought(&self, mut state: MutexGuard<'_, State>, arrived: Vec<Arrival>, error: &Error) {
+        let reason = format!("the state that it had saved was lost: {error}");
+        let arrived: Vec<_> =
+            arrived.into_iter().chain(std::mem::take(&mut state.arrivals)).collect();
+        let life = match &state.phase {
+            Phase::Running(life) => Some(Arc::clone(life)),
+            _ => None,
         };
+        let lives = state.lives;
+        let has_it = |arrival: &Arrival| life.is_some() && arrival.life == lives;
+        let (running, ended): (Vec<_>, Vec<_>) = arrived.into_iter().partition(has_it);
+        if let Some(life) = life.filter(|_| !running.is_empty()) {
+            // Its end is still to be heard, and says what becomes of them.
+            state.under_way.extend(running.into_iter().map(Arrival::into_call));
+            state.has_lost_saved = true;
+            life.end(reason.clone());
+        }
+        let is_dead = matches!(state.phase, Phase::Dead(_));
+        let retries = if is_dead { 0 } else { self.options.max_task_retries };
+        let ended: BTreeMap<_, _> = ended.into_iter().map(Arrival::into_call).collect();
+        let failed = state.take_back(ended, &Begun::Unknown, retries);
+        let unsent = state.send_queued();
         drop(state);
-        let error = || lost(&self.options.name, error.to_string());
-        settle_all(failed.into_iter().map(|post| (post, error())).collect());
+        let error = || lost(&self.options.name, reason.clone());
+        settle_all(failed.into_iter().map(|post| (post, error())).chain(unsent).collect());
     }
 }

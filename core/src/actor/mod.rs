@@ -5,6 +5,7 @@
 
 pub(crate) mod checkpoint;
 pub(crate) mod crew;
+mod ear;
 mod handle;
 pub(crate) mod lanes;
 mod pool;

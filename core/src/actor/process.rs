@@ -1,17 +1,17 @@
 //! An actor in a process of its own: its calls under way, its restarts, its end.
 
 use super::checkpoint::{Arrival, Failures, Newest, Saves};
+use super::ear::Ear;
 use super::handle::ActorRef;
 use super::lanes::MOST_GROUPS;
 use super::remote::Post;
 use super::supervisor::Supervisor;
 use super::{ActorOptions, gone};
-use crate::object::AnyObject;
 use crate::parcel::{Packed, Parcel, pack_all};
 use crate::process::wire::{FromWorker, Outcome, ToWorker, What};
 use crate::process::{
-    Begun, End, Environment, LANES, Listener, LogTarget, Owner, ProcessId, Sink, WorkerEvent,
-    WorkerLink, check_build, into_result, lost,
+    Begun, End, Environment, LANES, LogTarget, ProcessId, Sink, WorkerEvent, WorkerLink,
+    check_build, into_result, lost,
 };
 use crate::remote::RemoteFn;
 use crate::runtime::{Lease, Runtime};
@@ -49,6 +49,8 @@ pub(super) struct State {
     pub(super) arrivals: VecDeque<Arrival>,
     /// What the next process is made of, if there is one.
     pub(super) newest: Newest,
+    /// How many processes it has had, with the one that it has now.
+    pub(super) lives: u64,
     /// A state that the process has saved is lost: so is whatever it did since, and its end is near.
     pub(super) has_lost_saved: bool,
     /// Calls that wait for a process.
@@ -108,6 +110,7 @@ impl ProcessActor {
             under_way: BTreeMap::new(),
             arrivals: VecDeque::new(),
             newest: Newest::default(),
+            lives: 0,
             has_lost_saved: false,
             queue: VecDeque::new(),
             last_call: 0,
@@ -148,14 +151,24 @@ impl ProcessActor {
         let log = LogTarget::new(name.clone(), format!("[{name}]"));
         self.bring_saved();
         self.bring_arguments(lease.node())?;
-        // Locked, so that its end is not noticed before its beginning.
+        if !self.is_alive() {
+            return Ok(());
+        }
+        // To start it may take as long as the program takes to its `init()`: not locked.
+        let (node, ear) = (lease.grants[0].node, Arc::new(Ear::new(Arc::clone(self))));
+        let link = self.runtime.host()?.start(environment, log, Sink::listener(ear.clone()))?;
+        self.let_build(link, node)?;
+        // Now that it is the actor's own, even if it has ended meanwhile.
+        ear.open();
+        Ok(())
+    }
+
+    /// Takes a new process for its own, unless it is dead, and has it build the actor.
+    fn let_build(&self, link: WorkerLink, node: NodeId) -> Result<(), Error> {
         let mut state = self.state();
         if matches!(state.phase, Phase::Dead(_)) {
             return Ok(());
         }
-        let (node, ear) =
-            (lease.grants[0].node, Sink::listener(Arc::clone(self) as Arc<dyn Listener>));
-        let link = self.runtime.host()?.start(environment, log, ear)?;
         let (constructor, parcels) = self.made_by(&state)?;
         let (args, kept) = pack_all(&parcels, node)?;
         let function = constructor.to_owned();
@@ -167,6 +180,7 @@ impl ProcessActor {
             Some(_) => std::mem::replace(&mut state.newest.lease, kept),
             None => kept,
         };
+        state.lives += 1;
         state.has_lost_saved = false;
         state.phase = Phase::Running(Arc::new(Life { link, node, _args: kept }));
         let failed = state.send_queued();
@@ -202,6 +216,11 @@ impl ProcessActor {
         needed.iter().filter(far).try_for_each(Parcel::bring)?;
         waiting.iter().filter(far).for_each(|parcel| drop(parcel.bring()));
         Ok(())
+    }
+
+    /// What it lives on now.
+    pub(super) fn held(&self) -> Option<Arc<Lease>> {
+        self.state().lease.clone()
     }
 
     /// What it has to live on: somewhere else, if its machine is gone. `None` when it is to end.
@@ -273,7 +292,7 @@ impl ProcessActor {
 
     fn end_process(&self, reason: &str) {
         if let Phase::Running(life) = &self.state().phase {
-            life.link.kill_because(reason.to_owned());
+            life.end(reason.to_owned());
         }
     }
 
@@ -297,7 +316,7 @@ impl ProcessActor {
         settle_all(failed);
     }
 
-    fn take_in(self: &Arc<Self>, event: WorkerEvent) {
+    pub(super) fn take_in(self: &Arc<Self>, event: WorkerEvent) {
         match event {
             WorkerEvent::Frame(FromWorker::Hello { build }) => {
                 if let Err(error) = check_build(&build) {
@@ -323,20 +342,21 @@ impl ProcessActor {
 
     fn replied(self: &Arc<Self>, call: u64, outcome: Outcome, micros: u32) {
         let is_shared = matches!(outcome, Outcome::Value(Packed::Shared { .. }));
-        let (under_way, process, must_wait) = {
+        let (under_way, process, must_wait, life) = {
             let mut state = self.state();
             if state.has_lost_saved {
                 // Its end says what becomes of the call.
                 return;
             }
             let process = state.process().unwrap_or_default();
-            (state.under_way.remove(&call), process, !state.arrivals.is_empty())
+            let must_wait = !state.arrivals.is_empty();
+            (state.under_way.remove(&call), process, must_wait, state.lives)
         };
         let name = under_way.as_ref().map_or("nobody's", |call| call.post.method);
         let result = into_result(name, outcome);
         if let Some(under_way) = under_way {
             let result = timeline::replied(process, name, micros, result);
-            self.answer(call, under_way, result, must_wait);
+            self.answer((life, call), under_way, result, must_wait);
         }
         let mut state = self.state();
         if is_shared {
@@ -348,15 +368,14 @@ impl ProcessActor {
     /// Gives the caller its result, after the state that was saved has become the newest one.
     fn answer(
         self: &Arc<Self>,
-        call: u64,
+        (life, call): (u64, u64),
         mut under_way: UnderWay,
         result: Result<Parcel, Error>,
         must_wait: bool,
     ) {
         let saved = under_way.saved.take();
         if must_wait || matches!(saved, Some(Parcel::Far(_))) {
-            let node = self.node().unwrap_or(NodeId::HERE);
-            return self.hold_back(Arrival { call, under_way, result, saved, node });
+            return self.hold_back(Arrival { life, call, under_way, result, saved });
         }
         if let Some(saved) = saved {
             let before = std::mem::replace(&mut self.state().newest, saved.into());
@@ -484,11 +503,17 @@ impl ProcessActor {
     }
 }
 
+impl Life {
+    pub(super) fn end(&self, reason: String) {
+        self.link.kill_because(reason);
+    }
+}
+
 impl State {
     /// Sends what waits to the process, if there is one. Gives what cannot be sent, to be settled
     /// outside of the lock.
     #[must_use]
-    fn send_queued(&mut self) -> Vec<(Post, Error)> {
+    pub(super) fn send_queued(&mut self) -> Vec<(Post, Error)> {
         let mut failed = Vec::new();
         let Phase::Running(life) = &self.phase else { return failed };
         let life = Arc::clone(life);
@@ -513,16 +538,27 @@ impl State {
     }
 
     /// What the lost process had: the failed ones; the others go back to the queue, in order.
-    pub(super) fn take_lost(&mut self, begun: &Begun, max_retries: u32) -> Vec<Post> {
+    fn take_lost(&mut self, begun: &Begun, max_retries: u32) -> Vec<Post> {
+        let calls = std::mem::take(&mut self.under_way);
+        self.last_call = 0;
+        self.take_back(calls, begun, max_retries)
+    }
+
+    /// The same of these calls, by number.
+    pub(super) fn take_back(
+        &mut self,
+        calls: BTreeMap<u64, UnderWay>,
+        begun: &Begun,
+        max_retries: u32,
+    ) -> Vec<Post> {
         let mut failed = Vec::new();
         let mut again = VecDeque::new();
-        for (call, UnderWay { mut post, .. }) in std::mem::take(&mut self.under_way) {
+        for (call, UnderWay { mut post, .. }) in calls {
             post.lost += u32::from(call <= begun.newest_in(post.class.lane()));
             if post.lost > max_retries { failed.push(post) } else { again.push_back(post) }
         }
         again.append(&mut self.queue);
         self.queue = again;
-        self.last_call = 0;
         failed
     }
 
@@ -567,22 +603,5 @@ fn gone_because(name: &str, error: &Error) -> Error {
     match error {
         Error::WorkerLost { .. } => error.clone(),
         _ => gone(name),
-    }
-}
-
-impl Listener for ProcessActor {
-    fn hear(self: Arc<Self>, event: WorkerEvent) {
-        self.take_in(event);
-    }
-}
-
-impl Owner for ProcessActor {
-    fn lease(&self) -> Option<Arc<Lease>> {
-        self.state().lease.clone()
-    }
-
-    /// A call's result may be wanted whatever becomes of its caller.
-    fn object_of(&self, _: u64) -> Option<Arc<dyn AnyObject>> {
-        None
     }
 }

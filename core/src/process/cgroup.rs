@@ -12,8 +12,11 @@ use std::io::{Result, Write};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 const NAME: &str = "mobula";
+/// Whoever lives on for so long after something was killed here was not the victim.
+const DYING: Duration = Duration::from_secs(5);
 
 /// Those that could not be removed yet.
 static LEFT: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
@@ -24,6 +27,8 @@ pub(super) struct Cgroup {
     folder: PathBuf,
     version: Version,
     limit: u64,
+    /// How often the kernel has killed something here, and when that was seen first.
+    kills: (u64, Option<Instant>),
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,7 +59,7 @@ impl Cgroup {
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
         let folder = own.join(format!("{NAME}-{}-{number}", std::process::id()));
         std::fs::create_dir(&folder)?;
-        let cgroup = Self { folder, version, limit };
+        let cgroup = Self { folder, version, limit, kills: (0, None) };
         let bytes = bytes.to_string();
         let (limit, swap) = match version {
             Version::V1 => ("memory.limit_in_bytes", ("memory.memsw.limit_in_bytes", &*bytes)),
@@ -70,17 +75,33 @@ impl Cgroup {
         write(&self.folder.join("cgroup.procs"), &process.to_string())
     }
 
-    /// What was held, and what was allowed, if the kernel has killed something here for that.
-    pub(super) fn overrun(&self) -> Option<(u64, u64)> {
-        let (events, peak) = match self.version {
-            Version::V1 => ("memory.oom_control", "memory.max_usage_in_bytes"),
-            Version::V2 => ("memory.events", "memory.peak"),
+    /// Sees whether the kernel has killed something here: the worker, or a program of its own.
+    pub(super) fn look(&mut self, now: Instant) {
+        let events = match self.version {
+            Version::V1 => "memory.oom_control",
+            Version::V2 => "memory.events",
         };
-        let read = |name| std::fs::read_to_string(self.folder.join(name)).unwrap_or_default();
-        let kills = field(&read(events), "oom_kill")?;
+        let kills = field(&self.read(events), "oom_kill").unwrap_or(0);
+        if kills > self.kills.0 {
+            self.kills = (kills, Some(now));
+        }
+    }
+
+    /// What was held, and what was allowed, if the kernel has just killed something here for that.
+    pub(super) fn overrun(&mut self, now: Instant) -> Option<(u64, u64)> {
+        self.look(now);
+        let peak = match self.version {
+            Version::V1 => "memory.max_usage_in_bytes",
+            Version::V2 => "memory.peak",
+        };
         // Linux before 5.19 does not tell.
-        let peak = read(peak).trim().parse().unwrap_or(self.limit);
-        (kills > 0).then_some((peak, self.limit))
+        let peak = self.read(peak).trim().parse().unwrap_or(self.limit);
+        let is_new = now.saturating_duration_since(self.kills.1?) < DYING;
+        is_new.then_some((peak, self.limit))
+    }
+
+    fn read(&self, name: &str) -> String {
+        std::fs::read_to_string(self.folder.join(name)).unwrap_or_default()
     }
 }
 
@@ -210,15 +231,20 @@ mod tests {
         assert!(make().is_err(), "no controller can be turned on");
         std::fs::write(root.path().join("cgroup.subtree_control"), "cpu memory\n").expect("write");
         let (folder, version, limit) = (root.path().to_owned(), Version::V2, 100);
-        let cgroup = Cgroup { folder, version, limit };
-        assert_eq!(cgroup.overrun(), None);
+        let mut cgroup = Cgroup { folder, version, limit, kills: (0, None) };
+        let began = Instant::now();
+        assert_eq!(cgroup.overrun(began), None);
         let text = |kills: u64| format!("max 9\noom 1\noom_kill {kills}\n");
         std::fs::write(root.path().join("memory.events"), text(0)).expect("write");
-        assert_eq!(cgroup.overrun(), None);
+        assert_eq!(cgroup.overrun(began), None);
         std::fs::write(root.path().join("memory.events"), text(1)).expect("write");
-        assert_eq!(cgroup.overrun(), Some((100, 100)), "an old kernel tells no peak");
+        assert_eq!(cgroup.overrun(began), Some((100, 100)), "an old kernel tells no peak");
         std::fs::write(root.path().join("memory.peak"), "300\n").expect("write");
-        assert_eq!(cgroup.overrun(), Some((300, 100)));
+        assert_eq!(cgroup.overrun(began), Some((300, 100)));
+        let later = began + 2 * DYING;
+        assert_eq!(cgroup.overrun(later), None, "it was another process that was killed");
+        std::fs::write(root.path().join("memory.events"), text(2)).expect("write");
+        assert_eq!(cgroup.overrun(later), Some((300, 100)), "now it is");
     }
 
     #[test]
@@ -233,7 +259,7 @@ mod tests {
     #[test]
     fn the_kernel_kills_what_takes_too_much_and_it_is_known() {
         let Some((own, version)) = own_folder_here() else { return };
-        let Ok(cgroup) = Cgroup::make(&own, version, 20 << 20, 40 << 20) else { return };
+        let Ok(mut cgroup) = Cgroup::make(&own, version, 20 << 20, 40 << 20) else { return };
         let folder = cgroup.folder.clone();
         // It begins when it has been moved, and keeps much of what it reads.
         let mut child = Command::new("sh")
@@ -249,7 +275,7 @@ mod tests {
         }
         child.wait().expect("reap");
         if joined.is_ok() {
-            let (peak, limit) = cgroup.overrun().expect("it was killed for that");
+            let (peak, limit) = cgroup.overrun(Instant::now()).expect("it was killed for that");
             assert!(peak > 30 << 20 && limit == 20 << 20, "{peak} of {limit}");
         }
         drop(cgroup);

@@ -77,15 +77,38 @@ impl Process {
 
     /// Binds it to CPUs, which are kept from others until it has ended.
     pub(super) fn bind(&self, bound: Option<Bound>) {
-        if let Some(bound) = &bound {
+        if let Some(bound) = &bound
+            && self.is_alive()
+        {
             bound.apply(self.pid);
         }
         *lock(&self.bound) = bound;
+        if !self.is_alive() {
+            *lock(&self.bound) = None;
+        }
     }
 
     /// Has the kernel kill it when it holds far more bytes of memory than these, where it can.
     pub(super) fn confine(&self, limit: u64) {
+        if !self.is_alive() {
+            return;
+        }
         *lock(&self.cgroup) = Cgroup::of(self.pid, limit);
+        if !self.is_alive() {
+            // Its number may have been somebody else's, who is free again with this.
+            *lock(&self.cgroup) = None;
+        }
+    }
+
+    /// Whether its number is its own: as far as the system knows, which is before the fork server
+    /// says so.
+    fn is_alive(&self) -> bool {
+        let has_ended = match &self.whose {
+            Whose::ForkServers(pidfd) => is_readable(pidfd, Duration::ZERO),
+            // Not reaped before it `has_ended`.
+            Whose::Own(_) => false,
+        };
+        !has_ended && !self.has_ended()
     }
 
     /// Looks at its memory, as far as it lives: of one that has ended the system tells no more.
@@ -93,6 +116,9 @@ impl Process {
     pub(crate) fn see_memory(&self) -> u64 {
         if !self.has_ended() {
             self.note_peak(memory::peak_bytes(self.pid()).unwrap_or(0));
+            if let Some(cgroup) = &mut *lock(&self.cgroup) {
+                cgroup.look(Instant::now());
+            }
         }
         self.peak()
     }
@@ -168,10 +194,10 @@ impl Process {
     pub(super) fn reaped(&self, status: ExitStatus, peak: u64) {
         self.note_peak(peak);
         let cgroup = lock(&self.cgroup).take();
-        // Not only a program of its own was killed.
+        // Not only a program of its own was killed, now or long ago.
         let was_killed = status.signal() == Some(Signal::KILL.as_raw());
-        if let Some((held, limit)) = cgroup.and_then(|group| group.overrun()).filter(|_| was_killed)
-        {
+        let overrun = cgroup.and_then(|mut group| group.overrun(Instant::now()));
+        if let Some((held, limit)) = overrun.filter(|_| was_killed) {
             lock(&self.why_killed).get_or_insert(memory::over_limit(held, limit));
         }
         *lock(&self.bound) = None;
@@ -196,8 +222,10 @@ impl Process {
     }
 
     pub(super) fn describe_end(&self, log: &LogTarget) -> String {
+        let status = self.wait(Duration::from_secs(5));
+        // Known by then.
         let killed = lock(&self.why_killed).clone();
-        let how = match (killed, self.wait(Duration::from_secs(5))) {
+        let how = match (killed, status) {
             (Some(reason), _) => reason,
             (None, Some(status)) => ending::describe(status, self.peak()),
             (None, None) => "its control stream closed".to_owned(),
@@ -229,9 +257,16 @@ fn kill_group_of(pidfd: &OwnedFd) -> bool {
 
 /// Whether the process of that pidfd ends in time.
 pub(super) fn is_readable(pidfd: &OwnedFd, timeout: Duration) -> bool {
-    let timeout = Timespec { tv_sec: timeout.as_secs() as i64, tv_nsec: 0 };
-    let mut fds = [PollFd::new(pidfd, PollFlags::IN)];
-    poll(&mut fds, Some(&timeout)).is_ok_and(|ready| ready > 0)
+    let deadline = Instant::now() + timeout;
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let left = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() };
+        let mut fds = [PollFd::new(pidfd, PollFlags::IN)];
+        match poll(&mut fds, Some(&left)) {
+            Err(rustix::io::Errno::INTR) => {}
+            polled => return polled.is_ok_and(|ready| ready > 0),
+        }
+    }
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

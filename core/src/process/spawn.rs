@@ -5,9 +5,9 @@
 //! and is no part of the terminal's foreground group, so that Ctrl-C reaches the driver alone.
 #![allow(unsafe_code)]
 
-use super::forkserver::{ForkServer, NotForked};
+use super::forkserver::{ForkServer, NotForked, NotStarted};
 use super::handle::Process;
-use crate::Error;
+use crate::{Error, console};
 use rustix::fs::{Mode, OFlags};
 use rustix::io::{FdFlags, fcntl_setfd};
 use rustix::process::{Pid, Signal, set_parent_process_death_signal};
@@ -17,8 +17,9 @@ use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
-use std::sync::mpsc::{SyncSender, sync_channel};
-use std::time::Duration;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{RecvTimeoutError, SyncSender, TrySendError, sync_channel};
+use std::time::{Duration, Instant};
 
 /// In the environment of a worker that was not forked: the file descriptor of its control stream.
 pub(crate) const WORKER_VARIABLE: &str = "MOBULA_WORKER_FD";
@@ -30,6 +31,12 @@ pub(crate) const DRIVER_VARIABLE: &str = "MOBULA_DRIVER_PID";
 /// A fork server that does not answer is replaced; if the new one does not either, then for once a
 /// worker starts without.
 const FORK_SERVERS: usize = 2;
+/// A program that comes so late to `init()` so often in a row is not waited for any more.
+const SLOW_STARTS: u32 = 2;
+/// What a start may take, with those that wait before it.
+const SPAWN_TIMEOUT: Duration = Duration::from_secs(180);
+/// How often a full queue is tried again.
+const TRY_AGAIN: Duration = Duration::from_millis(2);
 
 /// Whether mimalloc, if the program has it, may ask for transparent huge pages.
 const HUGE_PAGES_VARIABLE: &str = "MIMALLOC_ALLOW_THP";
@@ -54,14 +61,17 @@ enum Request {
 #[derive(Clone, Debug)]
 pub(crate) struct Spawner {
     requests: SyncSender<Request>,
+    /// No more processes are to be started, whatever waits.
+    is_closed: Arc<AtomicBool>,
 }
 
 impl Spawner {
     pub(crate) fn start() -> Result<Self, Error> {
         let (requests, inbox) = sync_channel::<Request>(16);
         let thread = std::thread::Builder::new().name("mobula-spawner".to_owned());
+        let is_closed = Arc::new(AtomicBool::new(false));
+        let mut source = Source { is_closed: Arc::clone(&is_closed), ..Source::default() };
         let spawned = thread.spawn(move || {
-            let mut source = Source::default();
             for request in inbox {
                 // Whoever asked may have given up; a worker then ends with its control stream.
                 match request {
@@ -74,25 +84,52 @@ impl Spawner {
             }
         });
         spawned.map_err(|source| Error::system("starting the spawner thread", source))?;
-        Ok(Self { requests })
+        Ok(Self { requests, is_closed })
     }
 
     /// A new process, which waits for its [`Assignment`](super::wire::Assignment).
     pub(crate) fn spawn(&self) -> Result<Started, Error> {
         let (reply, answer) = sync_channel(1);
-        let gone = || Error::Internal("the spawner thread has ended".to_owned());
-        self.requests.send(Request::Start { reply }).map_err(|_| gone())?;
-        answer.recv().map_err(|_| gone())?
+        let deadline = Instant::now() + SPAWN_TIMEOUT;
+        self.ask(Request::Start { reply }, deadline)?;
+        let left = deadline.saturating_duration_since(Instant::now());
+        answer.recv_timeout(left).map_err(|error| match error {
+            RecvTimeoutError::Timeout => late(),
+            RecvTimeoutError::Disconnected => gone(),
+        })?
+    }
+
+    /// Puts a request into the queue, as soon as there is room.
+    fn ask(&self, mut request: Request, deadline: Instant) -> Result<(), Error> {
+        loop {
+            request = match self.requests.try_send(request) {
+                Ok(()) => return Ok(()),
+                Err(TrySendError::Full(request)) if Instant::now() < deadline => request,
+                Err(TrySendError::Full(_)) => return Err(late()),
+                Err(TrySendError::Disconnected(_)) => return Err(gone()),
+            };
+            std::thread::sleep(TRY_AGAIN);
+        }
     }
 
     /// Starts no more processes, ends the fork server, and with it all that workers have left
     /// behind. Waits at most so long.
     pub(crate) fn close(&self, timeout: Duration) {
+        let deadline = Instant::now() + timeout;
+        self.is_closed.store(true, Ordering::Relaxed);
         let (done, answer) = sync_channel(1);
-        if self.requests.try_send(Request::Close { done }).is_ok() {
-            let _ = answer.recv_timeout(timeout);
+        if self.ask(Request::Close { done }, deadline).is_ok() {
+            let _ = answer.recv_timeout(deadline.saturating_duration_since(Instant::now()));
         }
     }
+}
+
+fn late() -> Error {
+    Error::Timeout { what: "starting a worker process".to_owned(), after: SPAWN_TIMEOUT }
+}
+
+fn gone() -> Error {
+    Error::Internal("the spawner thread has ended".to_owned())
 }
 
 /// Where workers come from.
@@ -101,12 +138,16 @@ struct Source {
     fork_server: Option<ForkServer>,
     /// This program cannot be forked: each worker is started from the beginning.
     is_unfit: bool,
-    is_closed: bool,
+    /// In a row.
+    slow_starts: u32,
+    /// The user knows that a worker was started from the beginning.
+    is_told: bool,
+    is_closed: Arc<AtomicBool>,
 }
 
 impl Source {
     fn start(&mut self) -> Result<Started, Error> {
-        if self.is_closed {
+        if self.is_closed.load(Ordering::Relaxed) {
             return Err(Error::Cancelled { task: "starting a worker process".to_owned() });
         }
         let (control, worker_end) =
@@ -120,7 +161,6 @@ impl Source {
     }
 
     fn close(&mut self) {
-        self.is_closed = true;
         if let Some(server) = self.fork_server.take() {
             server.end();
         }
@@ -132,12 +172,11 @@ impl Source {
         control: &UnixStream,
         output: &PipeWriter,
     ) -> Result<Option<Arc<Process>>, Error> {
-        let folder = rustix::fs::open(".", OFlags::PATH | OFlags::CLOEXEC, Mode::empty());
-        let mut fds = vec![control.as_fd(), output.as_fd()];
-        fds.extend(folder.iter().map(AsFd::as_fd));
         for _ in 0..FORK_SERVERS {
             let Some(server) = self.fork_server() else { return Ok(None) };
-            match server.fork(&fds) {
+            let folder = rustix::fs::open(".", OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
+                .map_err(|e| Error::system("opening the current folder", e))?;
+            match server.fork(&[control.as_fd(), output.as_fd(), folder.as_fd()]) {
                 Ok(process) => return Ok(Some(process)),
                 Err(NotForked::Refused(e)) => {
                     return Err(Error::system("forking a worker process", e));
@@ -151,14 +190,27 @@ impl Source {
     fn fork_server(&mut self) -> Option<&ForkServer> {
         if self.fork_server.is_none() && !self.is_unfit {
             match ForkServer::start(exec_fork_server) {
-                Ok(server) => self.fork_server = Some(server),
-                Err(error) => {
-                    tracing::warn!(%error, "no fork server: each worker process starts by itself");
-                    self.is_unfit = true;
+                Ok(server) => {
+                    self.fork_server = Some(server);
+                    self.slow_starts = 0;
                 }
+                Err(error) => self.not_started(&error),
             }
         }
         self.fork_server.as_ref()
+    }
+
+    /// One that was killed, or had no memory, may start next time.
+    fn not_started(&mut self, error: &NotStarted) {
+        self.slow_starts += u32::from(matches!(error, NotStarted::Slow { .. }));
+        self.is_unfit = matches!(error, NotStarted::Unfit(_)) || self.slow_starts == SLOW_STARTS;
+        tracing::warn!(%error, for_good = self.is_unfit, "no fork server");
+        if !std::mem::replace(&mut self.is_told, true) {
+            let which = if self.is_unfit { "each worker process" } else { "a worker process" };
+            console::note(format!(
+                "no fork server: {which} starts by itself, and what it leaves behind may stay: {error}"
+            ));
+        }
     }
 }
 
@@ -281,3 +333,6 @@ pub(crate) fn set_environment(variables: &[(String, String)]) {
         unsafe { std::env::set_var(name, value) };
     }
 }
+
+#[cfg(test)]
+mod tests;

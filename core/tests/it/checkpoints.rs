@@ -24,6 +24,7 @@ pub(crate) const TESTS: &[Test] = &[
     ("checkpoints::a_restore_that_fails_ends_the_actor", failing_load),
     ("checkpoints::nobody_changes_what_is_being_saved", alone),
     ("checkpoints::a_state_of_one_thread_is_saved_too", local_state),
+    ("checkpoints::a_state_may_be_saved_as_it_is", whole_state),
     ("checkpoints::only_the_newest_large_state_is_kept", newest_only),
 ];
 
@@ -282,6 +283,39 @@ impl Local {
         assert_ne!(*self.0, 5, "the fifth");
         *self.0
     }
+}
+
+/// Saved as it is.
+#[derive(Clone, Serialize, Deserialize)]
+struct Whole(u64);
+
+#[remote(crate = mobula_core)]
+impl Whole {
+    fn new() -> Self {
+        Self(0)
+    }
+
+    #[checkpoint]
+    fn save(&self) -> Self {
+        self.clone()
+    }
+
+    #[restore]
+    fn load(saved: Self) -> Self {
+        saved
+    }
+
+    fn count(&mut self) -> u64 {
+        self.0 += 1;
+        self.0
+    }
+}
+
+fn whole_state(runtime: &Runtime) {
+    let whole = runtime.spawn(Whole::remote().with_options(options(1, 0))).expect("actor");
+    assert_eq!(*whole.count().get_timeout(LONG).expect("counts"), 1);
+    kill(whole.actor());
+    assert_eq!(*whole.count().get_timeout(LONG).expect("goes on"), 2);
 }
 
 fn local_state(runtime: &Runtime) {

@@ -3,7 +3,8 @@
 
 use crate::Test;
 use crate::driver::{assert_gone, wait_for_file};
-use mobula_core::{Placement, Resources, Runtime, Task, remote};
+use mobula_core::status::ActorState;
+use mobula_core::{ActorOptions, Placement, Resources, RestartPolicy, Runtime, Task, remote};
 use rustix::process::{Pid, Signal, kill_process};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -19,8 +20,11 @@ pub(crate) const TESTS: &[Test] = &[
     ("fork_server::what_a_task_started_ends_when_the_runtime_is_shut_down", shut_down),
     ("fork_server::what_a_task_started_ends_with_its_killed_worker", killed_worker),
     ("fork_server::a_killed_one_loses_its_workers_and_is_replaced", killed_server),
+    ("fork_server::an_actor_is_not_locked_while_one_starts", slow_start),
     ("fork_server::a_peak_is_exact_and_the_workers_own", peak),
     ("fork_server::a_program_with_threads_starts_each_worker_by_itself", with_threads),
+    ("fork_server::threads_that_were_joined_do_not_count", joined_threads),
+    ("fork_server::one_that_is_killed_while_it_starts_is_missed_once", killed_early),
     ("fork_server::a_worker_begins_where_its_driver_is_with_nothing_else", begins),
     ("fork_server::a_program_that_a_worker_starts_is_a_driver_of_its_own", nested_driver),
 ];
@@ -35,6 +39,18 @@ pub(crate) fn run() -> Result<(), Box<dyn std::error::Error>> {
     let mode = std::env::var(MODE)?;
     if mode == "threads" {
         std::thread::spawn(std::thread::park);
+    }
+    if mode == "joined" {
+        join_threads();
+    }
+    if mode == "stumble" && std::env::var_os("MOBULA_FORK_SERVER_FD").is_some() {
+        let marker = PathBuf::from(std::env::var(FOLDER)?).join("marker");
+        if std::fs::File::create_new(marker).is_ok() {
+            std::process::abort();
+        }
+    }
+    if mode == "hold" && std::env::var_os("MOBULA_FORK_SERVER_FD").is_some() {
+        hold(&PathBuf::from(std::env::var(FOLDER)?));
     }
     let runtime = mobula_core::init_with(Resources::cpus(2.0))?;
     match mode.as_str() {
@@ -52,6 +68,7 @@ pub(crate) fn run() -> Result<(), Box<dyn std::error::Error>> {
             }
         }
         "lose" => lose_server(&runtime)?,
+        "hold" => start_slowly(&runtime, &PathBuf::from(std::env::var(FOLDER)?))?,
         "peak" => {
             touch(400 << 20);
             let end = |task| runtime.submit(on_process(task)).get_timeout(LONG);
@@ -61,6 +78,11 @@ pub(crate) fn run() -> Result<(), Box<dyn std::error::Error>> {
         "threads" => {
             let (_, parent) = *runtime.submit(on_process(about::remote())).get_timeout(LONG)?;
             assert_eq!(parent, std::process::id(), "there is nobody between them");
+        }
+        "joined" => assert_ne!(parent_of_a_worker(&runtime, 1.0)?, std::process::id()),
+        "stumble" => {
+            assert_eq!(parent_of_a_worker(&runtime, 1.0)?, std::process::id(), "it is missed");
+            assert_ne!(parent_of_a_worker(&runtime, 2.0)?, std::process::id(), "it is there");
         }
         "begin" => {
             runtime.submit(on_process(about::remote())).get_timeout(LONG)?;
@@ -105,6 +127,18 @@ fn programs(folder: &Path) -> [String; 3] {
     ["worker", "near", "far"].map(|name| wait_for_file(&folder.join(name)).trim().to_owned())
 }
 
+/// Of a new worker, if none was asked for with so many CPUs before.
+fn parent_of_a_worker(runtime: &Runtime, cpus: f64) -> Result<u32, mobula_core::Error> {
+    let task = on_process(about::remote()).with_resources(Resources::cpus(cpus));
+    Ok(runtime.submit(task).get_timeout(LONG)?.1)
+}
+
+/// The last of them have just ended.
+fn join_threads() {
+    let threads: Vec<_> = (0..64).map(|_| std::thread::spawn(|| {})).collect();
+    threads.into_iter().for_each(|thread| drop(thread.join()));
+}
+
 fn touch(bytes: usize) {
     std::hint::black_box(vec![1u8; bytes]);
 }
@@ -147,6 +181,47 @@ fn lose_server(runtime: &Runtime) -> Result<(), Box<dyn std::error::Error>> {
     let (_, second) = *runtime.submit(on_process(about::remote())).get_timeout(LONG)?;
     assert_ne!(second.to_string(), first);
     assert_ne!(second, std::process::id());
+    Ok(())
+}
+
+/// The second fork server does not come to `init()` before it is let.
+fn hold(folder: &Path) {
+    if std::fs::File::create_new(folder.join("first")).is_err() {
+        std::fs::write(folder.join("second"), "").expect("say so");
+        wait_for_file(&folder.join("go"));
+    }
+}
+
+struct Orphan;
+
+#[remote(crate = mobula_core)]
+impl Orphan {
+    fn new() -> Self {
+        Self
+    }
+
+    fn parent(&self) -> u32 {
+        std::os::unix::process::parent_id()
+    }
+}
+
+fn start_slowly(runtime: &Runtime, folder: &Path) -> Result<(), Box<dyn std::error::Error>> {
+    let options = ActorOptions {
+        placement: Placement::Process,
+        restart: RestartPolicy::at_most(1),
+        ..ActorOptions::new("orphan")
+    };
+    let orphan = runtime.spawn(Orphan::remote().with_options(options))?;
+    let first = *orphan.parent().get_timeout(LONG)?;
+    kill(&first.to_string());
+    wait_for_file(&folder.join("second"));
+    // None of this waits.
+    assert_eq!(orphan.actor().pid(), None);
+    assert_eq!(runtime.status().actors[0].state, ActorState::Starting);
+    let parent = orphan.parent();
+    std::fs::write(folder.join("go"), "")?;
+    let second = *parent.get_timeout(LONG)?;
+    assert!(second != first && second != std::process::id(), "{first}, then {second}");
     Ok(())
 }
 
@@ -217,6 +292,11 @@ fn killed_server(_: &Runtime) {
     assert!(said.contains(reason) && said.contains("done"), "{said}");
 }
 
+fn slow_start(_: &Runtime) {
+    let folder = tempfile::tempdir().expect("temporary folder");
+    assert!(start("hold", folder.path()).wait().expect("reap").success());
+}
+
 fn peak(_: &Runtime) {
     let said = printed("peak");
     let megabytes = |which: &str| -> u64 {
@@ -231,6 +311,23 @@ fn peak(_: &Runtime) {
 fn with_threads(_: &Runtime) {
     let said = printed("threads");
     assert!(said.contains("done"), "{said}");
+    assert_eq!(said.matches("no fork server: each worker process").count(), 1, "{said}");
+    assert!(said.contains("the program has 2 threads when it calls init()"), "{said}");
+}
+
+fn joined_threads(_: &Runtime) {
+    let said = printed("joined");
+    assert!(said.contains("done"), "{said}");
+}
+
+fn killed_early(_: &Runtime) {
+    let folder = tempfile::tempdir().expect("temporary folder");
+    let mut driver = program("stumble");
+    let output = driver.env(FOLDER, folder.path()).stderr(Stdio::piped()).output().expect("start");
+    let said = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
+    assert!(said.contains("done"), "{said}");
+    assert_eq!(said.matches("no fork server: a worker process").count(), 1, "{said}");
+    assert!(said.contains("was killed by signal 6 (SIGABRT) before it served"), "{said}");
 }
 
 fn begins(_: &Runtime) {

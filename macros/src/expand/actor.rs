@@ -12,7 +12,7 @@ use syn::{Attribute, Error, FnArg, ImplItem, ImplItemFn, ItemImpl, Result, Type,
 /// The `impl` itself, the registrations and the handle.
 pub(super) fn expand(krate: &TokenStream, item: &ItemImpl) -> Result<TokenStream> {
     let actor = actor_name(item)?;
-    let (item, checkpoint) = without_checkpoint(item.clone())?;
+    let (item, checkpoint) = without_checkpoint(actor, item.clone())?;
     let (item, groups) = without_groups(&item)?;
     let (item, checkpoint) = (&item, checkpoint.as_ref());
     let mut methods = methods(item);

@@ -15,12 +15,15 @@ pub(super) struct Checkpoint {
 }
 
 /// The `impl` without the attributes, which the compiler does not know, and what they mark.
-pub(super) fn without_checkpoint(mut item: ItemImpl) -> Result<(ItemImpl, Option<Checkpoint>)> {
+pub(super) fn without_checkpoint(
+    actor: &Ident,
+    mut item: ItemImpl,
+) -> Result<(ItemImpl, Option<Checkpoint>)> {
     let save = take_marked(&mut item, "checkpoint")?;
     let load = take_marked(&mut item, "restore")?;
     let checkpoint = match (save, load) {
         (None, None) => None,
-        (Some(save), Some(load)) => Some(Checkpoint::new(save, load)?),
+        (Some(save), Some(load)) => Some(Checkpoint::new(actor, save, load)?),
         (Some(save), None) => {
             let message = "an actor with #[checkpoint] needs a #[restore] too: \
                 fn(saved: Saved) -> Self, or -> Result<Self, E>";
@@ -61,7 +64,7 @@ fn take_marked(item: &mut ItemImpl, name: &str) -> Result<Option<ImplItemFn>> {
 }
 
 impl Checkpoint {
-    fn new(save: ImplItemFn, load: ImplItemFn) -> Result<Self> {
+    fn new(actor: &Ident, save: ImplItemFn, load: ImplItemFn) -> Result<Self> {
         let looks = |receiver: &syn::Receiver| {
             receiver.reference.is_some() && receiver.mutability.is_none()
         };
@@ -76,7 +79,7 @@ impl Checkpoint {
         if !is_alone || load.sig.ident == "new" {
             return Err(refused());
         }
-        let mut arguments = read(&load.sig)?.arguments;
+        let mut arguments = read(&naming(actor, &load.sig)?)?.arguments;
         let (_, saved) = arguments.pop().ok_or_else(refused)?;
         Ok(Self { save, load, saved })
     }

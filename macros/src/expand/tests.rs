@@ -253,6 +253,21 @@ fn a_checkpoint_is_registered_and_no_method_of_the_handle() {
 }
 
 #[test]
+fn a_state_may_be_saved_as_it_is() {
+    let item = counter(
+        "#[checkpoint] fn save(&self) -> Self { self.clone() } \
+         #[restore] fn load(saved: Vec<Self>) -> Self { saved.pop() }",
+    );
+    let text = expanded(quote!(crate = mobula_core), item.parse().expect("tokens"));
+    for part in [
+        quote!(call.run::<(), Vec<Counter>, _>).to_string(),
+        quote!(call.build::<(Vec<Counter>,), Counter, _>).to_string(),
+    ] {
+        assert!(text.contains(&part), "{part}\nis missing in\n{text}");
+    }
+}
+
+#[test]
 fn what_cannot_be_a_checkpoint_is_refused() {
     const SAVE: &str = "#[checkpoint] fn save(&self) -> u64 {}";
     const LOAD: &str = "#[restore] fn load(saved: u64) -> Self {}";

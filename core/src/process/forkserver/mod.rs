@@ -12,7 +12,7 @@ mod client;
 mod serve;
 mod system;
 
-pub(super) use client::{ForkServer, NotForked};
+pub(super) use client::{ForkServer, NotForked, NotStarted};
 pub(crate) use serve::serve;
 
 use rustix::net::{
@@ -25,7 +25,7 @@ use std::io::{Error, IoSlice, IoSliceMut, Result};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-/// Descriptors that a message may carry.
+/// Descriptors that a message may carry: those of a request.
 const MOST_FDS: usize = 3;
 /// Messages are a few numbers.
 const MOST_BYTES: usize = 256;
@@ -33,8 +33,7 @@ const MOST_BYTES: usize = 256;
 /// What the driver asks for.
 #[derive(Debug, Serialize, Deserialize)]
 enum Request {
-    /// A worker, with its control stream, the pipe for its output, and the folder to start in if
-    /// there is one.
+    /// A worker, with its control stream, the pipe for its output, and the folder to start in.
     Fork,
 }
 
@@ -45,7 +44,7 @@ enum Report {
     Ready,
     /// The first and last one: it cannot serve, for that reason.
     Unfit { reason: String },
-    /// The answer to a request, with the pidfd of the new process.
+    /// The answer to a request, with the pidfd of the new process, if the driver has room for it.
     Forked { pid: i32 },
     /// The other answer.
     NotForked { errno: i32 },
@@ -73,7 +72,8 @@ fn send(socket: &OwnedFd, message: &impl Serialize, fds: &[BorrowedFd<'_>]) -> R
     Ok(sent.map(drop)?)
 }
 
-/// Waits for the next message; `None` when the other end has gone.
+/// Waits for the next message; `None` when the other end has gone. Descriptors that this process has
+/// no room for are missing.
 fn receive<M: DeserializeOwned>(socket: &OwnedFd) -> Result<Option<(M, Vec<OwnedFd>)>> {
     let mut bytes = [0; MOST_BYTES];
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST_FDS))];

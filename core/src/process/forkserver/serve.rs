@@ -3,7 +3,7 @@
 
 use super::super::{cgroup, spawn};
 use super::system::{self, Held, Side};
-use super::{Report, Request, receive, send};
+use super::{MOST_FDS, Report, Request, receive, send};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::process::{
@@ -20,6 +20,8 @@ use std::time::{Duration, Instant};
 const LAST_STAND: Duration = Duration::from_secs(5);
 /// How often.
 const ROUND: Timespec = Timespec { tv_sec: 0, tv_nsec: 20_000_000 };
+/// A thread that was joined may still be listed for a moment.
+const JOINED: Duration = Duration::from_millis(50);
 
 /// Serves the driver at the other end of the socket until it has ended. Returns in the workers
 /// alone, with their control streams.
@@ -51,13 +53,7 @@ struct Watch {
 
 impl Watch {
     fn begin() -> Result<Self> {
-        let threads = std::fs::read_dir("/proc/self/task")?.count();
-        if threads != 1 {
-            return Err(Error::other(format!(
-                "the program has {threads} threads when it calls init(), and only one with a \
-                 single thread can be forked"
-            )));
-        }
+        has_one_thread()?;
         let gone = || Error::other("its driver has ended");
         let driver = getppid().ok_or_else(gone)?;
         let pidfd = pidfd_open(driver, PidfdFlags::empty())?;
@@ -144,6 +140,10 @@ impl Server {
     }
 
     fn fork(&mut self, fds: Vec<OwnedFd>) -> Result<Option<UnixStream>> {
+        if fds.len() < MOST_FDS {
+            // This process has no room for them.
+            return self.refuse(&Errno::MFILE.into()).map(|()| None);
+        }
         let server = getpid();
         // SAFETY: `Watch::begin` has seen that this process has one thread, and nothing that runs
         // here starts another one.
@@ -179,18 +179,17 @@ impl Server {
     /// the server does is its to do.
     fn become_worker(&self, server: Pid, fds: Vec<OwnedFd>) -> UnixStream {
         let begin = || {
+            let fds = <[OwnedFd; MOST_FDS]>::try_from(fds).map_err(|_| Errno::BADF)?;
+            let [control, output, folder] = fds;
+            // First, so that the driver hears of what goes wrong.
+            wire(&output)?;
             setpgid(None, None)?;
             set_parent_process_death_signal(Some(Signal::KILL))?;
             if getppid() != Some(server) {
                 return Err(Error::other("its fork server has ended"));
             }
             self.watch.held.release()?;
-            let mut fds = fds.into_iter();
-            let (control, output) = fds.next().zip(fds.next()).ok_or(Errno::BADF)?;
-            wire(&output)?;
-            if let Some(folder) = fds.next() {
-                fchdir(folder)?;
-            }
+            fchdir(folder)?;
             spawn::forget_fork_server();
             Ok(UnixStream::from(control))
         };
@@ -223,6 +222,24 @@ impl Server {
             cgroup::remove_those_of(driver);
         }
         std::process::exit(0);
+    }
+}
+
+/// So that it can be forked.
+fn has_one_thread() -> Result<()> {
+    let deadline = Instant::now() + JOINED;
+    loop {
+        let threads = std::fs::read_dir("/proc/self/task")?.count();
+        if threads == 1 {
+            return Ok(());
+        }
+        if Instant::now() >= deadline {
+            return Err(Error::other(format!(
+                "the program has {threads} threads when it calls init(), and only one with a \
+                 single thread can be forked"
+            )));
+        }
+        std::thread::sleep(Duration::from_millis(1));
     }
 }
 

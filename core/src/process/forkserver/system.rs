@@ -56,6 +56,8 @@ pub(super) fn reap(child: Pid) -> Option<(i32, u64)> {
 /// Signals that this process takes from a descriptor, or not at all; what it did before.
 pub(super) struct Held {
     before: libc::sigset_t,
+    /// What it did with the news of its children.
+    children: libc::sigaction,
 }
 
 impl Held {
@@ -65,9 +67,14 @@ impl Held {
         let children = set_of(&[libc::SIGCHLD]);
         let all = set_of(&[libc::SIGCHLD, libc::SIGINT, libc::SIGTERM, libc::SIGHUP]);
         let mut before = set_of(&[]);
-        // SAFETY: no handler is installed, only the default asked for: ignored, children would be
-        // reaped before anybody sees how they ended.
-        unsafe { libc::signal(libc::SIGCHLD, libc::SIG_DFL) };
+        // SAFETY: `sigaction` is plain data, for which all zeros is a value: the default, no flags.
+        let (default, mut handled): (libc::sigaction, libc::sigaction) =
+            unsafe { (std::mem::zeroed(), std::mem::zeroed()) };
+        // Ignored, children would be reaped before anybody sees how they ended.
+        // SAFETY: no handler is installed; both are initialised and outlive the call.
+        if unsafe { libc::sigaction(libc::SIGCHLD, &default, &mut handled) } != 0 {
+            return Err(Error::last_os_error());
+        }
         // SAFETY: both sets are initialised and outlive the call.
         if unsafe { libc::sigprocmask(libc::SIG_BLOCK, &all, &mut before) } != 0 {
             return Err(Error::last_os_error());
@@ -79,11 +86,16 @@ impl Held {
             return Err(Error::last_os_error());
         }
         // SAFETY: the call has just opened it, and nothing else knows it.
-        Ok((Self { before }, unsafe { OwnedFd::from_raw_fd(fd) }))
+        Ok((Self { before, children: handled }, unsafe { OwnedFd::from_raw_fd(fd) }))
     }
 
     /// Has this process take signals again as it did before.
     pub(super) fn release(&self) -> Result<()> {
+        // SAFETY: a handler is one that the program has installed in this same process image, and a
+        // null pointer asks for nothing back.
+        if unsafe { libc::sigaction(libc::SIGCHLD, &self.children, std::ptr::null_mut()) } != 0 {
+            return Err(Error::last_os_error());
+        }
         // SAFETY: the set is initialised, and a null pointer asks for nothing back.
         match unsafe { libc::sigprocmask(libc::SIG_SETMASK, &self.before, std::ptr::null_mut()) } {
             0 => Ok(()),
