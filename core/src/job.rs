@@ -12,7 +12,6 @@ use crate::scheduler::{Id, NodeId};
 use crate::task::{Body, Placement, Task, TaskOptions};
 use crate::timeline::Attempt;
 use crate::{BoxError, Error, Node, ObjectRef, drops, panics, threads, timer};
-use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
@@ -294,18 +293,18 @@ impl<T: Send + Sync + 'static> Job<T> {
         }
     }
 
-    /// How to make the result again, if its machine is lost: only what may be run again is.
-    fn recipe(&self, function: &'static str) -> Recipe {
-        let (runtime, options) = (self.runtime.downgrade(), self.options.clone());
-        let (name, left) = (Arc::clone(self.promise.name()), AtomicU32::new(options.max_retries));
-        Recipe::new(self.args.clone(), move |args| {
-            let one_less = |left: u32| left.checked_sub(1);
-            left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, one_less).ok()?;
+    /// How to make the result again, if its machine is lost. That is a retry like any other, and who
+    /// makes it has one less: however often it is lost, it is run `max_retries + 1` times at most.
+    fn recipe(&self, function: &'static str) -> Option<Recipe> {
+        let max_retries = self.options.max_retries.checked_sub(self.failed + 1)?;
+        let options = TaskOptions { max_retries, ..self.options.clone() };
+        let (runtime, name) = (self.runtime.downgrade(), Arc::clone(self.promise.name()));
+        Some(Recipe::new(self.args.clone(), move |args| {
             tracing::info!(task = %name, "its result was lost; running it again");
             let call = RemoteCall::raw(function, args.to_vec());
             let task = Task::remote(Arc::clone(&name), call).with_options(options.clone());
             Some(runtime.upgrade()?.submit(task))
-        })
+        }))
     }
 
     fn start_in_process(mut self: Box<Self>, turn: Turn) {
@@ -332,9 +331,7 @@ impl<T: Send + Sync + 'static> Job<T> {
         };
         match ended {
             Ended::Value(parcel) => {
-                if self.options.max_retries > 0 {
-                    parcel.remember(|| self.recipe(function));
-                }
+                parcel.remember(|| self.recipe(function));
                 self.promise.encoded_with(parcel, decode);
             }
             Ended::Error(Error::ObjectLost { .. }) if self.losses < MOST_LOSSES => {

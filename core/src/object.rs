@@ -65,18 +65,28 @@ struct Waiters {
 /// A result as a thread gave it, or as it came from another process: that one is decoded when it
 /// is first asked for, by who asks.
 enum Payload<T> {
-    Value { value: Arc<T>, encoded: OnceLock<Parcel> },
-    Encoded { parcel: Parcel, decode: fn(&Parcel) -> Result<T, Error>, value: OnceLock<Decoded<T>> },
+    Value {
+        value: Arc<T>,
+        encoded: OnceLock<Parcel>,
+    },
+    Encoded {
+        parcel: Parcel,
+        decode: fn(&Parcel) -> Result<T, Error>,
+        value: Mutex<Option<Arc<T>>>,
+    },
 }
-
-type Decoded<T> = Result<Arc<T>, Error>;
 
 impl<T> Payload<T> {
     fn value(&self) -> Result<Arc<T>, Error> {
         match self {
             Self::Value { value, .. } => Ok(Arc::clone(value)),
             Self::Encoded { parcel, decode, value } => {
-                value.get_or_init(|| decode(parcel).map(Arc::new)).clone()
+                let mut value = value.lock().unwrap_or_else(PoisonError::into_inner);
+                // An error is not kept: a value that is lost with its machine may be made again.
+                if let Some(value) = &*value {
+                    return Ok(Arc::clone(value));
+                }
+                Ok(Arc::clone(value.insert(Arc::new(decode(parcel)?))))
             }
         }
     }
@@ -144,7 +154,7 @@ impl<T: DeserializeOwned + Send + Sync + 'static> Promise<T> {
 
 impl<T: Send + Sync + 'static> Promise<T> {
     pub(crate) fn encoded_with(&self, parcel: Parcel, decode: fn(&Parcel) -> Result<T, Error>) {
-        self.slot.settle(Ok(Payload::Encoded { parcel, decode, value: OnceLock::new() }));
+        self.slot.settle(Ok(Payload::Encoded { parcel, decode, value: Mutex::default() }));
     }
 }
 

@@ -120,11 +120,11 @@ mod tests {
         let writer = move || copy.clone();
         let subscriber = tracing_subscriber::fmt().with_ansi(false).with_writer(writer).finish();
         tracing::subscriber::with_default(subscriber, || {
-            catch("sum", || {
+            let said = || {
                 tracing::info!("inside");
                 Ok(())
-            })
-            .expect("runs");
+            };
+            catch("sum", said).expect("runs");
         });
         let text = String::from_utf8(lines.0.lock().expect("no panic").clone()).expect("text");
         assert!(text.contains("task{name=\"sum\"}") && text.contains("inside"), "{text}");

@@ -213,9 +213,11 @@ impl Parcel {
     }
 
     /// How to make it again, if its machine should be lost.
-    pub(crate) fn remember(&self, recipe: impl FnOnce() -> Recipe) {
-        if let Self::Far(far) = self {
-            far.remember(recipe());
+    pub(crate) fn remember(&self, recipe: impl FnOnce() -> Option<Recipe>) {
+        if let Self::Far(far) = self
+            && let Some(recipe) = recipe()
+        {
+            far.remember(recipe);
         }
     }
 

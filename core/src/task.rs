@@ -81,7 +81,8 @@ pub struct TaskOptions {
     pub bundle: Option<Bundle>,
     /// The only machine that it may run on. Default: any, and for threads the driver's.
     pub node: Option<Node>,
-    /// How often it is run again after its worker process was lost or too slow. Default: 0.
+    /// How often it is run again after its worker process was lost or too slow, or its result was
+    /// lost with another machine. Default: 0.
     pub max_retries: u32,
     /// Whether errors and panics of the task itself are retried too. Default: no. A closure that
     /// can run only once is never retried.

@@ -79,7 +79,9 @@ fn not_let_in(reason: &str) -> BoxError {
 async fn introduce(session: &mut Session, machine: Option<Machine>) -> Result<NodeId, BoxError> {
     let hello = Hello { build: build_id(), host: super::host_name(), machine };
     session.out.send(FromNode::Hello(hello)).await?;
-    match session.inbound.message().await? {
+    let answer = session.heard.message(&mut session.inbound, SILENCE).await;
+    let answer = answer.ok_or_else(|| not_let_in(&format!("it was silent for {SILENCE:?}")))?;
+    match answer.map_err(|status| not_let_in(status.message()))? {
         Some(ToNode::Welcome { node }) => Ok(node),
         Some(ToNode::Refused { reason }) => Err(not_let_in(&reason)),
         _ => Err(not_let_in("it closed the stream")),
@@ -153,6 +155,7 @@ impl Agent {
             ToNode::Kill { worker, reason } => self.orders(worker, |orders| orders.kill(reason)),
             ToNode::Taken { worker, events } => self.orders(worker, |orders| orders.taken(events)),
             ToNode::Forget { holder, id } => self.copies.forget(holder, id),
+            ToNode::Lost { node, objects } => transfer::lost(node, objects),
             ToNode::Look { look } => self.look(look),
             ToNode::Welcome { .. } | ToNode::Refused { .. } | ToNode::Beat | ToNode::Shutdown => {}
         }

@@ -1,4 +1,7 @@
-//! Without TLS: who calls shows the secret, and whoever is between can read all that is said.
+//! Without TLS: who calls shows the secret, and whoever is between can read all that is said. The end
+//! that answers shows nothing: whoever gets the driver's or an agent's port once that is free, such as
+//! another user of the machine, learns the secret from the next caller. The feature `tls` is for where
+//! this may happen.
 
 use super::secret::{MAX_BYTES, Secret, is_same};
 use crate::Error;

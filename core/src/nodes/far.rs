@@ -1,6 +1,7 @@
 //! The driver's way to one worker process on another machine.
 
 use super::hub::NodeLink;
+use super::lines::LeftOut;
 use super::wire::{CREDITS, ToNode};
 use crate::process::wire::ToWorker;
 use crate::process::{End, LogTarget, ProcessId, Sink, WorkerEvent};
@@ -35,6 +36,7 @@ pub(super) struct FarWorker {
     /// Bounded by the credits of its agent.
     events: mpsc::Sender<WorkerEvent>,
     log: Mutex<Log>,
+    left_out: LeftOut,
     has_ended: Mutex<bool>,
     ended: Condvar,
 }
@@ -57,6 +59,7 @@ impl FarLink {
             pid: AtomicU32::new(0),
             events,
             log: Mutex::new(Log::open(log)),
+            left_out: LeftOut::default(),
             has_ended: Mutex::new(false),
             ended: Condvar::new(),
         });
@@ -136,6 +139,10 @@ impl FarWorker {
     /// Its machine is gone.
     pub(super) fn lost(&self, reason: &str) {
         self.hear(WorkerEvent::Ended(End::unknown(reason.to_owned())));
+    }
+
+    pub(super) fn left_out(&self) -> &LeftOut {
+        &self.left_out
     }
 
     pub(super) fn line(&self, line: &str) {

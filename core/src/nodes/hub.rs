@@ -1,6 +1,7 @@
 //! The driver's side: who has joined, and who is gone.
 
 use super::far::{FarLink, FarWorker};
+use super::lines::Lines;
 use super::link::Credentials;
 use super::look::Looks;
 use super::role::Door;
@@ -18,7 +19,6 @@ use crate::{Error, Runtime, console, interrupt};
 use std::collections::{BTreeMap, HashMap};
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::mpsc::{SyncSender, sync_channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
@@ -26,8 +26,6 @@ use tonic::codec::Streaming;
 
 /// Who says nothing for so long is lost; agents send a beat every second.
 const SILENCE: Duration = Duration::from_secs(4);
-/// Lines of workers that may wait to be written.
-const LINES: usize = 4096;
 const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
 const BEAT_INTERVAL: Duration = Duration::from_secs(1);
 /// After this, who waits for the others says so.
@@ -55,7 +53,7 @@ pub(crate) struct Hub {
     members: Mutex<Members>,
     changed: Condvar,
     workers: AtomicU64,
-    lines: SyncSender<(Arc<FarWorker>, String)>,
+    lines: Lines,
     /// Gone when the driver is.
     secret_file: Mutex<Option<SecretFile>>,
 }
@@ -82,8 +80,7 @@ pub(crate) struct NodeLink {
     workers: Mutex<Workers>,
     objects: SocketAddr,
     looks: Looks,
-    /// To the thread that writes logs.
-    lines: SyncSender<(Arc<FarWorker>, String)>,
+    lines: Lines,
 }
 
 #[derive(Debug, Default)]
@@ -95,8 +92,6 @@ struct Workers {
 
 /// Opens the door, and waits until all copies of the launch have come in.
 pub(super) fn open(door: Door, runtime: &Runtime) -> Result<(), Error> {
-    let (secret, file) = Secret::of_driver(&door.world)?;
-    let credentials = Credentials::new(&secret)?;
     let tokio = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .thread_name("mobula-nodes")
@@ -109,6 +104,9 @@ pub(super) fn open(door: Door, runtime: &Runtime) -> Result<(), Error> {
     let master = door.world.master()?;
     let anywhere = SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), master.port());
     let (listener, _) = handle.block_on(listen(&[master, anywhere]))?;
+    // Not before the port is ours: the file belongs to whoever listens there.
+    let (secret, file) = Secret::of_driver(&door.world)?;
+    let credentials = Credentials::new(&secret)?;
     transfer::set_up(handle.clone(), credentials.clone(), None);
     let hub = Arc::new(Hub {
         tokio: handle.clone(),
@@ -116,7 +114,7 @@ pub(super) fn open(door: Door, runtime: &Runtime) -> Result<(), Error> {
         members: Mutex::default(),
         changed: Condvar::new(),
         workers: AtomicU64::new(0),
-        lines: write_lines()?,
+        lines: Lines::start()?,
         secret_file: Mutex::new(file),
     });
     let hub = HUB.get_or_init(|| hub);
@@ -126,15 +124,6 @@ pub(super) fn open(door: Door, runtime: &Runtime) -> Result<(), Error> {
     handle.spawn(Arc::clone(hub).beat());
     hub.wait_for_all(&door.world, door.patience);
     Ok(())
-}
-
-/// A thread that writes what workers print, and may have to wait for a terminal or a disk.
-fn write_lines() -> Result<SyncSender<(Arc<FarWorker>, String)>, Error> {
-    let (lines, inbox) = sync_channel::<(Arc<FarWorker>, String)>(LINES);
-    let thread = std::thread::Builder::new().name("mobula-log".to_owned());
-    let write = move || inbox.into_iter().for_each(|(worker, line)| worker.line(&line));
-    thread.spawn(write).map_err(|error| Error::system("starting a thread", error))?;
-    Ok(lines)
 }
 
 impl Hub {
@@ -252,6 +241,10 @@ impl Hub {
         if !self.members().is_closing && !interrupt::is_under_way() {
             console::note(&reason);
         }
+        transfer::lost(node.id, node.objects);
+        for other in self.nodes() {
+            other.send(ToNode::Lost { node: node.id, objects: node.objects });
+        }
         node.lose_workers(&reason);
         // Should it only have been stopped for a while, it ends when it goes on.
         node.send(ToNode::Shutdown);
@@ -356,12 +349,16 @@ impl NodeLink {
                     false => self.worker(number),
                 };
                 if let Some(worker) = worker {
+                    if is_end {
+                        self.lines.end(&worker, &self.tokio);
+                    }
                     worker.hear(event);
                 }
             }
             FromNode::Line { worker, line } => {
-                // A terminal that takes nothing holds up nobody but this: lines are lost then.
-                let _ = self.worker(worker).map(|worker| self.lines.try_send((worker, line)));
+                if let Some(worker) = self.worker(worker) {
+                    self.lines.print(&worker, line);
+                }
             }
             FromNode::Seen { look, view } => self.looks.answered(look, view),
             FromNode::Beat | FromNode::Hello(_) => {}
@@ -394,7 +391,10 @@ impl NodeLink {
             workers.lost = Some(reason.to_owned());
             std::mem::take(&mut workers.by_number)
         };
-        lost.values().for_each(|worker| worker.lost(reason));
+        for worker in lost.values() {
+            self.lines.end(worker, &self.tokio);
+            worker.lost(reason);
+        }
     }
 
     fn workers(&self) -> MutexGuard<'_, Workers> {

@@ -1,6 +1,6 @@
 //! How a copy gets in at its driver, which may not be there yet.
 
-use super::link::{Credentials, LinkError, Stream, dial};
+use super::link::{Credentials, LINK_TIMEOUT, LinkError, Stream, dial};
 use super::role::Join;
 use super::secret::Secret;
 use super::silence::{Heard, Listened};
@@ -13,10 +13,11 @@ use hyper_util::rt::TokioIo;
 use std::net::SocketAddr;
 use std::time::Duration;
 use tokio::sync::mpsc;
+use tokio::time::timeout;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::codec::Streaming;
 use tonic::transport::{Channel, Endpoint};
-use tonic::{Request, Status};
+use tonic::{Code, Request, Status};
 use tower::ServiceExt;
 
 const RETRY: Duration = Duration::from_millis(200);
@@ -59,15 +60,30 @@ pub(super) async fn knock(join: &Join) -> Result<Session, BoxError> {
 
 async fn enter(join: &Join) -> Result<Session, Outside> {
     let (driver, secret) = tokio::task::block_in_place(|| whom(join))?;
-    let credentials = Credentials::new(&secret).map_err(|error| Outside::ForGood(error.into()))?;
+    session(driver, &secret).await
+}
+
+async fn session(driver: SocketAddr, secret: &Secret) -> Result<Session, Outside> {
+    let credentials = Credentials::new(secret).map_err(|error| Outside::ForGood(error.into()))?;
     let dialled = dial(driver, &credentials).await;
-    let (stream, local) = dialled.map_err(|error| not_linked(error, &secret))?;
-    let channel = over(stream).await.map_err(|error| Outside::Yet(error.into()))?;
+    let (stream, local) = dialled.map_err(|error| not_linked(error, secret))?;
     let (out, frames) = mpsc::channel(OUTBOUND);
-    let opened = open(channel, frames).await;
-    let (inbound, heard) =
-        opened.map_err(|status| Outside::ForGood(refused(status.message()).into()))?;
+    let opened = async {
+        let channel = over(stream).await.map_err(|error| Outside::Yet(error.into()))?;
+        open(channel, frames).await.map_err(not_opened)
+    };
+    let slow = |_| not_linked(LinkError::Slow { address: driver }, secret);
+    let (inbound, heard) = timeout(LINK_TIMEOUT, opened).await.map_err(slow)??;
     Ok(Session { out, inbound, heard, credentials, driver, local })
+}
+
+/// A driver that ends, or whose connection breaks, may be followed by another one.
+fn not_opened(status: Status) -> Outside {
+    let error = refused(status.message()).into();
+    match status.code() {
+        Code::Unimplemented => Outside::ForGood(error),
+        _ => Outside::Yet(error),
+    }
 }
 
 /// The driver's address, and the secret.
@@ -134,4 +150,67 @@ async fn open(
     let codec = Frames::<FromNode, ToNode>::default();
     let stream = grpc.streaming(request, method, codec).await?;
     Ok((stream.into_inner(), heard))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::link::answer;
+    use super::super::server::{listen, serve};
+    use super::*;
+    use crate::scheduler::NodeId;
+    use tokio::net::TcpListener;
+
+    fn secret() -> Secret {
+        Secret::given("what both ends know".to_owned()).expect("long enough")
+    }
+
+    async fn here() -> (TcpListener, SocketAddr) {
+        let anywhere = SocketAddr::from(([127, 0, 0, 1], 0));
+        listen(&[anywhere]).await.expect("a port")
+    }
+
+    /// Lets one caller in, and keeps the connection open for so long without a word.
+    async fn let_in_only(listener: &TcpListener, silence: Duration) {
+        let credentials = Credentials::new(&secret()).expect("credentials");
+        let (connection, _) = listener.accept().await.expect("a caller");
+        let stream = answer(connection, &credentials).await.expect("it knows the secret");
+        tokio::time::sleep(silence).await;
+        drop(stream);
+    }
+
+    async fn come(driver: SocketAddr) -> Result<Session, Outside> {
+        timeout(LINK_TIMEOUT * 3, session(driver, &secret())).await.expect("in time")
+    }
+
+    #[tokio::test]
+    async fn who_is_let_in_and_then_left_comes_again() {
+        let (listener, driver) = here().await;
+        let (came, ()) = tokio::join!(come(driver), let_in_only(&listener, Duration::ZERO));
+        assert!(matches!(came, Err(Outside::Yet(_))));
+        let (guests, mut arrivals) = mpsc::channel(1);
+        let credentials = Credentials::new(&secret()).expect("credentials");
+        tokio::spawn(serve(listener, credentials, NodeId::HERE, Some(guests)));
+        let (came, guest) = tokio::join!(come(driver), arrivals.recv());
+        assert!(came.is_ok() && guest.is_some());
+    }
+
+    #[tokio::test]
+    async fn who_is_let_in_and_then_hears_nothing_comes_again() {
+        let (listener, driver) = here().await;
+        let came = tokio::select! {
+            came = come(driver) => came,
+            () = let_in_only(&listener, LINK_TIMEOUT * 4) => unreachable!("silent for longer"),
+        };
+        let Err(Outside::Yet(error)) = came else { panic!("it may yet get in") };
+        assert!(error.to_string().contains("did not let it in within 5s"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn who_calls_a_machine_that_is_not_the_driver_stays_out() {
+        let (listener, agent) = here().await;
+        let credentials = Credentials::new(&secret()).expect("credentials");
+        tokio::spawn(serve(listener, credentials, NodeId(1), None));
+        let Err(Outside::ForGood(error)) = come(agent).await else { panic!("that never changes") };
+        assert!(error.to_string().contains("not the driver"), "{error}");
+    }
 }

@@ -9,7 +9,7 @@ use std::collections::hash_map::Entry;
 use std::hash::Hash;
 use std::sync::Arc;
 
-/// So many tasks in a row are run again for one value; a value that needs more is lost for good.
+/// So many tasks in a row are run again for who asks for one value; who asks for more is refused.
 pub(super) const DEPTH: usize = 1000;
 
 /// How a value can be made again.

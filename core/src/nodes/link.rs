@@ -1,5 +1,5 @@
-//! Connections between machines. Nothing of the program is said on one before both ends have shown
-//! that they know the secret.
+//! Connections between machines. Nothing of the program is said on one before the caller has shown
+//! that it knows the secret, and with TLS both ends.
 
 #[cfg(not(feature = "tls"))]
 use super::clear as guard;

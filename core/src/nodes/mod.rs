@@ -8,10 +8,11 @@
 //! a detour over the driver.
 //!
 //! What is said on a connection is for those who know the program's secret only. Who calls shows it
-//! (`clear`), or both ends show keys that are made of it (`tls`, with the feature of that name).
+//! (`clear`), and takes on trust whoever is called; with the feature `tls`, both ends show keys that
+//! are made of it (`tls`).
 //!
 //! Invariants:
-//! * NODE-1: nobody joins, and nobody gets a value, without the secret: who does not show that they
+//! * NODE-1: nobody who calls joins or gets a value without the secret: who does not show that they
 //!   know it has no connection.
 //! * NODE-2: a machine that has been silent for 4 seconds is lost: nothing is placed there any more,
 //!   before anybody hears that its workers are gone. Silence is that no bytes come.
@@ -26,6 +27,7 @@ mod far;
 mod hub;
 mod knock;
 mod lineage;
+mod lines;
 mod link;
 mod look;
 mod object;

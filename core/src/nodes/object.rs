@@ -106,10 +106,9 @@ impl Far {
             return Ok(None);
         }
         if !self.is_settled() {
-            match lineage::order(self) {
-                Ok(order) => order.iter().for_each(|far| far.run_again()),
-                Err(depth) => drop(self.settle(Lost::ForGood(self.too_deep(depth)))),
-            }
+            // Not for ever: it is less deep once somebody has asked for what is on the way.
+            let order = lineage::order(self).map_err(|depth| self.too_deep(depth))?;
+            order.iter().for_each(|far| far.run_again());
         }
         match &*self.lost() {
             Some(Lost::Again(object)) => Ok(Some(object.clone())),
@@ -166,7 +165,7 @@ impl Far {
     fn too_deep(&self, depth: usize) -> Error {
         self.lost_for_good(&format!(
             "to make it again, {depth} tasks would have to run one after the other; the most is {}: \
-             give results to the driver on the way, with get() and put(), or write a checkpoint",
+             get() a value on the way first, which needs fewer, give results to the driver on the way, with get() and put(), or write a checkpoint",
             lineage::DEPTH
         ))
     }

@@ -46,6 +46,7 @@ pub(crate) fn role() -> Result<Role, Error> {
     let patience = patience()?;
     let deadline = Instant::now() + patience;
     if let Some(address) = given(JOIN_VARIABLE) {
+        check_form(JOIN_VARIABLE, &address)?;
         let address = Some(address);
         return Ok(Role::Member(Join { world: None, address, is_agent: true, deadline }));
     }
@@ -138,19 +139,43 @@ impl Join {
     }
 }
 
+/// A host may become known later; what has no port will never have one.
+fn check_form(variable: &str, text: &str) -> Result<(), Error> {
+    let (host, port) = text.rsplit_once(':').unwrap_or((text, ""));
+    match port.parse::<u16>() {
+        Ok(1..) if !host.is_empty() => Ok(()),
+        Ok(_) | Err(_) => Err(no_address(variable, text, "such as 10.0.0.1:29400")),
+    }
+}
+
 fn resolve(variable: &str, text: &str) -> Result<SocketAddr, Error> {
-    let wrong = |reason: String| Error::LaunchVariable {
+    let wrong = |reason: &str| no_address(variable, text, reason);
+    let addresses = text.to_socket_addrs().map_err(|error| wrong(&error.to_string()))?;
+    addresses.into_iter().next().ok_or_else(|| wrong("no address"))
+}
+
+fn no_address(variable: &str, text: &str, reason: &str) -> Error {
+    Error::LaunchVariable {
         variable: variable.to_owned(),
         got: Some(text.to_owned()),
         expected: format!("HOST:PORT of the driver ({reason})"),
-    };
-    let addresses = text.to_socket_addrs().map_err(|error| wrong(error.to_string()))?;
-    addresses.into_iter().next().ok_or_else(|| wrong("no address".to_owned()))
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_address_without_a_port_is_refused_before_anything_is_tried() {
+        for wrong in ["10.0.0.1", "host", "host:", ":29400", "host:port", "host:70000", "host:0"] {
+            let error = check_form(JOIN_VARIABLE, wrong).expect_err(wrong).to_string();
+            assert!(error.contains("MOBULA_JOIN") && error.contains("HOST:PORT"), "{error}");
+        }
+        for right in ["10.0.0.1:29400", "[::1]:29400", "not-yet-known.example.org:1"] {
+            check_form(JOIN_VARIABLE, right).expect(right);
+        }
+    }
 
     #[test]
     fn one_copy_speaks_for_each_machine() {

@@ -4,6 +4,7 @@
 use crate::Error;
 use crate::error::AtPath;
 use crate::world::{SECRET_VARIABLE, World};
+use std::ffi::OsString;
 use std::fs::{self, OpenOptions};
 use std::hint::black_box;
 use std::io::{Read, Write};
@@ -32,12 +33,17 @@ impl std::fmt::Debug for Secret {
 
 /// A secret's file, until the driver ends.
 #[derive(Debug)]
-pub(super) struct SecretFile(PathBuf);
+pub(super) struct SecretFile(Secret);
 
 impl Drop for SecretFile {
     fn drop(&mut self) {
-        // It may be gone with its folder.
-        let _ = fs::remove_file(&self.0);
+        // It may be gone with its folder, or be another driver's by now.
+        if let Some(path) = self.0.file()
+            && let Ok(Some(text)) = read(path)
+            && text == self.0.text
+        {
+            let _ = fs::remove_file(path);
+        }
     }
 }
 
@@ -47,9 +53,14 @@ impl Secret {
         if let Some(secret) = Self::from_environment()? {
             return Ok((secret, None));
         }
-        let (text, path) = (random()?, path(world));
+        let file = Self::written(path(world))?;
+        Ok((file.0.clone(), Some(file)))
+    }
+
+    fn written(path: PathBuf) -> Result<SecretFile, Error> {
+        let text = random()?;
         write(&path, &text)?;
-        Ok((Self { text, file: Some(path.clone()) }, Some(SecretFile(path))))
+        Ok(SecretFile(Self { text, file: Some(path) }))
     }
 
     /// The others': from the environment, else from the file, once it is there.
@@ -72,21 +83,16 @@ impl Secret {
     }
 
     fn from_environment() -> Result<Option<Self>, Error> {
-        let given = std::env::var(SECRET_VARIABLE).ok().filter(|text| !text.is_empty());
+        let given = std::env::var_os(SECRET_VARIABLE).filter(|text| !text.is_empty());
         given.map(Self::given).transpose()
     }
 
-    pub(super) fn given(text: String) -> Result<Self, Error> {
-        if has_right_length(&text) {
-            return Ok(Self { text, file: None });
+    pub(super) fn given(text: impl Into<OsString>) -> Result<Self, Error> {
+        match text.into().into_string() {
+            Ok(text) if has_right_length(&text) => Ok(Self { text, file: None }),
+            Ok(text) => Err(wrong(text.len())),
+            Err(text) => Err(wrong(text.len())),
         }
-        Err(Error::LaunchVariable {
-            variable: SECRET_VARIABLE.to_owned(),
-            got: Some(format!("({} bytes, not shown)", text.len())),
-            expected: format!(
-                "{MIN_BYTES} to {MAX_BYTES} bytes; best are 32 random ones in hexadecimal"
-            ),
-        })
     }
 
     fn from_file(path: PathBuf) -> Result<Option<Self>, Error> {
@@ -103,6 +109,17 @@ impl Secret {
 
     pub(super) fn bytes(&self) -> &[u8] {
         self.text.as_bytes()
+    }
+}
+
+/// A secret of so many bytes that is none.
+fn wrong(bytes: usize) -> Error {
+    Error::LaunchVariable {
+        variable: SECRET_VARIABLE.to_owned(),
+        got: Some(format!("({bytes} bytes, not shown)")),
+        expected: format!(
+            "UTF-8, {MIN_BYTES} to {MAX_BYTES} bytes; best are 32 random ones in hexadecimal"
+        ),
     }
 }
 
@@ -208,6 +225,26 @@ mod tests {
         fs::set_permissions(&path, fs::Permissions::from_mode(0o640)).expect("ours");
         let error = read(&path).expect_err("others can read it").to_string();
         assert!(error.contains("remove it"), "{error}");
+    }
+
+    #[test]
+    fn a_secret_that_is_not_text_is_refused_and_not_ignored() {
+        use std::os::unix::ffi::OsStringExt;
+        let error = Secret::given(OsString::from_vec(vec![0xff; 32])).expect_err("not UTF-8");
+        let error = error.to_string();
+        assert!(error.contains("MOBULA_SECRET") && error.contains("UTF-8"), "{error}");
+    }
+
+    #[test]
+    fn a_driver_removes_its_own_file_and_not_that_of_another() {
+        let folder = tempfile::tempdir().expect("temporary folder");
+        let path = folder.path().join("secret");
+        let first = Secret::written(path.clone()).expect("writes");
+        let second = Secret::written(path.clone()).expect("writes");
+        drop(first);
+        assert_eq!(read(&path).expect("reads").as_deref(), Some(second.0.text.as_str()));
+        drop(second);
+        assert!(!path.exists());
     }
 
     #[test]

@@ -14,7 +14,7 @@ use futures::stream::{BoxStream, StreamExt};
 use hyper::body::Incoming;
 use hyper::server::conn::http2;
 use hyper::service::service_fn;
-use hyper_util::rt::{TokioExecutor, TokioIo};
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use std::convert::Infallible;
 use std::task::{Context, Poll};
 use std::time::Duration;
@@ -27,6 +27,18 @@ use tonic::{Request, Response, Status};
 
 /// After a connection that could not be taken: there may be no descriptors left for a while.
 const PAUSE: Duration = Duration::from_millis(100);
+
+/// When a connection is closed whose other end has vanished without a word.
+#[derive(Clone, Copy)]
+pub(super) struct KeepAlive {
+    /// How long nothing comes before it is asked whether it is there.
+    pub(super) interval: Duration,
+    /// How long it may take to answer: what is on its way before may be large.
+    pub(super) timeout: Duration,
+}
+
+pub(super) const KEEP_ALIVE: KeepAlive =
+    KeepAlive { interval: Duration::from_secs(30), timeout: Duration::from_secs(60) };
 
 /// Who came in, and where to send what is for it.
 pub(super) type Guest = (Streaming<FromNode>, Heard, mpsc::UnboundedSender<ToNode>);
@@ -56,14 +68,17 @@ pub(super) async fn serve(
 /// NODE-1.
 async fn welcome(connection: TcpStream, credentials: Credentials, service: Service) {
     match answer(connection, &credentials).await {
-        Ok(stream) => drop(tokio::spawn(talk(stream, service))),
+        Ok(stream) => drop(tokio::spawn(talk(stream, service, KEEP_ALIVE))),
         Err(error) => tracing::debug!(%error, "a connection was not let in"),
     }
 }
 
-async fn talk(stream: Stream, service: Service) {
+async fn talk(stream: Stream, service: Service, keep_alive: KeepAlive) {
     let call = |request: http::Request<Incoming>| service.call(request.map(Body::new));
     let served = http2::Builder::new(TokioExecutor::new())
+        .timer(TokioTimer::new())
+        .keep_alive_interval(keep_alive.interval)
+        .keep_alive_timeout(keep_alive.timeout)
         .max_concurrent_streams(None)
         .initial_stream_window_size(WINDOW)
         .initial_connection_window_size(WINDOW)
@@ -167,4 +182,37 @@ pub(super) async fn listen(
         action: "listen for the other copies of this program".to_owned(),
         reason: format!("{}; is MASTER_PORT in use?", reasons.join("; ")),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::link::dial;
+    use super::super::secret::Secret;
+    use super::*;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+    #[tokio::test]
+    async fn who_vanishes_without_a_word_is_hung_up_on() {
+        let secret = Secret::given("what both ends know".to_owned()).expect("long enough");
+        let credentials = Credentials::new(&secret).expect("credentials");
+        let (listener, here) = listen(&[([127, 0, 0, 1], 0).into()]).await.expect("a port");
+        let called = async {
+            let (connection, _) = listener.accept().await.expect("a caller");
+            let stream = answer(connection, &credentials).await.expect("it knows the secret");
+            let soon = Duration::from_millis(10);
+            let keep_alive = KeepAlive { interval: soon, timeout: soon };
+            talk(stream, Service { here: NodeId::HERE, door: None }, keep_alive).await;
+        };
+        let caller = async {
+            let (mut stream, _) = dial(here, &credentials).await.expect("let in");
+            // The beginning of HTTP/2 with no settings, and not a word more.
+            let words = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0";
+            stream.write_all(words).await.expect("writes");
+            stream.flush().await.expect("writes");
+            // With TLS, the end may come without the farewell.
+            let _ = stream.read_to_end(&mut Vec::new()).await;
+        };
+        let both = async { tokio::join!(called, caller) };
+        tokio::time::timeout(Duration::from_secs(60), both).await.expect("it is closed");
+    }
 }

@@ -2,6 +2,7 @@
 
 use super::link::{Credentials, LINK_TIMEOUT, dial};
 use super::object::FarPlace;
+use super::server::KEEP_ALIVE;
 use super::wire::{FETCH, Piece, Wanted};
 use crate::error::chain;
 use crate::parcel::{Stored, store};
@@ -12,13 +13,13 @@ use crate::{BoxError, Error};
 use bytes::Bytes;
 use futures::stream::{self, BoxStream, StreamExt};
 use hyper_util::rt::TokioIo;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
 use std::sync::mpsc::sync_channel;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 use tokio::runtime::RuntimeFlavor;
-use tokio::sync::{OnceCell, mpsc};
+use tokio::sync::{OnceCell, mpsc, watch};
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Request, Status};
 
@@ -26,7 +27,8 @@ use tonic::{Request, Status};
 const PIECE_BYTES: usize = 1 << 20;
 /// Pieces that may wait to be written.
 const PIECES: usize = 8;
-/// A holder that sends nothing for so long is taken for gone.
+/// A holder that sends nothing for so long does not come through to here; one that is lost is
+/// known sooner.
 const PIECE_TIMEOUT: Duration = Duration::from_secs(15);
 /// Bytes on their way that need no acknowledgement yet.
 pub(super) const WINDOW: u32 = 16 << 20;
@@ -38,6 +40,8 @@ pub(super) struct Transfers {
     /// Where the driver is, unless this is it.
     driver: Option<SocketAddr>,
     channels: Mutex<HashMap<SocketAddr, Channel>>,
+    /// Machines that are gone, of which there are few.
+    lost: watch::Sender<HashSet<NodeId>>,
 }
 
 static TRANSFERS: OnceLock<Transfers> = OnceLock::new();
@@ -48,13 +52,20 @@ pub(super) fn set_up(
     credentials: Credentials,
     driver: Option<SocketAddr>,
 ) {
-    let channels = Mutex::default();
+    let (channels, lost) = (Mutex::default(), watch::Sender::default());
     // A second call would be a second `init`, which is refused.
-    let _ = TRANSFERS.set(Transfers { tokio, credentials, driver, channels });
+    let _ = TRANSFERS.set(Transfers { tokio, credentials, driver, channels, lost });
 }
 
 fn transfers() -> Result<&'static Transfers, Error> {
     TRANSFERS.get().ok_or_else(|| Error::Internal("this process has no other nodes".to_owned()))
+}
+
+/// Ends the transfers from a machine that is gone, and the connection to it.
+pub(super) fn lost(node: NodeId, objects: SocketAddr) {
+    let Some(transfers) = TRANSFERS.get() else { return };
+    transfers.lost.send_if_modified(|lost| lost.insert(node));
+    transfers.channels().remove(&objects);
 }
 
 /// Nobody refers to this value any more, wherever there are copies of it.
@@ -132,11 +143,22 @@ async fn transfers_fetch(place: FarPlace) -> Result<Arc<Stored>, Error> {
         Error::system("fetching a value from another node", std::io::Error::other(text))
     };
     // On the runtime of the transfers, whichever thread waits for it.
-    let fetch = transfers.tokio.spawn(transfers.fetch(place));
+    let fetch = transfers.tokio.spawn(transfers.fetch_unless_lost(place));
     fetch.await.map_err(|error| failed(error.into()))?.map_err(failed)
 }
 
 impl Transfers {
+    async fn fetch_unless_lost(&self, place: FarPlace) -> Result<Arc<Stored>, BoxError> {
+        let mut lost = self.lost.subscribe();
+        tokio::select! {
+            // `self` never ends, so neither does the watch.
+            _ = lost.wait_for(|lost| lost.contains(&place.holder)) => {
+                Err(format!("node {} was lost", place.holder.0).into())
+            }
+            fetched = self.fetch(place) => fetched,
+        }
+    }
+
     async fn fetch(&self, place: FarPlace) -> Result<Arc<Stored>, BoxError> {
         let address = place.address.or(self.driver).ok_or("nobody knows where its holder is")?;
         let mut grpc = tonic::client::Grpc::new(self.channel(address)?)
@@ -162,13 +184,16 @@ impl Transfers {
     }
 
     fn channel(&self, address: SocketAddr) -> Result<Channel, BoxError> {
-        let mut channels = self.channels.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut channels = self.channels();
         if let Some(channel) = channels.get(&address) {
             return Ok(channel.clone());
         }
         let endpoint = Endpoint::from_shared(format!("http://{address}"))?
             .initial_stream_window_size(WINDOW)
-            .initial_connection_window_size(WINDOW);
+            .initial_connection_window_size(WINDOW)
+            .http2_keep_alive_interval(KEEP_ALIVE.interval)
+            .keep_alive_timeout(KEEP_ALIVE.timeout)
+            .keep_alive_while_idle(true);
         let credentials = self.credentials.clone();
         let connector = tower::service_fn(move |_| {
             let credentials = credentials.clone();
@@ -178,6 +203,10 @@ impl Transfers {
         let channel = endpoint.connect_with_connector_lazy(connector);
         channels.insert(address, channel.clone());
         Ok(channel)
+    }
+
+    fn channels(&self) -> MutexGuard<'_, HashMap<SocketAddr, Channel>> {
+        self.channels.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -71,6 +71,8 @@ pub(super) enum ToNode {
     Look { look: u64 },
     /// Nobody refers to this value any more.
     Forget { holder: NodeId, id: ObjectId },
+    /// Another machine is gone, and what it gave out there.
+    Lost { node: NodeId, objects: SocketAddr },
     /// The program has ended.
     Shutdown,
 }

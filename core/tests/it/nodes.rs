@@ -8,14 +8,15 @@ use mobula_core::status::Status;
 use mobula_core::value::Blob;
 use mobula_core::{
     ActorOptions, BoxError, Error, Group, GroupEvent, GroupOptions, Member, Node, ObjectRef,
-    OnLoss, Placement, PlacementGroupOptions, PlacementStrategy, Resources, RestartPolicy, Runtime,
-    Task, TaskOptions, Yield, collect, remote,
+    OnLoss, Placement, PlacementGroup, PlacementGroupOptions, PlacementStrategy, Resources,
+    RestartPolicy, Runtime, Task, TaskOptions, Yield, collect, remote,
 };
 use std::collections::HashSet;
-use std::io::{Read, Write};
+use std::fs::File;
+use std::io::{Read, Seek, Write};
 use std::net::{TcpListener, TcpStream};
 use std::path::PathBuf;
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::time::{Duration, Instant};
 
 const SCENARIO: &str = "MOBULA_TEST_NODES";
@@ -37,6 +38,8 @@ pub(crate) const TESTS: &[Test] = &[
     ("nodes::a_killed_driver_leaves_no_copy_and_no_worker", killed_driver),
     ("nodes::copies_on_one_machine_count_its_cpus_once", copies_on_one_machine),
     ("nodes::a_silent_machine_is_lost", silent_machine),
+    ("nodes::who_waits_for_a_value_of_a_silent_machine_does_not_wait_long", silent_holder),
+    ("nodes::a_value_is_made_again_as_often_as_its_task_may_be_retried", lost_twice),
     ("nodes::a_machine_behind_a_slow_network_is_not_lost", slow_network),
     ("nodes::a_machine_joins_later", joins_later),
     ("nodes::values_are_streamed_from_afar", streams),
@@ -63,6 +66,8 @@ pub(crate) fn run() -> Result<(), Box<dyn std::error::Error>> {
         "long task" => scenarios::long_task,
         "count" => scenarios::count,
         "silent machine" => scenarios::silent_machine,
+        "silent holder" => scenarios::silent_holder,
+        "lost twice" => scenarios::lost_twice,
         "slow network" => scenarios::slow_network,
         "joins later" => scenarios::joins_later,
         "streams" => scenarios::streams,
@@ -80,6 +85,8 @@ pub(crate) fn run() -> Result<(), Box<dyn std::error::Error>> {
 /// The copies of one launch. Those that are left are killed in the end.
 pub(crate) struct Launch {
     pub(crate) copies: Vec<Child>,
+    /// What each of them has printed. Files take more than pipes that nobody reads yet.
+    printed: Vec<[File; 2]>,
     pub(crate) folder: tempfile::TempDir,
 }
 
@@ -109,44 +116,59 @@ impl Launch {
             command.env("MASTER_ADDR", "127.0.0.1").env("MOBULA_SECRET", SECRET);
             command.env(SCENARIO, scenario).env("MOBULA_TEST_DIR", folder.path());
             command.current_dir(folder.path());
-            command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+            let printed = [(); 2].map(|()| tempfile::tempfile_in(folder.path()).expect("a file"));
+            let [out, err] = printed.each_ref().map(|file| file.try_clone().expect("a file"));
+            command.stdin(Stdio::null()).stdout(out).stderr(err);
             change(rank, &mut command);
-            command.spawn().expect("starts")
+            (command.spawn().expect("starts"), printed)
         });
-        let copies = copies.collect();
-        Self { copies, folder }
+        let (copies, printed) = copies.unzip();
+        Self { copies, printed, folder }
     }
 
     /// A driver that listens for agents, and where.
-    pub(crate) fn listening(scenario: &str) -> (Self, String) {
+    pub(crate) fn listening(scenario: &str, change: impl Fn(&mut Command)) -> (Self, String) {
         let port = TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr()).expect("a port");
         let launch = Self::start(scenario, &[1], |_, command| {
             alone(command);
             command.env("MOBULA_LISTEN", port.to_string());
+            change(command);
         });
         (launch, port.to_string())
     }
 
     /// An agent of the driver that listens there.
-    pub(crate) fn join(&mut self, address: &str) {
+    pub(crate) fn join(&mut self, address: &str, secret: &str) {
         let mut agent = Self::start("joins later", &[1], |_, command| {
             alone(command);
-            command.env("MOBULA_JOIN", address).env("MOBULA_TEST_DIR", self.folder.path());
+            command.env("MOBULA_JOIN", address).env("MOBULA_SECRET", secret);
+            command.env("MOBULA_TEST_DIR", self.folder.path());
         });
         self.copies.append(&mut agent.copies);
+        self.printed.append(&mut agent.printed);
     }
 
     /// Waits until all copies have ended.
     pub(crate) fn end(mut self) -> Vec<Output> {
+        self.wait()
+    }
+
+    /// The same, while the folder stays.
+    pub(crate) fn wait(&mut self) -> Vec<Output> {
         let deadline = Instant::now() + LONG;
-        for (rank, copy) in self.copies.iter_mut().enumerate() {
-            while copy.try_wait().expect("a child of ours").is_none() {
-                assert!(Instant::now() < deadline, "copy {rank} does not end");
-                std::thread::yield_now();
-            }
-        }
-        let copies = std::mem::take(&mut self.copies).into_iter();
-        copies.map(|copy| copy.wait_with_output().expect("output")).collect()
+        (0..self.copies.len()).map(|rank| self.end_of(rank, deadline)).collect()
+    }
+
+    /// Waits until this copy has ended.
+    pub(crate) fn end_of(&mut self, rank: usize, deadline: Instant) -> Output {
+        let status = status_of(&mut self.copies[rank], deadline);
+        let status = status.unwrap_or_else(|| panic!("copy {rank} does not end"));
+        let [stdout, stderr] = self.printed[rank].each_mut().map(|file| {
+            let mut text = Vec::new();
+            file.rewind().and_then(|()| file.read_to_end(&mut text)).expect("reads");
+            text
+        });
+        Output { status, stdout, stderr }
     }
 
     /// Waits for the end, and expects success of all.
@@ -160,6 +182,16 @@ impl Launch {
 
     pub(crate) fn file(&self, name: &str) -> PathBuf {
         self.folder.path().join(name)
+    }
+}
+
+fn status_of(copy: &mut Child, deadline: Instant) -> Option<ExitStatus> {
+    loop {
+        let status = copy.try_wait().expect("a child of ours");
+        if status.is_some() || Instant::now() >= deadline {
+            return status;
+        }
+        std::thread::sleep(Duration::from_millis(10));
     }
 }
 
@@ -285,15 +317,22 @@ fn silent_machine(_: &Runtime) {
     wait_for_file(&launch.file("worker"));
     let agent = Pid::from_child(&launch.copies[1]);
     kill_process(agent, Signal::STOP).expect("stops");
-    let deadline = Instant::now() + LONG;
-    while launch.copies[0].try_wait().expect("a child of ours").is_none() {
-        assert!(Instant::now() < deadline, "nobody noticed");
-        std::thread::yield_now();
-    }
+    let driver = status_of(&mut launch.copies[0], Instant::now() + LONG);
+    assert!(driver.is_some(), "nobody noticed");
     kill_process(agent, Signal::CONT).expect("goes on");
     let outputs = launch.end();
     assert!(outputs[0].status.success(), "{}", said(&outputs));
     assert!(said(&outputs[..1]).contains("no heartbeat for 4s"), "{}", said(&outputs));
+}
+
+fn silent_holder(_: &Runtime) {
+    let outputs = Launch::start("silent holder", &[1, 1, 1], |_, _| {}).end();
+    assert!(outputs[0].status.success(), "{}", said(&outputs));
+}
+
+fn lost_twice(_: &Runtime) {
+    let outputs = Launch::start("lost twice", &[1, 1, 1], |_, _| {}).end();
+    assert!(outputs[0].status.success(), "{}", said(&outputs));
 }
 
 fn slow_network(_: &Runtime) {
@@ -338,9 +377,9 @@ fn pour(mut from: &TcpStream, mut to: &TcpStream, pause: Duration) {
 }
 
 fn joins_later(_: &Runtime) {
-    let (mut launch, address) = Launch::listening("joins later");
+    let (mut launch, address) = Launch::listening("joins later", |_| {});
     wait_for_file(&launch.file("alone"));
-    launch.join(&address);
+    launch.join(&address, SECRET);
     launch.succeed();
 }
 
@@ -698,6 +737,73 @@ mod scenarios {
         assert_eq!((busy.busy, busy.resident_bytes), (true, 0));
     }
 
+    fn agent_of(runtime: &Runtime, node: Node) -> rustix::process::Pid {
+        let agent = runtime.submit(parent::remote().with_options(on(node))).get().expect("runs");
+        rustix::process::Pid::from_raw(*agent as i32).expect("a process")
+    }
+
+    /// Nothing else of one machine runs while this is there.
+    fn fill(runtime: &Runtime) -> PlacementGroup {
+        let all = PlacementGroupOptions::new("all that is here", vec![Resources::cpus(2.0)]);
+        runtime.placement_group(&all).expect("is free")
+    }
+
+    pub(super) fn silent_holder(runtime: &Runtime) {
+        use rustix::process::{Signal, kill_process};
+        let nodes = runtime.nodes();
+        let (holder, other) = (nodes[1].node, nodes[2].node);
+        let agent = agent_of(runtime, holder);
+        let retried = TaskOptions { max_retries: 1, node: None, ..on(Node::HERE) };
+        let full = fill(runtime);
+        let values = [1, 2, 3].map(|byte| {
+            let value = runtime.submit(make::remote(byte).with_options(retried.clone()));
+            wait_ready(&[&value]);
+            value
+        });
+        drop(full);
+        // Both have a connection to the holder, on which nothing will come.
+        values[0].get().expect("fetched");
+        let there = |value| runtime.submit(pass_on::remote(value).with_options(on(other)));
+        wait_ready(&[&there(&values[0])]);
+        kill_process(agent, Signal::STOP).expect("stops");
+        let start = Instant::now();
+        let passed_on = there(&values[1]);
+        let again = values[2].get();
+        let passed_on = passed_on.get();
+        let took = start.elapsed();
+        kill_process(agent, Signal::CONT).expect("goes on");
+        assert_eq!(again.expect("made again").0, vec![3; LARGE]);
+        assert_eq!(passed_on.expect("made again").0, vec![2; LARGE]);
+        assert!(took < Duration::from_secs(10), "{took:?}");
+    }
+
+    pub(super) fn lost_twice(runtime: &Runtime) {
+        use rustix::process::{Signal, kill_process};
+        let nodes = runtime.nodes();
+        let agents = [1, 2].map(|n: usize| agent_of(runtime, nodes[n].node));
+        let retried = |max_retries| {
+            let options = TaskOptions { max_retries, node: None, ..on(Node::HERE) };
+            runtime.submit(make::remote(1).with_options(options))
+        };
+        // With the driver's machine full, all is made on the others.
+        let full = fill(runtime);
+        let [once, twice] = [retried(1), retried(2)];
+        wait_ready(&[&once, &twice]);
+        for (n, agent) in agents.into_iter().enumerate() {
+            kill_process(agent, Signal::KILL).expect("kill -9");
+            assert!(wait_until(|| runtime.nodes().len() == 2 - n, LONG), "nobody noticed");
+            if n == 0 {
+                // Made again on the machine that is left, and not fetched.
+                let sum = add::remote(&once, &twice).with_options(on(nodes[2].node));
+                assert_eq!(*runtime.submit(sum).get().expect("again"), 2 * LARGE as u64);
+            }
+        }
+        drop(full);
+        let error = once.get().expect_err("it was made twice").to_string();
+        assert!(error.contains("no retries left"), "{error}");
+        assert_eq!(twice.get().expect("made for the third time").0, vec![1; LARGE]);
+    }
+
     /// Values that only the other machine has, each made of the one before it.
     fn chain(runtime: &Runtime, length: usize) -> Vec<ObjectRef<Blob>> {
         let again = |task: Task<Blob>| {
@@ -725,24 +831,23 @@ mod scenarios {
 
     pub(super) fn long_chain(runtime: &Runtime) {
         // With the driver's machine full, all is made on the other one.
-        let all = PlacementGroupOptions::new("all that is here", vec![Resources::cpus(2.0)]);
-        let full = runtime.placement_group(&all).expect("is free");
+        let full = fill(runtime);
         let last = chain(runtime, LINEAGE_DEPTH / 2).pop();
         on_a_stack_of(64 << 10, move || drop(last));
         let values = chain(runtime, LINEAGE_DEPTH + 1);
         let (deepest, too_deep) =
             (values[LINEAGE_DEPTH - 1].clone(), values[LINEAGE_DEPTH].clone());
         drop(values);
-        let agent = parent::remote().with_options(on(runtime.nodes()[1].node));
-        let agent = *runtime.submit(agent).get().expect("runs") as i32;
-        let agent = rustix::process::Pid::from_raw(agent).expect("a process");
+        let agent = agent_of(runtime, runtime.nodes()[1].node);
         rustix::process::kill_process(agent, rustix::process::Signal::KILL).expect("kill -9");
         assert!(wait_until(|| runtime.nodes().len() == 1, LONG), "nobody noticed");
         let error = too_deep.get().expect_err("too much to run again").to_string();
         assert!(error.contains("1001") && error.contains("1000"), "{error}");
-        drop((full, too_deep));
+        drop(full);
         let again = on_a_stack_of(256 << 10, move || deepest.get().map(|value| value.0.clone()));
         assert_eq!(again.expect("made again"), vec![7; SMALL]);
+        // What it is made of is there now.
+        assert_eq!(too_deep.get().expect("less is to be made").0, vec![7; SMALL]);
     }
 
     /// A value in a frame, and one that is fetched.
@@ -828,7 +933,9 @@ mod scenarios {
         }
         let after = moved.join(LONG).expect("goes on").swap_remove(0);
         assert!(after[0] != after[1] && !after.contains(&victim), "{after:?}");
-        assert_eq!(runtime.free_resources().cpus, 4.0);
+        // A moment after the last process has ended.
+        let all_free = || runtime.free_resources().cpus == 4.0;
+        assert!(wait_until(all_free, LONG), "{:?}", runtime.free_resources());
     }
 
     /// What was answered is in the state, wherever it lives, and what was retried is in it once.

@@ -18,6 +18,7 @@ use std::time::Instant;
 pub(crate) const TESTS: &[Test] = &[
     ("nodes::secrets::nobody_joins_without_the_secret", wrong_secret),
     ("nodes::secrets::a_file_will_do_for_a_secret", secret_in_a_file),
+    ("nodes::secrets::a_second_driver_leaves_the_secret_of_the_first", two_drivers),
     ("nodes::secrets::a_secret_of_an_earlier_start_is_read_again", stale_secret),
     ("nodes::secrets::one_that_stays_wrong_is_named", stale_for_good),
     ("nodes::secrets::with_tls_nobody_can_listen_in", listened_in),
@@ -41,13 +42,35 @@ fn wrong_secret(_: &Runtime) {
 }
 
 fn secret_in_a_file(_: &Runtime) {
-    let launch = Launch::start("count", &[1, 1], |_, command| {
+    let mut launch = Launch::start("count", &[1, 1], |_, command| {
         command.env_remove("MOBULA_SECRET");
     });
-    let runs = launch.file("runs");
-    let outputs = launch.end();
+    let outputs = launch.wait();
     assert!(said(&outputs[..1]).contains("4 CPU on 2 nodes"), "{}", said(&outputs));
-    assert!(!runs.exists(), "the folder of the test goes with the launch");
+    let left = std::fs::read_dir(launch.file("runs")).expect("the driver has made it");
+    assert_eq!(left.count(), 0, "the file goes with the driver");
+}
+
+/// A second start in the same folder and on the same port fails, and the first one notices nothing.
+fn two_drivers(_: &Runtime) {
+    let (mut launch, address) = Launch::listening("two machines", |command| {
+        command.env_remove("MOBULA_SECRET");
+    });
+    wait_for_file(&launch.file("alone"));
+    let port = address.rsplit_once(':').expect("host and port").1;
+    let file = launch.file("runs").join(format!(".join-127-0-0-1-{port}-0"));
+    let secret = std::fs::read_to_string(&file).expect("the driver has written it");
+    let second = Launch::start("count", &[1], |_, command| {
+        alone(command);
+        command.env_remove("MOBULA_SECRET").env("MOBULA_LISTEN", &address);
+        command.current_dir(launch.folder.path());
+    });
+    let second = second.end();
+    assert!(!second[0].status.success(), "{}", said(&second));
+    assert!(said(&second).contains("is MASTER_PORT in use?"), "{}", said(&second));
+    assert_eq!(std::fs::read_to_string(&file).ok().as_ref(), Some(&secret));
+    launch.join(&address, &secret);
+    launch.succeed();
 }
 
 /// The file is that of an earlier start when the agent comes, and right once it was refused.
@@ -76,8 +99,7 @@ fn stale_for_good(_: &Runtime) {
             stale_secret_of(command);
         }
     });
-    let agent = launch.copies.remove(1).wait_with_output().expect("ends by itself");
-    let agent = [agent];
+    let agent = [launch.end_of(1, Instant::now() + LONG)];
     assert_eq!(agent[0].status.code(), Some(1), "{}", said(&agent));
     let told = said(&agent);
     assert!(told.contains("has another secret than runs/.join-127-0-0-1-"), "{told}");
@@ -116,7 +138,7 @@ fn listened_in(_: &Runtime) {
 
 /// Who connects and says nothing takes up few descriptors, and no room from those who join.
 fn strangers(_: &Runtime) {
-    let (mut launch, address) = Launch::listening("two machines");
+    let (mut launch, address) = Launch::listening("two machines", |_| {});
     wait_for_file(&launch.file("alone"));
     let before = sockets(&launch.copies[0]);
     let mut strangers: Vec<_> =
@@ -125,9 +147,10 @@ fn strangers(_: &Runtime) {
     let last = strangers.last_mut().expect("many");
     last.set_read_timeout(Some(LONG)).expect("a timeout");
     last.read_exact(&mut [0; 16]).expect("the driver speaks first");
-    let taken = sockets(&launch.copies[0]) - before;
-    assert!((1..=64).contains(&taken), "{taken} at a time");
-    launch.join(&address);
+    let taken = sockets(&launch.copies[0]).saturating_sub(before);
+    // 64, and one that waits until there is room.
+    assert!((1..=65).contains(&taken), "{taken} at a time");
+    launch.join(&address, SECRET);
     launch.succeed();
 }
 
