@@ -30,6 +30,8 @@ pub(super) struct Port {
     process: u64,
     state: PortState,
     pub(super) lease: Option<Arc<Lease>>,
+    /// Its function has ended, and others may have its CPUs until it is called again.
+    has_lent: bool,
     /// Keep the arguments where the member finds them.
     _args: Vec<store::Lease>,
 }
@@ -89,6 +91,19 @@ impl Port {
 
     pub(super) fn set_done(&mut self) {
         self.state = PortState::Done;
+    }
+
+    /// It waits for the others, who may wait for what needs CPUs.
+    pub(super) fn lend(&mut self) {
+        if let (false, Some(lease)) = (self.has_lent, &self.lease) {
+            lease.lend();
+            self.has_lent = true;
+        }
+    }
+
+    /// What it has lent, to be claimed back before it is called again.
+    pub(super) fn take_lent(&mut self) -> Option<Arc<Lease>> {
+        std::mem::take(&mut self.has_lent).then(|| self.lease.clone()).flatten()
     }
 
     /// Another process takes its place.
@@ -194,7 +209,8 @@ impl<T> Group<T> {
             Placement::Process => self.start_process(spec, &lease)?,
         };
         let lease = Some(lease);
-        Ok(Port { route, process, state: PortState::Running, lease, _args: args })
+        let state = PortState::Running;
+        Ok(Port { route, process, state, lease, has_lent: false, _args: args })
     }
 
     fn start_thread(&self, spec: MemberSpec, lease: &Arc<Lease>) -> Result<Route, Error> {

@@ -408,6 +408,7 @@ impl<T> Group<T> {
             return self.restart_for(rank, error.clone());
         }
         self.members[rank].set_done();
+        self.members[rank].lend();
         self.reform.ended(rank);
         if self.reform.is_under_way() {
             // It is called again.

@@ -21,6 +21,8 @@ struct Search {
     homeless: Vec<usize>,
     /// The machines of those that have a place.
     nodes: Vec<NodeId>,
+    /// What finished members have lent.
+    lent: Vec<Arc<Lease>>,
     wanted: Weak<()>,
 }
 
@@ -46,6 +48,7 @@ impl<T> Group<T> {
         // What they hold of a machine that is there is to be free before others get it.
         self.wait_for(&homeless);
         homeless.iter().for_each(|rank| self.members[*rank].lease = None);
+        let lent = self.members.iter_mut().filter_map(Port::take_lent).collect();
         let lease = |rank: &usize| self.members[*rank].lease.as_ref();
         let search = Search {
             runtime: self.runtime.clone(),
@@ -54,6 +57,7 @@ impl<T> Group<T> {
             args: self.args.clone(),
             nodes: replaced.iter().filter_map(lease).map(|lease| lease.node()).collect(),
             homeless,
+            lent,
             wanted: Arc::downgrade(&self.wanted),
         };
         let (notify, name) = (self.notify.clone(), self.options.name.clone());
@@ -102,6 +106,7 @@ impl<T> Group<T> {
 
 impl Search {
     fn run(self) -> Result<Placed, Error> {
+        self.lent.iter().for_each(|lease| lease.reclaim());
         let leases = match self.homeless.is_empty() {
             true => Vec::new(),
             false => {
