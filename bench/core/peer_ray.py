@@ -36,7 +36,8 @@ def fan_out(tasks):
 
 @ray.remote(num_returns="streaming")
 def count(values):
-    yield from range(values)
+    for value in range(values):
+        yield value
 
 
 @ray.remote
