@@ -33,12 +33,14 @@
 //!
 //! What it will not do: train (optimizers, schedules and workers are `mobula-train`'s), read
 //! data, or download weights.
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
+mod collect;
 mod cpu;
 mod error;
 pub mod gradcheck;
 mod init;
+mod kernels;
 pub mod layers;
 pub mod loss;
 pub mod metrics;
@@ -50,6 +52,7 @@ mod pass;
 mod registry;
 mod weights;
 
+pub use collect::FlatGradients;
 pub use error::{Error, Result};
 pub use init::Init;
 pub use model::Model;

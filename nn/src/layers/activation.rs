@@ -1,27 +1,375 @@
 //! Element-wise non-linearities.
 
+use crate::cpu::{Forward, Operand, TASK_ELEMENTS, forward, tensor, unsupported, with_values};
+use crate::kernels::{Real, output, vectorized};
 use crate::Result;
-use candle_core::Tensor;
+use candle_core::{CpuStorage, CustomOp1, DType, Layout, Shape, Tensor};
+use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
-/// A non-linearity by name, for options.
+/// A non-linearity by name, for options. Values and gradients are PyTorch's.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 #[non_exhaustive]
 pub enum Activation {
-    /// `max(x, 0)`. Its gradient at exactly 0 is 1 (candle's choice; PyTorch's is 0).
+    /// `x`.
+    Identity,
+    /// `max(x, 0)`; its gradient at 0 is 0.
     #[default]
     Relu,
+    /// `min(max(x, 0), 6)`.
+    Relu6,
+    /// `x` above 0, `0.01 x` below.
+    LeakyRelu,
+    /// `x` above 0, `eˣ − 1` below (Clevert, Unterthiner, Hochreiter, 2016).
+    Elu,
     /// `x · Φ(x)`, exact (Hendrycks and Gimpel, 2016), as PyTorch's default.
     Gelu,
+    /// The same with a hyperbolic tangent in place of the error function.
+    GeluTanh,
+    /// `x / (1 + e⁻ˣ)`, also called swish.
+    Silu,
+    /// `1 / (1 + e⁻ˣ)`.
+    Sigmoid,
+    /// Hyperbolic tangent.
+    Tanh,
+    /// `ln(1 + eˣ)`.
+    Softplus,
 }
 
 impl Activation {
     /// Applies it to every element.
     pub fn forward(self, x: &Tensor) -> Result<Tensor> {
-        Ok(match self {
-            Self::Relu => x.relu()?,
-            Self::Gelu => x.gelu_erf()?,
-        })
+        match self {
+            Self::Identity => Ok(x.clone()),
+            _ if x.device().is_cpu() => Ok(x.contiguous()?.apply_op1(self)?),
+            _ => Ok(self.composed(x)?),
+        }
+    }
+
+    /// In candle's own operations, for devices that this crate has no kernel for.
+    pub(crate) fn composed(self, x: &Tensor) -> candle_core::Result<Tensor> {
+        let sigmoid = |x: &Tensor| (x.neg()?.exp()? + 1.0)?.recip();
+        // Candle's own relu passes the gradient at 0.
+        let relu = |x: &Tensor| x.gt(0.0)?.to_dtype(x.dtype())?.mul(x);
+        match self {
+            Self::Identity => Ok(x.clone()),
+            Self::Relu => relu(x),
+            Self::Relu6 => x.lt(6.0)?.to_dtype(x.dtype())?.mul(&relu(x)?)? + (x.ge(6.0)?.to_dtype(x.dtype())? * 6.0)?,
+            Self::LeakyRelu => relu(x)? - (relu(&x.neg()?)? * 0.01)?,
+            // The exponential of the positive side is not used, and must not overflow.
+            Self::Elu => relu(x)? + (relu(&x.neg()?)?.neg()?.exp()? - 1.0)?,
+            Self::Gelu => x.gelu_erf(),
+            Self::GeluTanh => x.gelu(),
+            Self::Silu => x.mul(&sigmoid(x)?),
+            Self::Sigmoid => sigmoid(x),
+            Self::Tanh => x.tanh(),
+            Self::Softplus => {
+                let small = (x.abs()?.neg()?.exp()? + 1.0)?.log()?;
+                relu(x)? + small
+            }
+        }
+    }
+
+    /// Whether [`slope`](Scalar::slope) looks at the input, not at the output alone.
+    pub(crate) fn needs_input(self) -> bool {
+        matches!(self, Self::Gelu | Self::GeluTanh | Self::Silu | Self::Softplus)
+    }
+
+    /// Calls `visit` with the function itself, so that loops over it are compiled for each.
+    #[inline(always)]
+    pub(crate) fn visit<V: Visitor>(self, visitor: V) -> V::Output {
+        match self {
+            Self::Identity => visitor.visit::<Identity>(),
+            Self::Relu => visitor.visit::<Relu>(),
+            Self::Relu6 => visitor.visit::<Relu6>(),
+            Self::LeakyRelu => visitor.visit::<LeakyRelu>(),
+            Self::Elu => visitor.visit::<Elu>(),
+            Self::Gelu => visitor.visit::<Gelu>(),
+            Self::GeluTanh => visitor.visit::<GeluTanh>(),
+            Self::Silu => visitor.visit::<Silu>(),
+            Self::Sigmoid => visitor.visit::<Sigmoid>(),
+            Self::Tanh => visitor.visit::<Tanh>(),
+            Self::Softplus => visitor.visit::<Softplus>(),
+        }
+    }
+}
+
+/// A loop over some activation.
+pub(crate) trait Visitor {
+    type Output;
+
+    fn visit<S: Scalar>(self) -> Self::Output;
+}
+
+/// One activation of one number.
+pub(crate) trait Scalar: Send + Sync + 'static {
+    fn value<T: Real>(x: T) -> T;
+
+    /// The derivative where the input is `x` and the output `y`.
+    fn slope<T: Real>(x: T, y: T) -> T;
+}
+
+/// `value` where the condition holds, else 0: a select, not a branch.
+#[inline(always)]
+fn keep<T: Real>(condition: bool, value: T) -> T {
+    if condition { value } else { T::zero() }
+}
+
+#[inline(always)]
+fn number<T: Real>(value: f64) -> T {
+    T::from_f64(value)
+}
+
+pub(crate) struct Identity;
+pub(crate) struct Relu;
+pub(crate) struct Relu6;
+pub(crate) struct LeakyRelu;
+pub(crate) struct Elu;
+pub(crate) struct Gelu;
+pub(crate) struct GeluTanh;
+pub(crate) struct Silu;
+pub(crate) struct Sigmoid;
+pub(crate) struct Tanh;
+pub(crate) struct Softplus;
+
+impl Scalar for Identity {
+    #[inline(always)]
+    fn value<T: Real>(x: T) -> T {
+        x
+    }
+
+    #[inline(always)]
+    fn slope<T: Real>(_x: T, _y: T) -> T {
+        T::one()
+    }
+}
+
+impl Scalar for Relu {
+    /// A NaN stays one.
+    #[inline(always)]
+    fn value<T: Real>(x: T) -> T {
+        if x <= T::zero() { T::zero() } else { x }
+    }
+
+    #[inline(always)]
+    fn slope<T: Real>(_x: T, y: T) -> T {
+        keep(y > T::zero(), T::one())
+    }
+}
+
+impl Scalar for Relu6 {
+    #[inline(always)]
+    fn value<T: Real>(x: T) -> T {
+        let x = Relu::value(x);
+        if x >= number(6.0) { number(6.0) } else { x }
+    }
+
+    #[inline(always)]
+    fn slope<T: Real>(_x: T, y: T) -> T {
+        keep((y > T::zero()) & (y < number(6.0)), T::one())
+    }
+}
+
+impl Scalar for LeakyRelu {
+    #[inline(always)]
+    fn value<T: Real>(x: T) -> T {
+        if x > T::zero() { x } else { x * number(0.01) }
+    }
+
+    #[inline(always)]
+    fn slope<T: Real>(_x: T, y: T) -> T {
+        if y > T::zero() { T::one() } else { number(0.01) }
+    }
+}
+
+impl Scalar for Elu {
+    #[inline(always)]
+    fn value<T: Real>(x: T) -> T {
+        if x > T::zero() { x } else { x.exp() - T::one() }
+    }
+
+    #[inline(always)]
+    fn slope<T: Real>(_x: T, y: T) -> T {
+        if y > T::zero() { T::one() } else { y + T::one() }
+    }
+}
+
+impl Scalar for Gelu {
+    #[inline(always)]
+    fn value<T: Real>(x: T) -> T {
+        x * gauss(x)
+    }
+
+    #[inline(always)]
+    fn slope<T: Real>(x: T, _y: T) -> T {
+        // 1 / √(2π)
+        let density = (x * x * number(-0.5)).exp() * number(0.398_942_280_401_432_7);
+        density.mul_add(x, gauss(x))
+    }
+}
+
+/// The normal distribution function.
+#[inline(always)]
+fn gauss<T: Real>(x: T) -> T {
+    (x * number(std::f64::consts::FRAC_1_SQRT_2)).erf().mul_add(number(0.5), number(0.5))
+}
+
+impl Scalar for GeluTanh {
+    #[inline(always)]
+    fn value<T: Real>(x: T) -> T {
+        let t = Self::inner(x).tanh();
+        x * t.mul_add(number(0.5), number(0.5))
+    }
+
+    #[inline(always)]
+    fn slope<T: Real>(x: T, _y: T) -> T {
+        let t = Self::inner(x).tanh();
+        let inner_slope = (x * x).mul_add(number(3.0 * Self::CUBIC * Self::SCALE), number(Self::SCALE));
+        let rest = (T::one() - t * t) * inner_slope * x;
+        (rest + t).mul_add(number(0.5), number(0.5))
+    }
+}
+
+impl GeluTanh {
+    const CUBIC: f64 = 0.044_715;
+    /// √(2/π)
+    const SCALE: f64 = 0.797_884_560_802_865_4;
+
+    #[inline(always)]
+    fn inner<T: Real>(x: T) -> T {
+        (x * x).mul_add(number(Self::CUBIC * Self::SCALE), number(Self::SCALE)) * x
+    }
+}
+
+impl Scalar for Silu {
+    #[inline(always)]
+    fn value<T: Real>(x: T) -> T {
+        x * x.sigmoid()
+    }
+
+    #[inline(always)]
+    fn slope<T: Real>(x: T, _y: T) -> T {
+        let s = x.sigmoid();
+        s * (x * (T::one() - s) + T::one())
+    }
+}
+
+impl Scalar for Sigmoid {
+    #[inline(always)]
+    fn value<T: Real>(x: T) -> T {
+        x.sigmoid()
+    }
+
+    #[inline(always)]
+    fn slope<T: Real>(_x: T, y: T) -> T {
+        y * (T::one() - y)
+    }
+}
+
+impl Scalar for Tanh {
+    #[inline(always)]
+    fn value<T: Real>(x: T) -> T {
+        x.tanh()
+    }
+
+    #[inline(always)]
+    fn slope<T: Real>(_x: T, y: T) -> T {
+        T::one() - y * y
+    }
+}
+
+impl Scalar for Softplus {
+    #[inline(always)]
+    fn value<T: Real>(x: T) -> T {
+        Relu::value(x) + ((T::zero() - x.abs()).exp() + T::one()).ln()
+    }
+
+    #[inline(always)]
+    fn slope<T: Real>(x: T, _y: T) -> T {
+        x.sigmoid()
+    }
+}
+
+struct Values<'a, T>(&'a [T], &'a mut [T]);
+
+impl<T: Real> Visitor for Values<'_, T> {
+    type Output = ();
+
+    fn visit<S: Scalar>(self) {
+        let tasks = self.1.par_chunks_mut(TASK_ELEMENTS).zip(self.0.par_chunks(TASK_ELEMENTS));
+        tasks.for_each(|(y, x)| {
+            vectorized(
+                #[inline(always)]
+                || y.iter_mut().zip(x).for_each(|(y, x)| *y = S::value(*x)),
+            )
+        });
+    }
+}
+
+/// `out = grad · slope(x, y)`.
+pub(crate) struct Slopes<'a, T> {
+    pub(crate) x: &'a [T],
+    pub(crate) y: &'a [T],
+    pub(crate) grad: &'a [T],
+    pub(crate) out: &'a mut [T],
+}
+
+impl<T: Real> Visitor for Slopes<'_, T> {
+    type Output = ();
+
+    fn visit<S: Scalar>(self) {
+        let inputs = self.x.par_chunks(TASK_ELEMENTS).zip(self.y.par_chunks(TASK_ELEMENTS));
+        let inputs = inputs.zip(self.grad.par_chunks(TASK_ELEMENTS));
+        self.out.par_chunks_mut(TASK_ELEMENTS).zip(inputs).for_each(|(out, ((x, y), grad))| {
+            vectorized(
+                #[inline(always)]
+                || slopes::<S, T>(x, y, grad, out),
+            )
+        });
+    }
+}
+
+#[inline(always)]
+fn slopes<S: Scalar, T: Real>(x: &[T], y: &[T], grad: &[T], out: &mut [T]) {
+    for (((out, grad), x), y) in out.iter_mut().zip(grad).zip(x).zip(y) {
+        *out = *grad * S::slope(*x, *y);
+    }
+}
+
+impl Forward<1> for Activation {
+    const NAME: &'static str = "activation";
+
+    fn run<T: Real>(&self, [x]: [Operand<'_, T>; 1]) -> candle_core::Result<(Vec<T>, Shape)> {
+        let y = output(x.values.len(), |y| self.visit(Values(x.values, y)));
+        Ok((y, x.dims.into()))
+    }
+}
+
+impl Activation {
+    fn backward<T: Real>(self, x: &Tensor, y: &Tensor, grad: &Tensor) -> candle_core::Result<Tensor> {
+        let out = with_values([x, y, grad], |[x, y, grad]| {
+            Ok(output(x.len(), |out| self.visit(Slopes { x, y, grad, out })))
+        })?;
+        tensor::<T>(out, x.shape())
+    }
+}
+
+impl CustomOp1 for Activation {
+    fn name(&self) -> &'static str {
+        Self::NAME
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
+        forward(self, [(x, layout)])
+    }
+
+    fn bwd(&self, x: &Tensor, y: &Tensor, grad: &Tensor) -> candle_core::Result<Option<Tensor>> {
+        let grad = grad.contiguous()?;
+        match x.dtype() {
+            DType::F32 => self.backward::<f32>(x, y, &grad).map(Some),
+            DType::F64 => self.backward::<f64>(x, y, &grad).map(Some),
+            other => Err(unsupported(other, Self::NAME)),
+        }
     }
 }

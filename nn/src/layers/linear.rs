@@ -1,26 +1,36 @@
 //! The affine map.
 
+use super::Activation;
+use super::linear_op::Affine;
 use crate::{Error, Init, Module, Params, Pass, Result};
 use candle_core::{D, Tensor};
 
-/// `y = x Wᵀ + b`: `[.., inputs]` to `[.., outputs]`.
+/// `y = activation(x Wᵀ + b)`: `[.., inputs]` to `[.., outputs]`, in one operation.
 ///
 /// Parameters `weight [outputs, inputs]` and `bias [outputs]`, initialised as PyTorch does.
 #[derive(Clone, Debug)]
 pub struct Linear {
     weight: Tensor,
     bias: Tensor,
+    activation: Activation,
     name: String,
 }
 
 impl Linear {
-    /// Creates the parameters in `params`.
+    /// Creates the parameters in `params`. No activation.
     pub fn new(params: &Params, inputs: usize, outputs: usize) -> Result<Self> {
         Ok(Self {
             weight: params.get((outputs, inputs), "weight", Init::default_weight())?,
             bias: params.get(outputs, "bias", Init::default_bias(inputs))?,
+            activation: Activation::Identity,
             name: params.path().to_owned(),
         })
+    }
+
+    /// Applies `activation` to what comes out, which costs hardly anything here.
+    #[must_use]
+    pub fn with_activation(self, activation: Activation) -> Self {
+        Self { activation, ..self }
     }
 
     /// `[outputs, inputs]`.
@@ -32,6 +42,14 @@ impl Linear {
     pub fn bias(&self) -> &Tensor {
         &self.bias
     }
+
+    /// In candle's own operations, for devices that this crate has no kernel for.
+    fn composed(&self, x: &Tensor, shape: &[usize]) -> Result<Tensor> {
+        let (_, inputs) = self.weight.dims2()?;
+        let y = x.reshape(((), inputs))?.matmul(&self.weight.t()?)?;
+        let y = y.broadcast_add(&self.bias)?;
+        Ok(self.activation.composed(&y)?.reshape(shape)?)
+    }
 }
 
 impl Module for Linear {
@@ -41,12 +59,12 @@ impl Module for Linear {
             let what = format!("the input of linear layer {:?}", self.name);
             return Err(Error::shape(what, format!("[.., {inputs}]"), x.dims()));
         }
-        let rows = x.elem_count() / inputs;
-        let y = x.reshape((rows, inputs))?.matmul(&self.weight.t()?)?;
-        // The bias goes on the right: candle then completes its gradient first.
-        let y = y.broadcast_add(&self.bias)?;
+        if x.device().is_cpu() {
+            let op = Affine::new(self.activation);
+            return Ok(x.contiguous()?.apply_op3(&self.weight, &self.bias, op)?);
+        }
         let mut shape = x.dims().to_vec();
         shape[x.rank() - 1] = outputs;
-        Ok(y.reshape(shape)?)
+        self.composed(x, &shape)
     }
 }

@@ -6,6 +6,7 @@ mod conv_op;
 mod dropout;
 mod im2col;
 mod linear;
+mod linear_op;
 mod pool;
 
 pub use activation::Activation;

@@ -46,7 +46,6 @@ impl MlpOptions {
 pub struct Mlp {
     hidden: Vec<(Linear, Dropout)>,
     output: Linear,
-    activation: Activation,
 }
 
 impl Mlp {
@@ -57,7 +56,8 @@ impl Mlp {
         for (index, &width) in options.hidden.iter().enumerate() {
             positive(&[("hidden", width)])?;
             let number = index + 1;
-            let linear = Linear::new(&params.scope(&format!("fc{number}")), inputs, width)?;
+            let linear = Linear::new(&params.scope(&format!("fc{number}")), inputs, width)?
+                .with_activation(options.activation);
             let dropout =
                 Dropout::new(&params.scope(&format!("dropout{number}")), options.dropout)?;
             hidden.push((linear, dropout));
@@ -67,7 +67,6 @@ impl Mlp {
         Ok(Self {
             output: Linear::new(&output, inputs, options.outputs)?,
             hidden,
-            activation: options.activation,
         })
     }
 }
@@ -76,8 +75,7 @@ impl Module for Mlp {
     fn forward(&self, x: &Tensor, pass: &Pass) -> Result<Tensor> {
         let mut x = x.clone();
         for (linear, dropout) in &self.hidden {
-            x = self.activation.forward(&linear.forward(&x, pass)?)?;
-            x = dropout.forward(&x, pass)?;
+            x = dropout.forward(&linear.forward(&x, pass)?, pass)?;
         }
         self.output.forward(&x, pass)
     }

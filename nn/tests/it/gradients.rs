@@ -5,6 +5,20 @@ use candle_core::{CpuStorage, CustomOp1, DType, Layout, Shape, Tensor, Var};
 use mobula_nn::layers::{Activation, Conv2d, Conv2dOptions, Dropout, Linear, max_pool2d};
 use mobula_nn::{Error, Module, Params, Pass, Registry, gradcheck, loss};
 
+const ACTIVATIONS: [Activation; 11] = [
+    Activation::Identity,
+    Activation::Relu,
+    Activation::Relu6,
+    Activation::LeakyRelu,
+    Activation::Elu,
+    Activation::Gelu,
+    Activation::GeluTanh,
+    Activation::Silu,
+    Activation::Sigmoid,
+    Activation::Tanh,
+    Activation::Softplus,
+];
+
 fn input(shape: &[usize]) -> (String, Var) {
     ("x".to_owned(), Var::from_tensor(&normal("input", shape)).expect("var"))
 }
@@ -28,6 +42,9 @@ fn linear() {
     let layer = Linear::new(&params, 4, 3).expect("layer");
     check(&layer, &params, &[5, 4]);
     check(&layer, &params, &[2, 3, 4]);
+    for activation in ACTIVATIONS {
+        check(&layer.clone().with_activation(activation), &params, &[5, 4]);
+    }
 }
 
 #[test]
@@ -49,7 +66,7 @@ fn pooling_and_activations() {
     for kernel in [1, 2, 3] {
         gradcheck::check(&vars, || max_pool2d(&x, kernel)).expect("max_pool2d");
     }
-    for activation in [Activation::Relu, Activation::Gelu] {
+    for activation in ACTIVATIONS {
         gradcheck::check(&vars, || activation.forward(&x)).expect("activation");
     }
 }

@@ -1,0 +1,150 @@
+//! Matrix products, into memory that is given.
+//!
+//! The products are `gemm`'s, whose sums run over the inner dimension in an order that depends on
+//! the shapes alone: bits do not depend on the number of threads.
+
+use super::Real;
+use gemm::Parallelism;
+
+/// A view of a matrix.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Mat<'a, T> {
+    data: &'a [T],
+    rows: usize,
+    columns: usize,
+    row_stride: usize,
+    column_stride: usize,
+}
+
+impl<'a, T> Mat<'a, T> {
+    /// Rows one after the other. Panics unless `data` has `rows · columns` elements.
+    pub(crate) fn new(data: &'a [T], rows: usize, columns: usize) -> Self {
+        assert_eq!(data.len(), rows * columns, "a {rows}×{columns} matrix");
+        Self { data, rows, columns, row_stride: columns, column_stride: 1 }
+    }
+
+    /// `rows` rows of `columns` elements whose starts are `stride` apart.
+    pub(crate) fn strided(data: &'a [T], rows: usize, columns: usize, stride: usize) -> Self {
+        let view = Self { data, rows, columns, row_stride: stride, column_stride: 1 };
+        assert!(view.reach() <= data.len(), "{rows} rows of {columns}, {stride} apart");
+        view
+    }
+
+    pub(crate) fn t(self) -> Self {
+        Self {
+            rows: self.columns,
+            columns: self.rows,
+            row_stride: self.column_stride,
+            column_stride: self.row_stride,
+            ..self
+        }
+    }
+
+    /// Elements up to the last one of the matrix.
+    fn reach(&self) -> usize {
+        match self.rows * self.columns {
+            0 => 0,
+            _ => (self.rows - 1) * self.row_stride + (self.columns - 1) * self.column_stride + 1,
+        }
+    }
+}
+
+/// On how many threads of the current pool.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Threads {
+    One,
+    All,
+}
+
+/// `out = alpha · a · b`, rows one after the other. Panics when the shapes do not fit.
+pub(crate) fn gemm<T: Real>(
+    out: &mut [T],
+    alpha: T,
+    a: Mat<'_, T>,
+    b: Mat<'_, T>,
+    threads: Threads,
+) {
+    let columns = b.columns;
+    product(out, columns, false, alpha, a, b, threads);
+}
+
+/// `out += a · b`.
+pub(crate) fn gemm_add<T: Real>(out: &mut [T], a: Mat<'_, T>, b: Mat<'_, T>, threads: Threads) {
+    let columns = b.columns;
+    product(out, columns, true, T::one(), a, b, threads);
+}
+
+fn product<T: Real>(
+    out: &mut [T],
+    out_stride: usize,
+    is_added: bool,
+    alpha: T,
+    a: Mat<'_, T>,
+    b: Mat<'_, T>,
+    threads: Threads,
+) {
+    assert_eq!(a.columns, b.rows, "the inner dimensions of a matrix product");
+    assert!(a.reach() <= a.data.len() && b.reach() <= b.data.len(), "views within their data");
+    let whole = Mat { data: &*out, rows: a.rows, columns: b.columns, row_stride: out_stride, column_stride: 1 };
+    assert!(whole.reach() <= out.len() && b.columns <= out_stride, "room for the product");
+    let parallelism = match threads {
+        Threads::One => Parallelism::None,
+        Threads::All => Parallelism::Rayon(rayon::current_num_threads()),
+    };
+    // SAFETY: the three asserts above say that every index that the strides allow lies within its
+    // slice; `out` is borrowed mutably, so it overlaps neither input; its rows do not overlap each
+    // other, since a row is no longer than the stride. `T` is `f32` or `f64`, which gemm knows.
+    unsafe {
+        gemm::gemm(
+            a.rows,
+            b.columns,
+            a.columns,
+            out.as_mut_ptr(),
+            1,
+            out_stride as isize,
+            is_added,
+            a.data.as_ptr(),
+            a.column_stride as isize,
+            a.row_stride as isize,
+            b.data.as_ptr(),
+            b.column_stride as isize,
+            b.row_stride as isize,
+            T::one(),
+            alpha,
+            false,
+            false,
+            false,
+            parallelism,
+        );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn products_are_right_for_views_of_every_kind() {
+        let a: Vec<f64> = (0..6).map(f64::from).collect(); // [[0 1 2] [3 4 5]]
+        let b: Vec<f64> = (0..12).map(f64::from).collect();
+        let mut out = vec![f64::NAN; 8];
+        gemm(&mut out, 2.0, Mat::new(&a, 2, 3), Mat::new(&b, 3, 4), Threads::All);
+        assert_eq!(out, [40.0, 46.0, 52.0, 58.0, 112.0, 136.0, 160.0, 184.0]);
+        gemm_add(&mut out[..4], Mat::new(&a, 3, 2).t(), Mat::strided(&b, 3, 2, 5), Threads::One);
+        // [[0 2 4] [1 3 5]] · [[0 1] [5 6] [10 11]]
+        assert_eq!(out[..4], [40.0 + 50.0, 46.0 + 56.0, 52.0 + 65.0, 58.0 + 74.0]);
+    }
+
+    #[test]
+    fn empty_inner_dimensions_give_zeros() {
+        let mut out = [f32::NAN; 4];
+        gemm(&mut out, 1.0, Mat::new(&[], 2, 0), Mat::new(&[], 0, 2), Threads::All);
+        assert_eq!(out, [0.0; 4]);
+    }
+
+    #[test]
+    #[should_panic(expected = "room for the product")]
+    fn a_short_output_is_refused() {
+        gemm(&mut [0f32; 3], 1.0, Mat::new(&[0.0; 4], 2, 2), Mat::new(&[0.0; 4], 2, 2), Threads::One);
+    }
+}

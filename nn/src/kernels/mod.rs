@@ -1,0 +1,29 @@
+//! What the CPU operations are made of. The only module of this crate with `unsafe` code.
+#![allow(unsafe_code)]
+
+mod gemm;
+mod math;
+mod output;
+mod sums;
+
+pub(crate) use gemm::{Mat, Threads, gemm, gemm_add};
+pub(crate) use math::Real;
+pub(crate) use output::output;
+pub(crate) use sums::column_sums;
+
+/// Runs a loop compiled for the widest vectors that this machine has.
+///
+/// What `f` calls must be inlined into it, or it is compiled for the narrowest ones.
+#[inline(always)]
+pub(crate) fn vectorized<R>(f: impl FnOnce() -> R) -> R {
+    struct Loop<F>(F);
+    impl<R, F: FnOnce() -> R> pulp::NullaryFnOnce for Loop<F> {
+        type Output = R;
+
+        #[inline(always)]
+        fn call(self) -> R {
+            (self.0)()
+        }
+    }
+    pulp::Arch::new().dispatch(Loop(f))
+}

@@ -1,0 +1,38 @@
+//! Sums whose order depends on the shape alone.
+
+use super::{Real, output, vectorized};
+use rayon::prelude::*;
+
+/// Rows that are summed one after the other; the sums of such blocks are then added in order.
+const BLOCK: usize = 64;
+
+/// The sum of each column of a matrix with rows as long as `sums`.
+pub(crate) fn column_sums<T: Real>(matrix: &[T], sums: &mut [T], is_added: bool) {
+    let width = sums.len();
+    if !is_added {
+        sums.fill(T::zero());
+    }
+    if matrix.is_empty() {
+        return;
+    }
+    let blocks = matrix.len().div_ceil(BLOCK * width);
+    let partial = output(blocks * width, |partial: &mut [T]| {
+        let blocks = partial.par_chunks_mut(width).zip(matrix.par_chunks(BLOCK * width));
+        blocks.for_each(|(sums, rows)| {
+            sums.fill(T::zero());
+            add_rows(rows, sums);
+        });
+    });
+    add_rows(&partial, sums);
+}
+
+fn add_rows<T: Real>(rows: &[T], sums: &mut [T]) {
+    vectorized(
+        #[inline(always)]
+        || {
+            for row in rows.chunks_exact(sums.len()) {
+                sums.iter_mut().zip(row).for_each(|(sum, value)| *sum += *value);
+            }
+        },
+    );
+}
