@@ -35,7 +35,7 @@
 //! data, or download weights.
 #![deny(unsafe_code)]
 
-mod collect;
+mod backward;
 mod cpu;
 mod error;
 pub mod gradcheck;
@@ -52,7 +52,7 @@ mod pass;
 mod registry;
 mod weights;
 
-pub use collect::FlatGradients;
+pub use backward::Gradients;
 pub use error::{Error, Result};
 pub use init::Init;
 pub use model::Model;

@@ -2,14 +2,13 @@
 //! together.
 
 use crate::collective::{Collective, Element};
-use crate::gradients::Gradients;
 use crate::report::{EpochReport, Meter, WorkerReport};
 use crate::state::TrainState;
 use crate::{Error, Result};
-use candle_core::{DType, Device, Tensor};
+use candle_core::{Device, Tensor};
 use mobula_core::checkpoint::{Checkpoint, CheckpointStore};
 use mobula_core::{Batch, BatchStream, BoxError, Flow, Member, Shard};
-use mobula_nn::{Model, Pass};
+use mobula_nn::{Gradients, Model, Pass};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -110,7 +109,7 @@ impl<'a> WorkerContext<'a> {
         batch: &Batch,
         loss: impl FnOnce(&Model, &Pass) -> Result<Tensor, E>,
     ) -> Result<f64> {
-        state.gradients_mut().1.clear();
+        state.gradients_mut().clear();
         if batch.rows() > 0 {
             // Disjoint rows for the ranks' random numbers. Where a stream deals rows out in turns
             // these are not the rows' places in the global batch: with dropout, worlds of
@@ -121,7 +120,7 @@ impl<'a> WorkerContext<'a> {
             let share = batch.rows() as f32 / batch.global_rows().max(1) as f32;
             backward(&loss, share, state)?;
         }
-        self.reduce(state.gradients_mut().1.as_reduced_mut())?;
+        self.reduce(state.gradients_mut().as_reduced_mut())?;
         let loss = check_finite(state.gradients(), state.step())?;
         state.update()?;
         state.count_step();
@@ -256,13 +255,13 @@ fn backward(loss: &Tensor, share: f32, state: &mut TrainState) -> Result<()> {
     if loss.elem_count() != 1 {
         return Err(Error::LossShape { shape: loss.dims().to_vec() });
     }
-    let value = loss.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
     // The gradients of a loss that is no number are none either; the sum will tell all ranks.
-    let store = loss.backward()?;
-    let (model, gradients) = state.gradients_mut();
-    gradients.fill(model.params(), &store, share)?;
-    gradients.set_loss(value[0] * share);
-    Ok(())
+    let gradients = state.gradients_mut();
+    gradients.backward(loss, f64::from(share))?;
+    match gradients.missing() {
+        missing if missing.is_empty() => Ok(()),
+        names => Err(Error::NoGradient { names }),
+    }
 }
 
 /// After the sum all ranks hold the same bits, so all come to the same conclusion.

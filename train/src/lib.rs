@@ -37,7 +37,6 @@
 mod collective;
 mod context;
 mod error;
-mod gradients;
 mod optim;
 mod report;
 mod state;
@@ -46,7 +45,7 @@ mod trainer;
 pub use collective::Element;
 pub use context::WorkerContext;
 pub use error::{Error, Result};
-pub use gradients::Gradients;
+pub use mobula_nn::Gradients;
 pub use optim::{AdamW, AdamWOptions};
 pub use report::EpochReport;
 pub use state::{SavedState, TrainState, load_model};

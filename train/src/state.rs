@@ -1,12 +1,11 @@
 //! What a training run carries from step to step, and its checkpoint.
 
-use crate::gradients::Gradients;
 use crate::optim::AdamW;
 use crate::{Error, Result};
 use candle_core::Device;
 use mobula_core::checkpoint::Checkpoint;
 use mobula_core::{BatchStream, StreamState};
-use mobula_nn::Model;
+use mobula_nn::{Gradients, Model};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -78,9 +77,9 @@ impl TrainState {
         self.seed
     }
 
-    /// The buffer of gradients, and what they are of.
-    pub(crate) fn gradients_mut(&mut self) -> (&Model, &mut Gradients) {
-        (&self.model, &mut self.gradients)
+    /// The buffer of gradients.
+    pub(crate) fn gradients_mut(&mut self) -> &mut Gradients {
+        &mut self.gradients
     }
 
     /// The gradients of the last step.

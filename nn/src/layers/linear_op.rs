@@ -1,7 +1,7 @@
 //! A matrix product, a bias and an activation as one operation.
 
 use super::activation::{Activation, Scalar, Slopes, Visitor};
-use crate::collect::parameter_gradient;
+use crate::backward::parameter_gradient;
 use crate::cpu::{Forward, Operand, TASK_ELEMENTS, forward, tensor, unsupported, with_values};
 use crate::kernels::{Mat, Real, Threads, column_sums, gemm, gemm_add, output, vectorized};
 use candle_core::{CpuStorage, CustomOp3, DType, Layout, Result, Shape, Tensor};

@@ -1,5 +1,6 @@
 //! The crate through its public interface.
 
+mod backward;
 mod gradients;
 mod initialisers;
 mod losses;

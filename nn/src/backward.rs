@@ -1,0 +1,258 @@
+//! Backward passes that put the gradients of parameters where they are wanted.
+//!
+//! Candle zeroes a tensor for each gradient, adds to it into a new one, and hands out a map; a
+//! trainer then copies it into the buffer that it reduces. Here the operations of this crate write
+//! a parameter's gradient into that buffer at once, and tell candle that there is none. What other
+//! operations compute still comes through candle's map and is added.
+
+use crate::cpu::{TASK_ELEMENTS, tensor, with_values};
+use crate::kernels::{Real, output, vectorized};
+use crate::{Error, Params, Result};
+use candle_core::{DType, Device, Tensor, TensorId};
+use rayon::prelude::*;
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::ops::Range;
+
+/// The gradients of a model as one flat buffer, `f32`, in the order of the parameters' names: what
+/// is summed over the ranks and read by the optimizer. Behind the gradients travels the loss, so
+/// that one sum over the ranks brings both.
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use mobula_nn::{Gradients, Module, Params, Pass, layers::Linear};
+///
+/// let params = Params::new(7, &Device::Cpu);
+/// let layer = Linear::new(&params, 2, 1)?;
+/// let x = Tensor::new(&[[3f32, 5.0]], &Device::Cpu)?;
+/// let loss = layer.forward(&x, &Pass::train(7, 0))?.sum_all()?;
+/// let mut gradients = Gradients::zeros(&params);
+/// gradients.backward(&loss, 2.0)?;
+/// assert_eq!(gradients.values(), [2.0, 6.0, 10.0]); // bias, weight
+/// assert!(gradients.missing().is_empty());
+/// # Ok::<(), mobula_nn::Error>(())
+/// ```
+#[derive(Debug)]
+pub struct Gradients {
+    /// The last one is the loss.
+    values: Vec<f32>,
+    places: Vec<(String, Range<usize>)>,
+    parameters: Vec<Parameter>,
+    by_id: HashMap<TensorId, usize>,
+}
+
+/// The state of one place.
+#[derive(Debug)]
+struct Parameter {
+    tensor: Tensor,
+    /// Something was written since the last [`Gradients::start`].
+    is_written: bool,
+}
+
+thread_local! {
+    /// What the backward pass of this thread fills.
+    static FILLED: RefCell<Option<Gradients>> = const { RefCell::new(None) };
+}
+
+impl Gradients {
+    /// Zeros for these parameters.
+    pub fn zeros(params: &Params) -> Self {
+        let (mut gradients, mut end) = (Self::of_nothing(), 0);
+        for (at, (name, var)) in params.vars().into_iter().enumerate() {
+            let start = end;
+            end += var.elem_count();
+            gradients.places.push((name, start..end));
+            gradients.by_id.insert(var.as_tensor().id(), at);
+            let tensor = var.as_tensor().clone();
+            gradients.parameters.push(Parameter { tensor, is_written: false });
+        }
+        gradients.values = vec![0.0; end + 1];
+        gradients
+    }
+
+    fn of_nothing() -> Self {
+        let (places, parameters) = (Vec::new(), Vec::new());
+        Self { values: vec![0.0], places, parameters, by_id: HashMap::new() }
+    }
+
+    /// Overwrites them and the loss with `scale` times what a backward pass of `loss` gives.
+    ///
+    /// Parameters without a gradient are [`missing`](Self::missing), and their values zeros.
+    /// Errors unless `loss` has one element.
+    pub fn backward(&mut self, loss: &Tensor, scale: f64) -> Result<()> {
+        self.start();
+        self.add_backward(loss, scale)
+    }
+
+    /// Adds instead, to accumulate over micro-batches.
+    pub fn add_backward(&mut self, loss: &Tensor, scale: f64) -> Result<()> {
+        if loss.elem_count() != 1 {
+            return Err(Error::shape("the loss", "one element", loss.dims()));
+        }
+        let scaled = if scale == 1.0 { loss.clone() } else { (loss * scale)? };
+        let filling = Filling::start(self);
+        let store = scaled.backward();
+        drop(filling);
+        let store = store?;
+        for at in 0..self.places.len() {
+            if let Some(gradient) = store.get(&self.parameters[at].tensor) {
+                self.add(at, gradient)?;
+            }
+        }
+        self.zero_missing();
+        let value = scaled.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?[0];
+        self.set_loss(self.loss() + value);
+        Ok(())
+    }
+
+    /// Zeros everywhere, the loss too: the part of a rank that has no rows.
+    pub fn clear(&mut self) {
+        self.values.fill(0.0);
+    }
+
+    /// The gradients, in the order of the parameters' names.
+    pub fn values(&self) -> &[f32] {
+        &self.values[..self.values.len() - 1]
+    }
+
+    /// To clip or scale them in place.
+    pub fn values_mut(&mut self) -> &mut [f32] {
+        let end = self.values.len() - 1;
+        &mut self.values[..end]
+    }
+
+    /// The loss that travels with them.
+    pub fn loss(&self) -> f32 {
+        self.values[self.values.len() - 1]
+    }
+
+    /// Sets the loss that travels with them.
+    pub fn set_loss(&mut self, loss: f32) {
+        let last = self.values.len() - 1;
+        self.values[last] = loss;
+    }
+
+    /// Gradients and loss, to be summed over the ranks in place.
+    pub fn as_reduced_mut(&mut self) -> &mut [f32] {
+        &mut self.values
+    }
+
+    /// Name and place of each parameter.
+    pub fn places(&self) -> &[(String, Range<usize>)] {
+        &self.places
+    }
+
+    /// The parameters that got no gradient.
+    ///
+    /// Candle drops gradients silently where an operation has no backward pass; a training loop
+    /// that looks after its first step finds out.
+    pub fn missing(&self) -> Vec<String> {
+        let places = self.places.iter().zip(&self.parameters);
+        let missing = places.filter(|(_, parameter)| !parameter.is_written);
+        missing.map(|((name, _), _)| name.clone()).collect()
+    }
+
+    /// The parameter that the first value which is not finite belongs to.
+    pub fn first_non_finite(&self) -> Option<&str> {
+        if are_finite(&self.values) {
+            return None;
+        }
+        let at = self.values.iter().position(|value| !value.is_finite())?;
+        let place = self.places.iter().find(|(_, range)| range.contains(&at));
+        place.map(|(name, _)| name.as_str())
+    }
+
+    fn start(&mut self) {
+        self.parameters.iter_mut().for_each(|parameter| parameter.is_written = false);
+        self.set_loss(0.0);
+    }
+
+    fn zero_missing(&mut self) {
+        for ((_, range), parameter) in self.places.iter().zip(&self.parameters) {
+            if !parameter.is_written {
+                self.values[range.clone()].fill(0.0);
+            }
+        }
+    }
+
+    /// Adds a gradient that came through candle's map.
+    fn add(&mut self, at: usize, gradient: &Tensor) -> Result<()> {
+        let gradient = gradient.to_dtype(DType::F32)?.flatten_all()?.to_device(&Device::Cpu)?;
+        with_values([&gradient.contiguous()?], |[gradient]| {
+            self.write(at, |values, is_added| match is_added {
+                true => values.iter_mut().zip(gradient).for_each(|(to, from)| *to += *from),
+                false => values.copy_from_slice(gradient),
+            });
+            Ok(())
+        })?;
+        Ok(())
+    }
+
+    fn write(&mut self, at: usize, write: impl FnOnce(&mut [f32], bool)) {
+        let parameter = &mut self.parameters[at];
+        write(&mut self.values[self.places[at].1.clone()], parameter.is_written);
+        parameter.is_written = true;
+    }
+}
+
+/// A value that is not finite has all bits of its exponent set.
+fn are_finite(values: &[f32]) -> bool {
+    const EXPONENT: u32 = 0x7f80_0000;
+    let largest = |values: &[f32]| {
+        vectorized(
+            #[inline(always)]
+            || values.iter().fold(0, |max, value| max.max(value.to_bits() & EXPONENT)),
+        )
+    };
+    values.par_chunks(TASK_ELEMENTS).all(|values| largest(values) != EXPONENT)
+}
+
+/// Has this thread's backward pass fill `into`, until dropped.
+struct Filling<'a> {
+    into: &'a mut Gradients,
+    before: Option<Gradients>,
+}
+
+impl<'a> Filling<'a> {
+    fn start(into: &'a mut Gradients) -> Self {
+        let before = FILLED.replace(Some(std::mem::replace(into, Gradients::of_nothing())));
+        Self { into, before }
+    }
+}
+
+impl Drop for Filling<'_> {
+    fn drop(&mut self) {
+        if let Some(filled) = FILLED.replace(self.before.take()) {
+            *self.into = filled;
+        }
+    }
+}
+
+/// The gradient of `parameter`, for an operation's `bwd`: `write` sets the elements that it is
+/// given, or adds to them if its second argument says so.
+///
+/// `None` when it went to where this thread's backward pass collects; else a tensor for candle.
+pub(crate) fn parameter_gradient<T: Real>(
+    parameter: &Tensor,
+    write: impl FnOnce(&mut [T], bool),
+) -> candle_core::Result<Option<Tensor>> {
+    // Taken out while it is written, for a thread that waits for others may run another pass.
+    let mut filled = FILLED.take();
+    let place = filled.as_ref().and_then(|filled| filled.by_id.get(&parameter.id()).copied());
+    let gradient = match (&mut filled, place) {
+        (Some(filled), Some(at)) if T::DTYPE == DType::F32 => {
+            filled.write(at, |values, is_added| {
+                if let Some(values) = T::of_f32(values) {
+                    write(values, is_added);
+                }
+            });
+            None
+        }
+        _ => {
+            let values = output(parameter.elem_count(), |values| write(values, false));
+            Some(tensor(values, parameter.shape())?)
+        }
+    };
+    FILLED.set(filled);
+    Ok(gradient)
+}
