@@ -42,6 +42,7 @@ pub mod gradcheck;
 mod init;
 mod kernels;
 pub mod layers;
+mod link;
 pub mod loss;
 pub mod metrics;
 mod model;

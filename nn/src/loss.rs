@@ -1,13 +1,11 @@
 //! Losses.
 
-use crate::cpu::{TASK_ELEMENTS, elements};
+use crate::cpu::{TASK_ELEMENTS, unsupported, with_values};
+use crate::kernels::{Real, output};
+use crate::link::{Source, result};
 use crate::{Error, Result};
-use candle_core::backend::BackendStorage;
-use candle_core::{CpuStorage, CustomOp1, D, DType, Layout, Shape, Tensor, WithDType};
+use candle_core::{D, DType, Tensor};
 use rayon::prelude::*;
-use std::sync::Arc;
-
-const OP: &str = "cross-entropy";
 
 /// The mean over the rows of [`cross_entropy_sum`]. Errors for 0 rows, where it is undefined.
 ///
@@ -37,8 +35,12 @@ pub fn cross_entropy(logits: &Tensor, labels: &Tensor) -> Result<Tensor> {
 pub fn cross_entropy_sum(logits: &Tensor, labels: &Tensor) -> Result<Tensor> {
     let classes = checked_labels(logits, labels)?;
     if logits.device().is_cpu() {
-        let op = CrossEntropy { labels: classes.into() };
-        return Ok(logits.contiguous()?.apply_op1(op)?);
+        let logits = &logits.contiguous()?;
+        return Ok(match logits.dtype() {
+            DType::F32 => cross_entropy_as::<f32>(logits, classes)?,
+            DType::F64 => cross_entropy_as::<f64>(logits, classes)?,
+            other => return Err(unsupported(other, "cross-entropy").into()),
+        });
     }
     composed(logits, &classes)
 }
@@ -78,48 +80,47 @@ fn composed(logits: &Tensor, labels: &[u32]) -> Result<Tensor> {
 }
 
 /// Softmax and negative log-likelihood in one operation.
-struct CrossEntropy {
-    labels: Arc<[u32]>,
+fn cross_entropy_as<T: Real>(logits: &Tensor, labels: Vec<u32>) -> candle_core::Result<Tensor> {
+    let (_, classes) = logits.dims2()?;
+    let sum = with_values([logits], |[logits]| Ok(sum::<T>(logits, &labels, classes)))?;
+    let (source, logits) = (Source::of(logits), logits.detach());
+    let to = source.clone();
+    result(vec![T::from_f64(sum)], (), &[&source], move |gradient| {
+        let scale = T::cpu_storage_as_slice(&gradient)?[0].to_f64();
+        let gradient =
+            with_values([&logits], |[x]| Ok(slopes::<T>(x, &labels, classes, scale)))?;
+        Ok(vec![to.give(gradient)?])
+    })
+}
+
+fn sum<T: Real>(logits: &[T], labels: &[u32], classes: usize) -> f64 {
+    let rows = logits.par_chunks(classes.max(1)).zip(labels);
+    let losses = rows.with_min_len(rows_per_task(classes)).map(|(row, label)| {
+        let (max, log_sum) = log_sum_exp(row);
+        log_sum - (row[*label as usize].to_f64() - max)
+    });
+    // Collected, then added in order: a parallel sum would depend on how it was split.
+    losses.collect::<Vec<f64>>().iter().sum()
 }
 
 /// softmax(logits) − onehot(label), times the gradient of the loss.
-struct CrossEntropyGrad {
-    labels: Arc<[u32]>,
-    scale: f64,
-}
-
-impl CrossEntropy {
-    fn sum<T: WithDType>(&self, logits: &[T], classes: usize) -> T {
-        let rows = logits.par_chunks(classes.max(1)).zip(&self.labels[..]);
-        let rows = rows.with_min_len(rows_per_task(classes));
-        let losses = rows.map(|(row, label)| {
+fn slopes<T: Real>(logits: &[T], labels: &[u32], classes: usize, scale: f64) -> Vec<T> {
+    output(logits.len(), |out| {
+        let rows = out.par_chunks_mut(classes.max(1)).zip(logits.par_chunks(classes.max(1)));
+        let rows = rows.zip(labels).with_min_len(rows_per_task(classes));
+        rows.for_each(|((out, row), label)| {
             let (max, log_sum) = log_sum_exp(row);
-            log_sum - (row[*label as usize].to_f64() - max)
-        });
-        // Collected, then added in order: a parallel sum would depend on how it was split.
-        T::from_f64(losses.collect::<Vec<f64>>().iter().sum())
-    }
-}
-
-impl CrossEntropyGrad {
-    fn rows<T: WithDType>(&self, logits: &[T], classes: usize) -> Vec<T> {
-        let mut grad = vec![T::zero(); logits.len()];
-        let rows = grad.par_chunks_mut(classes.max(1)).zip(logits.par_chunks(classes.max(1)));
-        let rows = rows.zip(&self.labels[..]).with_min_len(rows_per_task(classes));
-        rows.for_each(|((grad, row), label)| {
-            let (max, log_sum) = log_sum_exp(row);
-            for (class, (grad, logit)) in grad.iter_mut().zip(row).enumerate() {
+            for (class, (out, logit)) in out.iter_mut().zip(row).enumerate() {
                 let onehot = f64::from(u8::from(class == *label as usize));
-                *grad = T::from_f64(self.scale * ((logit.to_f64() - max - log_sum).exp() - onehot));
+                *out = T::from_f64(scale * ((logit.to_f64() - max - log_sum).exp() - onehot));
             }
         });
-        grad
-    }
+    })
 }
 
 /// The row's maximum and log Σ exp(row − maximum). Kept apart: their sum would round the second
 /// away when logits are large.
-fn log_sum_exp<T: WithDType>(row: &[T]) -> (f64, f64) {
+fn log_sum_exp<T: Real>(row: &[T]) -> (f64, f64) {
     let max = row.iter().map(|x| x.to_f64()).fold(f64::NEG_INFINITY, f64::max);
     (max, row.iter().map(|x| (x.to_f64() - max).exp()).sum::<f64>().ln())
 }
@@ -127,65 +128,4 @@ fn log_sum_exp<T: WithDType>(row: &[T]) -> (f64, f64) {
 fn rows_per_task(classes: usize) -> usize {
     // An exponential costs about as much as eight plain operations.
     (TASK_ELEMENTS / 8 / classes.max(1)).max(1)
-}
-
-impl CustomOp1 for CrossEntropy {
-    fn name(&self) -> &'static str {
-        OP
-    }
-
-    fn cpu_fwd(
-        &self,
-        storage: &CpuStorage,
-        layout: &Layout,
-    ) -> candle_core::Result<(CpuStorage, Shape)> {
-        let (_, classes) = layout.shape().dims2()?;
-        let sum = match storage {
-            CpuStorage::F32(x) => {
-                CpuStorage::F32(vec![self.sum(elements(x, layout, OP)?, classes)])
-            }
-            CpuStorage::F64(x) => {
-                CpuStorage::F64(vec![self.sum(elements(x, layout, OP)?, classes)])
-            }
-            other => return Err(unsupported(other)),
-        };
-        Ok((sum, ().into()))
-    }
-
-    fn bwd(
-        &self,
-        logits: &Tensor,
-        _loss: &Tensor,
-        grad: &Tensor,
-    ) -> candle_core::Result<Option<Tensor>> {
-        let op = CrossEntropyGrad {
-            labels: Arc::clone(&self.labels),
-            scale: grad.to_dtype(DType::F64)?.to_scalar()?,
-        };
-        logits.apply_op1_no_bwd(&op).map(Some)
-    }
-}
-
-impl CustomOp1 for CrossEntropyGrad {
-    fn name(&self) -> &'static str {
-        "cross-entropy-grad"
-    }
-
-    fn cpu_fwd(
-        &self,
-        storage: &CpuStorage,
-        layout: &Layout,
-    ) -> candle_core::Result<(CpuStorage, Shape)> {
-        let (_, classes) = layout.shape().dims2()?;
-        let grad = match storage {
-            CpuStorage::F32(x) => CpuStorage::F32(self.rows(elements(x, layout, OP)?, classes)),
-            CpuStorage::F64(x) => CpuStorage::F64(self.rows(elements(x, layout, OP)?, classes)),
-            other => return Err(unsupported(other)),
-        };
-        Ok((grad, layout.shape().clone()))
-    }
-}
-
-fn unsupported(storage: &CpuStorage) -> candle_core::Error {
-    candle_core::Error::UnsupportedDTypeForOp(storage.dtype(), OP).bt()
 }

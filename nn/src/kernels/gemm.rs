@@ -30,6 +30,11 @@ impl<'a, T> Mat<'a, T> {
         view
     }
 
+    /// The slice that it is a view of.
+    pub(crate) fn data(&self) -> &'a [T] {
+        self.data
+    }
+
     pub(crate) fn t(self) -> Self {
         Self {
             rows: self.columns,

@@ -1,5 +1,6 @@
 //! Sums whose order depends on the shape alone.
 
+use crate::cpu::TASK_ELEMENTS;
 use super::{Real, output, vectorized};
 use rayon::prelude::*;
 
@@ -35,4 +36,16 @@ fn add_rows<T: Real>(rows: &[T], sums: &mut [T]) {
             }
         },
     );
+}
+
+/// `to += from`. Panics unless they are of one length.
+pub(crate) fn add_assign<T: Real>(to: &mut [T], from: &[T]) {
+    assert_eq!(to.len(), from.len(), "a sum of gradients");
+    let tasks = to.par_chunks_mut(TASK_ELEMENTS).zip(from.par_chunks(TASK_ELEMENTS));
+    tasks.for_each(|(to, from)| {
+        vectorized(
+            #[inline(always)]
+            || to.iter_mut().zip(from).for_each(|(to, from)| *to += *from),
+        )
+    });
 }

@@ -1,9 +1,10 @@
 //! Element-wise non-linearities.
 
-use crate::cpu::{Forward, Operand, TASK_ELEMENTS, forward, tensor, unsupported, with_values};
-use crate::kernels::{Real, output, vectorized};
 use crate::Result;
-use candle_core::{CpuStorage, CustomOp1, DType, Layout, Shape, Tensor};
+use crate::cpu::{TASK_ELEMENTS, unsupported, with_values};
+use crate::kernels::{Real, output, vectorized};
+use crate::link::{Source, owned, result_kept};
+use candle_core::{DType, Tensor};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
@@ -40,11 +41,18 @@ pub enum Activation {
 impl Activation {
     /// Applies it to every element.
     pub fn forward(self, x: &Tensor) -> Result<Tensor> {
-        match self {
-            Self::Identity => Ok(x.clone()),
-            _ if x.device().is_cpu() => Ok(x.contiguous()?.apply_op1(self)?),
-            _ => Ok(self.composed(x)?),
+        if self == Self::Identity {
+            return Ok(x.clone());
         }
+        if !x.device().is_cpu() {
+            return Ok(self.composed(x)?);
+        }
+        let x = &x.contiguous()?;
+        Ok(match x.dtype() {
+            DType::F32 => self.forward_as::<f32>(x)?,
+            DType::F64 => self.forward_as::<f64>(x)?,
+            other => return Err(unsupported(other, "activation").into()),
+        })
     }
 
     /// In candle's own operations, for devices that this crate has no kernel for.
@@ -307,69 +315,45 @@ impl<T: Real> Visitor for Values<'_, T> {
     }
 }
 
-/// `out = grad · slope(x, y)`.
+/// Multiplies the gradient of `y` by the slope, which makes it that of `x`.
 pub(crate) struct Slopes<'a, T> {
     pub(crate) x: &'a [T],
     pub(crate) y: &'a [T],
-    pub(crate) grad: &'a [T],
-    pub(crate) out: &'a mut [T],
+    pub(crate) gradient: &'a mut [T],
 }
 
 impl<T: Real> Visitor for Slopes<'_, T> {
     type Output = ();
 
     fn visit<S: Scalar>(self) {
-        let inputs = self.x.par_chunks(TASK_ELEMENTS).zip(self.y.par_chunks(TASK_ELEMENTS));
-        let inputs = inputs.zip(self.grad.par_chunks(TASK_ELEMENTS));
-        self.out.par_chunks_mut(TASK_ELEMENTS).zip(inputs).for_each(|(out, ((x, y), grad))| {
+        let values = self.x.par_chunks(TASK_ELEMENTS).zip(self.y.par_chunks(TASK_ELEMENTS));
+        self.gradient.par_chunks_mut(TASK_ELEMENTS).zip(values).for_each(|(gradient, (x, y))| {
             vectorized(
                 #[inline(always)]
-                || slopes::<S, T>(x, y, grad, out),
+                || slopes::<S, T>(x, y, gradient),
             )
         });
     }
 }
 
 #[inline(always)]
-fn slopes<S: Scalar, T: Real>(x: &[T], y: &[T], grad: &[T], out: &mut [T]) {
-    for (((out, grad), x), y) in out.iter_mut().zip(grad).zip(x).zip(y) {
-        *out = *grad * S::slope(*x, *y);
-    }
-}
-
-impl Forward<1> for Activation {
-    const NAME: &'static str = "activation";
-
-    fn run<T: Real>(&self, [x]: [Operand<'_, T>; 1]) -> candle_core::Result<(Vec<T>, Shape)> {
-        let y = output(x.values.len(), |y| self.visit(Values(x.values, y)));
-        Ok((y, x.dims.into()))
+fn slopes<S: Scalar, T: Real>(x: &[T], y: &[T], gradient: &mut [T]) {
+    for ((gradient, x), y) in gradient.iter_mut().zip(x).zip(y) {
+        *gradient *= S::slope(*x, *y);
     }
 }
 
 impl Activation {
-    fn backward<T: Real>(self, x: &Tensor, y: &Tensor, grad: &Tensor) -> candle_core::Result<Tensor> {
-        let out = with_values([x, y, grad], |[x, y, grad]| {
-            Ok(output(x.len(), |out| self.visit(Slopes { x, y, grad, out })))
-        })?;
-        tensor::<T>(out, x.shape())
-    }
-}
-
-impl CustomOp1 for Activation {
-    fn name(&self) -> &'static str {
-        Self::NAME
-    }
-
-    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
-        forward(self, [(x, layout)])
-    }
-
-    fn bwd(&self, x: &Tensor, y: &Tensor, grad: &Tensor) -> candle_core::Result<Option<Tensor>> {
-        let grad = grad.contiguous()?;
-        match x.dtype() {
-            DType::F32 => self.backward::<f32>(x, y, &grad).map(Some),
-            DType::F64 => self.backward::<f64>(x, y, &grad).map(Some),
-            other => Err(unsupported(other, Self::NAME)),
-        }
+    fn forward_as<T: Real>(self, x: &Tensor) -> candle_core::Result<Tensor> {
+        let y = with_values([x], |[x]| Ok(output(x.len(), |y| self.visit(Values(x, y)))))?;
+        let (source, shape) = (Source::of(x), x.shape().clone());
+        let (to, x) = (source.clone(), self.needs_input().then(|| x.detach()));
+        result_kept::<T>(y, shape, &[&source], move |gradient, y| {
+            let mut gradient = owned::<T>(gradient)?;
+            with_values([x.as_ref().unwrap_or(y), y], |[x, y]| {
+                Ok(self.visit(Slopes { x, y, gradient: &mut gradient }))
+            })?;
+            Ok(vec![to.give(gradient)?])
+        })
     }
 }

@@ -1,7 +1,7 @@
 //! The affine map.
 
 use super::Activation;
-use super::linear_op::Affine;
+use super::linear_op::affine;
 use crate::{Error, Init, Module, Params, Pass, Result};
 use candle_core::{D, Tensor};
 
@@ -60,8 +60,7 @@ impl Module for Linear {
             return Err(Error::shape(what, format!("[.., {inputs}]"), x.dims()));
         }
         if x.device().is_cpu() {
-            let op = Affine::new(self.activation);
-            return Ok(x.contiguous()?.apply_op3(&self.weight, &self.bias, op)?);
+            return Ok(affine(x, &self.weight, &self.bias, self.activation)?);
         }
         let mut shape = x.dims().to_vec();
         shape[x.rank() - 1] = outputs;

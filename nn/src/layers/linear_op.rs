@@ -2,105 +2,113 @@
 
 use super::activation::{Activation, Scalar, Slopes, Visitor};
 use crate::backward::parameter_gradient;
-use crate::cpu::{Forward, Operand, TASK_ELEMENTS, forward, tensor, unsupported, with_values};
+use crate::cpu::{TASK_ELEMENTS, unsupported, with_values};
 use crate::kernels::{Mat, Real, Threads, column_sums, gemm, gemm_add, output, vectorized};
-use candle_core::{CpuStorage, CustomOp3, DType, Layout, Result, Shape, Tensor};
+use crate::link::{Source, Told, owned, result, result_kept};
+use candle_core::{DType, Result, Tensor};
 use rayon::prelude::*;
-use std::sync::{Mutex, MutexGuard, PoisonError};
 
-const OP: &str = "linear";
+/// `activation(x Wᵀ + b)` of `x [.., inputs]`, a weight `[outputs, inputs]` and a bias
+/// `[outputs]`, on the CPU.
+pub(super) fn affine(
+    x: &Tensor,
+    weight: &Tensor,
+    bias: &Tensor,
+    activation: Activation,
+) -> Result<Tensor> {
+    let x = &x.contiguous()?;
+    match x.dtype() {
+        DType::F32 => affine_as::<f32>(x, weight, bias, activation),
+        DType::F64 => affine_as::<f64>(x, weight, bias, activation),
+        other => Err(unsupported(other, "linear")),
+    }
+}
 
-/// Of `x [.., inputs]`, a weight `[outputs, inputs]` and a bias `[outputs]`, all contiguous.
-pub(super) struct Affine {
+/// What the backward pass needs.
+struct Saved<T> {
+    sources: [Source; 3],
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
     activation: Activation,
     /// What the activation was applied to, where its slope needs that.
-    inner: Mutex<Option<CpuStorage>>,
+    inner: Option<Vec<T>>,
 }
 
-impl Affine {
-    pub(super) fn new(activation: Activation) -> Self {
-        Self { activation, inner: Mutex::default() }
+fn affine_as<T: Real>(
+    x: &Tensor,
+    weight: &Tensor,
+    bias: &Tensor,
+    activation: Activation,
+) -> Result<Tensor> {
+    let sources = [x, weight, bias].map(Source::of);
+    let keeps_inner = activation.needs_input() && sources.iter().any(Source::is_tracked);
+    let (y, inner) = with_values([x, weight, bias], |values| {
+        Ok(forward::<T>(values, rows(x.dims()), activation, keeps_inner))
+    })?;
+    let (x, weight, bias) = (x.detach(), weight.clone(), bias.clone());
+    let shape = [&x.dims()[..x.rank() - 1], bias.dims()].concat();
+    let saved = Saved { sources: sources.clone(), x, weight, bias, activation, inner };
+    let [x, weight, bias] = &sources;
+    if activation == Activation::Identity {
+        return result(y, shape, &[x, weight, bias], move |gradient| saved.backward(owned(gradient)?));
     }
-
-    fn backward<T: Real>(
-        &self,
-        x: &Tensor,
-        weight: &Tensor,
-        bias: &Tensor,
-        y: &Tensor,
-        grad: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let (outputs, inputs) = weight.dims2()?;
-        let grad = self.inner_gradient::<T>(y, grad)?;
-        with_values([x, weight, &grad], |[x_values, weight_values, grad]| {
-            let rows = rows(x.dims());
-            let grad_matrix = Mat::new(grad, rows, outputs);
-            // Data rarely needs a gradient; then its product is not computed.
-            let dx = x.track_op().then(|| {
-                output(x_values.len(), |dx| {
-                    let weight = Mat::new(weight_values, outputs, inputs);
-                    gemm(dx, T::one(), grad_matrix, weight, Threads::All)
-                })
-            });
-            let dx = dx.map(|dx| tensor(dx, x.shape())).transpose()?;
-            let x = Mat::new(x_values, rows, inputs);
-            let dw = parameter_gradient(weight, |dw, is_added| match is_added {
-                true => gemm_add(dw, grad_matrix.t(), x, Threads::All),
-                false => gemm(dw, T::one(), grad_matrix.t(), x, Threads::All),
-            })?;
-            let db = parameter_gradient(bias, |db, is_added| column_sums(grad, db, is_added))?;
-            Ok((dx, dw, db))
-        })
-    }
-
-    fn inner(&self) -> MutexGuard<'_, Option<CpuStorage>> {
-        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// The gradient of what the activation was applied to.
-    fn inner_gradient<T: Real>(&self, y: &Tensor, grad: &Tensor) -> Result<Tensor> {
-        if self.activation == Activation::Identity {
-            return Ok(grad.clone());
-        }
-        let inner = self.inner();
-        let out = with_values([y, grad], |[y, grad]| {
-            let x = match &*inner {
-                Some(inner) => T::cpu_storage_as_slice(inner)?,
-                None => y,
-            };
-            Ok(output(y.len(), |out| self.activation.visit(Slopes { x, y, grad, out })))
+    result_kept(y, shape, &[x, weight, bias], move |gradient, y| {
+        let mut gradient = owned::<T>(gradient)?;
+        with_values([y], |[y]| {
+            let (x, gradient) = (saved.inner.as_deref().unwrap_or(y), &mut gradient[..]);
+            Ok(activation.visit(Slopes { x, y, gradient }))
         })?;
-        tensor::<T>(out, y.shape())
-    }
+        saved.backward(gradient)
+    })
 }
 
-impl Forward<3> for Affine {
-    const NAME: &'static str = OP;
+/// The result, and what the activation was applied to if that is to be kept.
+fn forward<T: Real>(
+    [x, weight, bias]: [&[T]; 3],
+    rows: usize,
+    activation: Activation,
+    keeps_inner: bool,
+) -> (Vec<T>, Option<Vec<T>>) {
+    let (outputs, inputs) = (bias.len(), weight.len() / bias.len().max(1));
+    let (x, weight) = (Mat::new(x, rows, inputs), Mat::new(weight, outputs, inputs));
+    let mut inner = output(rows * outputs, |y| gemm(y, T::one(), x, weight.t(), Threads::All));
+    if !keeps_inner {
+        activation.visit(Finish { inner: &mut inner, bias, y: None });
+        return (inner, None);
+    }
+    let y = output(inner.len(), |y| {
+        activation.visit(Finish { inner: &mut inner, bias, y: Some(y) })
+    });
+    (y, Some(inner))
+}
 
-    fn run<T: Real>(&self, [x, weight, bias]: [Operand<'_, T>; 3]) -> Result<(Vec<T>, Shape)> {
-        let [outputs, inputs] = *weight.dims else { return Err(unsupported(T::DTYPE, OP)) };
-        let rows = rows(x.dims);
-        let (x_matrix, weight) = (Mat::new(x.values, rows, inputs), Mat::new(weight.values, outputs, inputs));
-        let product = |y: &mut [T]| gemm(y, T::one(), x_matrix, weight.t(), Threads::All);
-        let bias = bias.values;
-        let y = if self.activation.needs_input() {
-            let mut inner = output(rows * outputs, product);
-            let y = output(rows * outputs, |y| {
-                self.activation.visit(Finish { inner: &mut inner, bias, y: Some(y) })
-            });
-            let inner = T::to_cpu_storage_owned(inner);
-            *self.inner() = Some(inner);
-            y
-        } else {
-            let mut y = output(rows * outputs, product);
-            self.activation.visit(Finish { inner: &mut y, bias, y: None });
-            y
-        };
-        let mut shape = x.dims.to_vec();
-        if let Some(last) = shape.last_mut() {
-            *last = outputs;
-        }
-        Ok((y, shape.into()))
+impl<T: Real> Saved<T> {
+    /// From the gradient of what the activation was applied to.
+    fn backward(&self, gradient: Vec<T>) -> Result<Vec<Told>> {
+        let Self { x, weight, bias, .. } = self;
+        let (outputs, inputs) = weight.dims2()?;
+        let rows = rows(x.dims());
+        let gradient = Mat::new(&gradient, rows, outputs);
+        with_values([x, weight], |[x, weight_values]| {
+            let x = Mat::new(x, rows, inputs);
+            let dw = parameter_gradient(weight, |dw, is_added| match is_added {
+                true => gemm_add(dw, gradient.t(), x, Threads::All),
+                false => gemm(dw, T::one(), gradient.t(), x, Threads::All),
+            })?;
+            let db = parameter_gradient(bias, |db, is_added| {
+                column_sums(gradient.data(), db, is_added)
+            })?;
+            // Data rarely needs a gradient; then its product is not computed.
+            let dx = match self.sources[0].is_tracked() {
+                true => self.sources[0].give(output(rows * inputs, |dx| {
+                    let weight = Mat::new(weight_values, outputs, inputs);
+                    gemm(dx, T::one(), gradient, weight, Threads::All)
+                }))?,
+                false => None,
+            };
+            Ok(vec![dx, dw, db])
+        })
     }
 }
 
@@ -158,36 +166,3 @@ fn finish<S: Scalar, T: Real>(rows: &mut [T], bias: &[T], y: &mut [T]) {
     }
 }
 
-impl CustomOp3 for Affine {
-    fn name(&self) -> &'static str {
-        OP
-    }
-
-    fn cpu_fwd(
-        &self,
-        x: &CpuStorage,
-        x_layout: &Layout,
-        weight: &CpuStorage,
-        weight_layout: &Layout,
-        bias: &CpuStorage,
-        bias_layout: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        forward(self, [(x, x_layout), (weight, weight_layout), (bias, bias_layout)])
-    }
-
-    fn bwd(
-        &self,
-        x: &Tensor,
-        weight: &Tensor,
-        bias: &Tensor,
-        y: &Tensor,
-        grad: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let grad = grad.contiguous()?;
-        match x.dtype() {
-            DType::F32 => self.backward::<f32>(x, weight, bias, y, &grad),
-            DType::F64 => self.backward::<f64>(x, weight, bias, y, &grad),
-            other => Err(unsupported(other, OP)),
-        }
-    }
-}
