@@ -9,7 +9,7 @@ mod sums;
 pub(crate) use gemm::{Mat, Threads, gemm, gemm_add};
 pub(crate) use math::Real;
 pub(crate) use output::output;
-pub(crate) use sums::{add_assign, column_sums};
+pub(crate) use sums::{add_assign, column_sums, lane_sum};
 
 /// Runs a loop compiled for the widest vectors that this machine has.
 ///

@@ -49,3 +49,25 @@ pub(crate) fn add_assign<T: Real>(to: &mut [T], from: &[T]) {
         )
     });
 }
+
+/// A sum in sixteen lanes, which are vector additions, and are then added pair by pair.
+#[inline(always)]
+pub(crate) fn lane_sum<T: Real>(values: &[T]) -> T {
+    let (chunks, rest) = values.as_chunks::<16>();
+    let mut lanes = [T::zero(); 16];
+    for chunk in chunks {
+        lanes.iter_mut().zip(chunk).for_each(|(lane, value)| *lane += *value);
+    }
+    lanes.iter_mut().zip(rest).for_each(|(lane, value)| *lane += *value);
+    fold_lanes(lanes)
+}
+
+#[inline(always)]
+fn fold_lanes<T: Real>(mut lanes: [T; 16]) -> T {
+    for width in [8, 4, 2, 1] {
+        for at in 0..width {
+            lanes[at] = lanes[at] + lanes[at + width];
+        }
+    }
+    lanes[0]
+}

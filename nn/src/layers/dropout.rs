@@ -1,13 +1,12 @@
 //! Dropout whose masks are recomputed, never stored.
 
-use crate::cpu::{TASK_ELEMENTS, elements};
+use crate::cpu::{TASK_ELEMENTS, unsupported, with_values};
+use crate::kernels::Real;
+use crate::link::{Source, result};
 use crate::{Error, Module, Params, Pass, Result};
-use candle_core::backend::BackendStorage;
-use candle_core::{CpuStorage, CustomOp1, Device, Layout, Shape, Tensor, WithDType};
+use candle_core::{DType, Device, Tensor};
 use mobula_core::random::{Stream, philox4x32_10};
 use rayon::prelude::*;
-
-const OP: &str = "dropout";
 
 /// Sets each feature to 0 with probability `rate` in training and divides the others by
 /// `1 − rate`; the identity in evaluation.
@@ -52,10 +51,16 @@ impl Module for Dropout {
             scale: 1.0 / (1.0 - self.rate),
         };
         if x.device().is_cpu() {
-            return Ok(x.contiguous()?.apply_op1(mask)?);
+            let x = &x.contiguous()?;
+            return Ok(match x.dtype() {
+                DType::F32 => mask.forward::<f32>(x)?,
+                DType::F64 => mask.forward::<f64>(x)?,
+                other => return Err(unsupported(other, "dropout").into()),
+            });
         }
-        let ones = Tensor::ones(x.shape(), x.dtype(), &Device::Cpu)?;
-        Ok(x.mul(&ones.apply_op1(mask)?.to_device(x.device())?)?)
+        let ones = Tensor::ones(x.shape(), DType::F32, &Device::Cpu)?;
+        let mask = mask.forward::<f32>(&ones)?.to_dtype(x.dtype())?.to_device(x.device())?;
+        Ok(x.mul(&mask)?)
     }
 }
 
@@ -71,7 +76,7 @@ struct Mask {
 }
 
 impl Mask {
-    fn apply<T: WithDType>(&self, x: &[T], features: usize) -> Vec<T> {
+    fn apply<T: Real>(&self, x: &[T], features: usize) -> Vec<T> {
         let mut out = vec![T::zero(); x.len()];
         if x.is_empty() {
             return out;
@@ -83,7 +88,7 @@ impl Mask {
     }
 
     /// Draws what `Stream::at(step, row)` would, a block of four words at a time.
-    fn apply_row<T: WithDType>(&self, row: usize, x: &[T], out: &mut [T]) {
+    fn apply_row<T: Real>(&self, row: usize, x: &[T], out: &mut [T]) {
         let row = self.first_row.wrapping_add(row as u32);
         let scale = T::from_f64(self.scale);
         for (block, (out, x)) in out.chunks_mut(4).zip(x.chunks(4)).enumerate() {
@@ -98,30 +103,16 @@ impl Mask {
     }
 }
 
-impl CustomOp1 for Mask {
-    fn name(&self) -> &'static str {
-        OP
-    }
-
-    fn cpu_fwd(
-        &self,
-        storage: &CpuStorage,
-        layout: &Layout,
-    ) -> candle_core::Result<(CpuStorage, Shape)> {
-        let features = layout.dims()[1..].iter().product();
-        let out = match storage {
-            CpuStorage::F32(x) => CpuStorage::F32(self.apply(elements(x, layout, OP)?, features)),
-            CpuStorage::F64(x) => CpuStorage::F64(self.apply(elements(x, layout, OP)?, features)),
-            CpuStorage::BF16(x) => CpuStorage::BF16(self.apply(elements(x, layout, OP)?, features)),
-            CpuStorage::F16(x) => CpuStorage::F16(self.apply(elements(x, layout, OP)?, features)),
-            other => {
-                return Err(candle_core::Error::UnsupportedDTypeForOp(other.dtype(), OP).bt());
-            }
-        };
-        Ok((out, layout.shape().clone()))
-    }
-
-    fn bwd(&self, _x: &Tensor, _y: &Tensor, grad: &Tensor) -> candle_core::Result<Option<Tensor>> {
-        grad.contiguous()?.apply_op1_no_bwd(self).map(Some)
+impl Mask {
+    fn forward<T: Real>(self, x: &Tensor) -> candle_core::Result<Tensor> {
+        let features = x.dims()[1..].iter().product();
+        let y = with_values([x], |[x]| Ok(self.apply::<T>(x, features)))?;
+        let source = Source::of(x);
+        let to = source.clone();
+        // The mask is its own gradient.
+        result(y, x.shape().clone(), &[&source], move |gradient| {
+            let gradient = T::cpu_storage_as_slice(&gradient)?;
+            Ok(vec![to.give(self.apply(gradient, features))?])
+        })
     }
 }

@@ -30,7 +30,6 @@ struct Saved<T> {
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
-    activation: Activation,
     /// What the activation was applied to, where its slope needs that.
     inner: Option<Vec<T>>,
 }
@@ -48,7 +47,7 @@ fn affine_as<T: Real>(
     })?;
     let (x, weight, bias) = (x.detach(), weight.clone(), bias.clone());
     let shape = [&x.dims()[..x.rank() - 1], bias.dims()].concat();
-    let saved = Saved { sources: sources.clone(), x, weight, bias, activation, inner };
+    let saved = Saved { sources: sources.clone(), x, weight, bias, inner };
     let [x, weight, bias] = &sources;
     if activation == Activation::Identity {
         return result(y, shape, &[x, weight, bias], move |gradient| saved.backward(owned(gradient)?));

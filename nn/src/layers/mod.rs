@@ -2,9 +2,7 @@
 
 mod activation;
 mod conv;
-mod conv_op;
 mod dropout;
-mod im2col;
 mod linear;
 mod linear_op;
 mod pool;
@@ -14,3 +12,13 @@ pub use conv::{Conv2d, Conv2dOptions};
 pub use dropout::Dropout;
 pub use linear::Linear;
 pub use pool::max_pool2d;
+
+use crate::Result;
+use candle_core::Tensor;
+
+/// `[rows, ..]` to `[rows, features]`. As `Tensor::flatten_from(1)`, and cheaper to differentiate.
+pub fn flatten(x: &Tensor) -> Result<Tensor> {
+    let rows = x.dim(0)?;
+    let features = x.dims()[1..].iter().product::<usize>();
+    Ok(crate::link::reshape(x, (rows, features))?)
+}

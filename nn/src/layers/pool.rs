@@ -3,12 +3,12 @@
 //! Own kernels: candle 0.11 divides the gradient by the window's area where a window has one
 //! maximum, and is right only where all of a window is equal.
 
-use crate::cpu::{TASK_ELEMENTS, elements};
+use crate::cpu::{TASK_ELEMENTS, unsupported, with_values};
+use crate::kernels::Real;
+use crate::link::{Source, result};
 use crate::{Error, Result};
-use candle_core::{CpuStorage, CustomOp1, CustomOp2, DType, Layout, Shape, Tensor, WithDType};
+use candle_core::{DType, Layout, Tensor};
 use rayon::prelude::*;
-
-const OP: &str = "max-pool2d";
 
 /// The largest value of each `kernel`×`kernel` window, windows side by side:
 /// `[rows, channels, h, w]` to `[rows, channels, h / kernel, w / kernel]`, rounded down.
@@ -18,7 +18,14 @@ const OP: &str = "max-pool2d";
 pub fn max_pool2d(x: &Tensor, kernel: usize) -> Result<Tensor> {
     let fits = |size: usize| kernel > 0 && size >= kernel;
     match *x.dims() {
-        [_, _, h, w] if fits(h) && fits(w) => Ok(x.contiguous()?.apply_op1(MaxPool { kernel })?),
+        [_, _, h, w] if fits(h) && fits(w) => {
+            let (x, pool) = (&x.contiguous()?, MaxPool { kernel });
+            Ok(match x.dtype() {
+                DType::F32 => pool.apply::<f32>(x)?,
+                DType::F64 => pool.apply::<f64>(x)?,
+                other => return Err(unsupported(other, "max-pool2d").into()),
+            })
+        }
         _ => {
             let expected =
                 format!("[rows, channels, height, width] with a {kernel}×{kernel} window in it");
@@ -31,8 +38,6 @@ pub fn max_pool2d(x: &Tensor, kernel: usize) -> Result<Tensor> {
 struct MaxPool {
     kernel: usize,
 }
-
-struct MaxPoolGrad(MaxPool);
 
 /// The sizes of one pooling: of a plane going in, and of one coming out.
 #[derive(Clone, Copy)]
@@ -64,7 +69,7 @@ impl Planes {
     /// Calls `visit` for each window in order with its first maximum and that one's place in
     /// `plane`. Selects instead of branching: which of four pixels is largest is not predictable.
     #[inline(always)]
-    fn windows<T: WithDType>(&self, kernel: usize, plane: &[T], mut visit: impl FnMut(T, usize)) {
+    fn windows<T: Real>(&self, kernel: usize, plane: &[T], mut visit: impl FnMut(T, usize)) {
         for first in (0..self.out_area / self.out_width).map(|row| row * kernel * self.width) {
             for corner in (0..self.out_width).map(|column| first + column * kernel) {
                 let (mut max, mut best) = (plane[corner], corner);
@@ -84,14 +89,14 @@ impl Planes {
 
     /// The same; the usual kernel gets code of its own.
     #[inline(always)]
-    fn each_max<T: WithDType>(&self, plane: &[T], visit: impl FnMut(T, usize)) {
+    fn each_max<T: Real>(&self, plane: &[T], visit: impl FnMut(T, usize)) {
         match self.kernel {
             2 => self.windows(2, plane, visit),
             kernel => self.windows(kernel, plane, visit),
         }
     }
 
-    fn forward<T: WithDType>(&self, x: &[T]) -> Vec<T> {
+    fn forward<T: Real>(&self, x: &[T]) -> Vec<T> {
         let mut out = vec![T::zero(); x.len() / self.area * self.out_area];
         let planes = out.par_chunks_mut(self.out_area).zip(x.par_chunks(self.area));
         planes.with_min_len(self.planes_per_task()).for_each(|(out, plane)| {
@@ -105,7 +110,7 @@ impl Planes {
         out
     }
 
-    fn backward<T: WithDType>(&self, x: &[T], grad: &[T]) -> Vec<T> {
+    fn backward<T: Real>(&self, x: &[T], grad: &[T]) -> Vec<T> {
         let mut out = vec![T::zero(); x.len()];
         let planes = out.par_chunks_mut(self.area).zip(x.par_chunks(self.area));
         let planes = planes.zip(grad.par_chunks(self.out_area));
@@ -126,59 +131,16 @@ impl Planes {
     }
 }
 
-impl CustomOp1 for MaxPool {
-    fn name(&self) -> &'static str {
-        OP
+impl MaxPool {
+    fn apply<T: Real>(self, x: &Tensor) -> candle_core::Result<Tensor> {
+        let planes = self.planes(x.layout())?;
+        let y = with_values([x], |[x]| Ok(planes.forward::<T>(x)))?;
+        let (source, x) = (Source::of(x), x.detach());
+        let to = source.clone();
+        result(y, planes.shape.as_slice(), &[&source], move |gradient| {
+            let gradient = T::cpu_storage_as_slice(&gradient)?;
+            let gradient = with_values([&x], |[x]| Ok(planes.backward(x, gradient)))?;
+            Ok(vec![to.give(gradient)?])
+        })
     }
-
-    fn cpu_fwd(
-        &self,
-        storage: &CpuStorage,
-        layout: &Layout,
-    ) -> candle_core::Result<(CpuStorage, Shape)> {
-        let planes = self.planes(layout)?;
-        let out = match storage {
-            CpuStorage::F32(x) => CpuStorage::F32(planes.forward(elements(x, layout, OP)?)),
-            CpuStorage::F64(x) => CpuStorage::F64(planes.forward(elements(x, layout, OP)?)),
-            other => return Err(unsupported(other)),
-        };
-        Ok((out, planes.shape.as_slice().into()))
-    }
-
-    fn bwd(&self, x: &Tensor, _y: &Tensor, grad: &Tensor) -> candle_core::Result<Option<Tensor>> {
-        let grad = grad.contiguous()?;
-        x.apply_op2_no_bwd(&grad, &MaxPoolGrad(*self)).map(Some)
-    }
-}
-
-impl CustomOp2 for MaxPoolGrad {
-    fn name(&self) -> &'static str {
-        "max-pool2d-grad"
-    }
-
-    fn cpu_fwd(
-        &self,
-        x: &CpuStorage,
-        x_layout: &Layout,
-        grad: &CpuStorage,
-        grad_layout: &Layout,
-    ) -> candle_core::Result<(CpuStorage, Shape)> {
-        let planes = self.0.planes(x_layout)?;
-        let out = match (x, grad) {
-            (CpuStorage::F32(x), CpuStorage::F32(grad)) => CpuStorage::F32(
-                planes.backward(elements(x, x_layout, OP)?, elements(grad, grad_layout, OP)?),
-            ),
-            (CpuStorage::F64(x), CpuStorage::F64(grad)) => CpuStorage::F64(
-                planes.backward(elements(x, x_layout, OP)?, elements(grad, grad_layout, OP)?),
-            ),
-            (other, _) => return Err(unsupported(other)),
-        };
-        Ok((out, x_layout.shape().clone()))
-    }
-}
-
-fn unsupported(storage: &CpuStorage) -> candle_core::Error {
-    use candle_core::backend::BackendStorage;
-    let dtype: DType = storage.dtype();
-    candle_core::Error::UnsupportedDTypeForOp(dtype, OP).bt()
 }

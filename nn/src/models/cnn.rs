@@ -1,7 +1,7 @@
 //! A small convolutional network for images.
 
 use super::positive;
-use crate::layers::{Activation, Conv2d, Conv2dOptions, Dropout, Linear, max_pool2d};
+use crate::layers::{Activation, Conv2d, Conv2dOptions, Dropout, Linear, flatten};
 use crate::{Architecture, Error, Module, Params, Pass, Result};
 use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
@@ -90,8 +90,6 @@ impl CnnOptions {
 #[derive(Clone, Debug)]
 pub struct Cnn {
     convolutions: Vec<Conv2d>,
-    pool: usize,
-    activation: Activation,
     hidden: Linear,
     dropout: Dropout,
     output: Linear,
@@ -105,14 +103,16 @@ impl Cnn {
         let (mut convolutions, mut inputs) = (Vec::new(), options.channels);
         for (index, &outputs) in options.conv.iter().enumerate() {
             let scope = params.scope(&format!("conv{}", index + 1));
-            convolutions.push(Conv2d::new(&scope, inputs, outputs, options.kernel, same_size)?);
+            let convolution = Conv2d::new(&scope, inputs, outputs, options.kernel, same_size)?
+                .with_activation(options.activation)
+                .with_max_pool(options.pool);
+            convolutions.push(convolution);
             inputs = outputs;
         }
         Ok(Self {
             convolutions,
-            pool: options.pool,
-            activation: options.activation,
-            hidden: Linear::new(&params.scope("fc1"), options.features(), options.hidden)?,
+            hidden: Linear::new(&params.scope("fc1"), options.features(), options.hidden)?
+                .with_activation(options.activation),
             dropout: Dropout::new(&params.scope("dropout1"), options.dropout)?,
             output: Linear::new(&params.scope("fc2"), options.hidden, options.outputs)?,
         })
@@ -123,13 +123,10 @@ impl Module for Cnn {
     fn forward(&self, x: &Tensor, pass: &Pass) -> Result<Tensor> {
         let mut x = x.clone();
         for convolution in &self.convolutions {
-            x = self.activation.forward(&convolution.forward(&x, pass)?)?;
-            if self.pool > 1 {
-                x = max_pool2d(&x, self.pool)?;
-            }
+            x = convolution.forward(&x, pass)?;
         }
-        let x = self.hidden.forward(&x.flatten_from(1)?, pass)?;
-        let x = self.dropout.forward(&self.activation.forward(&x)?, pass)?;
+        let x = flatten(&x)?;
+        let x = self.dropout.forward(&self.hidden.forward(&x, pass)?, pass)?;
         self.output.forward(&x, pass)
     }
 }

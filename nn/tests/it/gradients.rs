@@ -53,7 +53,7 @@ fn convolutions() {
         [(3, 1, 1), (3, 1, 0), (2, 2, 0), (3, 2, 1), (1, 1, 0), (3, 3, 2)]
     {
         let params = params();
-        let options = Conv2dOptions { stride, padding };
+        let options = Conv2dOptions { stride, padding, ..Conv2dOptions::default() };
         let layer = Conv2d::new(&params, 2, 3, kernel, options).expect("layer");
         check(&layer, &params, &[2, 2, 5, 6]);
     }

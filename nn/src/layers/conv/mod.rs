@@ -1,0 +1,243 @@
+//! Convolutions.
+
+mod geometry;
+mod op;
+mod pooling;
+
+use super::Activation;
+use crate::cpu::unsupported;
+use crate::{Error, Init, Module, Params, Pass, Result};
+use candle_core::{DType, Tensor};
+use geometry::{Axis, Geometry};
+use op::Convolution;
+use pooling::{LARGEST, Pooling};
+
+/// How a convolution's window moves, on both axes alike.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Conv2dOptions {
+    /// Pixels from one window to the next; at least 1. Default 1.
+    pub stride: usize,
+    /// Zeros added on each side of the image. Default 0.
+    pub padding: usize,
+    /// Pixels from one tap of the kernel to the next; at least 1. Default 1.
+    pub dilation: usize,
+    /// Into how many groups the channels are cut, each with kernels of its own; a divisor of inputs
+    /// and outputs. Default 1.
+    pub groups: usize,
+    /// Whether a number is added to each output channel; not needed before a normalisation.
+    /// Default true.
+    pub bias: bool,
+}
+
+impl Default for Conv2dOptions {
+    fn default() -> Self {
+        Self { stride: 1, padding: 0, dilation: 1, groups: 1, bias: true }
+    }
+}
+
+/// Cross-correlation of images `[rows, inputs, height, width]` with square kernels, then, if asked
+/// for, an activation and a max-pooling, in one operation.
+///
+/// Parameters `weight [outputs, inputs / groups, kernel, kernel]` and `bias [outputs]`, initialised
+/// as PyTorch does. Each output axis has
+/// `(size + 2·padding − dilation·(kernel − 1) − 1) / stride + 1` pixels, rounded down.
+#[derive(Clone, Debug)]
+pub struct Conv2d {
+    weight: Tensor,
+    bias: Option<Tensor>,
+    options: Conv2dOptions,
+    activation: Activation,
+    pool: usize,
+    name: String,
+}
+
+impl Conv2d {
+    /// Creates the parameters in `params`. Errors when the kernel, the stride or the dilation is
+    /// 0, or the groups do not divide the channels.
+    pub fn new(
+        params: &Params,
+        inputs: usize,
+        outputs: usize,
+        kernel: usize,
+        options: Conv2dOptions,
+    ) -> Result<Self> {
+        let Conv2dOptions { stride, dilation, groups, .. } = options;
+        for (option, value) in [("kernel", kernel), ("stride", stride), ("dilation", dilation)] {
+            if value == 0 {
+                return Err(Error::option(option, value, "at least 1"));
+            }
+        }
+        if groups == 0 || !inputs.is_multiple_of(groups) || !outputs.is_multiple_of(groups) {
+            let expected = format!("a divisor of {inputs} inputs and {outputs} outputs");
+            return Err(Error::option("groups", groups, expected));
+        }
+        let (shape, fan_in) =
+            ((outputs, inputs / groups, kernel, kernel), inputs / groups * kernel * kernel);
+        let bias = || params.get(outputs, "bias", Init::default_bias(fan_in));
+        Ok(Self {
+            weight: params.get(shape, "weight", Init::default_weight())?,
+            bias: options.bias.then(bias).transpose()?,
+            options,
+            activation: Activation::Identity,
+            pool: 1,
+            name: params.path().to_owned(),
+        })
+    }
+
+    /// Applies `activation` to what comes out.
+    #[must_use]
+    pub fn with_activation(self, activation: Activation) -> Self {
+        Self { activation, ..self }
+    }
+
+    /// Then takes the largest value of each window of `kernel`×`kernel` pixels, windows side by
+    /// side, as [`max_pool2d`](super::max_pool2d) does; 1 for none.
+    #[must_use]
+    pub fn with_max_pool(self, kernel: usize) -> Self {
+        Self { pool: kernel.max(1), ..self }
+    }
+
+    /// In candle's own operations, for devices that this crate has no kernel for.
+    ///
+    /// Candle's backward pass assumes that both axes leave the same remainder after the last
+    /// window (it fails for 5×6 pixels, kernel 3, stride 2), so the remainders are cut off first.
+    fn composed(&self, x: &Tensor) -> Result<Tensor> {
+        let Conv2dOptions { stride, padding, dilation, groups, .. } = self.options;
+        let mut x = x.clone();
+        for axis in [2, 3] {
+            let reach = Axis::reach(self.weight.dim(axis)?, dilation);
+            x = x.pad_with_zeros(axis, padding, padding)?;
+            let covered = (x.dim(axis)? - reach) / stride * stride + reach;
+            x = x.narrow(axis, 0, covered)?;
+        }
+        let mut y = x.contiguous()?.conv2d(&self.weight, 0, stride, dilation, groups)?;
+        if let Some(bias) = &self.bias {
+            y = y.broadcast_add(&bias.reshape((1, (), 1, 1))?)?;
+        }
+        self.finish(&y)
+    }
+
+    /// What follows the convolution, in operations of their own.
+    fn finish(&self, y: &Tensor) -> Result<Tensor> {
+        let y = self.activation.forward(y)?;
+        if self.pool > 1 { super::max_pool2d(&y, self.pool) } else { Ok(y) }
+    }
+
+    fn check(&self, dims: &[usize]) -> Result<()> {
+        let (_, inputs, kernel, _) = self.weight.dims4()?;
+        let (inputs, reach) =
+            (inputs * self.options.groups, Axis::reach(kernel, self.options.dilation));
+        let least = reach.saturating_sub(2 * self.options.padding).max(1);
+        match *dims {
+            [_, channels, h, w] if channels == inputs && h.min(w) >= least => Ok(()),
+            _ => {
+                let what = format!("the input of convolution {:?}", self.name);
+                let expected = format!("[rows, {inputs}, height ≥ {least}, width ≥ {least}]");
+                Err(Error::shape(what, expected, dims))
+            }
+        }
+    }
+
+    fn axis(&self, size: usize, kernel: usize) -> Axis {
+        let Conv2dOptions { stride, padding, dilation, .. } = self.options;
+        let out = (size + 2 * padding - Axis::reach(kernel, dilation)) / stride + 1;
+        Axis { size, kernel, stride, padding, dilation, out }
+    }
+
+    fn geometry(&self, height: usize, width: usize) -> Result<Geometry> {
+        let (outputs, channels, kernel_height, kernel_width) = self.weight.dims4()?;
+        let groups = self.options.groups;
+        let (height, width) = (self.axis(height, kernel_height), self.axis(width, kernel_width));
+        Ok(Geometry { channels, outputs: outputs / groups, groups, height, width })
+    }
+
+    /// With this crate's kernel, for checked contiguous images on the CPU.
+    fn kernel(&self, x: &Tensor) -> Result<Tensor> {
+        let (rows, _, height, width) = x.dims4()?;
+        let geometry = self.geometry(height, width)?;
+        let pooling = Pooling {
+            kernel: self.pool,
+            height: geometry.height.out,
+            width: geometry.width.out,
+        };
+        let can_pool = (2..=LARGEST).contains(&self.pool) && pooling.area() > 0;
+        let is_fused = !self.activation.needs_input() && (self.pool == 1 || can_pool);
+        let activation = if is_fused { self.activation } else { Activation::Identity };
+        let pooling = Some(pooling).filter(|_| is_fused && can_pool);
+        let convolution = Convolution { geometry, activation, pooling };
+        let (outputs, _, _, _) = self.weight.dims4()?;
+        let (height, width) = match pooling {
+            Some(Pooling { kernel, height, width }) => (height / kernel, width / kernel),
+            None => (geometry.height.out, geometry.width.out),
+        };
+        let (shape, bias) = ([rows, outputs, height, width], self.bias_or_zeros()?);
+        let y = match x.dtype() {
+            DType::F32 => convolution.apply::<f32>(x, &self.weight, &bias, shape)?,
+            DType::F64 => convolution.apply::<f64>(x, &self.weight, &bias, shape)?,
+            other => return Err(unsupported(other, "conv2d").into()),
+        };
+        if is_fused { Ok(y) } else { self.finish(&y) }
+    }
+
+    fn bias_or_zeros(&self) -> Result<Tensor> {
+        match &self.bias {
+            Some(bias) => Ok(bias.clone()),
+            None => Ok(Tensor::zeros(self.weight.dim(0)?, self.weight.dtype(), self.weight.device())?),
+        }
+    }
+}
+
+impl Module for Conv2d {
+    fn forward(&self, x: &Tensor, _pass: &Pass) -> Result<Tensor> {
+        self.check(x.dims())?;
+        if x.device().is_cpu() { self.kernel(&x.contiguous()?) } else { self.composed(x) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_core::{DType, Device};
+
+    /// Two implementations, one answer: for outputs and for every gradient.
+    #[test]
+    fn the_kernel_agrees_with_candles_operations() {
+        let cases = [
+            (3, [1, 1, 1, 1], [5, 6], 1, Activation::Relu, 9),
+            (3, [1, 0, 1, 1], [5, 6], 2, Activation::Identity, 9),
+            (2, [2, 0, 1, 1], [6, 7], 1, Activation::Gelu, 9),
+            (3, [2, 1, 2, 2], [9, 8], 2, Activation::Tanh, 9),
+            (5, [3, 4, 1, 1], [3, 2], 1, Activation::Identity, 9),
+            (1, [1, 0, 1, 4], [6, 4], 2, Activation::Silu, 9),
+            // Enough images for parts, and few and large ones.
+            (3, [1, 1, 1, 2], [12, 10], 3, Activation::Relu, 60),
+            (3, [1, 1, 1, 1], [70, 70], 2, Activation::Relu, 3),
+        ];
+        for (kernel, [stride, padding, dilation, groups], [height, width], pool, activation, rows) in cases {
+            let params = Params::with_dtype(1, &Device::Cpu, DType::F64);
+            let bias = kernel != 2;
+            let options = Conv2dOptions { stride, padding, dilation, groups, bias };
+            let channels = if height == 70 { 30 } else { 4 };
+            let layer = Conv2d::new(&params, channels, 8, kernel, options).expect("layer");
+            let layer = layer.with_activation(activation).with_max_pool(pool);
+            let init = Init::Normal { mean: 0.0, std: 1.0 };
+            let x = params.get((rows, channels, height, width), "x", init).expect("input");
+            let ours = layer.forward(&x, &Pass::eval()).expect("kernel");
+            let theirs = layer.composed(&x).expect("composed");
+            assert_close(&ours, &theirs);
+            let weights = theirs.detach();
+            let gradients =
+                |y: Tensor| (y * &weights).and_then(|y| y.backward()).expect("backward");
+            let (ours, theirs) = (gradients(ours), gradients(theirs));
+            for (_, var) in params.vars() {
+                assert_close(ours.get(&var).expect("ours"), theirs.get(&var).expect("theirs"));
+            }
+        }
+    }
+
+    fn assert_close(a: &Tensor, b: &Tensor) {
+        assert_eq!(a.dims(), b.dims());
+        let greatest = (a - b).and_then(|d| d.abs()?.max_all()?.to_scalar::<f64>());
+        assert!(greatest.expect("difference") < 1e-10);
+    }
+}
