@@ -25,6 +25,8 @@ pub(crate) trait Real: WithDType {
     /// The smaller one; `other` if `self` is NaN.
     fn min(self, other: Self) -> Self;
 
+    /// `self` where the condition holds, else 0, without a branch.
+    fn when(self, condition: bool) -> Self;
     /// The same slice, if that is its type.
     fn of_f32(values: &mut [f32]) -> Option<&mut [Self]>;
 
@@ -49,6 +51,11 @@ impl Real for f64 {
     #[inline(always)]
     fn erf(self) -> Self {
         libm::erf(self)
+    }
+
+    #[inline(always)]
+    fn when(self, condition: bool) -> Self {
+        Self::from_bits(self.to_bits() & u64::from(condition).wrapping_neg())
     }
 
     fn of_f32(_: &mut [f32]) -> Option<&mut [Self]> {
@@ -157,6 +164,11 @@ impl Real for f32 {
             q = q.mul_add(x2, c);
         }
         (x * p / q).clamp(-1.0, 1.0)
+    }
+
+    #[inline(always)]
+    fn when(self, condition: bool) -> Self {
+        Self::from_bits(self.to_bits() & u32::from(condition).wrapping_neg())
     }
 
     fn of_f32(values: &mut [f32]) -> Option<&mut [Self]> {

@@ -28,6 +28,7 @@ impl Axis {
 
     /// The output positions whose input position, `position · stride + tap · dilation − padding`,
     /// is one, and the input position of the first.
+    #[inline(always)]
     fn reached(&self, tap: usize) -> (Range<usize>, usize) {
         let offset = tap * self.dilation;
         let start = self.padding.saturating_sub(offset).div_ceil(self.stride);
@@ -82,6 +83,7 @@ impl Geometry {
     }
 
     /// The rows `taps` of the matrix of one group: `[taps, images · out_area]` of whole images.
+    #[inline(always)]
     pub(super) fn im2col<T: Real>(&self, x: &[T], group: usize, tap: usize, row: &mut [T]) {
         let channel = group * self.channels + tap / self.per_channel();
         for (out, image) in row.chunks_mut(self.out_area()).zip(x.chunks(self.image())) {
@@ -92,6 +94,7 @@ impl Geometry {
 
     /// Its transpose: adds what belongs to one plane of an image to it. `row(tap)` is the image's
     /// part of a row of the matrix.
+    #[inline(always)]
     pub(super) fn col2im<'a, T: Real>(
         &self,
         channel: usize,
@@ -104,6 +107,7 @@ impl Geometry {
     }
 
     /// Every pixel that one tap of a channel meets, zeros outside of the image.
+    #[inline(always)]
     fn gather<T: Real>(&self, tap: usize, plane: &[T], out: &mut [T]) {
         let (rows, first_row) = self.height.reached(tap / self.width.kernel);
         let (columns, first) = self.width.reached(tap % self.width.kernel);
@@ -128,6 +132,7 @@ impl Geometry {
         }
     }
 
+    #[inline(always)]
     fn scatter<T: Real>(&self, tap: usize, row: &[T], plane: &mut [T]) {
         let (rows, first_row) = self.height.reached(tap / self.width.kernel);
         let (columns, first) = self.width.reached(tap % self.width.kernel);

@@ -221,7 +221,10 @@ impl<T: Real> Pass<'_, T> {
     fn unfold(&self, x: &[T], group: usize, columns: &mut [T]) {
         let width = columns.len() / self.of.geometry.taps();
         each_run(self.plan.threads, columns, width, |tap, row| {
-            self.of.geometry.im2col(x, group, tap, row)
+            vectorized(
+                #[inline(always)]
+                || self.of.geometry.im2col(x, group, tap, row),
+            )
         });
     }
 
@@ -297,7 +300,10 @@ impl<T: Real> Pass<'_, T> {
             for (channel, plane) in dx[share].chunks_mut(area.max(1)).enumerate() {
                 plane.fill(T::zero());
                 let row = |tap: usize| &columns[tap * width + image * out_area..][..out_area];
-                geometry.col2im(channel, row, plane);
+                vectorized(
+                    #[inline(always)]
+                    || geometry.col2im(channel, row, plane),
+                );
             }
         });
     }
@@ -385,19 +391,19 @@ impl<T: Real> Visitor for Start<'_, T> {
             for (at, plane) in row.chunks_mut(area).enumerate() {
                 let from = at * image + (group * geometry.outputs + output) * y_area;
                 let (y, gradient) = (&y[from..][..y_area], &gradient[from..][..y_area]);
-                let to = if of.pooling.is_some() { &mut scaled[..] } else { &mut *plane };
                 vectorized(
                     #[inline(always)]
                     || {
+                        let to = if of.pooling.is_some() { &mut scaled[..] } else { &mut *plane };
                         for ((to, gradient), y) in to.iter_mut().zip(gradient).zip(y) {
                             // What needs its input is not fused: see `Conv2d`.
                             *to = *gradient * S::slope(*y, *y);
                         }
+                        if let Some(pooling) = of.pooling {
+                            pooling.unpool(&scaled, &best[from..][..y_area], plane);
+                        }
                     },
                 );
-                if let Some(pooling) = of.pooling {
-                    pooling.unpool(&scaled, &best[from..][..y_area], plane);
-                }
             }
         });
     }

@@ -1,78 +1,45 @@
-//! Our side of the MLP training step.
+//! Our side of training steps and of inference.
 //!
 //! ```text
-//! bench-train fixture PATH            write initial weights and batches for both sides
-//! bench-train mlp FIXTURE THREADS     answer `run STEPS` and `save PATH` on standard input
+//! bench-nn fixture MODEL PATH             write initial weights and batches for both sides
+//! bench-nn train MODEL FIXTURE THREADS    answer requests on standard input
 //! ```
 //!
-//! The lines are described in xtask/src/bench/worker.rs.
+//! The requests are described in xtask/src/bench/worker.rs.
 #![forbid(unsafe_code)]
+
+mod models;
 
 use anyhow::{Context, Result, bail};
 use candle_core::{DType, Device, Tensor};
-use mobula_core::random::Stream;
 use mobula_core::{Batch, Flow};
-use mobula_nn::{Model, ModelSpec, loss, models::MlpOptions};
+use mobula_nn::{Model, Pass, loss};
 use mobula_train::{AdamW, AdamWOptions, TrainState, WorkerContext};
+use models::{Case, SEED};
 use serde_json::json;
 use std::collections::HashMap;
 use std::io::{BufRead, Write};
-
 use std::path::Path;
 use std::time::Instant;
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
-const SIZES: (usize, [usize; 2], usize) = (784, [512, 512], 10);
-/// Enough that a round hardly sees one twice: once learnt by heart, losses are tiny and twitch.
-const BATCHES: usize = 64;
-const ROWS: usize = 256;
-const SEED: u64 = 1;
-
 fn main() -> Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     match arguments[..] {
-        ["fixture", path] => write_fixture(path.as_ref()),
-        ["mlp", fixture, threads] => serve(&mut Training::new(fixture.as_ref())?, threads),
-        _ => bail!("usage: bench-train fixture PATH | bench-train mlp FIXTURE THREADS"),
+        ["fixture", model, path] => models::case(model)?.write_fixture(path.as_ref()),
+        ["train", model, fixture, threads] => {
+            serve(&mut Training::new(models::case(model)?, fixture.as_ref())?, threads)
+        }
+        _ => bail!("usage: bench-nn fixture MODEL PATH | bench-nn train MODEL FIXTURE THREADS"),
     }
-}
-
-fn model() -> Result<Model> {
-    let (inputs, hidden, outputs) = SIZES;
-    let spec = ModelSpec::new("mlp", &MlpOptions::new(inputs, hidden, outputs))?;
-    Ok(Model::build(&spec, SEED, &Device::Cpu)?)
-}
-
-/// Weights as nn initialises them, and batches whose labels a linear map of the inputs decides, so
-/// that there is something to learn.
-fn write_fixture(path: &Path) -> Result<()> {
-    let mut tensors = HashMap::new();
-    for (name, var) in model()?.params().vars() {
-        tensors.insert(name, var.as_tensor().clone());
-    }
-    let (inputs, _, outputs) = SIZES;
-    let teacher = normal("teacher", 0, (inputs, outputs))?;
-    for batch in 0..BATCHES {
-        let x = normal("x", batch, (ROWS, inputs))?;
-        let y = x.matmul(&teacher)?.argmax(1)?.to_dtype(DType::I64)?;
-        tensors.insert(format!("x.{batch}"), x);
-        tensors.insert(format!("y.{batch}"), y);
-    }
-    candle_core::safetensors::save(&tensors, path)
-        .with_context(|| format!("writing {}", path.display()))
-}
-
-fn normal(purpose: &str, index: usize, shape: (usize, usize)) -> Result<Tensor> {
-    let mut numbers = Stream::new(SEED, purpose).at(index as u64, 0);
-    let values: Vec<f32> = (0..shape.0 * shape.1).map(|_| numbers.normal() as f32).collect();
-    Ok(Tensor::from_vec(values, shape, &Device::Cpu)?)
 }
 
 /// What a program does that trains by itself: no group, so nothing to sum over.
 struct Training {
+    case: Case,
     weights: HashMap<String, Tensor>,
     batches: Vec<Batch>,
     /// The last run's, for `save`.
@@ -80,18 +47,18 @@ struct Training {
 }
 
 impl Training {
-    fn new(fixture: &Path) -> Result<Self> {
+    fn new(case: Case, fixture: &Path) -> Result<Self> {
         let tensors = candle_core::safetensors::load(fixture, &Device::Cpu);
         let mut tensors = tensors.with_context(|| format!("reading {}", fixture.display()))?;
         let batches =
-            (0..BATCHES).map(|index| batch(&mut tensors, index)).collect::<Result<_>>()?;
+            (0..case.batches).map(|index| batch(&mut tensors, index)).collect::<Result<_>>()?;
         // What is left are the weights.
-        Ok(Self { weights: tensors, batches, trained: None })
+        Ok(Self { case, weights: tensors, batches, trained: None })
     }
 
     /// Trains from the initial weights with a fresh optimizer: the time of each step, the last loss.
     fn run(&mut self, steps: usize) -> Result<(Vec<f64>, f64)> {
-        let model = model()?;
+        let model = self.case.model()?;
         model.params().load_tensors("the fixture", &self.weights)?;
         let optimizer = AdamW::new(AdamWOptions {
             lr: 1e-3,
@@ -104,7 +71,7 @@ impl Training {
         let mut context = WorkerContext::alone(|_| Ok(Flow::Continue));
         let (mut seconds, mut last) = (Vec::with_capacity(steps), f64::NAN);
         for step in 0..steps {
-            let batch = &self.batches[step % BATCHES];
+            let batch = &self.batches[step % self.batches.len()];
             let start = Instant::now();
             last = context.step(&mut state, batch, |model, pass| {
                 loss::cross_entropy(&model.forward(batch.get("x")?, pass)?, batch.get("y")?)
@@ -113,6 +80,21 @@ impl Training {
         }
         self.trained = Some(state.model);
         Ok((seconds, last))
+    }
+
+    /// The time of each forward pass of the first `rows` rows, and the sum of what came out.
+    fn infer(&self, rows: usize, steps: usize) -> Result<(Vec<f64>, f64)> {
+        let model = self.case.model()?;
+        model.params().load_tensors("the fixture", &self.weights)?;
+        let x = self.batches[0].get("x")?.narrow(0, 0, rows)?;
+        let mut seconds = Vec::with_capacity(steps);
+        let mut y = model.forward(&x, &Pass::eval())?;
+        for _ in 0..steps {
+            let start = Instant::now();
+            y = model.forward(&x, &Pass::eval())?;
+            seconds.push(start.elapsed().as_secs_f64());
+        }
+        Ok((seconds, y.sum_all()?.to_dtype(DType::F64)?.to_scalar()?))
     }
 }
 
@@ -129,6 +111,15 @@ fn serve(training: &mut Training, threads: &str) -> Result<()> {
     for line in std::io::stdin().lock().lines() {
         let line = line?;
         match line.split_once(' ') {
+            Some(("infer", arguments)) => {
+                let (rows, steps) = arguments.split_once(' ').context("infer ROWS STEPS")?;
+                let (seconds, loss) = training.infer(rows.parse()?, steps.parse()?)?;
+                answer(json!({ "seconds": seconds, "loss": loss }))?;
+            }
+            Some(("memory", steps)) => {
+                let bytes = peak_above_idle(|| training.run(steps.parse()?).map(drop))?;
+                answer(json!({ "bytes": bytes }))?;
+            }
             Some(("run", steps)) => {
                 let (seconds, loss) = training.run(steps.parse()?)?;
                 answer(json!({ "seconds": seconds, "loss": loss }))?;
@@ -148,4 +139,20 @@ fn answer(value: serde_json::Value) -> Result<()> {
     let mut output = std::io::stdout().lock();
     writeln!(output, "{value}")?;
     Ok(output.flush()?)
+}
+
+/// How far `work` raises what this process has in memory, at its peak.
+fn peak_above_idle(work: impl FnOnce() -> Result<()>) -> Result<u64> {
+    // Makes the peak that of from now on.
+    std::fs::write("/proc/self/clear_refs", "5")?;
+    let before = memory("VmRSS:")?;
+    work()?;
+    Ok(memory("VmHWM:")?.saturating_sub(before))
+}
+
+fn memory(field: &str) -> Result<u64> {
+    let status = std::fs::read_to_string("/proc/self/status")?;
+    let line = status.lines().find_map(|line| line.strip_prefix(field)).context("no such field")?;
+    let kilobytes: u64 = line.split_whitespace().next().context("no number")?.parse()?;
+    Ok(kilobytes * 1024)
 }
