@@ -19,8 +19,16 @@ pub(crate) struct Case {
 
 pub(crate) fn case(name: &str) -> Result<Case> {
     let (rows, batches, spec) = match name {
-        "mlp" => (256, 64, r#"{"architecture": "mlp", "options": {"inputs": 784, "hidden": [512, 512], "outputs": 10}}"#),
-        "mlp-32" => (32, 64, r#"{"architecture": "mlp", "options": {"inputs": 784, "hidden": [512, 512], "outputs": 10}}"#),
+        "mlp" => (
+            256,
+            64,
+            r#"{"architecture": "mlp", "options": {"inputs": 784, "hidden": [512, 512], "outputs": 10}}"#,
+        ),
+        "mlp-32" => (
+            32,
+            64,
+            r#"{"architecture": "mlp", "options": {"inputs": 784, "hidden": [512, 512], "outputs": 10}}"#,
+        ),
         "cnn" => (256, 16, r#"{"architecture": "cnn"}"#),
         _ => bail!("no model is called {name:?}"),
     };

@@ -47,6 +47,8 @@ struct Parameter {
     tensor: Tensor,
     /// Something was written since the last [`Gradients::start`].
     is_written: bool,
+    /// It may go without.
+    is_exempt: bool,
 }
 
 thread_local! {
@@ -61,10 +63,10 @@ impl Gradients {
         for (at, (name, var)) in params.vars().into_iter().enumerate() {
             let start = end;
             end += var.elem_count();
-            gradients.places.push((name, start..end));
             gradients.by_id.insert(var.as_tensor().id(), at);
-            let tensor = var.as_tensor().clone();
-            gradients.parameters.push(Parameter { tensor, is_written: false });
+            let (tensor, is_exempt) = (var.as_tensor().clone(), params.is_exempt(&name));
+            gradients.parameters.push(Parameter { tensor, is_written: false, is_exempt });
+            gradients.places.push((name, start..end));
         }
         gradients.values = vec![0.0; end + 1];
         gradients
@@ -142,13 +144,13 @@ impl Gradients {
         &self.places
     }
 
-    /// The parameters that got no gradient.
+    /// The parameters that got no gradient, but for those that [may go without](Params::exempt).
     ///
     /// Candle drops gradients silently where an operation has no backward pass; a training loop
     /// that looks after its first step finds out.
     pub fn missing(&self) -> Vec<String> {
         let places = self.places.iter().zip(&self.parameters);
-        let missing = places.filter(|(_, parameter)| !parameter.is_written);
+        let missing = places.filter(|(_, one)| !one.is_written && !one.is_exempt);
         missing.map(|((name, _), _)| name.clone()).collect()
     }
 

@@ -48,6 +48,12 @@ pub enum Error {
         /// Which mean.
         what: &'static str,
     },
+    /// The sum over the workers failed.
+    #[error("cannot sum the statistics of a batch over the workers: {source}")]
+    Sync {
+        /// Why.
+        source: BoxError,
+    },
     /// Two parameters of a model with one name.
     #[error("parameter {name:?} exists already: give each layer its own scope")]
     DuplicateParameter {
@@ -165,6 +171,10 @@ impl Error {
         got: &[usize],
     ) -> Self {
         Self::Shape { what: what.into(), expected: expected.into(), got: got.to_vec() }
+    }
+
+    pub(crate) fn sync(source: BoxError) -> Self {
+        Self::Sync { source }
     }
 
     pub(crate) fn option(

@@ -59,5 +59,5 @@ pub use init::Init;
 pub use model::Model;
 pub use module::Module;
 pub use params::Params;
-pub use pass::{Pass, Training};
+pub use pass::{Pass, SyncSum, Training};
 pub use registry::{Architecture, ModelSpec, Registry};

@@ -104,7 +104,8 @@ impl Slot {
 
     fn take(&self) -> Result<Arc<CpuStorage>> {
         let gradient = lock(&self.0).take();
-        gradient.ok_or_else(|| Error::Msg("a backward pass came to a result nobody used".into()).bt())
+        gradient
+            .ok_or_else(|| Error::Msg("a backward pass came to a result nobody used".into()).bt())
     }
 }
 

@@ -87,8 +87,7 @@ fn cross_entropy_as<T: Real>(logits: &Tensor, labels: Vec<u32>) -> candle_core::
     let to = source.clone();
     result(vec![T::from_f64(sum)], (), &[&source], move |gradient| {
         let scale = T::cpu_storage_as_slice(&gradient)?[0].to_f64();
-        let gradient =
-            with_values([&logits], |[x]| Ok(slopes::<T>(x, &labels, classes, scale)))?;
+        let gradient = with_values([&logits], |[x]| Ok(slopes::<T>(x, &labels, classes, scale)))?;
         Ok(vec![to.give(gradient)?])
     })
 }

@@ -3,7 +3,7 @@
 use crate::{Error, Init, Result};
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Shape, Tensor, Var};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// The trainable parameters of a model, by name and in the order of their names.
@@ -34,6 +34,8 @@ struct Shared {
     device: Device,
     dtype: DType,
     vars: Mutex<BTreeMap<String, Var>>,
+    buffers: Mutex<BTreeMap<String, Var>>,
+    exempt: Mutex<BTreeSet<String>>,
 }
 
 impl Params {
@@ -45,7 +47,8 @@ impl Params {
     /// The same with another type, such as `f64` for gradient checks. The values are drawn in
     /// `f64` and rounded, so they agree between types up to rounding.
     pub fn with_dtype(seed: u64, device: &Device, dtype: DType) -> Self {
-        let shared = Shared { seed, device: device.clone(), dtype, vars: Mutex::default() };
+        let (vars, buffers, exempt) = Default::default();
+        let shared = Shared { seed, device: device.clone(), dtype, vars, buffers, exempt };
         Self { path: String::new(), shared: Arc::new(shared) }
     }
 
@@ -64,24 +67,66 @@ impl Params {
     /// Its values depend on the seed and its full name alone. Errors when the name is taken, or
     /// when `init` needs more dimensions than `shape` has.
     pub fn get(&self, shape: impl Into<Shape>, name: &str, init: Init) -> Result<Tensor> {
-        let (shape, name) = (shape.into(), self.full_name(name));
-        let Shared { seed, device, dtype, .. } = &*self.shared;
+        Ok(self.create(&shape.into(), name, init, &self.shared.vars)?.as_tensor().clone())
+    }
+
+    /// Creates a buffer: what a model saves with its parameters and does not train, such as running
+    /// statistics. The same rules as for parameters.
+    pub fn buffer(&self, shape: impl Into<Shape>, name: &str, init: Init) -> Result<Var> {
+        self.create(&shape.into(), name, init, &self.shared.buffers)
+    }
+
+    fn create(
+        &self,
+        shape: &Shape,
+        name: &str,
+        init: Init,
+        into: &Mutex<BTreeMap<String, Var>>,
+    ) -> Result<Var> {
+        let name = self.full_name(name);
+        let Shared { seed, device, dtype, vars, buffers, .. } = &*self.shared;
         let values = init.values(*seed, &name, shape.dims())?;
         let values = Tensor::from_vec(values, shape, &Device::Cpu)?;
         let var = Var::from_tensor(&values.to_dtype(*dtype)?.to_device(device)?)?;
-        let tensor = var.as_tensor().clone();
-        let mut vars = self.lock();
-        if vars.contains_key(&name) {
+        if lock(vars).contains_key(&name) || lock(buffers).contains_key(&name) {
             return Err(Error::DuplicateParameter { name });
         }
-        vars.insert(name, var);
-        Ok(tensor)
+        lock(into).insert(name, var.clone());
+        Ok(var)
+    }
+
+    /// Lets the parameter `name` of this handle go without a gradient: it is no error then, and
+    /// its gradient is 0.
+    pub fn exempt(&self, name: &str) {
+        lock(&self.shared.exempt).insert(self.full_name(name));
+    }
+
+    /// Whether the parameter of this full name may go without a gradient.
+    pub(crate) fn is_exempt(&self, name: &str) -> bool {
+        lock(&self.shared.exempt).contains(name)
     }
 
     /// The parameters under this handle's path with their full names, sorted by name.
     pub fn vars(&self) -> Vec<(String, Var)> {
-        let vars = self.lock();
-        let under = vars.iter().filter(|(name, _)| self.holds(name));
+        self.under(&self.shared.vars)
+    }
+
+    /// The buffers under this handle's path with their full names, sorted by name.
+    pub fn buffers(&self) -> Vec<(String, Var)> {
+        self.under(&self.shared.buffers)
+    }
+
+    /// Parameters and buffers, sorted by name: what is saved.
+    pub fn state(&self) -> Vec<(String, Var)> {
+        let mut state = self.vars();
+        state.extend(self.buffers());
+        state.sort_by(|(a, _), (b, _)| a.cmp(b));
+        state
+    }
+
+    fn under(&self, map: &Mutex<BTreeMap<String, Var>>) -> Vec<(String, Var)> {
+        let map = lock(map);
+        let under = map.iter().filter(|(name, _)| self.holds(name));
         under.map(|(name, var)| (name.clone(), var.clone())).collect()
     }
 
@@ -111,7 +156,9 @@ impl Params {
     /// that looks once, after its first step, finds out.
     pub fn without_gradient(&self, gradients: &GradStore) -> Vec<String> {
         let vars = self.vars().into_iter();
-        let lost = vars.filter(|(_, var)| gradients.get(var.as_tensor()).is_none());
+        let lost = vars.filter(|(name, var)| {
+            gradients.get(var.as_tensor()).is_none() && !self.is_exempt(name)
+        });
         lost.map(|(name, _)| name).collect()
     }
 
@@ -126,9 +173,9 @@ impl Params {
         let rest = name.strip_prefix(&self.path);
         self.path.is_empty() || rest.is_some_and(|rest| rest.starts_with('.'))
     }
+}
 
-    fn lock(&self) -> MutexGuard<'_, BTreeMap<String, Var>> {
-        // The map is whole whenever the lock is free, even after a panic elsewhere.
-        self.shared.vars.lock().unwrap_or_else(PoisonError::into_inner)
-    }
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // What is inside is whole whenever the lock is free, even after a panic elsewhere.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -1,5 +1,8 @@
 //! The context of one forward pass: evaluation, or a training step.
 
+use mobula_core::BoxError;
+use std::sync::Arc;
+
 /// What a layer must know about the pass that it takes part in.
 ///
 /// Everything random in a pass is a pure function of the seed, the step, the layer's name, the
@@ -15,9 +18,16 @@
 /// let pass = Pass::train(7, 12).with_row_offset(32);
 /// assert_eq!(pass.training().map(|t| t.row_offset), Some(32));
 /// ```
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct Pass {
     training: Option<Training>,
+    sync: Option<Arc<dyn SyncSum>>,
+}
+
+/// Sums over the workers that train together, for statistics of the whole batch.
+pub trait SyncSum: std::fmt::Debug + Send + Sync {
+    /// Replaces `values` on every worker by their sums. All workers call it alike.
+    fn sum(&self, values: &mut [f64]) -> Result<(), BoxError>;
 }
 
 /// The keys of the random numbers of a training step.
@@ -35,20 +45,31 @@ pub struct Training {
 impl Pass {
     /// Evaluation: nothing random.
     pub fn eval() -> Self {
-        Self { training: None }
+        Self::default()
     }
 
     /// The training step `step` of a run seeded with `seed`.
     pub fn train(seed: u64, step: u64) -> Self {
         let training = Training { seed, step, row_offset: 0 };
-        Self { training: Some(training) }
+        Self { training: Some(training), sync: None }
     }
 
     /// Says that the first row of this pass is row `rows` of the step's global batch. No effect
     /// in evaluation.
     pub fn with_row_offset(self, rows: u64) -> Self {
         let training = self.training.map(|training| Training { row_offset: rows, ..training });
-        Self { training }
+        Self { training, ..self }
+    }
+
+    /// Has layers with statistics of the batch, such as [`BatchNorm`](crate::layers::BatchNorm),
+    /// take them over the rows of all workers. No effect in evaluation.
+    pub fn with_sync(self, sync: Arc<dyn SyncSum>) -> Self {
+        Self { sync: Some(sync), ..self }
+    }
+
+    /// What sums over the workers, if asked for.
+    pub fn sync(&self) -> Option<&Arc<dyn SyncSum>> {
+        self.sync.as_ref()
     }
 
     /// The keys of this training step, or `None` in evaluation.

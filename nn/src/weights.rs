@@ -8,7 +8,7 @@ use std::collections::HashMap;
 use std::path::Path;
 
 impl Params {
-    /// Writes the parameters under this handle's path to a safetensors file, under their full
+    /// Writes the parameters and buffers under this handle's path to a safetensors file, under their full
     /// names. Readers see the old file or the new one, never a half.
     pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
         let path = path.as_ref();
@@ -17,7 +17,7 @@ impl Params {
             source: source.into(),
         };
         let mut tensors = Vec::new();
-        for (name, var) in self.vars() {
+        for (name, var) in self.state() {
             // On the CPU first: the format's writer cannot report a failed copy from a device.
             tensors.push((name, var.as_detached_tensor().to_device(&Device::Cpu)?));
         }
@@ -25,7 +25,7 @@ impl Params {
         Ok(write_atomically(path, &bytes)?)
     }
 
-    /// Sets the parameters under this handle's path from a safetensors file.
+    /// Sets the parameters and buffers under this handle's path from a safetensors file.
     ///
     /// The file must have exactly these names and shapes; otherwise the error names the first
     /// difference and no parameter is changed.
@@ -41,7 +41,7 @@ impl Params {
     /// Sets the parameters under this handle's path from tensors by full name; `from` says in an
     /// error where they come from. The same rules as for [`load`](Params::load).
     pub fn load_tensors(&self, from: &str, tensors: &HashMap<String, Tensor>) -> Result<()> {
-        let vars = self.vars();
+        let vars = self.state();
         check_names(from, &vars, tensors)?;
         for (name, var) in &vars {
             check_shape(from, name, var, &tensors[name])?;
@@ -65,7 +65,9 @@ fn check_names(
     if !names.is_empty() {
         return Err(Error::MissingParameters { from, names });
     }
-    let ours = |name: &String| vars.binary_search_by(|(n, _)| n.cmp(name)).is_ok();
+    // PyTorch's batch norms count their batches, which no result depends on.
+    let ignored = |name: &String| name.ends_with(".num_batches_tracked");
+    let ours = |name: &String| ignored(name) || vars.binary_search_by(|(n, _)| n.cmp(name)).is_ok();
     let mut names: Vec<_> = tensors.keys().filter(|name| !ours(name)).cloned().collect();
     names.sort();
     if !names.is_empty() {

@@ -90,7 +90,13 @@ fn product<T: Real>(
 ) {
     assert_eq!(a.columns, b.rows, "the inner dimensions of a matrix product");
     assert!(a.reach() <= a.data.len() && b.reach() <= b.data.len(), "views within their data");
-    let whole = Mat { data: &*out, rows: a.rows, columns: b.columns, row_stride: out_stride, column_stride: 1 };
+    let whole = Mat {
+        data: &*out,
+        rows: a.rows,
+        columns: b.columns,
+        row_stride: out_stride,
+        column_stride: 1,
+    };
     assert!(whole.reach() <= out.len() && b.columns <= out_stride, "room for the product");
     let parallelism = match threads {
         Threads::One => Parallelism::None,
@@ -150,6 +156,12 @@ mod tests {
     #[test]
     #[should_panic(expected = "room for the product")]
     fn a_short_output_is_refused() {
-        gemm(&mut [0f32; 3], 1.0, Mat::new(&[0.0; 4], 2, 2), Mat::new(&[0.0; 4], 2, 2), Threads::One);
+        gemm(
+            &mut [0f32; 3],
+            1.0,
+            Mat::new(&[0.0; 4], 2, 2),
+            Mat::new(&[0.0; 4], 2, 2),
+            Threads::One,
+        );
     }
 }

@@ -211,7 +211,12 @@ mod tests {
     use super::Real;
 
     /// The largest error over a grid, relative to the value or to `floor`.
-    fn error(range: std::ops::Range<f32>, floor: f64, ours: fn(f32) -> f32, exact: fn(f64) -> f64) -> f64 {
+    fn error(
+        range: std::ops::Range<f32>,
+        floor: f64,
+        ours: fn(f32) -> f32,
+        exact: fn(f64) -> f64,
+    ) -> f64 {
         let step = (range.end - range.start) / 100_003.0;
         let at = |i: u16, j: u16| range.start + step * (f32::from(i) * 256.0 + f32::from(j));
         let points = (0..390).flat_map(|i| (0..256).map(move |j| (i, j)));

@@ -6,7 +6,8 @@ use super::Real;
 ///
 /// A debug build hands out NaNs, so that a test sees what a kernel forgot.
 pub(crate) fn output<T: Real>(len: usize, write: impl FnOnce(&mut [T])) -> Vec<T> {
-    let mut out = if cfg!(debug_assertions) { vec![T::from_f64(f64::NAN); len] } else { unset(len) };
+    let mut out =
+        if cfg!(debug_assertions) { vec![T::from_f64(f64::NAN); len] } else { unset(len) };
     write(&mut out);
     out
 }

@@ -1,7 +1,7 @@
 //! Sums whose order depends on the shape alone.
 
-use crate::cpu::TASK_ELEMENTS;
 use super::{Real, output, vectorized};
+use crate::cpu::TASK_ELEMENTS;
 use rayon::prelude::*;
 
 /// Rows that are summed one after the other; the sums of such blocks are then added in order.

@@ -63,7 +63,10 @@ impl Activation {
         match self {
             Self::Identity => Ok(x.clone()),
             Self::Relu => relu(x),
-            Self::Relu6 => x.lt(6.0)?.to_dtype(x.dtype())?.mul(&relu(x)?)? + (x.ge(6.0)?.to_dtype(x.dtype())? * 6.0)?,
+            Self::Relu6 => {
+                x.lt(6.0)?.to_dtype(x.dtype())?.mul(&relu(x)?)?
+                    + (x.ge(6.0)?.to_dtype(x.dtype())? * 6.0)?
+            }
             Self::LeakyRelu => relu(x)? - (relu(&x.neg()?)? * 0.01)?,
             // The exponential of the positive side is not used, and must not overflow.
             Self::Elu => relu(x)? + (relu(&x.neg()?)?.neg()?.exp()? - 1.0)?,
@@ -233,7 +236,8 @@ impl Scalar for GeluTanh {
     #[inline(always)]
     fn slope<T: Real>(x: T, _y: T) -> T {
         let t = Self::inner(x).tanh();
-        let inner_slope = (x * x).mul_add(number(3.0 * Self::CUBIC * Self::SCALE), number(Self::SCALE));
+        let inner_slope =
+            (x * x).mul_add(number(3.0 * Self::CUBIC * Self::SCALE), number(Self::SCALE));
         let rest = (T::one() - t * t) * inner_slope * x;
         (rest + t).mul_add(number(0.5), number(0.5))
     }

@@ -50,7 +50,9 @@ fn affine_as<T: Real>(
     let saved = Saved { sources: sources.clone(), x, weight, bias, inner };
     let [x, weight, bias] = &sources;
     if activation == Activation::Identity {
-        return result(y, shape, &[x, weight, bias], move |gradient| saved.backward(owned(gradient)?));
+        return result(y, shape, &[x, weight, bias], move |gradient| {
+            saved.backward(owned(gradient)?)
+        });
     }
     result_kept(y, shape, &[x, weight, bias], move |gradient, y| {
         let mut gradient = owned::<T>(gradient)?;
@@ -76,9 +78,8 @@ fn forward<T: Real>(
         activation.visit(Finish { inner: &mut inner, bias, y: None });
         return (inner, None);
     }
-    let y = output(inner.len(), |y| {
-        activation.visit(Finish { inner: &mut inner, bias, y: Some(y) })
-    });
+    let y =
+        output(inner.len(), |y| activation.visit(Finish { inner: &mut inner, bias, y: Some(y) }));
     (y, Some(inner))
 }
 
@@ -138,12 +139,14 @@ impl<T: Real> Visitor for Finish<'_, T> {
                     || finish_in_place::<S, T>(rows, bias),
                 )
             }),
-            Some(y) => inner.par_chunks_mut(task).zip(y.par_chunks_mut(task)).for_each(|(rows, y)| {
-                vectorized(
-                    #[inline(always)]
-                    || finish::<S, T>(rows, bias, y),
-                )
-            }),
+            Some(y) => {
+                inner.par_chunks_mut(task).zip(y.par_chunks_mut(task)).for_each(|(rows, y)| {
+                    vectorized(
+                        #[inline(always)]
+                        || finish::<S, T>(rows, bias, y),
+                    )
+                })
+            }
         }
     }
 }
@@ -164,4 +167,3 @@ fn finish<S: Scalar, T: Real>(rows: &mut [T], bias: &[T], y: &mut [T]) {
         }
     }
 }
-

@@ -5,12 +5,14 @@ mod conv;
 mod dropout;
 mod linear;
 mod linear_op;
+mod norm;
 mod pool;
 
 pub use activation::Activation;
 pub use conv::{Conv2d, Conv2dOptions};
 pub use dropout::Dropout;
 pub use linear::Linear;
+pub use norm::{BatchNorm, BatchNormOptions, GroupNorm, LayerNorm, RmsNorm};
 pub use pool::max_pool2d;
 
 use crate::Result;

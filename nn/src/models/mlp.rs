@@ -64,10 +64,7 @@ impl Mlp {
             inputs = width;
         }
         let output = params.scope(&format!("fc{}", hidden.len() + 1));
-        Ok(Self {
-            output: Linear::new(&output, inputs, options.outputs)?,
-            hidden,
-        })
+        Ok(Self { output: Linear::new(&output, inputs, options.outputs)?, hidden })
     }
 }
 

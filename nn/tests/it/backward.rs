@@ -20,8 +20,12 @@ fn flat_gradients_are_candles() {
         let model = build(json).expect("model");
         let y = model.forward(&normal_f32("x", shape), &Pass::train(1, 2)).expect("forward");
         let store = loss(&y).backward().expect("backward");
-        let expected: Vec<u32> =
-            model.params().vars().iter().flat_map(|(_, var)| bits(store.get(var).expect("gradient"))).collect();
+        let expected: Vec<u32> = model
+            .params()
+            .vars()
+            .iter()
+            .flat_map(|(_, var)| bits(store.get(var).expect("gradient")))
+            .collect();
         let mut gradients = Gradients::zeros(model.params());
         for _ in 0..2 {
             gradients.backward(&loss(&y), 1.0).expect("backward");
@@ -38,13 +42,21 @@ fn what_comes_twice_is_added() {
     let layer = Linear::new(&params, 3, 3).expect("layer");
     let x = normal_f32("x", &[4, 3]);
     let forward = |x: &Tensor| layer.forward(x, &Pass::train(1, 1)).expect("forward");
-    let y = (forward(&forward(&x)) + layer.weight().sum_all().expect("sum").broadcast_as((4, 3)).expect("shape")).expect("y");
+    let y = (forward(&forward(&x))
+        + layer.weight().sum_all().expect("sum").broadcast_as((4, 3)).expect("shape"))
+    .expect("y");
     let store = loss(&y).backward().expect("backward");
     let mut gradients = Gradients::zeros(&params);
     gradients.backward(&loss(&y), 1.0).expect("backward");
     gradients.add_backward(&loss(&y), 2.0).expect("backward");
     let expected = params.vars().into_iter().flat_map(|(_, var)| {
-        store.get(&var).expect("gradient").flatten_all().expect("flat").to_vec1::<f32>().expect("f32")
+        store
+            .get(&var)
+            .expect("gradient")
+            .flatten_all()
+            .expect("flat")
+            .to_vec1::<f32>()
+            .expect("f32")
     });
     for (got, expected) in gradients.values().iter().zip(expected) {
         assert!((got - 3.0 * expected).abs() < 1e-4 * expected.abs().max(1.0), "{got} {expected}");

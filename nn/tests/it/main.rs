@@ -5,6 +5,7 @@ mod gradients;
 mod initialisers;
 mod losses;
 mod masks;
+mod norms;
 mod registry;
 mod threads;
 mod weights;

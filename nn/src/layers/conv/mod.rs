@@ -155,11 +155,8 @@ impl Conv2d {
     fn kernel(&self, x: &Tensor) -> Result<Tensor> {
         let (rows, _, height, width) = x.dims4()?;
         let geometry = self.geometry(height, width)?;
-        let pooling = Pooling {
-            kernel: self.pool,
-            height: geometry.height.out,
-            width: geometry.width.out,
-        };
+        let pooling =
+            Pooling { kernel: self.pool, height: geometry.height.out, width: geometry.width.out };
         let can_pool = (2..=LARGEST).contains(&self.pool) && pooling.area() > 0;
         let is_fused = !self.activation.needs_input() && (self.pool == 1 || can_pool);
         let activation = if is_fused { self.activation } else { Activation::Identity };
@@ -182,7 +179,9 @@ impl Conv2d {
     fn bias_or_zeros(&self) -> Result<Tensor> {
         match &self.bias {
             Some(bias) => Ok(bias.clone()),
-            None => Ok(Tensor::zeros(self.weight.dim(0)?, self.weight.dtype(), self.weight.device())?),
+            None => {
+                Ok(Tensor::zeros(self.weight.dim(0)?, self.weight.dtype(), self.weight.device())?)
+            }
         }
     }
 }
@@ -213,7 +212,15 @@ mod tests {
             (3, [1, 1, 1, 2], [12, 10], 3, Activation::Relu, 60),
             (3, [1, 1, 1, 1], [70, 70], 2, Activation::Relu, 3),
         ];
-        for (kernel, [stride, padding, dilation, groups], [height, width], pool, activation, rows) in cases {
+        for (
+            kernel,
+            [stride, padding, dilation, groups],
+            [height, width],
+            pool,
+            activation,
+            rows,
+        ) in cases
+        {
             let params = Params::with_dtype(1, &Device::Cpu, DType::F64);
             let bias = kernel != 2;
             let options = Conv2dOptions { stride, padding, dilation, groups, bias };

@@ -8,7 +8,9 @@ use super::geometry::Geometry;
 use super::pooling::Pooling;
 use crate::backward::parameter_gradient;
 use crate::cpu::with_values;
-use crate::kernels::{Mat, Real, Threads, add_assign, gemm, gemm_add, lane_sum, output, vectorized};
+use crate::kernels::{
+    Mat, Real, Threads, add_assign, gemm, gemm_add, lane_sum, output, vectorized,
+};
 use crate::layers::activation::{Activation, Scalar, Visitor};
 use crate::link::{Source, Told, owned, result_kept};
 use candle_core::{Result, Tensor};
@@ -245,7 +247,8 @@ impl<T: Real> Pass<'_, T> {
                 let product = sized(&mut scratch.product, geometry.outputs * width);
                 let columns = Mat::new(columns, geometry.taps(), width);
                 gemm(product, T::one(), self.weight(group), columns, self.plan.threads);
-                let finish = Finish { pass: self, group, bias, product, y: y_part, best: best_part };
+                let finish =
+                    Finish { pass: self, group, bias, product, y: y_part, best: best_part };
                 of.activation.visit(finish);
             }
         }
@@ -342,7 +345,8 @@ impl<T: Real> Visitor for Finish<'_, T> {
             });
         };
         let one = |at: usize, y: &mut [T], best: &mut [u8]| {
-            let planes = y[share.clone()].chunks_mut(y_area).zip(best[share.clone()].chunks_mut(y_area));
+            let planes =
+                y[share.clone()].chunks_mut(y_area).zip(best[share.clone()].chunks_mut(y_area));
             for (output, ((y, best), bias)) in planes.zip(bias).enumerate() {
                 let plane = plane(output, at);
                 vectorized(
