@@ -2,7 +2,7 @@
 //! together.
 
 use crate::collective::{Collective, Element};
-use crate::gradients::Gradients;
+use crate::gradients::{Accumulation, Gradients};
 use crate::report::{EpochReport, Meter, WorkerReport};
 use crate::state::TrainState;
 use crate::{Error, Result};
@@ -121,11 +121,43 @@ impl<'a> WorkerContext<'a> {
             let share = batch.rows() as f32 / batch.global_rows().max(1) as f32;
             backward(&loss, share, state)?;
         }
+        self.finish_step(state, batch.global_rows())
+    }
+
+    /// One step over several batches, whose gradients are accumulated: the same step as over one
+    /// batch with all their rows, in the memory of the largest. Takes the batches in their order,
+    /// and gives the mean loss over the rows of all of them on all ranks.
+    ///
+    /// `loss` gives the mean over this rank's rows of one batch. The batches of a step must be of
+    /// the same global rows on all ranks, as those of a stream are.
+    pub fn step_accumulated<E: Into<BoxError>>(
+        &mut self,
+        state: &mut TrainState,
+        batches: &[Batch],
+        mut loss: impl FnMut(&Model, &Pass, &Batch) -> Result<Tensor, E>,
+    ) -> Result<f64> {
+        let global_rows: usize = batches.iter().map(Batch::global_rows).sum();
+        let mut first_row = self.shard().rank as u64 * global_rows as u64;
+        let mut sum = Accumulation::default();
+        for batch in batches.iter().filter(|batch| batch.rows() > 0) {
+            let pass = Pass::train(state.seed(), state.step()).with_row_offset(first_row);
+            first_row += batch.rows() as u64;
+            let loss = loss(&state.model, &pass, batch).map_err(Error::program)?;
+            state.gradients_mut().1.clear();
+            backward(&loss, batch.rows() as f32 / global_rows as f32, state)?;
+            sum.add(state.gradients_mut().1.as_reduced_mut());
+        }
+        sum.finish(state.gradients_mut().1.as_reduced_mut());
+        self.finish_step(state, global_rows)
+    }
+
+    /// What all ranks do alike once each has the gradients of its rows.
+    fn finish_step(&mut self, state: &mut TrainState, global_rows: usize) -> Result<f64> {
         self.reduce(state.gradients_mut().1.as_reduced_mut())?;
         let loss = check_finite(state.gradients(), state.step())?;
         state.update()?;
         state.count_step();
-        self.meter.count(batch.global_rows(), loss);
+        self.meter.count(global_rows, loss);
         self.report_progress(state)?;
         Ok(loss)
     }
@@ -169,8 +201,10 @@ impl<'a> WorkerContext<'a> {
     ) -> Result<()> {
         state.count_epoch();
         let mut all = self.meter.end_epoch();
+        all.insert("lr".to_owned(), state.updater.lr());
         all.extend(metrics.iter().map(|(name, value)| ((*name).to_owned(), *value)));
         let metrics = all;
+        state.updater.observe(&metrics)?;
         self.checkpoint_if_due(state, stream, &metrics)?;
         let report = EpochReport {
             epoch: state.epoch(),

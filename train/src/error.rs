@@ -115,6 +115,25 @@ pub enum Error {
         /// Which tensor, expected and got.
         reason: String,
     },
+    /// A group of parameters that the model does not have.
+    #[error("no parameter is like {pattern:?}; the model has {}", names.join(", "))]
+    ParamPattern {
+        /// The pattern of the group.
+        pattern: String,
+        /// The names of the model's parameters.
+        names: Vec<String>,
+    },
+    /// A metric that decides on the learning rate, but was not reported.
+    #[error("the learning rate depends on the metric {metric:?}, but the epoch reports {}", names.join(", "))]
+    NoMetric {
+        /// The option `metric` of the plateau.
+        metric: String,
+        /// The metrics that were reported.
+        names: Vec<String>,
+    },
+    /// Averages of the weights were asked for, but none are kept.
+    #[error("no averages of the weights are kept: give the updater an `ema`")]
+    NoAverages,
     /// An option out of its range.
     #[error("option {option} is {got}, expected {expected}")]
     Option {

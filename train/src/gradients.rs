@@ -53,6 +53,12 @@ impl Gradients {
         &self.values[..self.values.len() - 1]
     }
 
+    /// The same, to be changed.
+    pub fn values_mut(&mut self) -> &mut [f32] {
+        let end = self.values.len() - 1;
+        &mut self.values[..end]
+    }
+
     /// The loss that travels with them.
     pub fn loss(&self) -> f32 {
         self.values[self.values.len() - 1]
@@ -83,6 +89,27 @@ impl Gradients {
         let at = self.values.iter().position(|value| !value.is_finite())?;
         let place = self.places.iter().find(|(_, range)| range.contains(&at));
         place.map(|(name, _)| name.as_str())
+    }
+}
+
+/// The sum of the gradients of several backward passes, each scaled by its share of the rows.
+#[derive(Default)]
+pub(crate) struct Accumulation(Vec<f32>);
+
+impl Accumulation {
+    pub(crate) fn add(&mut self, values: &[f32]) {
+        match self.0.is_empty() {
+            true => self.0.extend_from_slice(values),
+            false => self.0.iter_mut().zip(values).for_each(|(sum, value)| *sum += value),
+        }
+    }
+
+    /// Overwrites the values with their sum; with zeros if there were none.
+    pub(crate) fn finish(self, values: &mut [f32]) {
+        match self.0.is_empty() {
+            true => values.fill(0.0),
+            false => values.copy_from_slice(&self.0),
+        }
     }
 }
 
