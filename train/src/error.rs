@@ -107,6 +107,18 @@ pub enum Error {
         /// Values of the model.
         got: usize,
     },
+    /// State of a parameter that the optimizer did not make.
+    #[error(
+        "the state of {parameter:?} is not that of this optimizer: expected {expected}, got {got}; take it from `init`"
+    )]
+    OptimizerSlots {
+        /// The parameter.
+        parameter: String,
+        /// The tensors that the optimizer remembers.
+        expected: String,
+        /// The tensors there are.
+        got: String,
+    },
     /// Saved optimizer state that does not fit the model.
     #[error("the optimizer state in {} does not fit the model: {reason}", path.display())]
     OptimizerState {

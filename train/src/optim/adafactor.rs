@@ -3,7 +3,7 @@
 use super::pass::{CHUNK, SquareSum, for_each, lerp, sum_of_squares};
 use super::state::{ParamState, Slot};
 use super::{Now, Optimizer, check};
-use crate::{Error, Result};
+use crate::Result;
 use pulp::NullaryFnOnce;
 use serde::{Deserialize, Serialize};
 use std::ops::Range;
@@ -130,27 +130,30 @@ impl Optimizer for Adafactor {
 
 /// Moves the variances towards the squares of the gradient. Gives the mean of each matrix's rows.
 fn learn(gradient: &[f32], state: &mut ParamState, weight: f32, eps1: f32) -> Result<Vec<f32>> {
-    match (state.shape.as_slice(), state.slots.as_mut_slice()) {
-        ([.., rows, cols], [row_var, col_var]) => {
-            let (rows, cols) = (*rows, *cols);
-            learn_rows(gradient, &mut row_var.values, cols, weight);
-            learn_columns(gradient, &mut col_var.values, rows, cols, weight);
-            let mean = |rows: &[f32]| {
-                let sum: f64 = rows.iter().map(|row| f64::from(*row)).sum();
-                ((sum / rows.len() as f64) as f32).max(eps1)
-            };
-            Ok(row_var.values.chunks(rows).map(mean).collect())
-        }
-        (_, [variance]) => {
-            let work = variance.values.chunks_mut(CHUNK).zip(gradient.chunks(CHUNK)).collect();
-            for_each(work, |(variance, gradient): (&mut [f32], &[f32])| {
-                for (v, g) in variance.iter_mut().zip(gradient) {
-                    *v = lerp(*v, g * g, weight);
-                }
-            });
-            Ok(Vec::new())
-        }
-        (_, slots) => Err(Error::OptimizerModel { expected: 1, got: slots.len() }),
+    let Some((rows, cols)) = matrix(&state.shape) else {
+        let [variance] = state.tensors([gradient.len()])?;
+        let work = variance.values.chunks_mut(CHUNK).zip(gradient.chunks(CHUNK)).collect();
+        for_each(work, |(variance, gradient): (&mut [f32], &[f32])| {
+            let learn = |(v, g): (&mut f32, &f32)| *v = lerp(*v, g * g, weight);
+            pulp::Arch::new().dispatch(|| variance.iter_mut().zip(gradient).for_each(learn));
+        });
+        return Ok(Vec::new());
+    };
+    let [row_var, col_var] = state.tensors([gradient.len() / cols, gradient.len() / rows])?;
+    learn_rows(gradient, &mut row_var.values, cols, weight);
+    learn_columns(gradient, &mut col_var.values, rows, cols, weight);
+    let mean = |rows: &[f32]| {
+        let sum: f64 = rows.iter().map(|row| f64::from(*row)).sum();
+        ((sum / rows.len() as f64) as f32).max(eps1)
+    };
+    Ok(row_var.values.chunks(rows).map(mean).collect())
+}
+
+/// Rows and columns of the last two dimensions, where there are two.
+fn matrix(shape: &[usize]) -> Option<(usize, usize)> {
+    match shape {
+        [.., rows, cols] => Some((*rows, *cols)),
+        _ => None,
     }
 }
 
@@ -192,28 +195,25 @@ struct Line<'a> {
 fn lines<'a>(
     values: &'a mut [f32],
     gradient: &'a [f32],
-    state: &'a ParamState,
+    state: &'a mut ParamState,
     means: &[f32],
 ) -> Result<Vec<Line<'a>>> {
-    match (state.shape.as_slice(), state.slots.as_slice()) {
-        ([.., rows, cols], [row_var, col_var]) => {
-            let pieces = values.chunks_mut(*cols).zip(gradient.chunks(*cols)).enumerate();
-            let line = |(at, (values, gradient))| {
-                let matrix = at / rows;
-                let columns = &col_var.values[matrix * cols..(matrix + 1) * cols];
-                let (row, mean) = (row_var.values[at], means[matrix]);
-                Line { values, gradient, row, cols: columns, mean }
-            };
-            Ok(pieces.map(line).collect())
-        }
-        (_, [variance]) => {
-            let pieces = values.chunks_mut(CHUNK).zip(gradient.chunks(CHUNK));
-            let line =
-                |((values, gradient), cols)| Line { values, gradient, row: 1.0, cols, mean: 1.0 };
-            Ok(pieces.zip(variance.values.chunks(CHUNK)).map(line).collect())
-        }
-        (_, slots) => Err(Error::OptimizerModel { expected: 1, got: slots.len() }),
-    }
+    let Some((rows, cols)) = matrix(&state.shape) else {
+        let [variance] = state.tensors([gradient.len()])?;
+        let pieces = values.chunks_mut(CHUNK).zip(gradient.chunks(CHUNK));
+        let pieces = pieces.zip(variance.values.chunks(CHUNK));
+        let line =
+            |((values, gradient), cols)| Line { values, gradient, row: 1.0, cols, mean: 1.0 };
+        return Ok(pieces.map(line).collect());
+    };
+    let [row_var, col_var] = state.tensors([gradient.len() / cols, gradient.len() / rows])?;
+    let line = |(at, (values, gradient))| {
+        let (row, matrix) = (row_var.values[at], at / rows);
+        let columns = &col_var.values[matrix * cols..(matrix + 1) * cols];
+        Line { values, gradient, row, cols: columns, mean: means[matrix] }
+    };
+    let pieces = values.chunks_mut(cols).zip(gradient.chunks(cols)).enumerate();
+    Ok(pieces.map(line).collect())
 }
 
 /// The lines in groups that are worth a thread, and a place for a sum of each.

@@ -88,7 +88,7 @@ impl Optimizer for Adagrad {
             l2: now.weight_decay as f32,
             eps: self.0.eps as f32,
         };
-        elements(&rule, values, gradient, &mut state.slots)
+        elements(&rule, values, gradient, state)
     }
 }
 

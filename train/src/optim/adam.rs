@@ -126,7 +126,7 @@ impl Optimizer for AdamW {
             decay: (1.0 - now.lr * now.weight_decay) as f32,
             ..Rule::new(now.lr, beta1, beta2, eps, state.steps)
         };
-        elements(&rule, values, gradient, &mut state.slots)
+        elements(&rule, values, gradient, state)
     }
 }
 
@@ -163,7 +163,7 @@ impl Optimizer for Adam {
             l2: now.weight_decay as f32,
             ..Rule::new(now.lr, beta1, beta2, eps, state.steps)
         };
-        elements(&rule, values, gradient, &mut state.slots)
+        elements(&rule, values, gradient, state)
     }
 }
 

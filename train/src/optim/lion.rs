@@ -82,7 +82,7 @@ impl Optimizer for Lion {
             beta2: beta2 as f32,
             one_minus_beta2: (1.0 - beta2) as f32,
         };
-        elements(&rule, values, gradient, &mut state.slots)
+        elements(&rule, values, gradient, state)
     }
 }
 

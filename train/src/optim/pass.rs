@@ -1,8 +1,8 @@
 //! One pass over a parameter, its gradient and its state, in place, on all threads, with the widest
 //! vectors that the processor has.
 
-use super::state::Slot;
-use crate::{Error, Result};
+use super::state::ParamState;
+use crate::Result;
 use candle_core::{CpuStorage, InplaceOp1, Layout, Var};
 use pulp::NullaryFnOnce;
 use rayon::prelude::*;
@@ -18,18 +18,16 @@ pub(super) trait Element<const N: usize>: Sync {
     fn update(&self, value: f32, gradient: f32, state: [f32; N]) -> (f32, [f32; N]);
 }
 
-/// Applies the rule to all elements. `slots` must have as many elements as `values`.
+/// Applies the rule to all elements. Errors when the state is not that of this rule.
 pub(super) fn elements<const N: usize>(
     rule: &impl Element<N>,
     values: &mut [f32],
     gradient: &[f32],
-    slots: &mut [Slot],
+    state: &mut ParamState,
 ) -> Result<()> {
-    let (expected, got) = (values.len(), slots.first().map_or(0, |slot| slot.values.len()));
-    let slots: &mut [Slot; N] =
-        slots.try_into().map_err(|_| Error::OptimizerModel { expected, got })?;
+    let slots = state.tensors([values.len(); N])?;
     let mut slots = slots.each_mut().map(|slot| slot.values.chunks_mut(CHUNK));
-    let mut passes = Vec::with_capacity(expected.div_ceil(CHUNK));
+    let mut passes = Vec::with_capacity(values.len().div_ceil(CHUNK));
     for (values, gradient) in values.chunks_mut(CHUNK).zip(gradient.chunks(CHUNK)) {
         let state = slots.each_mut().map(|chunks| chunks.next().unwrap_or_default());
         passes.push(Pass { rule, values, gradient, state });
@@ -144,5 +142,47 @@ impl<F: FnOnce(&mut [f32]) -> Result<()>> InplaceOp1 for InPlace<F> {
             *result = change(&mut values[start..end]);
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use pulp::Simd;
+
+    struct Sqrt;
+
+    impl Element<2> for Sqrt {
+        #[inline(always)]
+        fn update(&self, p: f32, g: f32, [m, v]: [f32; 2]) -> (f32, [f32; 2]) {
+            let (m, v) = (lerp(m, g, 0.1), v * 0.999 + g * g * 0.001);
+            (p * 0.99 - 0.01 * (m / (v.sqrt() + 1e-8)), [m, v])
+        }
+    }
+
+    fn numbers(seed: u32) -> Vec<f32> {
+        (0..1003u32).map(|at| (at.wrapping_mul(2_654_435_761 + seed) >> 8) as f32 / 9e6).collect()
+    }
+
+    /// No instruction set fuses a product with a sum, or adds in another order.
+    #[test]
+    fn bits_do_not_depend_on_the_vector_unit() {
+        let run = |wide: bool| {
+            let (mut p, g, mut m, mut v) = (numbers(1), numbers(2), numbers(3), numbers(4));
+            let state = [m.as_mut_slice(), v.as_mut_slice()];
+            let pass = Pass { rule: &Sqrt, values: &mut p, gradient: &g, state };
+            let sum = match wide {
+                true => {
+                    pulp::Arch::new().dispatch(pass);
+                    pulp::Arch::new().dispatch(SquareSum(&g))
+                }
+                false => {
+                    pulp::Scalar.vectorize(pass);
+                    pulp::Scalar.vectorize(SquareSum(&g))
+                }
+            };
+            (p, m, v, sum)
+        };
+        assert_eq!(run(true), run(false));
     }
 }

@@ -92,12 +92,11 @@ impl Optimizer for RmsProp {
             eps: eps as f32,
             momentum: momentum as f32,
         };
-        let slots = &mut state.slots;
         match (momentum > 0.0, centered) {
-            (false, false) => elements(&Plain(rule), values, gradient, slots),
-            (true, false) => elements(&Momentum(rule), values, gradient, slots),
-            (false, true) => elements(&Centered(rule), values, gradient, slots),
-            (true, true) => elements(&CenteredMomentum(rule), values, gradient, slots),
+            (false, false) => elements(&Plain(rule), values, gradient, state),
+            (true, false) => elements(&Momentum(rule), values, gradient, state),
+            (false, true) => elements(&Centered(rule), values, gradient, state),
+            (true, true) => elements(&CenteredMomentum(rule), values, gradient, state),
         }
     }
 }

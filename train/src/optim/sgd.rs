@@ -86,14 +86,14 @@ impl Optimizer for Sgd {
         let (lr, l2) = (now.lr as f32, now.weight_decay as f32);
         let SgdOptions { momentum, dampening, nesterov, .. } = self.0;
         if momentum == 0.0 {
-            return elements(&Plain { lr, l2 }, values, gradient, &mut state.slots);
+            return elements(&Plain { lr, l2 }, values, gradient, state);
         }
         // The first direction is the gradient, undampened.
         let fresh = if state.steps == 1 { 1.0 } else { 1.0 - dampening };
         let (momentum, fresh) = (momentum as f32, fresh as f32);
         let (kept, of_gradient) = if nesterov { (momentum, 1.0) } else { (1.0, 0.0) };
         let rule = Momentum { lr, l2, momentum, fresh, kept, of_gradient };
-        elements(&rule, values, gradient, &mut state.slots)
+        elements(&rule, values, gradient, state)
     }
 }
 

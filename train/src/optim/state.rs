@@ -53,6 +53,23 @@ impl Slot {
     }
 }
 
+impl ParamState {
+    /// The tensors, when there are `N` and each has so many values.
+    pub(super) fn tensors<const N: usize>(&mut self, lens: [usize; N]) -> Result<&mut [Slot; N]> {
+        let got: Vec<_> = self.slots.iter().map(|slot| slot.values.len()).collect();
+        let fits = got == lens;
+        let error = || Error::OptimizerSlots {
+            parameter: self.name.clone(),
+            expected: format!("tensors of {lens:?} values"),
+            got: format!("{got:?}"),
+        };
+        match <&mut [Slot; N]>::try_from(self.slots.as_mut_slice()) {
+            Ok(slots) if fits => Ok(slots),
+            _ => Err(error()),
+        }
+    }
+}
+
 impl OptimizerState {
     /// Values of the parameters that it is of.
     pub fn num_elements(&self) -> usize {

@@ -8,8 +8,9 @@ use mobula_nn::loss::cross_entropy;
 use mobula_nn::models::MlpOptions;
 use mobula_nn::{Init, Model, ModelSpec, Params};
 use mobula_train::optim::{
-    AdamW, AdamWOptions, Clip, Ema, Grouped, LossScale, LossScaleOptions, Optimizer,
-    OptimizerSpec, OptimizerState, ParamGroup, PlateauOptions, Schedule, Updater, UpdaterOptions,
+    AdamW, AdamWOptions, Clip, Ema, Grouped, LossScale, LossScaleOptions, Optimizer, OptimizerSpec,
+    OptimizerState, ParamGroup, ParamState, PlateauOptions, Schedule, Slot, Updater,
+    UpdaterOptions,
 };
 use mobula_train::{Error, Gradients, ScalingConfig, TrainState, Trainer, WorkerContext};
 use serde_json::json;
@@ -20,6 +21,8 @@ pub(crate) const TESTS: &[Test] = &[
     ("optim::state_survives_a_round_trip_bit_by_bit", round_trip),
     ("optim::a_checkpoint_of_before_is_loaded", old_file),
     ("optim::state_of_another_optimizer_or_model_is_refused", foreign_state),
+    ("optim::state_that_does_not_fit_is_an_error", odd_state),
+    ("optim::a_parameter_without_gradient_is_an_error_that_names_it", no_gradient),
     ("optim::groups_scale_exempt_and_freeze", groups),
     ("optim::a_parameter_that_thaws_starts_anew", thawing),
     ("optim::bad_options_are_refused_by_name", bad_options),
@@ -122,8 +125,7 @@ fn old_file(_: &Runtime) {
     let params = Params::new(0, &Device::Cpu);
     params.get(2, "w", Init::Zeros).expect("parameter");
     let tensor = |values: [f32; 2]| Tensor::new(&values, &Device::Cpu).expect("tensor");
-    let tensors =
-        [("w.exp_avg", tensor([0.25, -1.0])), ("w.exp_avg_sq", tensor([0.5, 1.0 / 3.0]))];
+    let tensors = [("w.exp_avg", tensor([0.25, -1.0])), ("w.exp_avg_sq", tensor([0.5, 1.0 / 3.0]))];
     let options = r#"{"lr":0.001,"beta1":0.9,"beta2":0.999,"eps":1e-8,"weight_decay":0.01}"#;
     let metadata = [("optimizer", "adamw"), ("step", "12"), ("options", options)];
     let metadata = metadata.map(|(key, value)| (key.to_owned(), value.to_owned()));
@@ -182,7 +184,8 @@ fn groups(_: &Runtime) {
 
     let frozen = ParamGroup { frozen: true, ..ParamGroup::named(["fc.w*"]) };
     // The first group that holds a parameter counts.
-    let frozen = grouped(vec![frozen, ParamGroup { lr_scale: 9.0, ..ParamGroup::named(["fc.w*"]) }]);
+    let frozen =
+        grouped(vec![frozen, ParamGroup { lr_scale: 9.0, ..ParamGroup::named(["fc.w*"]) }]);
     let (params, state) = steps(&frozen, 3);
     assert_eq!(values(&params)["fc.weight"], values(&some_params())["fc.weight"]);
     assert_eq!(values(&params)["fc.bias"], of(&with, "fc.bias").expect("bias"));
@@ -201,10 +204,7 @@ fn groups(_: &Runtime) {
 
     let misspelt = grouped(vec![ParamGroup::named(["fc.wieght"])]);
     let error = misspelt.init(&some_params()).expect_err("misspelt").to_string();
-    assert_eq!(
-        error,
-        "no parameter is like \"fc.wieght\"; the model has fc.bias, fc.weight"
-    );
+    assert_eq!(error, "no parameter is like \"fc.wieght\"; the model has fc.bias, fc.weight");
 }
 
 /// A bias correction counts the updates of the parameter, not those of the others.
@@ -231,14 +231,26 @@ fn bad_options(_: &Runtime) {
     let bad = [
         (json!({"name": "adamw", "lr": -1.0}), "option lr is -1, expected a finite number above 0"),
         (json!({"name": "adam", "beta2": 1.0}), "option beta2 is 1, expected from 0 to below 1"),
-        (json!({"name": "sgd", "momentum": 2.0}), "option momentum is 2, expected from 0 to below 1"),
+        (
+            json!({"name": "sgd", "momentum": 2.0}),
+            "option momentum is 2, expected from 0 to below 1",
+        ),
         (
             json!({"name": "sgd", "nesterov": true}),
             "option nesterov is true, expected false, or true with a momentum and no dampening",
         ),
-        (json!({"name": "rmsprop", "eps": 0.0}), "option eps is 0, expected a finite number above 0"),
-        (json!({"name": "lion", "beta1": -0.1}), "option beta1 is -0.1, expected from 0 to below 1"),
-        (json!({"name": "adafactor", "d": 0.5}), "option d is 0.5, expected a finite number, 1 or above"),
+        (
+            json!({"name": "rmsprop", "eps": 0.0}),
+            "option eps is 0, expected a finite number above 0",
+        ),
+        (
+            json!({"name": "lion", "beta1": -0.1}),
+            "option beta1 is -0.1, expected from 0 to below 1",
+        ),
+        (
+            json!({"name": "adafactor", "d": 0.5}),
+            "option d is 0.5, expected a finite number, 1 or above",
+        ),
         (
             json!({"name": "adagrad", "lr_decay": -1.0}),
             "option lr_decay is -1, expected a finite number, 0 or above",
@@ -292,7 +304,8 @@ fn loss_scale(_: &Runtime) {
 }
 
 fn schedules(_: &Runtime) {
-    let linear = |start_factor, end_factor, steps| Schedule::Linear { start_factor, end_factor, steps };
+    let linear =
+        |start_factor, end_factor, steps| Schedule::Linear { start_factor, end_factor, steps };
     let three = linear(0.0, 1.0, 4).then(linear(1.0, 0.5, 2)).then(linear(0.5, 0.25, 2));
     let lrs: Vec<_> = (0..10).map(|step| three.lr(2.0, step)).collect();
     assert_eq!(lrs, [0., 0.5, 1., 1.5, 2., 1.5, 1., 0.75, 0.5, 0.5]);
@@ -445,4 +458,33 @@ fn no_metric(_: &Runtime) {
     let expected = "the learning rate depends on the metric \"recall\", but the epoch reports \
         accuracy, loss, lr, samples_per_second";
     assert_eq!(error.to_string(), expected);
+}
+
+/// State that a program has put together from other optimizers' is an error, not a panic.
+fn odd_state(_: &Runtime) {
+    let params = some_params();
+    let gradients = some_gradients(&params, 0);
+    for name in NAMES.into_iter().filter(|name| *name != "sgd") {
+        let optimizer = build(name);
+        for spoil in [
+            |param: &mut ParamState| param.slots.push(Slot::zeros("more", &[1])),
+            |param: &mut ParamState| param.slots.truncate(0),
+            |param: &mut ParamState| param.slots[0].values.truncate(7),
+        ] {
+            let mut state = optimizer.init(&params).expect("state");
+            spoil(&mut state.params[1]);
+            let error = optimizer.update(&params, &gradients, &mut state).expect_err(name);
+            let Error::OptimizerSlots { parameter, .. } = error else { panic!("{error}") };
+            assert_eq!(parameter, "fc.weight");
+        }
+    }
+}
+
+fn no_gradient(_: &Runtime) {
+    let params = Params::new(0, &Device::Cpu);
+    let used = params.get(2, "used", Init::Zeros).expect("parameter");
+    params.get(2, "unused", Init::Zeros).expect("parameter");
+    let store = used.sum_all().and_then(|loss| loss.backward()).expect("backward");
+    let error = Gradients::zeros(&params).fill(&params, &store, 1.0).expect_err("unused");
+    assert!(matches!(error, Error::NoGradient { names } if names == ["unused"]));
 }
