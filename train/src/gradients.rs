@@ -1,6 +1,7 @@
 //! The gradients of a model as one flat buffer, in the order of the parameters' names: what is
 //! summed over the ranks and read by the optimizer.
 
+use crate::optim::sum_of_squares;
 use crate::{Error, Result};
 use candle_core::backprop::GradStore;
 use candle_core::{CpuStorage, DType, Storage, Tensor};
@@ -83,7 +84,7 @@ impl Gradients {
     /// The parameter that the first value which is not finite belongs to.
     pub fn first_non_finite(&self) -> Option<&str> {
         // A sum is not finite as soon as one term is not: one cheap pass in the good case.
-        if self.values.iter().sum::<f32>().is_finite() {
+        if sum_of_squares(&self.values).is_finite() {
             return None;
         }
         let at = self.values.iter().position(|value| !value.is_finite())?;

@@ -81,7 +81,7 @@ pub(super) fn lerp(from: f32, to: f32, weight: f32) -> f32 {
 }
 
 /// In double precision, and in an order that the number of threads does not change.
-pub(super) fn sum_of_squares(values: &[f32]) -> f64 {
+pub(crate) fn sum_of_squares(values: &[f32]) -> f64 {
     let mut sums = vec![0.0; values.len().div_ceil(CHUNK)];
     let blocks: Vec<_> = values.chunks(CHUNK).zip(&mut sums).collect();
     for_each(blocks, |(block, sum)| *sum = pulp::Arch::new().dispatch(SquareSum(block)));

@@ -109,17 +109,8 @@ impl OptimizerState {
             let reason = format!("it is of the optimizer {name}, expected {}", optimizer.name());
             return Err(saved.bad(reason));
         }
-        let mut params = self.params.clone();
-        for param in &mut params {
-            param.steps = saved.steps.get(&param.name).copied().unwrap_or(saved.step);
-            let Some(_) = optimizer.param_options(&param.name, &param.shape) else {
-                continue;
-            };
-            param.slots = optimizer.slots(&param.shape);
-            for slot in param.slots.iter_mut().filter(|_| param.steps > 0) {
-                slot.values = saved.values(&param.name, slot)?;
-            }
-        }
+        let load = |param: &ParamState| saved.param(param, optimizer);
+        let params = self.params.iter().map(load).collect::<Result<_>>()?;
         (self.step, self.params) = (saved.step, params);
         Ok(())
     }
@@ -151,6 +142,19 @@ impl<'a> Saved<'a> {
             steps: steps.map_err(|error| bad(format!("its steps: {error}")))?,
             tensors: candle_core::safetensors::load_buffer(&bytes, &Device::Cpu)?,
         })
+    }
+
+    /// A parameter that was never updated has no tensors there, and a frozen one needs none.
+    fn param(&self, param: &ParamState, optimizer: &dyn Optimizer) -> Result<ParamState> {
+        let (name, shape) = (param.name.clone(), param.shape.clone());
+        let steps = self.steps.get(&name).copied().unwrap_or(self.step);
+        let moves = optimizer.param_options(&name, &shape).is_some();
+        let mut slots = if moves { optimizer.slots(&shape) } else { Vec::new() };
+        for slot in slots.iter_mut().filter(|_| steps > 0) {
+            slot.values = self.values(&name, slot)?;
+        }
+        // What is frozen from here on loses its state, so it begins anew when it thaws.
+        Ok(ParamState { name, shape, steps: if moves { steps } else { 0 }, slots })
     }
 
     fn values(&self, param: &str, slot: &Slot) -> Result<Vec<f32>> {

@@ -225,6 +225,15 @@ fn thawing(_: &Runtime) {
     thawed.update(&params, &some_gradients(&params, 0), &mut state).expect("update");
     let (first, _) = steps(&thawed, 1);
     assert_eq!(values(&params)["fc.weight"], values(&first)["fc.weight"]);
+
+    // Frozen again, what it remembered is gone.
+    state.save(&thawed, &path).expect("save");
+    let mut again = frozen.init(&params).expect("state");
+    again.load(&frozen, &path).expect("load");
+    again.save(&frozen, &path).expect("save");
+    state.load(&thawed, &path).expect("load");
+    let counts: Vec<_> = state.params.iter().map(|param| param.steps).collect();
+    assert_eq!((state.step, counts), (4, vec![4, 0]));
 }
 
 fn bad_options(_: &Runtime) {
