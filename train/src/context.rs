@@ -204,7 +204,7 @@ impl<'a> WorkerContext<'a> {
         all.insert("lr".to_owned(), state.updater.lr());
         all.extend(metrics.iter().map(|(name, value)| ((*name).to_owned(), *value)));
         let metrics = all;
-        state.updater.observe(&metrics)?;
+        self.observe(state, &metrics)?;
         self.checkpoint_if_due(state, stream, &metrics)?;
         let report = EpochReport {
             epoch: state.epoch(),
@@ -218,6 +218,17 @@ impl<'a> WorkerContext<'a> {
         if stop[0] > 0.0 {
             state.stop();
         }
+        Ok(())
+    }
+
+    /// Rank 0's metric counts, so that the learning rate stays the same on all ranks.
+    fn observe(&mut self, state: &mut TrainState, metrics: &BTreeMap<String, f64>) -> Result<()> {
+        let Some(metric) = state.updater.plateau_metric(metrics)? else {
+            return Ok(());
+        };
+        let mut shared = [if self.shard().rank == 0 { metric } else { 0.0 }];
+        self.reduce(&mut shared)?;
+        state.updater.observe(shared[0]);
         Ok(())
     }
 

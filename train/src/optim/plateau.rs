@@ -8,8 +8,8 @@ use serde::{Deserialize, Serialize};
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct PlateauOptions {
-    /// The metric, as the training function reports it at the end of an epoch: it must be the same
-    /// on all ranks. Default: `"loss"`, the mean training loss of the epoch.
+    /// The metric, as the training function reports it at the end of an epoch; where ranks report
+    /// different values, rank 0's counts. Default: `"loss"`, the mean training loss of the epoch.
     pub metric: String,
     /// Whether lower or higher is better. Default: lower.
     pub mode: Mode,

@@ -186,17 +186,28 @@ impl Updater {
         clip.apply_to(gradients.values_mut(), &moving)
     }
 
-    /// Takes in the metrics of an epoch. Errors when the plateau's is not among them.
-    pub fn observe(&mut self, metrics: &BTreeMap<String, f64>) -> Result<()> {
-        let Some(plateau) = &mut self.plateau else {
-            return Ok(());
+    /// The metric that the learning rate depends on, if it does. Errors when it is not among those
+    /// of the epoch.
+    pub(crate) fn plateau_metric(&self, metrics: &BTreeMap<String, f64>) -> Result<Option<f64>> {
+        let Some(plateau) = &self.plateau else {
+            return Ok(None);
         };
         let metric = &plateau.options().metric;
-        let names = || metrics.keys().cloned().collect();
-        let missing = || Error::NoMetric { metric: metric.clone(), names: names() };
-        let value = *metrics.get(metric).ok_or_else(missing)?;
-        plateau.observe(value);
-        Ok(())
+        match metrics.get(metric) {
+            Some(value) => Ok(Some(*value)),
+            None => {
+                let names = metrics.keys().cloned().collect();
+                Err(Error::NoMetric { metric: metric.clone(), names })
+            }
+        }
+    }
+
+    /// Takes in the metric of an epoch that the learning rate depends on, the same on all ranks.
+    /// [`WorkerContext::end_epoch`](crate::WorkerContext::end_epoch) does it.
+    pub fn observe(&mut self, metric: f64) {
+        if let Some(plateau) = &mut self.plateau {
+            plateau.observe(metric);
+        }
     }
 
     /// Runs `evaluate` while the parameters are the averages of the weights. Errors when none are

@@ -3,7 +3,10 @@
 use crate::Test;
 use crate::digits::{CLASSES, Config, FEATURES, Rows, learn_with, train};
 use candle_core::{Device, Tensor};
-use mobula_core::{Batch, BatchStream, BoxError, Flow, RunDir, Runtime, Shard};
+use mobula_core::{
+    Batch, BatchStream, BoxError, Flow, GroupOptions, Member, Placement, RunDir, Runtime, Shard,
+    remote,
+};
 use mobula_nn::loss::cross_entropy;
 use mobula_nn::models::MlpOptions;
 use mobula_nn::{Init, Model, ModelSpec, Params};
@@ -32,6 +35,7 @@ pub(crate) const TESTS: &[Test] = &[
     ("optim::a_resumed_run_keeps_schedule_averages_and_plateau", resumes),
     ("optim::averages_are_what_is_evaluated", averages),
     ("optim::the_learning_rate_is_reported", reported),
+    ("optim::ranks_keep_one_learning_rate", one_rate),
     ("optim::a_plateau_needs_its_metric", no_metric),
 ];
 
@@ -496,4 +500,28 @@ fn no_gradient(_: &Runtime) {
     let store = used.sum_all().and_then(|loss| loss.backward()).expect("backward");
     let error = Gradients::zeros(&params).fill(&params, &store, 1.0).expect_err("unused");
     assert!(matches!(error, Error::NoGradient { names } if names == ["unused"]));
+}
+
+/// Ends two epochs with a metric that improves on rank 1 only, and gives the learning rate.
+#[remote(crate = mobula_core)]
+fn rate(member: Member) -> Result<f64, BoxError> {
+    let rank = member.rank();
+    let mut context = WorkerContext::join(member)?;
+    let options = PlateauOptions { metric: "m".into(), patience: 0, ..Default::default() };
+    let updater = Updater::new(build("sgd")).with_plateau(options)?;
+    let mut state = TrainState::new(mlp(), updater, 5, 2);
+    let stream = Rows::open(context.shard(), 16);
+    for epoch in 0..2 {
+        let metric = if rank == 0 { 1.0 } else { 1.0 - f64::from(epoch) / 2.0 };
+        context.end_epoch(&mut state, &stream, &[("m", metric)])?;
+    }
+    Ok(state.updater.lr())
+}
+
+fn one_rate(runtime: &Runtime) {
+    let options = GroupOptions { placement: Placement::Thread, ..GroupOptions::new("rates", 2) };
+    let options = options.with_context(&crate::collectives::no_setup()).expect("context");
+    let group = runtime.group(&options, &rate::remote()).expect("group");
+    let rates = group.join(std::time::Duration::from_secs(60)).expect("join");
+    assert_eq!(rates, [1e-4, 1e-4]);
 }
