@@ -84,7 +84,7 @@ impl Gradients {
     /// The parameter that the first value which is not finite belongs to.
     pub fn first_non_finite(&self) -> Option<&str> {
         // A sum is not finite as soon as one term is not: one cheap pass in the good case.
-        if sum_of_squares(&self.values).is_finite() {
+        if sum_of_squares([self.values.as_slice()]).is_finite() {
             return None;
         }
         let at = self.values.iter().position(|value| !value.is_finite())?;

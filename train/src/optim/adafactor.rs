@@ -1,6 +1,6 @@
 //! Adafactor.
 
-use super::pass::{CHUNK, SquareSum, for_each, lerp, sum_of_squares};
+use super::pass::{CHUNK, SquareSum, check_gradient, for_each, lerp, sum_of_squares};
 use super::state::{ParamState, Slot};
 use super::{Now, Optimizer, check};
 use crate::Result;
@@ -103,13 +103,15 @@ impl Optimizer for Adafactor {
         gradient: &[f32],
         state: &mut ParamState,
     ) -> Result<()> {
+        check_gradient(values, gradient)?;
         if values.is_empty() {
             return Ok(());
         }
         let AdafactorOptions { beta2_decay, eps1, eps2, d, .. } = self.0;
         let (t, count) = (state.steps as f64, values.len() as f64);
         let root_mean_square = |squares: f64| (squares / count).sqrt();
-        let step = eps2.max(root_mean_square(sum_of_squares(values))) * now.lr.min(t.powf(-0.5));
+        let step =
+            eps2.max(root_mean_square(sum_of_squares([&*values]))) * now.lr.min(t.powf(-0.5));
         let weight = t.powf(beta2_decay) as f32;
         let means = learn(gradient, state, weight, eps1 as f32)?;
 

@@ -36,8 +36,8 @@ impl Clip {
     pub(super) fn apply_to(&self, values: &mut [f32], ranges: &[Range<usize>]) -> Option<f64> {
         match *self {
             Self::Norm(most) => {
-                let squares = ranges.iter().map(|range| sum_of_squares(&values[range.clone()]));
-                let norm = squares.sum::<f64>().sqrt();
+                let pieces = ranges.iter().map(|range| &values[range.clone()]);
+                let norm = sum_of_squares(pieces).sqrt();
                 // PyTorch's epsilon.
                 let factor = most / (norm + 1e-6);
                 if factor < 1.0 {

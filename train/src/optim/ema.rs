@@ -1,9 +1,9 @@
 //! Averages of the weights over the steps.
 
 use super::check;
-use super::pass::{CHUNK, for_each, in_place, lerp};
+use super::pass::{CHUNK, for_each, for_each_param, in_place, lerp};
 use crate::{Error, Result};
-use candle_core::{Device, Tensor};
+use candle_core::{Device, Tensor, Var};
 use mobula_nn::Params;
 use std::collections::HashMap;
 use std::path::Path;
@@ -49,18 +49,14 @@ impl Ema {
         self.check(params)?;
         // Only rounding tells a copy from a step of the whole way, and `lerp` has none then.
         let weight = if self.updates == 0 { 1.0 } else { (1.0 - self.decay) as f32 };
-        for ((_, var), averages) in vars.iter().zip(&mut self.averages) {
+        let elements = self.averages.iter().map(Vec::len).sum();
+        let work = vars.iter().zip(&mut self.averages).collect();
+        for_each_param(work, elements, |((_, var), averages): (&(String, Var), &mut Vec<f32>)| {
             in_place(var, |values| {
-                let chunks = averages.chunks_mut(CHUNK).zip(values.chunks(CHUNK)).collect();
-                for_each(chunks, |(averages, values): (&mut [f32], &[f32])| {
-                    let moved = |(average, value): (&mut f32, &f32)| {
-                        *average = lerp(*average, *value, weight);
-                    };
-                    pulp::Arch::new().dispatch(|| averages.iter_mut().zip(values).for_each(moved));
-                });
+                approach(averages, values, weight);
                 Ok(())
-            })?;
-        }
+            })
+        })?;
         self.updates += 1;
         Ok(())
     }
@@ -129,4 +125,13 @@ impl Ema {
         }
         Err(Error::OptimizerModel { expected: expected.sum(), got: got.sum() })
     }
+}
+
+/// Moves the averages towards the values by so much of the way.
+fn approach(averages: &mut [f32], values: &[f32], weight: f32) {
+    let chunks = averages.chunks_mut(CHUNK).zip(values.chunks(CHUNK)).collect();
+    for_each(chunks, |(averages, values): (&mut [f32], &[f32])| {
+        let moved = |(average, value): (&mut f32, &f32)| *average = lerp(*average, *value, weight);
+        pulp::Arch::new().dispatch(|| averages.iter_mut().zip(values).for_each(moved));
+    });
 }

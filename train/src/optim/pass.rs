@@ -2,7 +2,7 @@
 //! vectors that the processor has.
 
 use super::state::ParamState;
-use crate::Result;
+use crate::{Error, Result};
 use candle_core::{CpuStorage, InplaceOp1, Layout, Var};
 use pulp::NullaryFnOnce;
 use rayon::prelude::*;
@@ -25,6 +25,7 @@ pub(super) fn elements<const N: usize>(
     gradient: &[f32],
     state: &mut ParamState,
 ) -> Result<()> {
+    check_gradient(values, gradient)?;
     let slots = state.tensors([values.len(); N])?;
     let mut slots = slots.each_mut().map(|slot| slot.values.chunks_mut(CHUNK));
     let mut passes = Vec::with_capacity(values.len().div_ceil(CHUNK));
@@ -36,11 +37,30 @@ pub(super) fn elements<const N: usize>(
     Ok(())
 }
 
+/// Each value has its gradient.
+pub(super) fn check_gradient(values: &[f32], gradient: &[f32]) -> Result<()> {
+    let (expected, got) = (values.len(), gradient.len());
+    if expected == got { Ok(()) } else { Err(Error::OptimizerModel { expected, got }) }
+}
+
 /// On all threads, unless there is only one thing to do.
 pub(super) fn for_each<T: Send>(mut work: Vec<T>, run: impl Fn(T) + Sync + Send) {
     match work.len() {
         1 => work.drain(..).for_each(run),
         _ => work.into_par_iter().for_each(run),
+    }
+}
+
+/// The same for all parameters of a model, of so many elements together: large ones are divided
+/// between the threads as well. To wake a thread costs more than to update a few elements.
+pub(super) fn for_each_param<T: Send>(
+    params: Vec<T>,
+    elements: usize,
+    update: impl Fn(T) -> Result<()> + Sync + Send,
+) -> Result<()> {
+    match elements <= CHUNK {
+        true => params.into_iter().try_for_each(update),
+        false => params.into_par_iter().try_for_each(update),
     }
 }
 
@@ -80,12 +100,15 @@ pub(super) fn lerp(from: f32, to: f32, weight: f32) -> f32 {
     }
 }
 
-/// In double precision, and in an order that the number of threads does not change.
-pub(crate) fn sum_of_squares(values: &[f32]) -> f64 {
-    let mut sums = vec![0.0; values.len().div_ceil(CHUNK)];
-    let blocks: Vec<_> = values.chunks(CHUNK).zip(&mut sums).collect();
-    for_each(blocks, |(block, sum)| *sum = pulp::Arch::new().dispatch(SquareSum(block)));
-    sums.iter().sum()
+/// Of all values in all pieces. In double precision, and in an order that the number of threads
+/// does not change.
+pub(crate) fn sum_of_squares<'a>(pieces: impl IntoIterator<Item = &'a [f32]>) -> f64 {
+    let blocks = pieces.into_iter().flat_map(|piece| piece.chunks(CHUNK));
+    let mut blocks: Vec<_> = blocks.map(|block| (block, 0.0)).collect();
+    for_each(blocks.iter_mut().collect(), |(block, sum): &mut (&[f32], f64)| {
+        *sum = pulp::Arch::new().dispatch(SquareSum(block));
+    });
+    blocks.iter().map(|(_, sum)| sum).sum()
 }
 
 /// The sum of squares of one block.

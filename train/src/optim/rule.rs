@@ -4,8 +4,10 @@ use super::pass;
 use super::state::{OptimizerState, ParamState, Slot};
 use crate::gradients::Gradients;
 use crate::{Error, Result};
+use candle_core::Var;
 use mobula_nn::Params;
 use std::fmt::Debug;
+use std::ops::Range;
 
 /// A rule that changes parameters by their gradients. Its settings do not change; what it
 /// remembers is in an [`OptimizerState`].
@@ -56,33 +58,28 @@ pub trait Optimizer: Debug + Send + Sync {
         state: &mut OptimizerState,
     ) -> Result<()> {
         let vars = params.vars();
-        let fits = |(param, (name, var)): (&ParamState, &(String, candle_core::Var))| {
-            param.name == *name && param.shape == var.dims()
-        };
-        let len = gradients.values().len();
-        if len != state.num_elements() || !state.params.iter().zip(&vars).all(fits) {
-            return Err(Error::OptimizerModel { expected: state.num_elements(), got: len });
+        let (expected, got) = (state.num_elements(), gradients.values().len());
+        if !fits(state, gradients, &vars) {
+            return Err(Error::OptimizerModel { expected, got });
         }
         state.step += 1;
-        for (((_, range), (_, var)), param) in
-            gradients.places().iter().zip(&vars).zip(&mut state.params)
-        {
+        let lr = state.lr;
+        let places = gradients.places().iter().zip(&vars).zip(&mut state.params);
+        pass::for_each_param(places.collect(), got, |(((_, range), (_, var)), param)| {
             let Some(options) = self.param_options(&param.name, &param.shape) else {
-                continue;
+                return Ok(());
             };
-            let lr = state.lr * options.lr_scale;
-            let now = Now { lr, weight_decay: options.weight_decay };
+            let now = Now { lr: lr * options.lr_scale, weight_decay: options.weight_decay };
             param.steps += 1;
             let gradient = &gradients.values()[range.clone()];
-            pass::in_place(var, |values| self.update_param(now, values, gradient, param))?;
-        }
-        Ok(())
+            pass::in_place(var, |values| self.update_param(now, values, gradient, param))
+        })
     }
 }
 
 /// The state before the first step; parameters that are left alone have none.
 pub(super) fn fresh<O: Optimizer + ?Sized>(optimizer: &O, params: &Params) -> OptimizerState {
-    let fresh = |(name, var): (String, candle_core::Var)| {
+    let fresh = |(name, var): (String, Var)| {
         let shape = var.dims().to_vec();
         let moves = optimizer.param_options(&name, &shape).is_some();
         let slots = if moves { optimizer.slots(&shape) } else { Vec::new() };
@@ -90,6 +87,23 @@ pub(super) fn fresh<O: Optimizer + ?Sized>(optimizer: &O, params: &Params) -> Op
     };
     let params = params.vars().into_iter().map(fresh).collect();
     OptimizerState { step: 0, lr: optimizer.lr(), params }
+}
+
+/// Whether state, gradients and parameters are of one model.
+fn fits(state: &OptimizerState, gradients: &Gradients, vars: &[(String, Var)]) -> bool {
+    let places = gradients.places();
+    let fits = |(((name, var), param), (place, range)): (
+        (&(String, Var), &ParamState),
+        &(String, Range<usize>),
+    )| {
+        name == place
+            && *name == param.name
+            && var.dims() == param.shape
+            && var.elem_count() == range.len()
+    };
+    vars.len() == places.len()
+        && vars.len() == state.params.len()
+        && vars.iter().zip(&state.params).zip(places).all(fits)
 }
 
 /// The settings of one parameter.

@@ -165,6 +165,16 @@ fn foreign_state(_: &Runtime) {
     let error = adamw.update(&other, &gradients, &mut state).expect_err("another model");
     assert!(matches!(error, Error::OptimizerModel { .. }), "{error}");
     assert_eq!(values(&other), before);
+
+    // As many values, but in other places.
+    let (params, mut state) = steps(adamw.as_ref(), 1);
+    let swapped = Params::new(0, &Device::Cpu);
+    swapped.get((301, 203), "fc.bias", Init::Zeros).expect("parameter");
+    swapped.get(40_001, "fc.weight", Init::Zeros).expect("parameter");
+    let gradients = some_gradients(&swapped, 0);
+    let error = adamw.update(&params, &gradients, &mut state).expect_err("other places");
+    assert!(matches!(error, Error::OptimizerModel { .. }), "{error}");
+    assert_eq!(state.step, 1, "it was noticed before anything changed");
 }
 
 fn groups(_: &Runtime) {
