@@ -7,7 +7,6 @@ use crate::{Error, Result};
 use candle_core::Var;
 use mobula_nn::Params;
 use std::fmt::Debug;
-use std::ops::Range;
 
 /// A rule that changes parameters by their gradients. Its settings do not change; what it
 /// remembers is in an [`OptimizerState`].
@@ -92,18 +91,13 @@ pub(super) fn fresh<O: Optimizer + ?Sized>(optimizer: &O, params: &Params) -> Op
 /// Whether state, gradients and parameters are of one model.
 fn fits(state: &OptimizerState, gradients: &Gradients, vars: &[(String, Var)]) -> bool {
     let places = gradients.places();
-    let fits = |(((name, var), param), (place, range)): (
-        (&(String, Var), &ParamState),
-        &(String, Range<usize>),
-    )| {
-        name == place
-            && *name == param.name
-            && var.dims() == param.shape
-            && var.elem_count() == range.len()
-    };
-    vars.len() == places.len()
-        && vars.len() == state.params.len()
-        && vars.iter().zip(&state.params).zip(places).all(fits)
+    let same_number = vars.len() == places.len() && vars.len() == state.params.len();
+    let mut all = vars.iter().zip(&state.params).zip(places);
+    same_number
+        && all.all(|(((name, var), param), (place, range))| {
+            let of_state = *name == param.name && var.dims() == param.shape;
+            of_state && name == place && var.elem_count() == range.len()
+        })
 }
 
 /// The settings of one parameter.
