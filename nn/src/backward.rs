@@ -109,6 +109,7 @@ impl Gradients {
 
     /// Zeros everywhere, the loss too: the part of a rank that has no rows.
     pub fn clear(&mut self) {
+        self.start();
         self.values.fill(0.0);
     }
 
@@ -164,7 +165,9 @@ impl Gradients {
         place.map(|(name, _)| name.as_str())
     }
 
-    fn start(&mut self) {
+    /// Has the next [`add_backward`](Self::add_backward) overwrite what is there, which is cheaper
+    /// than to [`clear`](Self::clear) first.
+    pub fn start(&mut self) {
         self.parameters.iter_mut().for_each(|parameter| parameter.is_written = false);
         self.set_loss(0.0);
     }

@@ -109,8 +109,9 @@ impl<'a> WorkerContext<'a> {
         batch: &Batch,
         loss: impl FnOnce(&Model, &Pass) -> Result<Tensor, E>,
     ) -> Result<f64> {
-        state.gradients_mut().clear();
-        if batch.rows() > 0 {
+        if batch.rows() == 0 {
+            state.gradients_mut().clear();
+        } else {
             // Disjoint rows for the ranks' random numbers. Where a stream deals rows out in turns
             // these are not the rows' places in the global batch: with dropout, worlds of
             // different sizes draw different masks.
@@ -118,13 +119,43 @@ impl<'a> WorkerContext<'a> {
             let pass = Pass::train(state.seed(), state.step()).with_row_offset(first_row);
             let loss = loss(&state.model, &pass).map_err(Error::program)?;
             let share = batch.rows() as f32 / batch.global_rows().max(1) as f32;
-            backward(&loss, share, state)?;
+            state.gradients_mut().start();
+            add_backward(&loss, share, state)?;
         }
+        self.finish_step(state, batch.global_rows())
+    }
+
+    /// One step over several batches, whose gradients are accumulated: the same step as over one
+    /// batch with all their rows, in the memory of the largest. Takes the batches in their order,
+    /// and gives the mean loss over the rows of all of them on all ranks.
+    ///
+    /// `loss` gives the mean over this rank's rows of one batch. The batches of a step must be of
+    /// the same global rows on all ranks, as those of a stream are.
+    pub fn step_accumulated<E: Into<BoxError>>(
+        &mut self,
+        state: &mut TrainState,
+        batches: &[Batch],
+        mut loss: impl FnMut(&Model, &Pass, &Batch) -> Result<Tensor, E>,
+    ) -> Result<f64> {
+        let global_rows: usize = batches.iter().map(Batch::global_rows).sum();
+        let mut first_row = self.shard().rank as u64 * global_rows as u64;
+        state.gradients_mut().clear();
+        for batch in batches.iter().filter(|batch| batch.rows() > 0) {
+            let pass = Pass::train(state.seed(), state.step()).with_row_offset(first_row);
+            first_row += batch.rows() as u64;
+            let loss = loss(&state.model, &pass, batch).map_err(Error::program)?;
+            add_backward(&loss, batch.rows() as f32 / global_rows as f32, state)?;
+        }
+        self.finish_step(state, global_rows)
+    }
+
+    /// What all ranks do alike once each has the gradients of its rows.
+    fn finish_step(&mut self, state: &mut TrainState, global_rows: usize) -> Result<f64> {
         self.reduce(state.gradients_mut().as_reduced_mut())?;
         let loss = check_finite(state.gradients(), state.step())?;
         state.update()?;
         state.count_step();
-        self.meter.count(batch.global_rows(), loss);
+        self.meter.count(global_rows, loss);
         self.report_progress(state)?;
         Ok(loss)
     }
@@ -168,8 +199,10 @@ impl<'a> WorkerContext<'a> {
     ) -> Result<()> {
         state.count_epoch();
         let mut all = self.meter.end_epoch();
+        all.insert("lr".to_owned(), state.updater.lr());
         all.extend(metrics.iter().map(|(name, value)| ((*name).to_owned(), *value)));
         let metrics = all;
+        self.observe(state, &metrics)?;
         self.checkpoint_if_due(state, stream, &metrics)?;
         let report = EpochReport {
             epoch: state.epoch(),
@@ -183,6 +216,17 @@ impl<'a> WorkerContext<'a> {
         if stop[0] > 0.0 {
             state.stop();
         }
+        Ok(())
+    }
+
+    /// Rank 0's metric counts, so that the learning rate stays the same on all ranks.
+    fn observe(&mut self, state: &mut TrainState, metrics: &BTreeMap<String, f64>) -> Result<()> {
+        let Some(metric) = state.updater.plateau_metric(metrics)? else {
+            return Ok(());
+        };
+        let mut shared = [if self.shard().rank == 0 { metric } else { 0.0 }];
+        self.reduce(&mut shared)?;
+        state.updater.observe(shared[0]);
         Ok(())
     }
 
@@ -250,14 +294,14 @@ impl<'a> WorkerContext<'a> {
     }
 }
 
-/// Loss and gradients of this rank's rows, scaled by its share of all rows.
-fn backward(loss: &Tensor, share: f32, state: &mut TrainState) -> Result<()> {
+/// Adds loss and gradients of this rank's rows, scaled by its share of all rows.
+fn add_backward(loss: &Tensor, share: f32, state: &mut TrainState) -> Result<()> {
     if loss.elem_count() != 1 {
         return Err(Error::LossShape { shape: loss.dims().to_vec() });
     }
     // The gradients of a loss that is no number are none either; the sum will tell all ranks.
     let gradients = state.gradients_mut();
-    gradients.backward(loss, f64::from(share))?;
+    gradients.add_backward(loss, f64::from(share))?;
     match gradients.missing() {
         missing if missing.is_empty() => Ok(()),
         names => Err(Error::NoGradient { names }),

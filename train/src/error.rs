@@ -107,6 +107,18 @@ pub enum Error {
         /// Values of the model.
         got: usize,
     },
+    /// State of a parameter that the optimizer did not make.
+    #[error(
+        "the state of {parameter:?} is not that of this optimizer: expected {expected}, got {got}; take it from `init`"
+    )]
+    OptimizerSlots {
+        /// The parameter.
+        parameter: String,
+        /// The tensors that the optimizer remembers.
+        expected: String,
+        /// The tensors there are.
+        got: String,
+    },
     /// Saved optimizer state that does not fit the model.
     #[error("the optimizer state in {} does not fit the model: {reason}", path.display())]
     OptimizerState {
@@ -115,6 +127,25 @@ pub enum Error {
         /// Which tensor, expected and got.
         reason: String,
     },
+    /// A group of parameters that the model does not have.
+    #[error("no parameter is like {pattern:?}; the model has {}", names.join(", "))]
+    ParamPattern {
+        /// The pattern of the group.
+        pattern: String,
+        /// The names of the model's parameters.
+        names: Vec<String>,
+    },
+    /// A metric that decides on the learning rate, but was not reported.
+    #[error("the learning rate depends on the metric {metric:?}, but the epoch reports {}", names.join(", "))]
+    NoMetric {
+        /// The option `metric` of the plateau.
+        metric: String,
+        /// The metrics that were reported.
+        names: Vec<String>,
+    },
+    /// Averages of the weights were asked for, but none are kept.
+    #[error("no averages of the weights are kept: give the updater an `ema`")]
+    NoAverages,
     /// An option out of its range.
     #[error("option {option} is {got}, expected {expected}")]
     Option {

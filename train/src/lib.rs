@@ -37,7 +37,7 @@
 mod collective;
 mod context;
 mod error;
-mod optim;
+pub mod optim;
 mod report;
 mod state;
 mod trainer;
@@ -46,7 +46,7 @@ pub use collective::Element;
 pub use context::WorkerContext;
 pub use error::{Error, Result};
 pub use mobula_nn::Gradients;
-pub use optim::{AdamW, AdamWOptions};
+pub use optim::{AdamW, AdamWOptions, Optimizer, Schedule, Updater, UpdaterOptions};
 pub use report::EpochReport;
 pub use state::{SavedState, TrainState, load_model};
 pub use trainer::{CheckpointConfig, FailureConfig, ScalingConfig, Trainer, TrainingResult};

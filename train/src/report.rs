@@ -22,6 +22,7 @@ pub(crate) struct Progress {
     pub(crate) epoch: u64,
     pub(crate) epochs: u64,
     pub(crate) loss: f64,
+    pub(crate) lr: f64,
     pub(crate) samples_per_second: f64,
 }
 
@@ -34,7 +35,7 @@ pub struct EpochReport {
     pub epochs: u64,
     /// Global steps done.
     pub step: u64,
-    /// Name → value; `loss` and `samples_per_second` of the epoch among them.
+    /// Name → value; `loss` and `samples_per_second` of the epoch and its last `lr` among them.
     pub metrics: BTreeMap<String, f64>,
 }
 
@@ -107,6 +108,7 @@ impl Meter {
             epoch: state.epoch(),
             epochs: state.epochs(),
             loss: self.last_loss,
+            lr: state.updater.lr(),
             samples_per_second: recent.rows_per_second(),
         })
     }

@@ -1,6 +1,6 @@
 //! What a training run carries from step to step, and its checkpoint.
 
-use crate::optim::AdamW;
+use crate::optim::{SavedUpdater, Updater};
 use crate::{Error, Result};
 use candle_core::Device;
 use mobula_core::checkpoint::Checkpoint;
@@ -12,7 +12,6 @@ use std::path::Path;
 
 pub(crate) const STATE: &str = "state.json";
 const MODEL: &str = "model.safetensors";
-const OPTIMIZER: &str = "optimizer.safetensors";
 
 /// Model, optimizer and position of a run: all that a checkpoint needs beside the stream's
 /// position, which the stream itself knows.
@@ -20,8 +19,8 @@ const OPTIMIZER: &str = "optimizer.safetensors";
 pub struct TrainState {
     /// The model.
     pub model: Model,
-    /// The optimizer.
-    pub optimizer: AdamW,
+    /// The optimizer, its state, and what goes with it.
+    pub updater: Updater,
     gradients: Gradients,
     seed: u64,
     step: u64,
@@ -43,13 +42,16 @@ pub struct SavedState {
     pub stream: StreamState,
     /// The metrics of the epoch just done.
     pub metrics: BTreeMap<String, f64>,
+    /// The learning-rate schedule and what else goes with the optimizer.
+    #[serde(default)]
+    pub updater: SavedUpdater,
 }
 
 impl TrainState {
-    /// A run at its start, to go on for so many epochs.
-    pub fn new(model: Model, optimizer: AdamW, seed: u64, epochs: u64) -> Self {
-        let gradients = Gradients::zeros(model.params());
-        Self { model, optimizer, gradients, seed, step: 0, epoch: 0, epochs, stopped: false }
+    /// A run at its start, to go on for so many epochs. An optimizer is an updater.
+    pub fn new(model: Model, updater: impl Into<Updater>, seed: u64, epochs: u64) -> Self {
+        let (updater, gradients) = (updater.into(), Gradients::zeros(model.params()));
+        Self { model, updater, gradients, seed, step: 0, epoch: 0, epochs, stopped: false }
     }
 
     /// Global steps done.
@@ -89,7 +91,13 @@ impl TrainState {
 
     /// Updates the model by its gradients.
     pub(crate) fn update(&mut self) -> Result<()> {
-        self.optimizer.step(self.model.params(), &self.gradients)
+        self.updater.step(self.model.params(), &mut self.gradients)
+    }
+
+    /// Runs `evaluate` on the model while its weights are their averages over the steps. Errors
+    /// when the updater keeps none.
+    pub fn with_averages<T>(&mut self, evaluate: impl FnOnce(&Model) -> T) -> Result<T> {
+        self.updater.with_averages(self.model.params(), || evaluate(&self.model))
     }
 
     pub(crate) fn count_step(&mut self) {
@@ -104,7 +112,8 @@ impl TrainState {
         self.epoch += 1;
     }
 
-    /// Writes `model.safetensors`, `model.json`, `optimizer.safetensors` and `state.json`.
+    /// Writes `model.safetensors`, `model.json`, `optimizer.safetensors`, `state.json`, and
+    /// `ema.safetensors` where averages are kept.
     pub(crate) fn save(
         &self,
         dir: &Path,
@@ -112,13 +121,14 @@ impl TrainState {
         metrics: &BTreeMap<String, f64>,
     ) -> Result<()> {
         self.model.save(dir)?;
-        self.optimizer.save(self.model.params(), &dir.join(OPTIMIZER))?;
+        let updater = self.updater.save(self.model.params(), dir)?;
         let saved = SavedState {
             step: self.step,
             epoch: self.epoch,
             seed: self.seed,
             stream: stream.state(),
             metrics: metrics.clone(),
+            updater,
         };
         let text = serde_json::to_vec_pretty(&saved).map_err(mobula_core::Error::layer)?;
         let path = dir.join(STATE);
@@ -134,7 +144,7 @@ impl TrainState {
     ) -> Result<()> {
         let saved: SavedState = from.json(STATE)?;
         self.model.params().load(from.file(MODEL))?;
-        self.optimizer.load(self.model.params(), &from.file(OPTIMIZER))?;
+        self.updater.load(self.model.params(), from.path(), &saved.updater)?;
         stream.restore(&saved.stream)?;
         (self.step, self.epoch, self.seed) = (saved.step, saved.epoch, saved.seed);
         Ok(())

@@ -304,9 +304,9 @@ impl Journal {
     }
 
     fn progress(&mut self, progress: &Progress) -> Result<()> {
-        let Progress { step, epoch, epochs, loss, samples_per_second } = progress;
+        let Progress { step, epoch, epochs, loss, lr, samples_per_second } = progress;
         self.show(*epoch, *epochs, *step, *loss, *samples_per_second);
-        let values = [("loss", *loss), ("samples_per_second", *samples_per_second)];
+        let values = [("loss", *loss), ("lr", *lr), ("samples_per_second", *samples_per_second)];
         let values = values.map(|(name, value)| (format!("step/{name}"), value));
         self.log(*step, &BTreeMap::from(values))
     }

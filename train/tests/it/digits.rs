@@ -6,13 +6,13 @@ use mobula_core::{Batch, BatchStream, BoxError, Error, Member, Shard, StreamStat
 use mobula_nn::loss::cross_entropy;
 use mobula_nn::models::MlpOptions;
 use mobula_nn::{Model, ModelSpec, Pass, metrics};
-use mobula_train::{AdamW, AdamWOptions, TrainState, WorkerContext};
+use mobula_train::{AdamW, AdamWOptions, TrainState, Updater, UpdaterOptions, WorkerContext};
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 use std::sync::OnceLock;
 
-const FEATURES: usize = 8;
-const CLASSES: usize = 3;
+pub(crate) const FEATURES: usize = 8;
+pub(crate) const CLASSES: usize = 3;
 pub(crate) const ROWS: usize = 90;
 
 /// What to train, and which harm to do on the way.
@@ -22,6 +22,8 @@ pub(crate) struct Config {
     pub(crate) batch_size: usize,
     pub(crate) lr: f64,
     pub(crate) harm: Harm,
+    /// Instead of AdamW with `lr`.
+    pub(crate) updater: Option<UpdaterOptions>,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -50,7 +52,7 @@ pub(crate) enum Harm {
 
 impl Config {
     pub(crate) fn new(epochs: u64) -> Self {
-        Self { epochs, batch_size: 16, lr: 0.02, harm: Harm::None }
+        Self { epochs, batch_size: 16, lr: 0.02, harm: Harm::None, updater: None }
     }
 }
 
@@ -136,13 +138,25 @@ pub(crate) fn train(member: Member, config: Config) -> Result<Outcome, BoxError>
 }
 
 pub(crate) fn learn(context: &mut WorkerContext<'_>, config: &Config) -> Result<Outcome, BoxError> {
+    let adamw = AdamWOptions { lr: config.lr, ..Default::default() };
+    let updater = match &config.updater {
+        Some(options) => options.build()?,
+        None => AdamW::new(adamw)?.into(),
+    };
+    learn_with(context, config, updater)
+}
+
+pub(crate) fn learn_with(
+    context: &mut WorkerContext<'_>,
+    config: &Config,
+    updater: Updater,
+) -> Result<Outcome, BoxError> {
     let mut stream = Rows::open(context.shard(), config.batch_size);
     let mut options = MlpOptions::new(FEATURES, [16], CLASSES);
     // Masks differ between world sizes; without dropout all worlds agree.
     options.dropout = 0.0;
     let model = Model::build(&ModelSpec::new("mlp", &options)?, 5, &Device::Cpu)?;
-    let optimizer = AdamW::new(AdamWOptions { lr: config.lr, ..Default::default() })?;
-    let mut state = TrainState::new(model, optimizer, 5, config.epochs);
+    let mut state = TrainState::new(model, updater, 5, config.epochs);
     let restored = context.restore(&mut state, &mut stream)?;
     let began_at = state.step();
     assert_eq!(restored, began_at > 0);

@@ -4,6 +4,8 @@
 mod collectives;
 mod digits;
 mod faults;
+mod optim;
+mod pytorch;
 mod training;
 
 use libtest_mimic::{Arguments, Trial};
@@ -13,7 +15,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let runtime = mobula_core::init_with(Resources::cpus(4.0))?;
     let mut arguments = Arguments::from_args();
     arguments.test_threads.get_or_insert(2);
-    let tests = [collectives::TESTS, faults::TESTS, training::TESTS].concat();
+    let tests =
+        [collectives::TESTS, faults::TESTS, optim::TESTS, pytorch::TESTS, training::TESTS].concat();
     let trials = tests.into_iter().map(|(name, test)| {
         let runtime = runtime.clone();
         Trial::test(name, move || {

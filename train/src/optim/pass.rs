@@ -1,0 +1,211 @@
+//! One pass over a parameter, its gradient and its state, in place, on all threads, with the widest
+//! vectors that the processor has.
+
+use super::state::ParamState;
+use crate::{Error, Result};
+use candle_core::{CpuStorage, InplaceOp1, Layout, Var};
+use pulp::NullaryFnOnce;
+use rayon::prelude::*;
+use std::cell::RefCell;
+
+/// Elements that one thread takes at a time. What is computed over several elements is computed
+/// block by block, so its bits do not depend on the number of threads.
+pub(super) const CHUNK: usize = 1 << 14;
+
+/// The rule for one element: value, gradient and state before, value and state afterwards. Free of
+/// branches on values, it becomes vector code.
+pub(super) trait Element<const N: usize>: Sync {
+    fn update(&self, value: f32, gradient: f32, state: [f32; N]) -> (f32, [f32; N]);
+}
+
+/// Applies the rule to all elements. Errors when the state is not that of this rule.
+pub(super) fn elements<const N: usize>(
+    rule: &impl Element<N>,
+    values: &mut [f32],
+    gradient: &[f32],
+    state: &mut ParamState,
+) -> Result<()> {
+    check_gradient(values, gradient)?;
+    let slots = state.tensors([values.len(); N])?;
+    let mut slots = slots.each_mut().map(|slot| slot.values.chunks_mut(CHUNK));
+    let mut passes = Vec::with_capacity(values.len().div_ceil(CHUNK));
+    for (values, gradient) in values.chunks_mut(CHUNK).zip(gradient.chunks(CHUNK)) {
+        let state = slots.each_mut().map(|chunks| chunks.next().unwrap_or_default());
+        passes.push(Pass { rule, values, gradient, state });
+    }
+    for_each(passes, |pass| pulp::Arch::new().dispatch(pass));
+    Ok(())
+}
+
+/// Each value has its gradient.
+pub(super) fn check_gradient(values: &[f32], gradient: &[f32]) -> Result<()> {
+    let (expected, got) = (values.len(), gradient.len());
+    if expected == got { Ok(()) } else { Err(Error::OptimizerModel { expected, got }) }
+}
+
+/// On all threads, unless there is only one thing to do.
+pub(super) fn for_each<T: Send>(mut work: Vec<T>, run: impl Fn(T) + Sync + Send) {
+    match work.len() {
+        1 => work.drain(..).for_each(run),
+        _ => work.into_par_iter().for_each(run),
+    }
+}
+
+/// The same for all parameters of a model, of so many elements together: large ones are divided
+/// between the threads as well. To wake a thread costs more than to update a few elements.
+pub(super) fn for_each_param<T: Send>(
+    params: Vec<T>,
+    elements: usize,
+    update: impl Fn(T) -> Result<()> + Sync + Send,
+) -> Result<()> {
+    match elements <= CHUNK {
+        true => params.into_iter().try_for_each(update),
+        false => params.into_par_iter().try_for_each(update),
+    }
+}
+
+struct Pass<'a, R, const N: usize> {
+    rule: &'a R,
+    values: &'a mut [f32],
+    gradient: &'a [f32],
+    state: [&'a mut [f32]; N],
+}
+
+impl<R: Element<N>, const N: usize> NullaryFnOnce for Pass<'_, R, N> {
+    type Output = ();
+
+    // Inlined, because only then it is compiled for the processor that it was dispatched to.
+    #[inline(always)]
+    fn call(self) {
+        let len = self.values.len();
+        let (values, gradient) = (self.values, &self.gradient[..len]);
+        let mut state = self.state.map(|slot| &mut slot[..len]);
+        for at in 0..len {
+            let before = state.each_ref().map(|slot| slot[at]);
+            let (value, after) = self.rule.update(values[at], gradient[at], before);
+            values[at] = value;
+            for (slot, after) in state.iter_mut().zip(after) {
+                slot[at] = after;
+            }
+        }
+    }
+}
+
+/// `from + weight · (to − from)`, rounded as PyTorch's `lerp` rounds it.
+#[inline(always)]
+pub(super) fn lerp(from: f32, to: f32, weight: f32) -> f32 {
+    match weight < 0.5 {
+        true => from + weight * (to - from),
+        false => to - (to - from) * (1.0 - weight),
+    }
+}
+
+/// Of all values in all pieces. In double precision, and in an order that the number of threads
+/// does not change.
+pub(crate) fn sum_of_squares<'a>(pieces: impl IntoIterator<Item = &'a [f32]>) -> f64 {
+    let blocks = pieces.into_iter().flat_map(|piece| piece.chunks(CHUNK));
+    let mut blocks: Vec<_> = blocks.map(|block| (block, 0.0)).collect();
+    for_each(blocks.iter_mut().collect(), |(block, sum): &mut (&[f32], f64)| {
+        *sum = pulp::Arch::new().dispatch(SquareSum(block));
+    });
+    blocks.iter().map(|(_, sum)| sum).sum()
+}
+
+/// The sum of squares of one block.
+pub(super) struct SquareSum<'a>(pub(super) &'a [f32]);
+
+impl NullaryFnOnce for SquareSum<'_> {
+    type Output = f64;
+
+    #[inline(always)]
+    fn call(self) -> f64 {
+        // As many running sums on every processor, so that the order of additions is the same.
+        let mut sums = [0.0f64; 16];
+        let (blocks, rest) = self.0.as_chunks::<16>();
+        for block in blocks {
+            for (sum, value) in sums.iter_mut().zip(block) {
+                *sum += f64::from(*value) * f64::from(*value);
+            }
+        }
+        let rest: f64 = rest.iter().map(|value| f64::from(*value) * f64::from(*value)).sum();
+        sums.iter().sum::<f64>() + rest
+    }
+}
+
+/// Multiplies all values by a factor.
+pub(super) fn scale(values: &mut [f32], factor: f32) {
+    for_each(values.chunks_mut(CHUNK).collect(), |chunk: &mut [f32]| {
+        pulp::Arch::new().dispatch(|| chunk.iter_mut().for_each(|value| *value *= factor));
+    });
+}
+
+/// Gives `change` the values of a parameter where candle keeps them.
+pub(super) fn in_place(var: &Var, change: impl FnOnce(&mut [f32]) -> Result<()>) -> Result<()> {
+    let op = InPlace(RefCell::new((Some(change), Ok(()))));
+    var.inplace_op1(&op)?;
+    op.0.into_inner().1
+}
+
+struct InPlace<F>(RefCell<(Option<F>, Result<()>)>);
+
+impl<F: FnOnce(&mut [f32]) -> Result<()>> InplaceOp1 for InPlace<F> {
+    fn name(&self) -> &'static str {
+        "optimizer"
+    }
+
+    fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> candle_core::Result<()> {
+        let CpuStorage::F32(values) = storage else {
+            candle_core::bail!("optimizer: expected f32 parameters")
+        };
+        let Some((start, end)) = layout.contiguous_offsets() else {
+            candle_core::bail!("optimizer: expected contiguous parameters, got {layout:?}")
+        };
+        let (change, result) = &mut *self.0.borrow_mut();
+        if let Some(change) = change.take() {
+            *result = change(&mut values[start..end]);
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use pulp::Simd;
+
+    struct Sqrt;
+
+    impl Element<2> for Sqrt {
+        #[inline(always)]
+        fn update(&self, p: f32, g: f32, [m, v]: [f32; 2]) -> (f32, [f32; 2]) {
+            let (m, v) = (lerp(m, g, 0.1), v * 0.999 + g * g * 0.001);
+            (p * 0.99 - 0.01 * (m / (v.sqrt() + 1e-8)), [m, v])
+        }
+    }
+
+    fn numbers(seed: u32) -> Vec<f32> {
+        (0..1003u32).map(|at| (at.wrapping_mul(2_654_435_761 + seed) >> 8) as f32 / 9e6).collect()
+    }
+
+    /// No instruction set fuses a product with a sum, or adds in another order.
+    #[test]
+    fn bits_do_not_depend_on_the_vector_unit() {
+        let run = |wide: bool| {
+            let (mut p, g, mut m, mut v) = (numbers(1), numbers(2), numbers(3), numbers(4));
+            let state = [m.as_mut_slice(), v.as_mut_slice()];
+            let pass = Pass { rule: &Sqrt, values: &mut p, gradient: &g, state };
+            let sum = match wide {
+                true => {
+                    pulp::Arch::new().dispatch(pass);
+                    pulp::Arch::new().dispatch(SquareSum(&g))
+                }
+                false => {
+                    pulp::Scalar.vectorize(pass);
+                    pulp::Scalar.vectorize(SquareSum(&g))
+                }
+            };
+            (p, m, v, sum)
+        };
+        assert_eq!(run(true), run(false));
+    }
+}

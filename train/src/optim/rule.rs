@@ -1,0 +1,169 @@
+//! What an optimizer is.
+
+use super::pass;
+use super::state::{OptimizerState, ParamState, Slot};
+use crate::{Error, Result};
+use candle_core::Var;
+use mobula_nn::Gradients;
+use mobula_nn::Params;
+use std::fmt::Debug;
+
+/// A rule that changes parameters by their gradients. Its settings do not change; what it
+/// remembers is in an [`OptimizerState`].
+///
+/// Of one's own it needs the first six functions; `update_param` sees one parameter at a time.
+pub trait Optimizer: Debug + Send + Sync {
+    /// The name that checkpoints and configurations know it by, such as `"adamw"`.
+    fn name(&self) -> &str;
+
+    /// The settings, as they are written beside its state.
+    fn options(&self) -> serde_json::Value;
+
+    /// The learning rate where no schedule says otherwise.
+    fn lr(&self) -> f64;
+
+    /// The weight decay where no group says otherwise.
+    fn weight_decay(&self) -> f64;
+
+    /// What it remembers of a parameter of this shape, before the first step.
+    fn slots(&self, shape: &[usize]) -> Vec<Slot>;
+
+    /// Updates one parameter and its state in place. `values` and `gradient` are in row-major
+    /// order; `state.steps` counts this update already, so it is the t of a bias correction.
+    fn update_param(
+        &self,
+        now: Now,
+        values: &mut [f32],
+        gradient: &[f32],
+        state: &mut ParamState,
+    ) -> Result<()>;
+
+    /// How it treats one parameter; `None` when it leaves it alone. Default: like all others.
+    fn param_options(&self, _name: &str, _shape: &[usize]) -> Option<ParamOptions> {
+        Some(ParamOptions { lr_scale: 1.0, weight_decay: self.weight_decay() })
+    }
+
+    /// The state before the first step.
+    fn init(&self, params: &Params) -> Result<OptimizerState> {
+        Ok(fresh(self, params))
+    }
+
+    /// One step: updates parameters and state in place, with the learning rate `state.lr`. Errors
+    /// when the state is of other parameters; then nothing has changed.
+    fn update(
+        &self,
+        params: &Params,
+        gradients: &Gradients,
+        state: &mut OptimizerState,
+    ) -> Result<()> {
+        let vars = params.vars();
+        let (expected, got) = (state.num_elements(), gradients.values().len());
+        if !fits(state, gradients, &vars) {
+            return Err(Error::OptimizerModel { expected, got });
+        }
+        state.step += 1;
+        let lr = state.lr;
+        let places = gradients.places().iter().zip(&vars).zip(&mut state.params);
+        pass::for_each_param(places.collect(), got, |(((_, range), (_, var)), param)| {
+            let Some(options) = self.param_options(&param.name, &param.shape) else {
+                return Ok(());
+            };
+            let now = Now { lr: lr * options.lr_scale, weight_decay: options.weight_decay };
+            param.steps += 1;
+            let gradient = &gradients.values()[range.clone()];
+            pass::in_place(var, |values| self.update_param(now, values, gradient, param))
+        })
+    }
+}
+
+/// The state before the first step; parameters that are left alone have none.
+pub(super) fn fresh<O: Optimizer + ?Sized>(optimizer: &O, params: &Params) -> OptimizerState {
+    let fresh = |(name, var): (String, Var)| {
+        let shape = var.dims().to_vec();
+        let moves = optimizer.param_options(&name, &shape).is_some();
+        let slots = if moves { optimizer.slots(&shape) } else { Vec::new() };
+        ParamState { name, shape, steps: 0, slots }
+    };
+    let params = params.vars().into_iter().map(fresh).collect();
+    OptimizerState { step: 0, lr: optimizer.lr(), params }
+}
+
+/// Whether state, gradients and parameters are of one model.
+fn fits(state: &OptimizerState, gradients: &Gradients, vars: &[(String, Var)]) -> bool {
+    let places = gradients.places();
+    let same_number = vars.len() == places.len() && vars.len() == state.params.len();
+    let mut all = vars.iter().zip(&state.params).zip(places);
+    same_number
+        && all.all(|(((name, var), param), (place, range))| {
+            let of_state = *name == param.name && var.dims() == param.shape;
+            of_state && name == place && var.elem_count() == range.len()
+        })
+}
+
+/// The settings of one parameter.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct ParamOptions {
+    /// Multiplies the learning rate.
+    pub lr_scale: f64,
+    /// Weight decay, instead of the optimizer's.
+    pub weight_decay: f64,
+}
+
+/// What may differ from step to step and from parameter to parameter.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Now {
+    /// The learning rate.
+    pub lr: f64,
+    /// The weight decay.
+    pub weight_decay: f64,
+}
+
+/// So that a function which takes any optimizer also takes one that was chosen at run time.
+impl Optimizer for Box<dyn Optimizer> {
+    fn name(&self) -> &str {
+        (**self).name()
+    }
+
+    fn options(&self) -> serde_json::Value {
+        (**self).options()
+    }
+
+    fn lr(&self) -> f64 {
+        (**self).lr()
+    }
+
+    fn weight_decay(&self) -> f64 {
+        (**self).weight_decay()
+    }
+
+    fn slots(&self, shape: &[usize]) -> Vec<Slot> {
+        (**self).slots(shape)
+    }
+
+    fn update_param(
+        &self,
+        now: Now,
+        values: &mut [f32],
+        gradient: &[f32],
+        state: &mut ParamState,
+    ) -> Result<()> {
+        (**self).update_param(now, values, gradient, state)
+    }
+
+    fn param_options(&self, name: &str, shape: &[usize]) -> Option<ParamOptions> {
+        (**self).param_options(name, shape)
+    }
+
+    fn init(&self, params: &Params) -> Result<OptimizerState> {
+        (**self).init(params)
+    }
+
+    fn update(
+        &self,
+        params: &Params,
+        gradients: &Gradients,
+        state: &mut OptimizerState,
+    ) -> Result<()> {
+        (**self).update(params, gradients, state)
+    }
+}

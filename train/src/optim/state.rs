@@ -1,0 +1,174 @@
+//! What an optimizer remembers, as named data that is saved and loaded bit by bit.
+
+use super::Optimizer;
+use crate::{Error, Result};
+use candle_core::{Device, Tensor};
+use std::collections::{BTreeMap, HashMap};
+use std::path::Path;
+
+/// What an [`Optimizer`] remembers of the parameters of one model.
+#[derive(Clone, Debug, PartialEq)]
+pub struct OptimizerState {
+    /// Steps done.
+    pub step: u64,
+    /// The learning rate of the next step. It begins as the optimizer's; a schedule sets it.
+    pub lr: f64,
+    /// In the order of the parameters' names.
+    pub params: Vec<ParamState>,
+}
+
+/// What an optimizer remembers of one parameter.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ParamState {
+    /// The parameter's name.
+    pub name: String,
+    /// Its shape.
+    pub shape: Vec<usize>,
+    /// How often it was updated: fewer times than others, if it was frozen at first.
+    pub steps: u64,
+    /// The tensors, in the optimizer's order.
+    pub slots: Vec<Slot>,
+}
+
+/// A tensor of an optimizer's state.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Slot {
+    /// What it is, such as `"exp_avg"`: the end of its name in a file.
+    pub kind: &'static str,
+    /// Its shape.
+    pub shape: Vec<usize>,
+    /// Its values in row-major order.
+    pub values: Vec<f32>,
+}
+
+impl Slot {
+    /// A tensor of zeros.
+    pub fn zeros(kind: &'static str, shape: &[usize]) -> Self {
+        Self::filled(kind, shape, 0.0)
+    }
+
+    /// A tensor of one value.
+    pub fn filled(kind: &'static str, shape: &[usize], value: f32) -> Self {
+        Self { kind, shape: shape.to_vec(), values: vec![value; shape.iter().product()] }
+    }
+}
+
+impl ParamState {
+    /// The tensors, when there are `N` and each has so many values.
+    pub(super) fn tensors<const N: usize>(&mut self, lens: [usize; N]) -> Result<&mut [Slot; N]> {
+        let got: Vec<_> = self.slots.iter().map(|slot| slot.values.len()).collect();
+        let fits = got == lens;
+        let error = || Error::OptimizerSlots {
+            parameter: self.name.clone(),
+            expected: format!("tensors of {lens:?} values"),
+            got: format!("{got:?}"),
+        };
+        match <&mut [Slot; N]>::try_from(self.slots.as_mut_slice()) {
+            Ok(slots) if fits => Ok(slots),
+            _ => Err(error()),
+        }
+    }
+}
+
+impl OptimizerState {
+    /// Values of the parameters that it is of.
+    pub fn num_elements(&self) -> usize {
+        self.params.iter().map(|param| param.shape.iter().product::<usize>()).sum()
+    }
+
+    /// Writes `<param>.<kind>` for each tensor as safetensors; the optimizer's name and settings,
+    /// and the step count, as its metadata.
+    pub fn save(&self, optimizer: &dyn Optimizer, path: &Path) -> Result<()> {
+        let mut tensors: Vec<(String, Tensor)> = Vec::new();
+        for param in self.params.iter().filter(|param| param.steps > 0) {
+            for Slot { kind, shape, values } in &param.slots {
+                let tensor = Tensor::from_slice(values, shape.as_slice(), &Device::Cpu)?;
+                tensors.push((format!("{}.{kind}", param.name), tensor));
+            }
+        }
+        let mut metadata = HashMap::from([
+            ("optimizer".to_owned(), optimizer.name().to_owned()),
+            ("step".to_owned(), self.step.to_string()),
+            ("options".to_owned(), optimizer.options().to_string()),
+        ]);
+        let odd = self.params.iter().filter(|param| param.steps != self.step);
+        let odd: BTreeMap<_, _> = odd.map(|param| (&param.name, param.steps)).collect();
+        if !odd.is_empty() {
+            metadata.insert("steps".to_owned(), serde_json::json!(odd).to_string());
+        }
+        safetensors::serialize_to_file(tensors, Some(metadata), path).map_err(|error| {
+            mobula_core::Error::codec("encode", path.display().to_string(), error).into()
+        })
+    }
+
+    /// Sets it to what [`OptimizerState::save`] wrote for the same optimizer and parameters. The
+    /// learning rate stays. Errors when the file is of others; then nothing has changed.
+    pub fn load(&mut self, optimizer: &dyn Optimizer, path: &Path) -> Result<()> {
+        let saved = Saved::read(path)?;
+        if let Some(name) = saved.optimizer.as_deref().filter(|name| *name != optimizer.name()) {
+            let reason = format!("it is of the optimizer {name}, expected {}", optimizer.name());
+            return Err(saved.bad(reason));
+        }
+        let load = |param: &ParamState| saved.param(param, optimizer);
+        let params = self.params.iter().map(load).collect::<Result<_>>()?;
+        (self.step, self.params) = (saved.step, params);
+        Ok(())
+    }
+}
+
+/// A file of optimizer state.
+struct Saved<'a> {
+    path: &'a Path,
+    optimizer: Option<String>,
+    step: u64,
+    /// Of the parameters that were updated less often.
+    steps: BTreeMap<String, u64>,
+    tensors: HashMap<String, Tensor>,
+}
+
+impl<'a> Saved<'a> {
+    fn read(path: &'a Path) -> Result<Self> {
+        let bad = |reason: String| Error::OptimizerState { path: path.to_owned(), reason };
+        let bytes = std::fs::read(path).map_err(|error| bad(error.to_string()))?;
+        let (_, header) =
+            safetensors::SafeTensors::read_metadata(&bytes).map_err(|e| bad(e.to_string()))?;
+        let metadata = header.metadata().clone().unwrap_or_default();
+        let step = metadata.get("step").and_then(|step| step.parse().ok());
+        let steps = metadata.get("steps").map_or(Ok(BTreeMap::new()), |s| serde_json::from_str(s));
+        Ok(Self {
+            path,
+            optimizer: metadata.get("optimizer").cloned(),
+            step: step.ok_or_else(|| bad("it has no step count".to_owned()))?,
+            steps: steps.map_err(|error| bad(format!("its steps: {error}")))?,
+            tensors: candle_core::safetensors::load_buffer(&bytes, &Device::Cpu)?,
+        })
+    }
+
+    /// A parameter that was never updated has no tensors there, and a frozen one needs none.
+    fn param(&self, param: &ParamState, optimizer: &dyn Optimizer) -> Result<ParamState> {
+        let (name, shape) = (param.name.clone(), param.shape.clone());
+        let steps = self.steps.get(&name).copied().unwrap_or(self.step);
+        let moves = optimizer.param_options(&name, &shape).is_some();
+        let mut slots = if moves { optimizer.slots(&shape) } else { Vec::new() };
+        for slot in slots.iter_mut().filter(|_| steps > 0) {
+            slot.values = self.values(&name, slot)?;
+        }
+        // What is frozen from here on loses its state, so it begins anew when it thaws.
+        Ok(ParamState { name, shape, steps: if moves { steps } else { 0 }, slots })
+    }
+
+    fn values(&self, param: &str, slot: &Slot) -> Result<Vec<f32>> {
+        let key = format!("{param}.{}", slot.kind);
+        let missing = || self.bad(format!("{key} is missing"));
+        let tensor = self.tensors.get(&key).ok_or_else(missing)?;
+        let (expected, got) = (&slot.shape, tensor.dims());
+        if got != expected {
+            return Err(self.bad(format!("{key} has shape {got:?}, expected {expected:?}")));
+        }
+        Ok(tensor.flatten_all()?.to_vec1::<f32>()?)
+    }
+
+    fn bad(&self, reason: String) -> Error {
+        Error::OptimizerState { path: self.path.to_owned(), reason }
+    }
+}

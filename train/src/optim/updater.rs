@@ -1,0 +1,264 @@
+//! What happens between gradients and weights, in one place.
+
+use super::{
+    Clip, Ema, Grouped, Optimizer, OptimizerSpec, OptimizerState, ParamGroup, Plateau,
+    PlateauOptions, Schedule,
+};
+use crate::{Error, Result};
+use mobula_nn::Gradients;
+use mobula_nn::Params;
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::path::Path;
+
+const OPTIMIZER: &str = "optimizer.safetensors";
+const EMA: &str = "ema.safetensors";
+
+/// An optimizer with all that goes with it: learning-rate schedule, clipping, averages of the
+/// weights, and the state of these.
+#[derive(Debug)]
+pub struct Updater {
+    optimizer: Box<dyn Optimizer>,
+    /// Made at the first step, or from a checkpoint.
+    state: Option<OptimizerState>,
+    schedule: Option<Schedule>,
+    plateau: Option<Plateau>,
+    clip: Option<Clip>,
+    ema: Option<Ema>,
+    gradient_norm: Option<f64>,
+}
+
+/// An [`Updater`] as configurations write it.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct UpdaterOptions {
+    /// The optimizer by name. Default: AdamW.
+    pub optimizer: OptimizerSpec,
+    /// Parameters that it treats differently. Default: none.
+    pub groups: Vec<ParamGroup>,
+    /// The learning rate of each step. Default: the optimizer's.
+    pub schedule: Option<Schedule>,
+    /// Lowers the learning rate when a metric no longer improves. Default: no.
+    pub plateau: Option<PlateauOptions>,
+    /// Keeps gradients small. Default: no.
+    pub clip: Option<Clip>,
+    /// Decay of an average of the weights. Default: none is kept.
+    pub ema: Option<f64>,
+}
+
+impl UpdaterOptions {
+    /// Errors when an option is out of its range.
+    pub fn build(&self) -> Result<Updater> {
+        let optimizer = Grouped::new(self.optimizer.build()?, self.groups.iter().cloned())?;
+        let mut updater = Updater::new(optimizer);
+        if let Some(schedule) = &self.schedule {
+            updater = updater.with_schedule(schedule.clone())?;
+        }
+        if let Some(plateau) = &self.plateau {
+            updater = updater.with_plateau(plateau.clone())?;
+        }
+        if let Some(clip) = self.clip {
+            updater = updater.with_clip(clip)?;
+        }
+        match self.ema {
+            Some(decay) => updater.with_ema(decay),
+            None => Ok(updater),
+        }
+    }
+}
+
+/// What a checkpoint's `state.json` says of an updater. When a run is resumed, the settings are
+/// again those of the program, and the plateau goes on from here.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct SavedUpdater {
+    /// The learning rate of the last step.
+    pub lr: f64,
+    /// The schedule.
+    pub schedule: Option<Schedule>,
+    /// The plateau and how far it is.
+    pub plateau: Option<Plateau>,
+    /// The clipping.
+    pub clip: Option<Clip>,
+    /// The decay of the average of the weights, which is in `ema.safetensors`.
+    pub ema: Option<f64>,
+}
+
+impl Updater {
+    /// Just the optimizer.
+    pub fn new(optimizer: impl Optimizer + 'static) -> Self {
+        Self {
+            optimizer: Box::new(optimizer),
+            state: None,
+            schedule: None,
+            plateau: None,
+            clip: None,
+            ema: None,
+            gradient_norm: None,
+        }
+    }
+
+    /// Sets the learning rate of each step. Default: the optimizer's. Errors when an option of
+    /// the schedule is out of its range.
+    pub fn with_schedule(self, schedule: Schedule) -> Result<Self> {
+        schedule.validate()?;
+        Ok(Self { schedule: Some(schedule), ..self })
+    }
+
+    /// Lowers the learning rate when a metric no longer improves. Default: no.
+    pub fn with_plateau(self, options: PlateauOptions) -> Result<Self> {
+        Ok(Self { plateau: Some(Plateau::new(options)?), ..self })
+    }
+
+    /// Keeps gradients small. Default: no.
+    pub fn with_clip(self, clip: Clip) -> Result<Self> {
+        clip.validate()?;
+        Ok(Self { clip: Some(clip), ..self })
+    }
+
+    /// Keeps an average of the weights, see [`Ema`]. Default: no.
+    pub fn with_ema(self, decay: f64) -> Result<Self> {
+        Ok(Self { ema: Some(Ema::new(decay)?), ..self })
+    }
+
+    /// The optimizer.
+    pub fn optimizer(&self) -> &dyn Optimizer {
+        self.optimizer.as_ref()
+    }
+
+    /// What the optimizer remembers: nothing before the first step.
+    pub fn state(&self) -> Option<&OptimizerState> {
+        self.state.as_ref()
+    }
+
+    /// The average of the weights, if one is kept.
+    pub fn ema(&self) -> Option<&Ema> {
+        self.ema.as_ref()
+    }
+
+    /// The learning rate of the last step; before the first step, that of the first.
+    pub fn lr(&self) -> f64 {
+        match &self.state {
+            Some(state) if state.step > 0 => state.lr,
+            _ => self.lr_at(0),
+        }
+    }
+
+    /// The norm of the last step's gradients before they were clipped, if they are clipped by it.
+    pub fn gradient_norm(&self) -> Option<f64> {
+        self.gradient_norm
+    }
+
+    fn lr_at(&self, step: u64) -> f64 {
+        let base = self.optimizer.lr();
+        let lr = self.schedule.as_ref().map_or(base, |schedule| schedule.lr(base, step));
+        self.plateau.as_ref().map_or(lr, |plateau| plateau.lr(lr))
+    }
+
+    /// One step: clips the gradients and updates the parameters, both in place, and what is
+    /// remembered of them.
+    pub fn step(&mut self, params: &Params, gradients: &mut Gradients) -> Result<()> {
+        let mut state = match self.state.take() {
+            Some(state) => state,
+            None => self.optimizer.init(params)?,
+        };
+        state.lr = self.lr_at(state.step);
+        if let Some(clip) = self.clip {
+            self.gradient_norm = self.clip_moving(clip, &state, gradients);
+        }
+        let updated = self.optimizer.update(params, gradients, &mut state);
+        self.state = Some(state);
+        updated?;
+        self.ema.as_mut().map_or(Ok(()), |ema| ema.update(params))
+    }
+
+    /// The gradients of frozen parameters move nothing, so they do not count.
+    fn clip_moving(
+        &self,
+        clip: Clip,
+        state: &OptimizerState,
+        gradients: &mut Gradients,
+    ) -> Option<f64> {
+        let places = gradients.places().iter().zip(&state.params);
+        let moving = places
+            .filter(|(_, param)| self.optimizer.param_options(&param.name, &param.shape).is_some());
+        let moving: Vec<_> = moving.map(|((_, range), _)| range.clone()).collect();
+        clip.apply_to(gradients.values_mut(), &moving)
+    }
+
+    /// The metric that the learning rate depends on, if it does. Errors when it is not among those
+    /// of the epoch.
+    pub(crate) fn plateau_metric(&self, metrics: &BTreeMap<String, f64>) -> Result<Option<f64>> {
+        let Some(plateau) = &self.plateau else {
+            return Ok(None);
+        };
+        let metric = &plateau.options().metric;
+        match metrics.get(metric) {
+            Some(value) => Ok(Some(*value)),
+            None => {
+                let names = metrics.keys().cloned().collect();
+                Err(Error::NoMetric { metric: metric.clone(), names })
+            }
+        }
+    }
+
+    /// Takes in the metric of an epoch that the learning rate depends on, the same on all ranks.
+    /// [`WorkerContext::end_epoch`](crate::WorkerContext::end_epoch) does it.
+    pub fn observe(&mut self, metric: f64) {
+        if let Some(plateau) = &mut self.plateau {
+            plateau.observe(metric);
+        }
+    }
+
+    /// Runs `evaluate` while the parameters are the averages of the weights. Errors when none are
+    /// kept.
+    pub fn with_averages<T>(&mut self, params: &Params, evaluate: impl FnOnce() -> T) -> Result<T> {
+        let ema = self.ema.as_mut().ok_or(Error::NoAverages)?;
+        ema.swap(params)?;
+        let result = evaluate();
+        ema.swap(params)?;
+        Ok(result)
+    }
+
+    /// Writes `optimizer.safetensors`, and `ema.safetensors` if averages are kept, into a folder.
+    /// What is returned belongs with them.
+    pub fn save(&self, params: &Params, dir: &Path) -> Result<SavedUpdater> {
+        let fresh = self.state.is_none().then(|| self.optimizer.init(params)).transpose()?;
+        if let Some(state) = self.state.as_ref().or(fresh.as_ref()) {
+            state.save(self.optimizer(), &dir.join(OPTIMIZER))?;
+        }
+        if let Some(ema) = &self.ema {
+            ema.save(params, &dir.join(EMA))?;
+        }
+        Ok(SavedUpdater {
+            lr: self.lr(),
+            schedule: self.schedule.clone(),
+            plateau: self.plateau.clone(),
+            clip: self.clip,
+            ema: self.ema.as_ref().map(Ema::decay),
+        })
+    }
+
+    /// Goes on from what [`Updater::save`] wrote for the same optimizer and parameters. Averages
+    /// that were not kept then begin with the next step.
+    pub fn load(&mut self, params: &Params, dir: &Path, saved: &SavedUpdater) -> Result<()> {
+        let mut state = self.optimizer.init(params)?;
+        state.load(self.optimizer(), &dir.join(OPTIMIZER))?;
+        state.lr = saved.lr;
+        if let (Some(ema), Some(_)) = (&mut self.ema, saved.ema) {
+            ema.load(params, &dir.join(EMA))?;
+        }
+        if let (Some(plateau), Some(saved)) = (&mut self.plateau, &saved.plateau) {
+            plateau.resume(saved);
+        }
+        self.state = Some(state);
+        Ok(())
+    }
+}
+
+/// So that an optimizer by itself is enough where an updater is expected.
+impl<O: Optimizer + 'static> From<O> for Updater {
+    fn from(optimizer: O) -> Self {
+        Self::new(optimizer)
+    }
+}

@@ -1,0 +1,540 @@
+//! Optimizers and what goes with them, by themselves and in a training.
+
+use crate::Test;
+use crate::digits::{CLASSES, Config, FEATURES, Rows, learn_with, train};
+use candle_core::{DType, Device, Tensor};
+use mobula_core::{
+    Batch, BatchStream, BoxError, Flow, GroupOptions, Member, Placement, RunDir, Runtime, Shard,
+    remote,
+};
+use mobula_nn::loss::cross_entropy;
+use mobula_nn::models::MlpOptions;
+use mobula_nn::{Init, Model, ModelSpec, Params, Pass};
+use mobula_train::optim::{
+    AdamW, AdamWOptions, Clip, Ema, Grouped, LossScale, LossScaleOptions, Optimizer, OptimizerSpec,
+    OptimizerState, ParamGroup, ParamState, PlateauOptions, Schedule, Slot, Updater,
+    UpdaterOptions,
+};
+use mobula_train::{Error, Gradients, ScalingConfig, TrainState, Trainer, WorkerContext};
+use serde_json::json;
+use std::collections::HashMap;
+
+pub(crate) const TESTS: &[Test] = &[
+    ("optim::bits_do_not_depend_on_the_number_of_threads", threads),
+    ("optim::state_survives_a_round_trip_bit_by_bit", round_trip),
+    ("optim::a_checkpoint_of_before_is_loaded", old_file),
+    ("optim::state_of_another_optimizer_or_model_is_refused", foreign_state),
+    ("optim::state_that_does_not_fit_is_an_error", odd_state),
+    ("optim::a_parameter_without_gradient_is_an_error_that_names_it", no_gradient),
+    ("optim::groups_scale_exempt_and_freeze", groups),
+    ("optim::a_parameter_that_thaws_starts_anew", thawing),
+    ("optim::bad_options_are_refused_by_name", bad_options),
+    ("optim::the_loss_scale_backs_off_and_grows", loss_scale),
+    ("optim::schedules_follow_each_other", schedules),
+    ("optim::accumulated_batches_are_one_batch", accumulated),
+    ("optim::a_resumed_run_keeps_schedule_averages_and_plateau", resumes),
+    ("optim::averages_are_what_is_evaluated", averages),
+    ("optim::the_learning_rate_is_reported", reported),
+    ("optim::ranks_keep_one_learning_rate", one_rate),
+    ("optim::a_plateau_needs_its_metric", no_metric),
+];
+
+const NAMES: [&str; 7] = ["adafactor", "adagrad", "adam", "adamw", "lion", "rmsprop", "sgd"];
+
+fn spec(value: serde_json::Value) -> OptimizerSpec {
+    serde_json::from_value(value).expect("spec")
+}
+
+fn build(name: &str) -> Box<dyn Optimizer> {
+    spec(json!({ "name": name })).build().expect("optimizer")
+}
+
+/// Large enough for several chunks, of sizes that no chunk divides.
+fn some_params() -> Params {
+    let params = Params::new(3, &Device::Cpu);
+    params.get((301, 203), "fc.weight", Init::default_weight()).expect("parameter");
+    params.get(40_001, "fc.bias", Init::default_bias(9)).expect("parameter");
+    params
+}
+
+fn some_gradients(params: &Params, step: u64) -> Gradients {
+    let mut gradients = Gradients::zeros(params);
+    let values = gradients.values_mut().iter_mut().enumerate();
+    values.for_each(|(at, g)| *g = ((at as u64 * 7919 + step * 31) % 1000) as f32 / 1e3 - 0.5);
+    gradients
+}
+
+fn values(params: &Params) -> HashMap<String, Vec<f32>> {
+    let values = |var: &candle_core::Var| var.flatten_all().and_then(|t| t.to_vec1::<f32>());
+    let vars = params.vars().into_iter();
+    vars.map(|(name, var)| (name, values(&var).expect("values"))).collect()
+}
+
+fn steps(optimizer: &dyn Optimizer, steps: u64) -> (Params, OptimizerState) {
+    let params = some_params();
+    let mut state = optimizer.init(&params).expect("state");
+    for step in 0..steps {
+        let gradients = some_gradients(&params, step);
+        optimizer.update(&params, &gradients, &mut state).expect("update");
+    }
+    (params, state)
+}
+
+fn threads(_: &Runtime) {
+    for name in NAMES {
+        let run = |threads: usize| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("pool");
+            pool.install(|| {
+                let (params, mut updater) = (some_params(), Updater::new(build(name)));
+                updater = updater.with_clip(Clip::Norm(1.0)).expect("clip");
+                updater = updater.with_ema(0.9).expect("ema");
+                for step in 0..3 {
+                    let mut gradients = some_gradients(&params, step);
+                    updater.step(&params, &mut gradients).expect("step");
+                }
+                let averages = updater.ema().expect("averages").averages().to_vec();
+                (values(&params), updater.state().cloned(), updater.gradient_norm(), averages)
+            })
+        };
+        let one = run(1);
+        assert!(one.2.expect("a norm") > 1.0, "the gradients were clipped");
+        assert!(run(2) == one && run(3) == one, "{name}");
+    }
+}
+
+fn round_trip(_: &Runtime) {
+    let dir = tempfile::tempdir().expect("temporary folder");
+    let path = dir.path().join("optimizer.safetensors");
+    let more = [
+        json!({"name": "sgd", "momentum": 0.9}),
+        json!({"name": "rmsprop", "momentum": 0.9, "centered": true}),
+        json!({"name": "adagrad", "initial_accumulator_value": 0.5}),
+    ];
+    let specs = NAMES.map(|name| json!({ "name": name })).into_iter().chain(more);
+    for optimizer in specs.map(|value| spec(value).build().expect("optimizer")) {
+        for taken in [0, 2] {
+            let (params, state) = steps(optimizer.as_ref(), taken);
+            state.save(optimizer.as_ref(), &path).expect("save");
+            let mut restored = optimizer.init(&params).expect("state");
+            restored.load(optimizer.as_ref(), &path).expect("load");
+            assert_eq!(restored, state, "{optimizer:?}");
+        }
+    }
+}
+
+/// A file as it was written before there was more than AdamW.
+fn old_file(_: &Runtime) {
+    let dir = tempfile::tempdir().expect("temporary folder");
+    let path = dir.path().join("optimizer.safetensors");
+    let params = Params::new(0, &Device::Cpu);
+    params.get(2, "w", Init::Zeros).expect("parameter");
+    let tensor = |values: [f32; 2]| Tensor::new(&values, &Device::Cpu).expect("tensor");
+    let tensors = [("w.exp_avg", tensor([0.25, -1.0])), ("w.exp_avg_sq", tensor([0.5, 1.0 / 3.0]))];
+    let options = r#"{"lr":0.001,"beta1":0.9,"beta2":0.999,"eps":1e-8,"weight_decay":0.01}"#;
+    let metadata = [("optimizer", "adamw"), ("step", "12"), ("options", options)];
+    let metadata = metadata.map(|(key, value)| (key.to_owned(), value.to_owned()));
+    safetensors::serialize_to_file(tensors, Some(metadata.into()), &path).expect("file");
+
+    let adamw = build("adamw");
+    let mut state = adamw.init(&params).expect("state");
+    state.load(adamw.as_ref(), &path).expect("load");
+    let param = &state.params[0];
+    assert_eq!((state.step, param.steps), (12, 12));
+    assert_eq!(param.slots[0].values, [0.25, -1.0]);
+    assert_eq!(param.slots[1].values, [0.5, 1.0 / 3.0]);
+}
+
+fn foreign_state(_: &Runtime) {
+    let dir = tempfile::tempdir().expect("temporary folder");
+    let path = dir.path().join("optimizer.safetensors");
+    let (adam, adamw) = (build("adam"), build("adamw"));
+    let (_, mut state) = steps(adamw.as_ref(), 1);
+    state.save(adamw.as_ref(), &path).expect("save");
+    let error = state.load(adam.as_ref(), &path).expect_err("adam").to_string();
+    assert!(error.contains("it is of the optimizer adamw, expected adam"), "{error}");
+
+    let other = Params::new(0, &Device::Cpu);
+    other.get(3, "fc.weight", Init::Zeros).expect("parameter");
+    let mut fresh = adamw.init(&other).expect("state");
+    let error = fresh.load(adamw.as_ref(), &path).expect_err("another shape").to_string();
+    assert!(error.contains("fc.weight.exp_avg has shape [301, 203], expected [3]"), "{error}");
+    assert_eq!(fresh, adamw.init(&other).expect("state"), "nothing has changed");
+
+    let before = values(&other);
+    let gradients = some_gradients(&other, 0);
+    let error = adamw.update(&other, &gradients, &mut state).expect_err("another model");
+    assert!(matches!(error, Error::OptimizerModel { .. }), "{error}");
+    assert_eq!(values(&other), before);
+
+    // As many values, but in other places.
+    let (params, mut state) = steps(adamw.as_ref(), 1);
+    let swapped = Params::new(0, &Device::Cpu);
+    swapped.get((301, 203), "fc.bias", Init::Zeros).expect("parameter");
+    swapped.get(40_001, "fc.weight", Init::Zeros).expect("parameter");
+    let gradients = some_gradients(&swapped, 0);
+    let error = adamw.update(&params, &gradients, &mut state).expect_err("other places");
+    assert!(matches!(error, Error::OptimizerModel { .. }), "{error}");
+    assert_eq!(state.step, 1, "it was noticed before anything changed");
+}
+
+fn groups(_: &Runtime) {
+    let decayed = AdamWOptions { weight_decay: 0.5, ..AdamWOptions::default() };
+    let plain = AdamWOptions { weight_decay: 0.0, ..decayed };
+    let adamw = |options| AdamW::new(options).expect("options");
+    let grouped = |groups: Vec<ParamGroup>| Grouped::new(adamw(decayed), groups).expect("groups");
+    let of = |optimizer: &dyn Optimizer, name: &str| values(&steps(optimizer, 3).0).remove(name);
+    let (with, without) = (adamw(decayed), adamw(plain));
+    assert_ne!(of(&with, "fc.bias"), of(&without, "fc.bias"), "decay does something");
+
+    let no_decay = grouped(vec![ParamGroup::no_decay()]);
+    assert_eq!(of(&no_decay, "fc.bias"), of(&without, "fc.bias"));
+    assert_eq!(of(&no_decay, "fc.weight"), of(&with, "fc.weight"));
+
+    let slow = ParamGroup { lr_scale: 0.5, ..ParamGroup::named(["*.bias"]) };
+    let half = adamw(AdamWOptions { lr: decayed.lr / 2.0, ..decayed });
+    let slow = grouped(vec![slow]);
+    assert_eq!(of(&slow, "fc.bias"), of(&half, "fc.bias"));
+    assert_eq!(of(&slow, "fc.weight"), of(&with, "fc.weight"));
+
+    let frozen = ParamGroup { frozen: true, ..ParamGroup::named(["fc.w*"]) };
+    // The first group that holds a parameter counts.
+    let frozen =
+        grouped(vec![frozen, ParamGroup { lr_scale: 9.0, ..ParamGroup::named(["fc.w*"]) }]);
+    let (params, state) = steps(&frozen, 3);
+    assert_eq!(values(&params)["fc.weight"], values(&some_params())["fc.weight"]);
+    assert_eq!(values(&params)["fc.bias"], of(&with, "fc.bias").expect("bias"));
+    assert!(state.params[1].slots.is_empty() && state.params[1].name == "fc.weight");
+
+    // The gradients of what is frozen are not part of the norm that others are clipped by.
+    let norm = |groups| {
+        let mut updater = Updater::new(grouped(groups)).with_clip(Clip::Norm(1.0)).expect("clip");
+        let params = some_params();
+        updater.step(&params, &mut some_gradients(&params, 0)).expect("step");
+        updater.gradient_norm().expect("norm")
+    };
+    let freeze = |name| vec![ParamGroup { frozen: true, ..ParamGroup::named([name]) }];
+    let (all, weight, bias) = (norm(vec![]), norm(freeze("fc.bias")), norm(freeze("fc.weight")));
+    assert!((all.hypot(0.0) - weight.hypot(bias)).abs() < 1e-9 * all && weight < all);
+
+    let misspelt = grouped(vec![ParamGroup::named(["fc.wieght"])]);
+    let error = misspelt.init(&some_params()).expect_err("misspelt").to_string();
+    assert_eq!(error, "no parameter is like \"fc.wieght\"; the model has fc.bias, fc.weight");
+}
+
+/// A bias correction counts the updates of the parameter, not those of the others.
+fn thawing(_: &Runtime) {
+    let dir = tempfile::tempdir().expect("temporary folder");
+    let path = dir.path().join("optimizer.safetensors");
+    let adamw = || AdamW::new(AdamWOptions::default()).expect("options");
+    let freeze = ParamGroup { frozen: true, ..ParamGroup::named(["fc.weight"]) };
+    let frozen = Grouped::new(adamw(), [freeze]).expect("groups");
+    let (params, state) = steps(&frozen, 3);
+    state.save(&frozen, &path).expect("save");
+
+    let thawed = adamw();
+    let mut state = thawed.init(&params).expect("state");
+    state.load(&thawed, &path).expect("load");
+    let counts: Vec<_> = state.params.iter().map(|param| param.steps).collect();
+    assert_eq!((state.step, counts), (3, vec![3, 0]));
+    thawed.update(&params, &some_gradients(&params, 0), &mut state).expect("update");
+    let (first, _) = steps(&thawed, 1);
+    assert_eq!(values(&params)["fc.weight"], values(&first)["fc.weight"]);
+
+    // Frozen again, what it remembered is gone.
+    state.save(&thawed, &path).expect("save");
+    let mut again = frozen.init(&params).expect("state");
+    again.load(&frozen, &path).expect("load");
+    again.save(&frozen, &path).expect("save");
+    state.load(&thawed, &path).expect("load");
+    let counts: Vec<_> = state.params.iter().map(|param| param.steps).collect();
+    assert_eq!((state.step, counts), (4, vec![4, 0]));
+}
+
+fn bad_options(_: &Runtime) {
+    let bad = [
+        (json!({"name": "adamw", "lr": -1.0}), "option lr is -1, expected a finite number above 0"),
+        (json!({"name": "adam", "beta2": 1.0}), "option beta2 is 1, expected from 0 to below 1"),
+        (
+            json!({"name": "sgd", "momentum": 2.0}),
+            "option momentum is 2, expected from 0 to below 1",
+        ),
+        (
+            json!({"name": "sgd", "nesterov": true}),
+            "option nesterov is true, expected false, or true with a momentum and no dampening",
+        ),
+        (
+            json!({"name": "rmsprop", "eps": 0.0}),
+            "option eps is 0, expected a finite number above 0",
+        ),
+        (
+            json!({"name": "lion", "beta1": -0.1}),
+            "option beta1 is -0.1, expected from 0 to below 1",
+        ),
+        (
+            json!({"name": "adafactor", "d": 0.5}),
+            "option d is 0.5, expected a finite number, 1 or above",
+        ),
+        (
+            json!({"name": "adagrad", "lr_decay": -1.0}),
+            "option lr_decay is -1, expected a finite number, 0 or above",
+        ),
+    ];
+    for (options, expected) in bad {
+        let error = spec(options).build().expect_err("out of range").to_string();
+        assert_eq!(error, expected);
+    }
+    for unknown in [json!({"name": "adamw", "momentum": 0.9}), json!({"name": "adamx"})] {
+        let error = serde_json::from_value::<OptimizerSpec>(unknown).expect_err("unknown");
+        assert!(error.to_string().starts_with("unknown "), "{error}");
+    }
+    for unknown in [
+        json!({"schedule": {"name": "constant", "steps": 3}}),
+        json!({"schedule": {"name": "cosine", "steps": 3, "eta_min": 0}}),
+        json!({"clip": {"nrom": 1.0}}),
+        json!({"emma": 0.9}),
+    ] {
+        let error = serde_json::from_value::<UpdaterOptions>(unknown).expect_err("unknown");
+        assert!(error.to_string().starts_with("unknown "), "{error}");
+    }
+    for bad in [
+        json!({"clip": {"norm": 0.0}}),
+        json!({"ema": 1.0}),
+        json!({"groups": [{"lr_scale": -1.0}]}),
+        json!({"plateau": {"factor": 1.0}}),
+        json!({"schedule": {"name": "cosine", "steps": 0}}),
+        json!({"schedule": {"name": "multi_step", "milestones": [9, 3]}}),
+    ] {
+        let options: UpdaterOptions = serde_json::from_value(bad).expect("known");
+        assert!(matches!(options.build(), Err(Error::Option { .. })), "{options:?}");
+    }
+}
+
+fn loss_scale(_: &Runtime) {
+    let options = LossScaleOptions { growth_interval: 3, ..Default::default() };
+    let mut scale = LossScale::new(options).expect("options");
+    let history = [true, true, false, true, true, true, true].map(|finite| {
+        // It is saved after every step.
+        let text = serde_json::to_string(&scale).expect("json");
+        scale = serde_json::from_str(&text).expect("json");
+        assert_eq!(scale.update(finite), finite);
+        scale.scale()
+    });
+    assert_eq!(history, [65536., 65536., 32768., 32768., 32768., 65536., 65536.]);
+    assert_eq!(scale.good_steps(), 1);
+    let huge = LossScaleOptions { init_scale: 3e38, growth_interval: 1, ..options };
+    let mut huge = LossScale::new(huge).expect("options");
+    assert!(huge.update(true) && huge.scale() == 3e38, "it never grows beyond what f32 holds");
+}
+
+fn schedules(_: &Runtime) {
+    let linear =
+        |start_factor, end_factor, steps| Schedule::Linear { start_factor, end_factor, steps };
+    let three = linear(0.0, 1.0, 4).then(linear(1.0, 0.5, 2)).then(linear(0.5, 0.25, 2));
+    let lrs: Vec<_> = (0..10).map(|step| three.lr(2.0, step)).collect();
+    assert_eq!(lrs, [0., 0.5, 1., 1.5, 2., 1.5, 1., 0.75, 0.5, 0.5]);
+    assert_eq!(three.steps(), Some(8));
+    three.validate().expect("valid");
+    let endless = Schedule::Constant {}.then(Schedule::cosine(5));
+    assert_eq!(endless.lr(2.0, 1_000_000), 2.0);
+    let error = endless.validate().expect_err("endless").to_string();
+    assert!(error.contains("a schedule without an end"), "{error}");
+}
+
+fn mlp() -> Model {
+    let mut options = MlpOptions::new(FEATURES, [16], CLASSES);
+    options.dropout = 0.5;
+    Model::build(&ModelSpec::new("mlp", &options).expect("spec"), 5, &Device::Cpu).expect("model")
+}
+
+/// 7 rows as one batch and as batches of 3, 3 and 1, dropout included.
+fn accumulated(_: &Runtime) {
+    let rows = |range: std::ops::Range<usize>| -> Batch {
+        let mut stream = Rows::open(Shard::ALL, 7);
+        let whole = stream.next_batch().expect("batch").expect("a batch");
+        let part = |name| {
+            let tensor = whole.get(name).expect("column").narrow(0, range.start, range.len());
+            (name.to_owned(), tensor.and_then(|t| t.contiguous()).expect("rows"))
+        };
+        Batch::new(vec![part("x"), part("y")]).expect("batch")
+    };
+    let run = |batches: &[Batch]| {
+        let mut context = WorkerContext::alone(|_| Ok(Flow::Continue));
+        let adamw = AdamW::new(AdamWOptions { lr: 0.1, ..Default::default() }).expect("options");
+        let mut state = TrainState::new(mlp(), adamw, 5, 1);
+        let mut last = f64::NAN;
+        for _ in 0..3 {
+            last = context
+                .step_accumulated(&mut state, batches, |model, pass, batch| {
+                    let logits = model.forward(batch.get("x")?, pass)?;
+                    cross_entropy(&logits, batch.get("y")?).map_err(BoxError::from)
+                })
+                .expect("step");
+        }
+        assert_eq!(state.step(), 3);
+        (last, state.gradients().values().to_vec())
+    };
+    let close = |a: &(f64, Vec<f32>), b: &(f64, Vec<f32>)| {
+        let far = a.1.iter().zip(&b.1).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        (a.0 - b.0).abs() < 1e-5 && far < 1e-5
+    };
+    let whole = run(&[rows(0..7)]);
+    assert!(close(&run(&[rows(0..3), rows(3..6), rows(6..7)]), &whole));
+    // The control: other rows are another step.
+    assert!(!close(&run(&[rows(0..3), rows(3..6)]), &whole));
+}
+
+fn everything() -> UpdaterOptions {
+    serde_json::from_value(json!({
+        "optimizer": {"name": "adamw", "lr": 0.02},
+        "groups": [{"max_dims": 1, "weight_decay": 0.0}],
+        "schedule": {"name": "join", "boundaries": [5],
+            "schedules": [{"name": "linear", "steps": 5}, {"name": "cosine", "steps": 40}]},
+        "plateau": {"metric": "accuracy", "mode": "max", "patience": 0, "factor": 0.5,
+            "threshold": 0.5},
+        "clip": {"norm": 0.5},
+        "ema": 0.9,
+    }))
+    .expect("options")
+}
+
+/// 2 and 3 epochs are 5 epochs, to the bit, in all that a checkpoint has.
+fn resumes(runtime: &Runtime) {
+    let root = tempfile::tempdir().expect("temporary folder");
+    let fit = |name: &str, epochs| {
+        let run = RunDir::open_or_create(root.path(), name, 5, &()).expect("run");
+        let config = Config { updater: Some(everything()), ..Config::new(epochs) };
+        let trainer = Trainer::new(train::remote(config)).with_run(&run).with_logs_shown(false);
+        let trainer = trainer.with_scaling(ScalingConfig::workers(2));
+        let result = trainer.fit(runtime).expect("fit");
+        let checkpoint = result.checkpoint.expect("checkpoint");
+        let file = |name: &str| std::fs::read(checkpoint.path().join(name)).expect(name);
+        let tensors = |name: &str| {
+            let bytes = file(name);
+            let read = safetensors::SafeTensors::deserialize(&bytes).expect(name);
+            let mut tensors: Vec<_> =
+                read.tensors().into_iter().map(|(k, t)| (k, t.data().to_vec())).collect();
+            tensors.sort();
+            tensors
+        };
+        let mut state: serde_json::Value =
+            serde_json::from_slice(&file("state.json")).expect("state");
+        state["metrics"].as_object_mut().expect("metrics").remove("samples_per_second");
+        (tensors("optimizer.safetensors"), tensors("ema.safetensors"), state)
+    };
+    fit("stopped", 2);
+    let (whole, resumed) = (fit("whole", 5), fit("stopped", 5));
+    assert_eq!(whole.2, resumed.2);
+    assert!(whole.0 == resumed.0, "moments");
+    assert!(whole.1 == resumed.1, "averages");
+    let saved = &whole.2["updater"];
+    assert_eq!(saved["schedule"]["name"], "join");
+    assert!(saved["plateau"]["scale"].as_f64().expect("scale") < 1.0, "{saved}");
+}
+
+fn averages(_: &Runtime) {
+    let mut state = TrainState::new(mlp(), everything().build().expect("updater"), 5, 1);
+    let mut context = WorkerContext::alone(|_| Ok(Flow::Continue));
+    let mut stream = Rows::open(Shard::ALL, 16);
+    let mut expected = Ema::new(0.9).expect("decay");
+    while let Some(batch) = stream.next_batch().expect("batch") {
+        context
+            .step(&mut state, &batch, |model, pass| {
+                let logits = model.forward(batch.get("x")?, pass)?;
+                cross_entropy(&logits, batch.get("y")?).map_err(BoxError::from)
+            })
+            .expect("step");
+        expected.update(state.model.params()).expect("average");
+    }
+    let before = values(state.model.params());
+    let seen = state.with_averages(|model| values(model.params())).expect("averages");
+    let names = state.model.params().names();
+    let expected: HashMap<_, _> = names.into_iter().zip(expected.averages().to_vec()).collect();
+    assert_eq!(seen, expected);
+    assert_ne!(seen, before);
+    assert_eq!(values(state.model.params()), before);
+
+    let mut without = TrainState::new(mlp(), build("sgd"), 5, 1);
+    let error = without.with_averages(|_| ()).expect_err("none").to_string();
+    assert_eq!(error, "no averages of the weights are kept: give the updater an `ema`");
+}
+
+fn reported(_: &Runtime) {
+    let schedule = Schedule::Step { every: 6, gamma: 0.5 };
+    let updater = Updater::new(build("sgd")).with_schedule(schedule).expect("schedule");
+    assert_eq!(updater.lr(), 1e-3);
+    let mut lrs = Vec::new();
+    let mut context = WorkerContext::alone(|report: &mobula_train::EpochReport| {
+        lrs.push(report.metrics["lr"]);
+        Ok(Flow::Continue)
+    });
+    learn_with(&mut context, &Config::new(3), updater).expect("learn");
+    drop(context);
+    // An epoch has six steps: the last one of each is reported.
+    assert_eq!(lrs, [1e-3, 5e-4, 2.5e-4]);
+}
+
+fn no_metric(_: &Runtime) {
+    let options = PlateauOptions { metric: "recall".into(), ..Default::default() };
+    let updater = Updater::new(build("sgd")).with_plateau(options).expect("options");
+    let mut context = WorkerContext::alone(|_| Ok(Flow::Continue));
+    let error = learn_with(&mut context, &Config::new(1), updater).expect_err("no recall");
+    let expected = "the learning rate depends on the metric \"recall\", but the epoch reports \
+        accuracy, loss, lr, samples_per_second";
+    assert_eq!(error.to_string(), expected);
+}
+
+/// State that a program has put together from other optimizers' is an error, not a panic.
+fn odd_state(_: &Runtime) {
+    let params = some_params();
+    let gradients = some_gradients(&params, 0);
+    for name in NAMES.into_iter().filter(|name| *name != "sgd") {
+        let optimizer = build(name);
+        for spoil in [
+            |param: &mut ParamState| param.slots.push(Slot::zeros("more", &[1])),
+            |param: &mut ParamState| param.slots.truncate(0),
+            |param: &mut ParamState| param.slots[0].values.truncate(7),
+        ] {
+            let mut state = optimizer.init(&params).expect("state");
+            spoil(&mut state.params[1]);
+            let error = optimizer.update(&params, &gradients, &mut state).expect_err(name);
+            let Error::OptimizerSlots { parameter, .. } = error else { panic!("{error}") };
+            assert_eq!(parameter, "fc.weight");
+        }
+    }
+}
+
+fn no_gradient(_: &Runtime) {
+    let mut state = TrainState::new(mlp(), Updater::new(build("sgd")), 5, 1);
+    let x = Tensor::zeros((2, 4), DType::F32, &Device::Cpu).expect("x");
+    let batch = Batch::new(vec![("x".to_owned(), x)]).expect("batch");
+    let mut context = WorkerContext::alone(|_| Ok(Flow::Continue));
+    let first = |model: &Model, _: &Pass| model.params().vars()[0].1.sum_all();
+    let error = context.step(&mut state, &batch, first).expect_err("the others get none");
+    let mut expected = state.model.params().names();
+    expected.remove(0);
+    assert!(matches!(error, Error::NoGradient { names } if names == expected));
+}
+
+/// Ends two epochs with a metric that improves on rank 1 only, and gives the learning rate.
+#[remote(crate = mobula_core)]
+fn rate(member: Member) -> Result<f64, BoxError> {
+    let rank = member.rank();
+    let mut context = WorkerContext::join(member)?;
+    let options = PlateauOptions { metric: "m".into(), patience: 0, ..Default::default() };
+    let updater = Updater::new(build("sgd")).with_plateau(options)?;
+    let mut state = TrainState::new(mlp(), updater, 5, 2);
+    let stream = Rows::open(context.shard(), 16);
+    for epoch in 0..2 {
+        let metric = if rank == 0 { 1.0 } else { 1.0 - f64::from(epoch) / 2.0 };
+        context.end_epoch(&mut state, &stream, &[("m", metric)])?;
+    }
+    Ok(state.updater.lr())
+}
+
+fn one_rate(runtime: &Runtime) {
+    let options = GroupOptions { placement: Placement::Thread, ..GroupOptions::new("rates", 2) };
+    let options = options.with_context(&crate::collectives::no_setup()).expect("context");
+    let group = runtime.group(&options, &rate::remote()).expect("group");
+    let rates = group.join(std::time::Duration::from_secs(60)).expect("join");
+    assert_eq!(rates, [1e-4, 1e-4]);
+}
