@@ -61,6 +61,13 @@ pub(crate) enum Threads {
     All,
 }
 
+/// Where a product goes: rows that start `stride` apart, from `first` on.
+pub(crate) struct Out<'a, T> {
+    pub(crate) rows: &'a mut [T],
+    pub(crate) first: usize,
+    pub(crate) stride: usize,
+}
+
 /// `out = alpha · a · b`, rows one after the other. Panics when the shapes do not fit.
 pub(crate) fn gemm<T: Real>(
     out: &mut [T],
@@ -69,19 +76,19 @@ pub(crate) fn gemm<T: Real>(
     b: Mat<'_, T>,
     threads: Threads,
 ) {
-    let columns = b.columns;
-    product(out, columns, false, alpha, a, b, threads);
+    let out = Out { rows: out, first: 0, stride: b.columns };
+    product(out, false, alpha, a, b, threads);
 }
 
 /// `out += a · b`.
 pub(crate) fn gemm_add<T: Real>(out: &mut [T], a: Mat<'_, T>, b: Mat<'_, T>, threads: Threads) {
-    let columns = b.columns;
-    product(out, columns, true, T::one(), a, b, threads);
+    let out = Out { rows: out, first: 0, stride: b.columns };
+    product(out, true, T::one(), a, b, threads);
 }
 
-fn product<T: Real>(
-    out: &mut [T],
-    out_stride: usize,
+/// `out = alpha · a · b`, or that added. Panics when the shapes do not fit.
+pub(crate) fn product<T: Real>(
+    out: Out<'_, T>,
     is_added: bool,
     alpha: T,
     a: Mat<'_, T>,
@@ -90,14 +97,11 @@ fn product<T: Real>(
 ) {
     assert_eq!(a.columns, b.rows, "the inner dimensions of a matrix product");
     assert!(a.reach() <= a.data.len() && b.reach() <= b.data.len(), "views within their data");
-    let whole = Mat {
-        data: &*out,
-        rows: a.rows,
-        columns: b.columns,
-        row_stride: out_stride,
-        column_stride: 1,
-    };
-    assert!(whole.reach() <= out.len() && b.columns <= out_stride, "room for the product");
+    let Out { rows, first, stride } = out;
+    let out = &mut rows[first..];
+    let (row_stride, column_stride) = (stride, 1);
+    let whole = Mat { data: &*out, rows: a.rows, columns: b.columns, row_stride, column_stride };
+    assert!(whole.reach() <= out.len() && b.columns <= stride.max(1), "room for the product");
     let parallelism = match threads {
         Threads::One => Parallelism::None,
         Threads::All => Parallelism::Rayon(rayon::current_num_threads()),
@@ -112,7 +116,7 @@ fn product<T: Real>(
             a.columns,
             out.as_mut_ptr(),
             1,
-            out_stride as isize,
+            stride as isize,
             is_added,
             a.data.as_ptr(),
             a.column_stride as isize,

@@ -21,9 +21,7 @@ pub(crate) trait Real: WithDType {
     /// `self · a + b`, rounded once.
     fn mul_add(self, a: Self, b: Self) -> Self;
     /// The larger one; `other` if `self` is NaN.
-    fn max(self, other: Self) -> Self;
-    /// The smaller one; `other` if `self` is NaN.
-    fn min(self, other: Self) -> Self;
+    fn larger(self, other: Self) -> Self;
 
     /// `self` where the condition holds, else 0, without a branch.
     fn when(self, condition: bool) -> Self;
@@ -83,13 +81,8 @@ impl Real for f64 {
     }
 
     #[inline(always)]
-    fn max(self, other: Self) -> Self {
+    fn larger(self, other: Self) -> Self {
         if self > other { self } else { other }
-    }
-
-    #[inline(always)]
-    fn min(self, other: Self) -> Self {
-        if self < other { self } else { other }
     }
 }
 
@@ -196,13 +189,8 @@ impl Real for f32 {
     }
 
     #[inline(always)]
-    fn max(self, other: Self) -> Self {
+    fn larger(self, other: Self) -> Self {
         if self > other { self } else { other }
-    }
-
-    #[inline(always)]
-    fn min(self, other: Self) -> Self {
-        if self < other { self } else { other }
     }
 }
 

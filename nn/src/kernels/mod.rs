@@ -6,10 +6,10 @@ mod math;
 mod output;
 mod sums;
 
-pub(crate) use gemm::{Mat, Threads, gemm, gemm_add};
+pub(crate) use gemm::{Mat, Out, Threads, gemm, gemm_add, product};
 pub(crate) use math::Real;
 pub(crate) use output::output;
-pub(crate) use sums::{add_assign, column_sums, lane_sum};
+pub(crate) use sums::{add_assign, column_sums, lane_max, lane_sum};
 
 /// Runs a loop compiled for the widest vectors that this machine has.
 ///

@@ -71,3 +71,15 @@ fn fold_lanes<T: Real>(mut lanes: [T; 16]) -> T {
     }
     lanes[0]
 }
+
+/// The largest; −∞ of nothing. Not that of NaNs.
+#[inline(always)]
+pub(crate) fn lane_max<T: Real>(values: &[T]) -> T {
+    let (chunks, rest) = values.as_chunks::<16>();
+    let mut lanes = [T::from_f64(f64::NEG_INFINITY); 16];
+    for chunk in chunks {
+        lanes.iter_mut().zip(chunk).for_each(|(lane, value)| *lane = value.larger(*lane));
+    }
+    lanes.iter_mut().zip(rest).for_each(|(lane, value)| *lane = value.larger(*lane));
+    lanes.into_iter().fold(T::from_f64(f64::NEG_INFINITY), |max, lane| lane.larger(max))
+}

@@ -1,19 +1,28 @@
 //! Layers: structs that hold the tensors of their parameters, and functions without any.
 
 mod activation;
+mod attention;
 mod conv;
 mod dropout;
 mod linear;
 mod linear_op;
+mod mean;
 mod norm;
 mod pool;
+mod residual;
+mod transformer;
 
 pub use activation::Activation;
+pub use attention::{AttentionMask, MultiHeadAttention, Rotary, attention};
 pub use conv::{Conv2d, Conv2dOptions};
 pub use dropout::Dropout;
 pub use linear::Linear;
+pub use mean::mean_places;
 pub use norm::{BatchNorm, BatchNormOptions, GroupNorm, LayerNorm, RmsNorm};
 pub use pool::max_pool2d;
+pub use residual::add;
+pub(crate) use residual::add_to_rows;
+pub use transformer::TransformerBlock;
 
 use crate::Result;
 use candle_core::Tensor;

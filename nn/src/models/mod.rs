@@ -2,9 +2,11 @@
 
 mod cnn;
 mod mlp;
+mod transformer;
 
 pub use cnn::{Cnn, CnnOptions};
 pub use mlp::{Mlp, MlpOptions};
+pub use transformer::{Pooling, Positions, Transformer, TransformerOptions};
 
 use crate::{Error, Result};
 

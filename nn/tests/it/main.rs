@@ -45,3 +45,12 @@ const MLP: &str = r#"{"architecture": "mlp", "options":
     {"inputs": 6, "hidden": [5, 4], "outputs": 3, "dropout": 0.3}}"#;
 const CNN: &str = r#"{"architecture": "cnn", "options":
     {"channels": 2, "height": 7, "width": 6, "conv": [3, 4], "hidden": 5, "outputs": 3, "dropout": 0.3}}"#;
+const TRANSFORMER: &str = r#"{"architecture": "transformer", "options":
+    {"length": 5, "inputs": 3, "features": 8, "heads": 2, "layers": 2, "hidden": 6, "outputs": 3,
+     "dropout": 0.2, "causal": true}}"#;
+const ROTARY: &str = r#"{"architecture": "transformer", "options":
+    {"length": 4, "inputs": 2, "features": 4, "heads": 1, "layers": 1, "outputs": 3,
+     "positions": "rotary", "pooling": "each"}}"#;
+/// Every built-in architecture, and an input of it.
+const MODELS: [(&str, &[usize]); 4] =
+    [(MLP, &[3, 6]), (CNN, &[2, 2, 7, 6]), (TRANSFORMER, &[2, 5, 3]), (ROTARY, &[2, 4, 2])];

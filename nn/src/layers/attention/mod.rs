@@ -1,0 +1,338 @@
+//! Attention.
+
+mod kernel;
+mod rotary;
+
+pub use rotary::Rotary;
+
+use super::linear_op::affine;
+use super::{Activation, Linear};
+use crate::cpu::unsupported;
+use crate::{Error, Init, Module, Params, Pass, Result};
+use candle_core::{D, DType, Tensor};
+use kernel::{Attention, Columns, Inputs};
+use std::sync::Arc;
+
+/// Which keys each query sees; by default all.
+#[derive(Clone, Debug, Default)]
+pub struct AttentionMask {
+    causal: bool,
+    lengths: Option<Arc<[usize]>>,
+    bias: Option<Tensor>,
+}
+
+impl AttentionMask {
+    /// Each query sees the keys up to its own place; where there are more keys than queries, the
+    /// last of both are at the same place.
+    pub fn causal() -> Self {
+        Self { causal: true, ..Self::default() }
+    }
+
+    /// Row `i` of the batch has `lengths[i]` keys; what follows is padding that nobody sees. A
+    /// query that sees nothing gets zeros.
+    #[must_use]
+    pub fn with_lengths(self, lengths: impl Into<Arc<[usize]>>) -> Self {
+        Self { lengths: Some(lengths.into()), ..self }
+    }
+
+    /// Adds a constant `[queries, keys]` to the scores, such as −∞ where a query must not look.
+    /// It gets no gradient.
+    #[must_use]
+    pub fn with_bias(self, bias: &Tensor) -> Self {
+        Self { bias: Some(bias.detach()), ..self }
+    }
+}
+
+/// softmax(q kᵀ / √size) v of `heads` heads side by side: `q [rows, queries, heads · size]`,
+/// `k` and `v` `[rows, keys, kv_heads · size]`, to the shape of `q` (Vaswani et al., 2017; with
+/// fewer heads of keys than of queries, Ainslie et al., 2023).
+///
+/// Memory grows with the length, not with its square, on the CPU. Errors where the shapes do not
+/// fit each other or the mask.
+pub fn attention(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    heads: usize,
+    kv_heads: usize,
+    mask: &AttentionMask,
+) -> Result<Tensor> {
+    let (q, k, v) = (q.contiguous()?, k.contiguous()?, v.contiguous()?);
+    let shape = |what: &str, t: &Tensor, heads: usize| match *t.dims() {
+        [rows, places, width] if heads > 0 && width.is_multiple_of(heads) => {
+            Ok((rows, places, width / heads))
+        }
+        _ => Err(Error::shape(
+            format!("the {what} of attention"),
+            format!("[rows, places, a multiple of {heads} heads]"),
+            t.dims(),
+        )),
+    };
+    let (rows, queries, size) = shape("queries", &q, heads)?;
+    let (_, keys, _) = shape("keys", &k, kv_heads)?;
+    if !heads.is_multiple_of(kv_heads) {
+        return Err(Error::option("kv_heads", kv_heads, format!("a divisor of {heads} heads")));
+    }
+    for (what, t) in [("keys", &k), ("values", &v)] {
+        let expected = [rows, keys, kv_heads * size];
+        if t.dims() != expected {
+            return Err(Error::shape(
+                format!("the {what} of attention"),
+                format!("{expected:?}"),
+                t.dims(),
+            ));
+        }
+    }
+    let sizes = Sizes { rows, queries, keys, heads, kv_heads, size };
+    let whole = |stride| Columns { first: 0, stride };
+    let widths = (heads * size, kv_heads * size);
+    let at = [(0, whole(widths.0)), (1, whole(widths.1)), (2, whole(widths.1))];
+    if !q.device().is_cpu() {
+        return sizes.composed(&q, &k, &v, mask);
+    }
+    sizes.kernel(mask, &Inputs { tensors: vec![&q, &k, &v], at })
+}
+
+#[derive(Clone, Copy)]
+struct Sizes {
+    rows: usize,
+    queries: usize,
+    keys: usize,
+    heads: usize,
+    kv_heads: usize,
+    size: usize,
+}
+
+impl Sizes {
+    fn check(&self, mask: &AttentionMask) -> Result<()> {
+        if let Some(lengths) = &mask.lengths {
+            let too_long = lengths.iter().any(|length| *length > self.keys);
+            if lengths.len() != self.rows || too_long {
+                let expected = format!("[{}], each at most {}", self.rows, self.keys);
+                return Err(Error::shape("the lengths of an attention mask", expected, lengths));
+            }
+        }
+        match &mask.bias {
+            Some(bias) if bias.dims() != [self.queries, self.keys] => {
+                let expected = format!("[{}, {}]", self.queries, self.keys);
+                Err(Error::shape("the bias of an attention mask", expected, bias.dims()))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn kernel(&self, mask: &AttentionMask, inputs: &Inputs<'_>) -> Result<Tensor> {
+        self.check(mask)?;
+        let Self { rows, queries, keys, heads, kv_heads, size } = *self;
+        let bias = match &mask.bias {
+            Some(bias) => {
+                let values = bias.to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>()?;
+                Some(values.into())
+            }
+            None => None,
+        };
+        let (is_causal, lengths) = (mask.causal, mask.lengths.clone());
+        let kernel =
+            Attention { rows, queries, keys, heads, kv_heads, size, is_causal, lengths, bias };
+        Ok(match inputs.tensors[0].dtype() {
+            DType::F32 => kernel.apply::<f32>(inputs)?,
+            DType::F64 => kernel.apply::<f64>(inputs)?,
+            other => return Err(unsupported(other, "attention").into()),
+        })
+    }
+
+    /// In candle's own operations, for devices that this crate has no kernel for. A query that
+    /// sees nothing gets NaNs here.
+    fn composed(&self, q: &Tensor, k: &Tensor, v: &Tensor, mask: &AttentionMask) -> Result<Tensor> {
+        self.check(mask)?;
+        let Self { rows, queries, keys, heads, kv_heads, size } = *self;
+        let split = |t: &Tensor, places: usize, count: usize| -> candle_core::Result<Tensor> {
+            let t = t.reshape((rows, places, count, size))?.transpose(1, 2)?;
+            let group = heads / count;
+            let t = t.unsqueeze(2)?.broadcast_as((rows, count, group, places, size))?;
+            t.contiguous()?.reshape((rows * heads, places, size))
+        };
+        let (q, k, v) =
+            (split(q, queries, heads)?, split(k, keys, kv_heads)?, split(v, keys, kv_heads)?);
+        let scores = (q.matmul(&k.t()?)? / (size as f64).sqrt())?;
+        let scores = scores.reshape((rows, heads, queries, keys))?;
+        let scores = scores.broadcast_add(&self.constant(mask, &scores)?)?;
+        let shifted = scores.broadcast_sub(&scores.detach().max_keepdim(D::Minus1)?)?.exp()?;
+        let weights = shifted.broadcast_div(&shifted.sum_keepdim(D::Minus1)?)?;
+        let y = weights.reshape((rows * heads, queries, keys))?.matmul(&v)?;
+        let y = y.reshape((rows, heads, queries, size))?.transpose(1, 2)?;
+        Ok(y.contiguous()?.reshape((rows, queries, heads * size))?)
+    }
+
+    /// What is added to the scores: `[rows, 1, queries, keys]`.
+    fn constant(&self, mask: &AttentionMask, like: &Tensor) -> candle_core::Result<Tensor> {
+        let Self { rows, queries, keys, .. } = *self;
+        let sees = |row: usize, query: usize, key: usize| {
+            let length = mask.lengths.as_ref().map_or(keys, |lengths| lengths[row]);
+            key < length && (!mask.causal || key + queries <= query + keys)
+        };
+        let mut values = Vec::with_capacity(rows * queries * keys);
+        for (row, query) in (0..rows).flat_map(|row| (0..queries).map(move |query| (row, query))) {
+            values.extend((0..keys).map(|key| match sees(row, query, key) {
+                true => 0.0f32,
+                false => f32::NEG_INFINITY,
+            }));
+        }
+        let constant = Tensor::from_vec(values, (rows, 1, queries, keys), like.device())?;
+        let constant = constant.to_dtype(like.dtype())?;
+        match &mask.bias {
+            Some(bias) => {
+                constant.broadcast_add(&bias.to_dtype(like.dtype())?.to_device(like.device())?)
+            }
+            None => Ok(constant),
+        }
+    }
+}
+
+/// Multi-head self-attention with its projections: `[rows, places, features]` to the same.
+///
+/// Parameters as PyTorch's `nn.MultiheadAttention` names and initialises them: `in_proj_weight
+/// [3 · features, features]`, `in_proj_bias`, `out_proj.weight`, `out_proj.bias`.
+#[derive(Clone, Debug)]
+pub struct MultiHeadAttention {
+    weight: Tensor,
+    bias: Tensor,
+    out: Linear,
+    heads: usize,
+    rotary: Option<Rotary>,
+    name: String,
+}
+
+impl MultiHeadAttention {
+    /// Creates the parameters in `params`. Errors unless `heads` divides `features`.
+    pub fn new(params: &Params, features: usize, heads: usize) -> Result<Self> {
+        if heads == 0 || features == 0 || !features.is_multiple_of(heads) {
+            return Err(Error::option("heads", heads, format!("a divisor of {features} features")));
+        }
+        let xavier = Init::XavierUniform { gain: 1.0 };
+        Ok(Self {
+            weight: params.get((3 * features, features), "in_proj_weight", xavier)?,
+            bias: params.get(3 * features, "in_proj_bias", Init::Zeros)?,
+            out: Linear::new(&params.scope("out_proj"), features, features)?,
+            heads,
+            rotary: None,
+            name: params.path().to_owned(),
+        })
+    }
+
+    /// Turns queries and keys by their places.
+    #[must_use]
+    pub fn with_rotary(self, rotary: Rotary) -> Self {
+        Self { rotary: Some(rotary), ..self }
+    }
+
+    /// What each place of `x` gathers from those that it sees.
+    pub fn forward_masked(&self, x: &Tensor, mask: &AttentionMask, pass: &Pass) -> Result<Tensor> {
+        let features = self.bias.elem_count() / 3;
+        let [rows, places, got] = *x.dims() else { return Err(self.refuse(x)) };
+        if got != features {
+            return Err(self.refuse(x));
+        }
+        let size = features / self.heads;
+        let sizes = Sizes {
+            rows,
+            queries: places,
+            keys: places,
+            heads: self.heads,
+            kv_heads: self.heads,
+            size,
+        };
+        let mut qkv = self.project(x, features)?;
+        if let Some(rotary) = &self.rotary {
+            qkv = rotary.turn(&qkv, 2 * self.heads, size, 0)?;
+        }
+        let y = if x.device().is_cpu() {
+            let at =
+                [0, 1, 2].map(|part| (0, Columns { first: part * features, stride: 3 * features }));
+            sizes.kernel(mask, &Inputs { tensors: vec![&qkv], at })?
+        } else {
+            let [q, k, v] = [0, 1, 2].map(|part| qkv.narrow(2, part * features, features));
+            sizes.composed(&q?, &k?, &v?, mask)?
+        };
+        self.out.forward(&y, pass)
+    }
+
+    fn project(&self, x: &Tensor, features: usize) -> Result<Tensor> {
+        if x.device().is_cpu() {
+            return Ok(affine(x, &self.weight, &self.bias, Activation::Identity)?);
+        }
+        let y = x.reshape(((), features))?.matmul(&self.weight.t()?)?.broadcast_add(&self.bias)?;
+        Ok(y.reshape((x.dim(0)?, x.dim(1)?, 3 * features))?)
+    }
+
+    fn refuse(&self, x: &Tensor) -> Error {
+        let what = format!("the input of attention {:?}", self.name);
+        Error::shape(what, format!("[rows, places, {}]", self.bias.elem_count() / 3), x.dims())
+    }
+}
+
+impl Module for MultiHeadAttention {
+    /// Every place sees all others.
+    fn forward(&self, x: &Tensor, pass: &Pass) -> Result<Tensor> {
+        self.forward_masked(x, &AttentionMask::default(), pass)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_core::Device;
+
+    /// Two implementations, one answer: for outputs and for every gradient.
+    #[test]
+    fn the_kernel_agrees_with_candles_operations() {
+        let bias = Tensor::arange(0.0, 70.0 * 70.0, &Device::Cpu)
+            .and_then(|t| (t * 0.1)?.sin()?.reshape((70, 70)));
+        let bias = bias.expect("bias");
+        let causal = AttentionMask::causal;
+        let cases = [
+            (1, 1, 1, 1, AttentionMask::default()),
+            (5, 7, 4, 2, AttentionMask::default()),
+            (70, 70, 2, 2, causal()),
+            (3, 9, 4, 1, causal()),
+            (9, 3, 2, 2, AttentionMask::default().with_lengths([2, 3])),
+            (66, 66, 2, 1, causal().with_lengths([66, 5])),
+            (70, 70, 2, 2, causal().with_bias(&bias)),
+        ];
+        for (queries, keys, heads, kv_heads, mask) in cases {
+            let params = Params::with_dtype(1, &Device::Cpu, DType::F64);
+            let init = Init::Normal { mean: 0.0, std: 1.0 };
+            let of = |name, places, heads| {
+                params.get((2, places, heads * 3), name, init).expect("tensor")
+            };
+            let (q, k, v) =
+                (of("q", queries, heads), of("k", keys, kv_heads), of("v", keys, kv_heads));
+            let sizes = Sizes { rows: 2, queries, keys, heads, kv_heads, size: 3 };
+            let ours = attention(&q, &k, &v, heads, kv_heads, &mask).expect("kernel");
+            let theirs = sizes.composed(&q, &k, &v, &mask).expect("composed");
+            assert_close(&ours, &theirs);
+            let weights = (theirs.detach() + 0.5).expect("weights");
+            let gradients =
+                |y: Tensor| (y * &weights).and_then(|y| y.backward()).expect("backward");
+            let (ours, theirs) = (gradients(ours), gradients(theirs));
+            for (_, var) in params.vars() {
+                assert_close(ours.get(&var).expect("ours"), theirs.get(&var).expect("theirs"));
+            }
+        }
+    }
+
+    fn assert_close(a: &Tensor, b: &Tensor) {
+        assert_eq!(a.dims(), b.dims());
+        let greatest = (a - b).and_then(|d| d.abs()?.max_all()?.to_scalar::<f64>());
+        assert!(greatest.expect("difference") < 1e-10);
+    }
+
+    #[test]
+    fn who_sees_nothing_gets_nothing() {
+        let x = Tensor::ones((2, 3, 4), DType::F32, &Device::Cpu).expect("x");
+        let mask = AttentionMask::default().with_lengths([0, 3]);
+        let y = attention(&x, &x, &x, 2, 2, &mask).expect("attention").flatten_all().expect("flat");
+        let y: Vec<f32> = y.to_vec1().expect("values");
+        assert_eq!(y, [[0.0; 12], [1.0; 12]].concat());
+    }
+}
