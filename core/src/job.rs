@@ -1,7 +1,7 @@
 //! One task on its way: queued, run where it belongs, run again if asked, settled.
 
 use crate::current::{self, Current};
-use crate::nested::{Nested, Submission};
+use crate::nested::{Nested, Submission, Wanted};
 use crate::nodes::Recipe;
 use crate::object::{Promise, when_ready};
 use crate::parcel::{Parcel, open_all, pack_all};
@@ -126,8 +126,8 @@ impl<T: Send + Sync + 'static> Job<T> {
             Err(error) => return self.promise.error(error),
         };
         let (object, name) = (self.promise.object(), self.promise.name().to_string());
-        let options = self.options.clone();
-        let submission = Submission { by: current::call(), name, function, args, options };
+        let wanted = Wanted::Task { function, options: self.options.clone() };
+        let submission = Submission { by: current::call(), name, args, wanted };
         let ticket = nested.submit(
             submission,
             Box::new(move |result| {

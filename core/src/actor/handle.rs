@@ -4,13 +4,15 @@ use super::checkpoint::Failures;
 use super::crew::Crew;
 use super::lanes::Class;
 use super::process::ProcessActor;
-use super::remote::{Method, Post};
+use super::remote::{Method, Post, Settle};
 use super::{ActorOptions, gone};
-use crate::object::block_until_ready;
+use crate::nested::{Condition, Up};
+use crate::object::{Promise, block_until_ready};
 use crate::parcel::Parcel;
 use crate::remote::{Arguments, Value};
 use crate::status::{ActorState, ActorStatus, Look, Sighting};
 use crate::{Error, ObjectRef};
+use serde::{Deserialize, Serialize};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 
@@ -46,6 +48,8 @@ struct Inner {
 enum Route {
     Thread(ThreadHandle, Arc<Failures>),
     Process(ProcessHandle),
+    /// In a worker process: its driver has the handle, and closes it when this is dropped.
+    Driver(Arc<Up>),
 }
 
 /// Closes the actor with the last handle.
@@ -85,9 +89,18 @@ impl ActorRef {
         Self::new(options, Route::Process(ProcessHandle(actor)))
     }
 
+    /// An actor of this process's driver.
+    pub(crate) fn of_driver(name: &str, mailbox: Mailbox, up: Arc<Up>) -> Self {
+        Self::with_mailbox(name, mailbox, Route::Driver(up))
+    }
+
     fn new(options: &ActorOptions, route: Route) -> Self {
-        let (name, credits) = (options.name.as_str().into(), Credits::new(options));
-        let urgent_credits = Credits::new(options);
+        Self::with_mailbox(&options.name, Mailbox::of(options), route)
+    }
+
+    fn with_mailbox(name: &str, mailbox: Mailbox, route: Route) -> Self {
+        let (name, credits) = (name.into(), Credits::new(mailbox));
+        let urgent_credits = Credits::new(mailbox);
         let is_built = AtomicBool::new(false);
         let inner = Arc::new(Inner { name, credits, urgent_credits, route, is_built });
         Self { inner, is_urgent: false }
@@ -110,7 +123,7 @@ impl ActorRef {
                 restarts: 0,
                 failed_checkpoints: match &actor.route {
                     Route::Thread(_, failures) => failures.count(),
-                    Route::Process(_) => 0,
+                    Route::Process(_) | Route::Driver(_) => 0,
                 },
                 pending: actor.credits.lock().messages as u64,
                 pid: None,
@@ -137,30 +150,35 @@ impl ActorRef {
 
     /// Whether calls still reach it: not when its process is gone for good.
     pub fn is_alive(&self) -> bool {
+        self.condition().is_alive
+    }
+
+    /// Asks the driver, in a worker process.
+    pub(crate) fn condition(&self) -> Condition {
         match &self.inner.route {
-            Route::Thread(..) => true,
-            Route::Process(actor) => actor.0.is_alive(),
+            Route::Thread(..) => Condition { is_alive: true, pid: None },
+            Route::Process(actor) => Condition { is_alive: actor.0.is_alive(), pid: actor.0.pid() },
+            Route::Driver(up) => up.condition(),
         }
     }
 
-    /// Calls that were sent and have not ended.
+    /// Calls that were sent and have not ended; in a worker process, those that it has sent.
     pub fn pending(&self) -> usize {
         self.inner.credits.lock().messages + self.inner.urgent_credits.lock().messages
     }
 
     /// The process it lives in, if it has one of its own and that is running.
     pub fn pid(&self) -> Option<u32> {
-        match &self.inner.route {
-            Route::Thread(..) => None,
-            Route::Process(actor) => actor.0.pid(),
-        }
+        self.condition().pid
     }
 
     /// Ends the actor at once where it lives in a process: calls under way fail. An actor on a
     /// thread cannot be ended from outside.
     pub fn kill(&self) {
-        if let Route::Process(actor) = &self.inner.route {
-            actor.0.kill();
+        match &self.inner.route {
+            Route::Thread(..) => {}
+            Route::Process(actor) => actor.0.kill(),
+            Route::Driver(up) => up.call_off(),
         }
     }
 
@@ -178,13 +196,47 @@ impl ActorRef {
 
     /// Has values fetched from other machines, if need be, while the caller waits.
     fn bring(&self, args: Vec<Parcel>) -> Result<Vec<Parcel>, Error> {
+        args.iter().filter(|parcel| self.must_bring(parcel)).try_for_each(Parcel::bring)?;
+        Ok(args)
+    }
+
+    /// Whether this value has to be fetched before it can be sent.
+    pub(crate) fn must_bring(&self, parcel: &Parcel) -> bool {
         let node = match &self.inner.route {
-            Route::Thread(..) => None,
+            Route::Thread(..) | Route::Driver(_) => None,
             Route::Process(actor) => actor.0.node(),
         };
-        let far = args.iter().filter(|parcel| node.is_some_and(|node| !parcel.is_at_hand(node)));
-        far.map(Parcel::bring).collect::<Result<Vec<_>, _>>()?;
-        Ok(args)
+        node.is_some_and(|node| !parcel.is_at_hand(node))
+    }
+
+    /// Passes on a call of a worker process, which keeps to its own part of the mailbox.
+    pub(crate) fn pass_on(
+        &self,
+        (method, class): (&'static str, Class),
+        args: Vec<Parcel>,
+        promise: Promise<Parcel>,
+    ) {
+        let credits =
+            if class.is_urgent { &self.inner.urgent_credits } else { &self.inner.credits };
+        let credit = Credit::overdrawn(credits, bytes_of(&args));
+        let settle: Settle = Box::new(move |result| {
+            drop(credit);
+            promise.resolve(result);
+        });
+        match self.bring(args) {
+            Ok(args) => self.post(Post { method, class, args, settle, lost: 0 }),
+            Err(error) => settle(Err(error)),
+        }
+    }
+
+    /// How much its mailbox holds.
+    pub(crate) fn mailbox(&self) -> Mailbox {
+        self.inner.credits.most
+    }
+
+    /// Whether no other handle is left, and no calls but so many.
+    pub(crate) fn is_held_for(&self, calls: usize) -> bool {
+        (1..=calls).contains(&self.pending()) && Arc::strong_count(&self.inner) == 1
     }
 
     /// Sends a call, or refuses with [`Error::MailboxFull`].
@@ -195,7 +247,7 @@ impl ActorRef {
     ) -> Result<ObjectRef<T>, Error> {
         let args = self.bring(P::encode(&args)?)?;
         if !self.credits().try_take(bytes_of(&args)) {
-            let (actor, capacity) = (self.inner.name.to_string(), self.credits().most_messages);
+            let (actor, capacity) = (self.inner.name.to_string(), self.credits().most.messages);
             return Err(Error::MailboxFull { actor, capacity });
         }
         Ok(self.send(method, args))
@@ -230,6 +282,7 @@ impl ActorRef {
                 }
             }
             Route::Process(actor) => actor.0.post(post),
+            Route::Driver(up) => up.post(post),
         }
     }
 
@@ -244,6 +297,10 @@ impl ActorRef {
 pub(crate) struct WeakActor(Weak<Inner>);
 
 impl WeakActor {
+    pub(crate) fn is_held(&self) -> bool {
+        self.0.strong_count() > 0
+    }
+
     pub(crate) fn upgrade(&self) -> Option<ActorRef> {
         self.0.upgrade().map(|inner| ActorRef { inner, is_urgent: false })
     }
@@ -258,10 +315,22 @@ fn bytes_of(args: &[Parcel]) -> usize {
     args.iter().map(bytes).sum()
 }
 
-/// How much an actor's mailbox may hold, and holds.
+/// How much an actor's mailbox may hold.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub(crate) struct Mailbox {
+    messages: usize,
+    bytes: usize,
+}
+
+impl Mailbox {
+    pub(crate) fn of(options: &ActorOptions) -> Self {
+        Self { messages: options.mailbox.max(1), bytes: options.mailbox_bytes }
+    }
+}
+
+/// What an actor's mailbox may hold, and holds.
 struct Credits {
-    most_messages: usize,
-    most_bytes: usize,
+    most: Mailbox,
     used: Mutex<Used>,
     room: Condvar,
 }
@@ -270,6 +339,14 @@ struct Credits {
 struct Credit {
     credits: Arc<Credits>,
     bytes: usize,
+}
+
+impl Credit {
+    /// A place whether there is room or not.
+    fn overdrawn(credits: &Arc<Credits>, bytes: usize) -> Self {
+        credits.lock().add(bytes);
+        Self { credits: Arc::clone(credits), bytes }
+    }
 }
 
 impl Drop for Credit {
@@ -286,9 +363,8 @@ struct Used {
 }
 
 impl Credits {
-    fn new(options: &ActorOptions) -> Arc<Self> {
-        let (most_messages, most_bytes) = (options.mailbox.max(1), options.mailbox_bytes);
-        Arc::new(Self { most_messages, most_bytes, used: Mutex::default(), room: Condvar::new() })
+    fn new(most: Mailbox) -> Arc<Self> {
+        Arc::new(Self { most, used: Mutex::default(), room: Condvar::new() })
     }
 
     /// Waits for room. A message larger than the whole mailbox fits when it is empty.
@@ -324,7 +400,7 @@ impl Credits {
 
     fn has_room(&self, used: &Used, bytes: usize) -> bool {
         used.messages == 0
-            || used.messages < self.most_messages && used.bytes + bytes <= self.most_bytes
+            || used.messages < self.most.messages && used.bytes + bytes <= self.most.bytes
     }
 
     fn lock(&self) -> MutexGuard<'_, Used> {

@@ -1,14 +1,15 @@
 //! The driver's side: what one worker process has submitted.
 
-use super::wire::{Failure, Submission};
+use super::held::Held;
+use super::wire::{Failure, Submission, Wanted};
 use crate::object::when_ready;
 use crate::parcel::{Packed, Parcel};
 use crate::process::Owner;
-use crate::process::wire::{FromWorker, ToWorker};
+use crate::process::wire::{FromWorker, MAX_FRAME_BYTES, ToWorker};
 use crate::remote::{RemoteCall, RemoteFn};
 use crate::runtime::{Lease, Runtime, WeakRuntime};
 use crate::scheduler::NodeId;
-use crate::task::{Placement, Task};
+use crate::task::{Placement, Task, TaskOptions};
 use crate::{Error, ObjectRef, store, threads};
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -30,6 +31,9 @@ pub(crate) struct Tickets {
     state: Mutex<State>,
 }
 
+/// A value on its way to the worker, and what keeps it in place.
+type Pack = (Packed, Option<store::Lease>);
+
 #[derive(Default)]
 struct State {
     tickets: HashMap<u64, Ticket>,
@@ -42,6 +46,21 @@ struct Ticket {
     object: ObjectRef<Parcel>,
     /// Keeps a large result where the worker finds it.
     lease: Option<store::Lease>,
+    stands_for: Thing,
+}
+
+/// What a ticket stands for, besides its result.
+enum Thing {
+    Nothing,
+    Actor(Arc<Held>),
+    /// A call of the actor under this ticket.
+    CallOf(u64),
+}
+
+impl Ticket {
+    fn new(object: ObjectRef<Parcel>, stands_for: Thing) -> Self {
+        Self { object, lease: None, stands_for }
+    }
 }
 
 impl Tickets {
@@ -62,10 +81,7 @@ impl Tickets {
     ) -> Option<FromWorker> {
         match frame {
             FromWorker::Submit { ticket, submission } => self.submit(ticket, *submission, owner),
-            FromWorker::CallOff { ticket } => {
-                let object = self.object(ticket);
-                object.into_iter().for_each(|object| object.cancel());
-            }
+            FromWorker::CallOff { ticket } => self.call_off(ticket),
             FromWorker::Release { ticket } => drop(self.remove(ticket)),
             FromWorker::Lend => self.lend(owner),
             FromWorker::Reclaim => self.reclaim(),
@@ -81,17 +97,26 @@ impl Tickets {
             state.is_closed = true;
             (std::mem::take(&mut state.tickets), std::mem::take(&mut state.lent))
         };
+        for (number, ticket) in &tickets {
+            if let Thing::Actor(held) = &ticket.stands_for {
+                let is_under_way = |other: &&Ticket| {
+                    matches!(other.stands_for, Thing::CallOf(actor) if actor == *number)
+                        && !other.object.is_ready()
+                };
+                held.let_go(tickets.values().filter(is_under_way).count());
+            }
+        }
         tickets.values().for_each(|ticket| ticket.object.cancel());
         drop(lent);
     }
 
     fn submit(self: &Arc<Self>, ticket: u64, submission: Submission, owner: Option<&dyn Owner>) {
         let parent = submission.by.and_then(|call| owner?.object_of(call));
-        let runtime = self.runtime.upgrade().ok_or(Error::NoCurrentRuntime);
-        let object = match runtime.and_then(|runtime| Ok((self.task(submission)?, runtime))) {
-            Ok((task, runtime)) => runtime.submit(task),
-            Err(error) => ObjectRef::failed("nested".into(), error),
-        };
+        let begun = self.begin(submission, owner);
+        let begun = begun.unwrap_or_else(|error| {
+            Ticket::new(ObjectRef::failed("nested".into(), error), Thing::Nothing)
+        });
+        let object = begun.object.clone();
         if let Some(parent) = parent {
             parent.adopt(Arc::downgrade(&object.object()));
         }
@@ -100,22 +125,64 @@ impl Tickets {
             if state.is_closed {
                 return object.cancel();
             }
-            state.tickets.insert(ticket, Ticket { object: object.clone(), lease: None });
+            state.tickets.insert(ticket, begun);
         }
         let tickets = Arc::clone(self);
         when_ready(vec![object.object()], move |_| tickets.answer(ticket, &object));
     }
 
-    fn task(&self, submission: Submission) -> Result<Task<Parcel>, Error> {
-        let Submission { name, function, args, mut options, .. } = submission;
-        let function = RemoteFn::find(&function)?.name();
-        options.placement = Placement::Process;
+    /// Sets about what is wanted.
+    fn begin(&self, wanted: Submission, owner: Option<&dyn Owner>) -> Result<Ticket, Error> {
+        let Submission { by, name, args, wanted } = wanted;
+        let runtime = self.runtime.upgrade().ok_or(Error::NoCurrentRuntime)?;
+        let args = self.arguments(&name, args)?;
+        let held = Arc::new(Held::default());
+        Ok(match wanted {
+            Wanted::Task { function, options } => {
+                let task = task(name, &function, args, options)?;
+                Ticket::new(runtime.submit(task), Thing::Nothing)
+            }
+            Wanted::Actor(plan) => {
+                let asker = by.and_then(|_| owner?.lease());
+                let object = held.start(runtime, *plan, args, asker)?;
+                Ticket::new(object, Thing::Actor(held))
+            }
+            Wanted::Named { kind } => {
+                let object = held.find(&runtime, &kind, &name)?;
+                Ticket::new(object, Thing::Actor(held))
+            }
+            Wanted::Call { actor, method, class } => {
+                let object = self.actor(actor)?.call(&method, class, args)?;
+                Ticket::new(object, Thing::CallOf(actor))
+            }
+            Wanted::Condition { actor } => {
+                Ticket::new(self.actor(actor)?.condition()?, Thing::Nothing)
+            }
+        })
+    }
+
+    fn arguments(&self, name: &str, args: Vec<Packed>) -> Result<Vec<Parcel>, Error> {
         let args = args.into_iter().map(|packed| match packed {
             Packed::Held { ticket } => self.parcel(ticket),
-            other => other.adopt(&name),
+            other => other.adopt(name),
         });
-        let call = RemoteCall::raw(function, args.collect::<Result<_, _>>()?);
-        Ok(Task::remote(name, call).with_options(options))
+        args.collect()
+    }
+
+    fn actor(&self, ticket: u64) -> Result<Arc<Held>, Error> {
+        match self.state().tickets.get(&ticket).map(|ticket| &ticket.stands_for) {
+            Some(Thing::Actor(held)) => Ok(Arc::clone(held)),
+            _ => Err(Error::Internal(format!("ticket {ticket} is no actor's"))),
+        }
+    }
+
+    fn call_off(&self, ticket: u64) {
+        // Not under the lock, as what ends is answered at once.
+        match (self.actor(ticket), self.object(ticket)) {
+            (Ok(held), _) => held.kill(),
+            (Err(_), Some(object)) => object.cancel(),
+            (Err(_), None) => {}
+        }
     }
 
     fn parcel(&self, ticket: u64) -> Result<Parcel, Error> {
@@ -147,8 +214,8 @@ impl Tickets {
         }
     }
 
-    fn say(&self, ticket: u64, packed: Result<(Packed, Option<store::Lease>), Error>) {
-        let result = packed.map(|(packed, lease)| {
+    fn say(&self, ticket: u64, packed: Result<Pack, Error>) {
+        let result = packed.and_then(fitting).map(|(packed, lease)| {
             if let Some(known) = self.state().tickets.get_mut(&ticket) {
                 known.lease = lease;
             }
@@ -189,4 +256,25 @@ impl Tickets {
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+fn task(
+    name: String,
+    function: &str,
+    args: Vec<Parcel>,
+    options: TaskOptions,
+) -> Result<Task<Parcel>, Error> {
+    let options = TaskOptions { placement: Placement::Process, ..options };
+    let call = RemoteCall::raw(RemoteFn::find(function)?.name(), args);
+    Ok(Task::remote(name, call).with_options(options))
+}
+
+/// What an actor on a thread gives has never been in a frame.
+fn fitting(packed: Pack) -> Result<Pack, Error> {
+    let bytes = packed.0.bytes();
+    if bytes < MAX_FRAME_BYTES {
+        return Ok(packed);
+    }
+    let message = format!("its result has {bytes} bytes, at most {MAX_FRAME_BYTES} fit");
+    Err(Error::TaskFailed { task: "a call".to_owned(), message })
 }

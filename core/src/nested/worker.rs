@@ -122,8 +122,8 @@ impl Nested {
 /// A result that the driver holds for this worker, until dropped.
 #[doc(hidden)]
 pub struct Up {
-    nested: Arc<Nested>,
-    ticket: u64,
+    pub(super) nested: Arc<Nested>,
+    pub(super) ticket: u64,
     packed: Packed,
 }
 
