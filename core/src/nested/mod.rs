@@ -6,11 +6,13 @@
 //! submitted is cancelled with it.
 //!
 //! An actor's ticket stands for a handle, which the driver holds for the worker, and a call of the
-//! actor is one more thing that can be wanted.
+//! actor is one more thing that can be wanted. The values of a stream are sent on to the worker as
+//! they come; its window is the consumer's.
 
 mod actors;
 mod door;
 mod held;
+mod relay;
 mod tickets;
 mod wire;
 mod worker;

@@ -1,6 +1,7 @@
 //! The driver's side: what one worker process has submitted.
 
 use super::held::Held;
+use super::relay::{Inlet, Relay, Reply};
 use super::wire::{Failure, Submission, Wanted};
 use crate::object::when_ready;
 use crate::parcel::{Packed, Parcel};
@@ -9,6 +10,7 @@ use crate::process::wire::{FromWorker, MAX_FRAME_BYTES, ToWorker};
 use crate::remote::{RemoteCall, RemoteFn};
 use crate::runtime::{Lease, Runtime, WeakRuntime};
 use crate::scheduler::NodeId;
+use crate::stream::Intake;
 use crate::task::{Placement, Task, TaskOptions};
 use crate::{Error, ObjectRef, store, threads};
 use std::collections::HashMap;
@@ -27,7 +29,7 @@ pub(crate) struct Tickets {
     /// Not for longer than the program has it: with the last one, other machines are told goodbye.
     runtime: WeakRuntime,
     node: NodeId,
-    reply: Box<dyn Fn(ToWorker) + Send + Sync>,
+    reply: Reply,
     state: Mutex<State>,
 }
 
@@ -55,6 +57,7 @@ enum Thing {
     Actor(Arc<Held>),
     /// A call of the actor under this ticket.
     CallOf(u64),
+    Stream(Arc<Relay>),
 }
 
 impl Ticket {
@@ -70,7 +73,7 @@ impl Tickets {
         reply: impl Fn(ToWorker) + Send + Sync + 'static,
     ) -> Option<Arc<Self>> {
         let runtime = DRIVER.get()?.upgrade()?.downgrade();
-        Some(Arc::new(Self { runtime, node, reply: Box::new(reply), state: Mutex::default() }))
+        Some(Arc::new(Self { runtime, node, reply: Arc::new(reply), state: Mutex::default() }))
     }
 
     /// Takes what is for it, and gives back what is not.
@@ -82,7 +85,13 @@ impl Tickets {
         match frame {
             FromWorker::Submit { ticket, submission } => self.submit(ticket, *submission, owner),
             FromWorker::CallOff { ticket } => self.call_off(ticket),
-            FromWorker::Release { ticket } => drop(self.remove(ticket)),
+            FromWorker::Release { ticket } => self.release(ticket),
+            FromWorker::Grant { ticket, below } => {
+                self.relay(ticket).into_iter().for_each(|relay| relay.grant(below));
+            }
+            FromWorker::Mapped { ticket, below } => {
+                self.relay(ticket).into_iter().for_each(|relay| relay.mapped(below));
+            }
             FromWorker::Lend => self.lend(owner),
             FromWorker::Reclaim => self.reclaim(),
             other => return Some(other),
@@ -112,7 +121,7 @@ impl Tickets {
 
     fn submit(self: &Arc<Self>, ticket: u64, submission: Submission, owner: Option<&dyn Owner>) {
         let parent = submission.by.and_then(|call| owner?.object_of(call));
-        let begun = self.begin(submission, owner);
+        let begun = self.begin(ticket, submission, owner);
         let begun = begun.unwrap_or_else(|error| {
             Ticket::new(ObjectRef::failed("nested".into(), error), Thing::Nothing)
         });
@@ -127,20 +136,36 @@ impl Tickets {
             }
             state.tickets.insert(ticket, begun);
         }
-        let tickets = Arc::clone(self);
-        when_ready(vec![object.object()], move |_| tickets.answer(ticket, &object));
+        let (tickets, relay) = (Arc::clone(self), self.relay(ticket));
+        when_ready(vec![object.object()], move |_| match relay {
+            None => tickets.answer(ticket, &object),
+            Some(relay) => relay.at_the_end(move || tickets.answer(ticket, &object)),
+        });
     }
 
     /// Sets about what is wanted.
-    fn begin(&self, wanted: Submission, owner: Option<&dyn Owner>) -> Result<Ticket, Error> {
-        let Submission { by, name, args, wanted } = wanted;
+    fn begin(
+        &self,
+        ticket: u64,
+        submission: Submission,
+        owner: Option<&dyn Owner>,
+    ) -> Result<Ticket, Error> {
+        let Submission { by, name, args, wanted } = submission;
         let runtime = self.runtime.upgrade().ok_or(Error::NoCurrentRuntime)?;
         let args = self.arguments(&name, args)?;
         let held = Arc::new(Held::default());
         Ok(match wanted {
             Wanted::Task { function, options } => {
-                let task = task(name, &function, args, options)?;
+                let task = task(name, RemoteCall::raw(known(&function)?, args), options);
                 Ticket::new(runtime.submit(task), Thing::Nothing)
+            }
+            Wanted::Stream { function, options, granted } => {
+                let relay = Relay::new(ticket, granted, self.node, Arc::clone(&self.reply));
+                let values: Option<Arc<dyn Intake>> = Some(Arc::new(Inlet(Arc::clone(&relay))));
+                let call = RemoteCall { values, ..RemoteCall::raw(known(&function)?, args) };
+                let object = runtime.submit(task(name, call, options));
+                relay.set_object(&object.object());
+                Ticket::new(object, Thing::Stream(relay))
             }
             Wanted::Actor(plan) => {
                 let asker = by.and_then(|_| owner?.lease());
@@ -249,8 +274,18 @@ impl Tickets {
         self.state().tickets.get(&ticket).map(|ticket| ticket.object.clone())
     }
 
-    fn remove(&self, ticket: u64) -> Option<Ticket> {
-        self.state().tickets.remove(&ticket)
+    fn relay(&self, ticket: u64) -> Option<Arc<Relay>> {
+        match self.state().tickets.get(&ticket).map(|ticket| &ticket.stands_for) {
+            Some(Thing::Stream(relay)) => Some(Arc::clone(relay)),
+            _ => None,
+        }
+    }
+
+    /// What the worker does not even wait for is not needed at all.
+    fn release(&self, ticket: u64) {
+        let known = self.state().tickets.remove(&ticket);
+        let unwanted = known.filter(|ticket| !ticket.object.is_ready());
+        unwanted.into_iter().for_each(|ticket| ticket.object.cancel());
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -258,15 +293,14 @@ impl Tickets {
     }
 }
 
-fn task(
-    name: String,
-    function: &str,
-    args: Vec<Parcel>,
-    options: TaskOptions,
-) -> Result<Task<Parcel>, Error> {
+fn task(name: String, call: RemoteCall<Parcel>, options: TaskOptions) -> Task<Parcel> {
     let options = TaskOptions { placement: Placement::Process, ..options };
-    let call = RemoteCall::raw(RemoteFn::find(function)?.name(), args);
-    Ok(Task::remote(name, call).with_options(options))
+    Task::remote(name, call).with_options(options)
+}
+
+/// A function by its registered name.
+fn known(function: &str) -> Result<&'static str, Error> {
+    RemoteFn::find(function).map(RemoteFn::name)
 }
 
 /// What an actor on a thread gives has never been in a frame.

@@ -25,6 +25,12 @@ pub(crate) enum Wanted {
         function: String,
         options: TaskOptions,
     },
+    /// A task that gives many values, of which those below `granted` may be sent.
+    Stream {
+        function: String,
+        options: TaskOptions,
+        granted: u64,
+    },
     /// An actor, once it is built.
     Actor(Box<Blueprint>),
     /// The newest actor of this type with the submission's name.

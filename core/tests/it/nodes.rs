@@ -726,6 +726,11 @@ mod scenarios {
         let node = runtime.nodes()[1].node;
         // More than may be under way, small ones and large ones.
         for (count, size) in [(500, 10), (20, 1 << 20)] {
+            for (from, to) in [(Node::HERE, node), (node, Node::HERE), (node, node)] {
+                let task = consume::remote(count, size, from).with_options(on(to));
+                let whole = runtime.submit(task).get_timeout(LONG);
+                assert_eq!(*whole.expect("streams"), count, "{from:?}, {to:?}");
+            }
             let task = yield_many::remote(count, size).with_options(on(node));
             let values: Result<Vec<_>, Error> = runtime.submit_stream(task).collect();
             let values = values.expect("streams");
@@ -1117,6 +1122,17 @@ fn place_of_two() -> Result<(), Error> {
     };
     assert!(wait_until(all_run, LONG), "four never ran at the same time");
     Ok(())
+}
+
+/// How many of the values that are made there come as they are to be.
+#[remote(crate = mobula_core)]
+fn consume(count: usize, size: usize, from: Node) -> Result<usize, Error> {
+    let options =
+        TaskOptions { placement: Placement::Process, node: Some(from), ..TaskOptions::default() };
+    let task = yield_many::remote(count, size).with_options(options).with_buffer(8);
+    let values = Runtime::current()?.submit_stream(task).collect::<Result<Vec<_>, _>>()?;
+    let is_whole = |(n, value): &(usize, &std::sync::Arc<Blob>)| value.0 == vec![*n as u8; size];
+    Ok(values.iter().enumerate().filter(is_whole).count())
 }
 
 #[remote(crate = mobula_core)]

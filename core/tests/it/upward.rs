@@ -1,11 +1,11 @@
-//! Actors that belong to what runs in a worker process.
+//! Actors and streams that belong to what runs in a worker process.
 
 use crate::Test;
 use crate::driver::{assert_gone, wait_for_file};
 use mobula_core::value::Blob;
 use mobula_core::{
     ActorOptions, ActorPoolOptions, Error, Group, GroupOptions, Member, Placement, Resources,
-    RestartPolicy, Runtime, Task, collect, remote,
+    RestartPolicy, Runtime, Task, TaskOptions, Yield, collect, remote,
 };
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -29,6 +29,12 @@ pub(crate) const TESTS: &[Test] = &[
     ("upward::actors_and_members_have_actors_too", everywhere),
     ("upward::concurrent_and_urgent_calls_are_what_they_are_in_the_driver", concurrent),
     ("upward::pools_work", pools),
+    ("upward::streams_come_in_order_and_end", streams),
+    ("upward::large_values_of_a_stream_come_whole", large_stream),
+    ("upward::errors_come_after_the_values", failing_streams),
+    ("upward::a_producer_is_no_further_ahead_than_its_buffer", back_pressure),
+    ("upward::a_producer_ends_with_its_consumer", dropped_streams),
+    ("upward::a_stream_is_tried_again_without_what_was_delivered", retried_stream),
 ];
 
 struct Counter(u64);
@@ -86,8 +92,17 @@ fn tell(path: &Path, what: impl ToString) {
     written.and_then(|()| std::fs::rename(&draft, path)).expect("writes");
 }
 
+/// Without CPUs of its own: tests beside this one ask for all there are, and would wait for it.
 fn in_process(start: u64) -> mobula_core::remote::ActorCall<Counter> {
-    Counter::remote(start).on(Placement::Process)
+    Counter::remote(start).on(Placement::Process).with_resources(Resources::default())
+}
+
+fn options(name: &str) -> ActorOptions {
+    ActorOptions {
+        placement: Placement::Process,
+        resources: Resources::default(),
+        ..ActorOptions::new(name)
+    }
 }
 
 fn kind(error: &Error) -> String {
@@ -155,11 +170,8 @@ fn failures(runtime: &Runtime) {
 
 #[remote(crate = mobula_core)]
 fn call_after_a_death(marker: PathBuf, max_restarts: u32) -> Result<Vec<String>, Error> {
-    let options = ActorOptions {
-        placement: Placement::Process,
-        restart: RestartPolicy::at_most(max_restarts),
-        ..ActorOptions::new("counter")
-    };
+    let options =
+        ActorOptions { restart: RestartPolicy::at_most(max_restarts), ..options("counter") };
     let counter = Runtime::current()?.spawn(Counter::remote(7).with_options(options))?;
     counter.add(1).get()?;
     let mut calls = vec![counter.die_once(marker)];
@@ -311,8 +323,7 @@ fn named(runtime: &Runtime) {
 
 #[remote(crate = mobula_core)]
 fn fill(gate: PathBuf) -> Result<String, Error> {
-    let options =
-        ActorOptions { mailbox: 2, placement: Placement::Process, ..ActorOptions::new("small") };
+    let options = ActorOptions { mailbox: 2, ..options("small") };
     let counter = Runtime::current()?.spawn(Counter::remote(0).with_options(options))?;
     let held = counter.wait_for(gate.clone());
     let waiting = counter.try_add(1)?;
@@ -386,16 +397,16 @@ fn make_a_demanding_one(cpus: f64) -> Result<bool, Error> {
 }
 
 fn constructor_lends(runtime: &Runtime) {
-    // The task and the actor hold all there is, and both have to lend some of it.
-    let cpus = runtime.resources().cpus;
-    let task = make_a_demanding_one::remote(2.0).with_resources(Resources::cpus(cpus - 1.0));
+    // Of four there are, the task holds two and the actor one: three can be had if both lend them.
+    let cpus = Resources::cpus(2.0);
+    let task = make_a_demanding_one::remote(3.0).with_resources(cpus.clone());
     let task = runtime.submit(task.on(Placement::Process));
     assert!(*task.get_timeout(LONG).expect("no deadlock"));
     let inner = runtime.clone();
     let thread = Task::new("thread", move || {
-        inner.spawn(Demanding::remote(2.0).on(Placement::Process)).map(drop)
+        inner.spawn(Demanding::remote(3.0).on(Placement::Process)).map(drop)
     });
-    let thread = runtime.submit(thread.with_resources(Resources::cpus(cpus - 1.0)));
+    let thread = runtime.submit(thread.with_resources(cpus));
     thread.get_timeout(LONG).expect("nor in the driver");
 }
 
@@ -456,7 +467,7 @@ fn member(member: Member) -> Result<u64, Error> {
 }
 
 fn everywhere(runtime: &Runtime) {
-    let boss = runtime.spawn(Boss::remote().on(Placement::Process)).expect("starts");
+    let boss = runtime.spawn(Boss::remote().with_options(options("boss"))).expect("starts");
     assert_eq!(*boss.add(1).get_timeout(LONG).expect("adds"), 11);
     let pid = boss.pid().get_timeout(LONG).expect("pid");
     drop(boss);
@@ -492,7 +503,7 @@ impl Patient {
 #[remote(crate = mobula_core)]
 fn wait_and_touch(file: PathBuf) -> Result<(), Error> {
     let runtime = Runtime::current()?;
-    let patient = Patient::remote().on(Placement::Process);
+    let patient = Patient::remote().with_options(options("patient"));
     assert!(matches!(
         runtime.spawn(Patient::remote().with_group("wealth", 2)),
         Err(Error::NoSuchGroup { .. })
@@ -510,16 +521,197 @@ fn concurrent(runtime: &Runtime) {
     runtime.submit(task).get_timeout(LONG).expect("no deadlock");
 }
 
+/// How many members the pool has.
 #[remote(crate = mobula_core)]
-fn use_a_pool() -> Result<Vec<u32>, Error> {
+fn use_a_pool(gate: PathBuf) -> Result<usize, Error> {
     let pool = Runtime::current()?.actor_pool(ActorPoolOptions::fixed(2), |_| in_process(0))?;
-    let calls = (0..4).map(|_| pool.call(CounterHandle::pid)).collect::<Result<Vec<_>, _>>()?;
-    Ok(collect(&calls)?.iter().map(|pid| **pid).collect())
+    let held = pool.call(|counter| counter.wait_for(gate.clone()))?;
+    // The other one has less to do.
+    let calls = (0..4).map(|_| pool.call(|counter| counter.add(1))?.get());
+    let sums: Vec<u64> = calls.map(|sum| sum.map(|sum| *sum)).collect::<Result<_, Error>>()?;
+    assert_eq!(sums, [1, 2, 3, 4]);
+    tell(&gate, "");
+    held.get()?;
+    Ok(pool.size())
 }
 
 fn pools(runtime: &Runtime) {
-    let task = use_a_pool::remote().on(Placement::Process);
-    let pids = runtime.submit(task).get_timeout(LONG).expect("calls");
-    let different: std::collections::HashSet<_> = pids.iter().collect();
-    assert_eq!((pids.len(), different.len()), (4, 2), "{pids:?}");
+    let folder = tempfile::tempdir().expect("temporary folder");
+    let task = use_a_pool::remote(folder.path().join("gate")).on(Placement::Process);
+    assert_eq!(*runtime.submit(task).get_timeout(LONG).expect("calls"), 2);
+}
+
+#[remote(crate = mobula_core)]
+fn count(to: u64, out: Yield<u64>) -> Result<(), Error> {
+    (0..to).try_for_each(|n| out.send(n))
+}
+
+#[remote(crate = mobula_core)]
+fn consume(to: u64, buffer: usize) -> Result<Vec<u64>, Error> {
+    let task = count::remote(to).on(Placement::Process).with_buffer(buffer);
+    let mut stream = Runtime::current()?.submit_stream(task);
+    let values = stream.by_ref().map(|value| value.map(|n| *n)).collect();
+    assert!(stream.next().is_none(), "it has ended");
+    values
+}
+
+fn streams(runtime: &Runtime) {
+    for (to, buffer) in [(0, 4), (3000, 1), (3000, 16)] {
+        let task = consume::remote(to, buffer).on(Placement::Process);
+        let values = runtime.submit(task).get_timeout(LONG).expect("values");
+        assert_eq!(*values, (0..to).collect::<Vec<_>>(), "{buffer}");
+    }
+}
+
+#[remote(crate = mobula_core)]
+fn blobs(count: usize, out: Yield<Blob>) -> Result<(), Error> {
+    (0..count).try_for_each(|n| out.send(Blob::from(vec![n as u8; LARGE / 4])))
+}
+
+/// What was intact, and kept to the end.
+#[remote(crate = mobula_core)]
+fn consume_blobs(count: usize) -> Result<usize, Error> {
+    let task = blobs::remote(count).on(Placement::Process).with_buffer(3);
+    let stream = Runtime::current()?.submit_stream(task);
+    let kept = stream.collect::<Result<Vec<_>, Error>>()?;
+    let is_whole = |(n, blob): &(usize, std::sync::Arc<Blob>)| {
+        blob.0.len() == LARGE / 4 && blob.0.iter().all(|byte| *byte == *n as u8)
+    };
+    Ok(kept.into_iter().enumerate().filter(is_whole).count())
+}
+
+fn large_stream(runtime: &Runtime) {
+    let task = consume_blobs::remote(20).on(Placement::Process);
+    assert_eq!(*runtime.submit(task).get_timeout(LONG).expect("values"), 20);
+}
+
+/// Gives three values, then ends as it is told.
+#[remote(crate = mobula_core)]
+fn three_and(how: String, out: Yield<u32>) -> Result<(), Error> {
+    (0..3).try_for_each(|n| out.send(n))?;
+    match &*how {
+        "panic" => panic!("as told"),
+        "abort" => std::process::abort(),
+        other => Err(Error::layer(other)),
+    }
+}
+
+/// How many came before the error, and what that was.
+#[remote(crate = mobula_core)]
+fn consume_failing(how: String) -> Result<(usize, String), Error> {
+    let stream = three_and::remote(how).on(Placement::Process);
+    let mut values: Vec<_> = Runtime::current()?.submit_stream(stream).collect();
+    let error = values.pop().expect("an end").expect_err("an error");
+    assert!(values.iter().all(Result::is_ok), "one error, and that last");
+    Ok((values.len(), kind(&error)))
+}
+
+fn failing_streams(runtime: &Runtime) {
+    let expected = [("fail", "failed: "), ("panic", "panicked: "), ("abort", "lost: ")];
+    for (how, kind) in expected {
+        let task = consume_failing::remote(how.to_owned()).on(Placement::Process);
+        let result = runtime.submit(task).get_timeout(LONG).expect("says");
+        assert!(result.1.starts_with(kind) && result.1.contains("three_and"), "{result:?}");
+        // What its process had not sent when it aborted is lost with it.
+        assert!(result.0 == 3 || (how == "abort" && result.0 < 3), "{result:?}");
+    }
+}
+
+/// Gives numbers without end, each written to the file before it is sent.
+#[remote(crate = mobula_core)]
+fn log_numbers(log: PathBuf, out: Yield<u64>) -> Result<(), Error> {
+    tell(&log.with_extension("pid"), std::process::id());
+    for n in 0.. {
+        tell(&log, n);
+        out.send(n)?;
+    }
+    Ok(())
+}
+
+/// The most that the producer was ahead.
+#[remote(crate = mobula_core)]
+fn consume_slowly(log: PathBuf, buffer: usize) -> Result<u64, Error> {
+    let task = log_numbers::remote(log.clone()).on(Placement::Process).with_buffer(buffer);
+    let stream = Runtime::current()?.submit_stream(task);
+    let mut most = 0;
+    for (taken, value) in (1..=50).zip(stream) {
+        assert_eq!(*value?, taken - 1);
+        let begun: u64 = wait_for_file(&log).parse().expect("a number");
+        most = most.max((begun + 1).saturating_sub(taken));
+    }
+    Ok(most)
+}
+
+fn back_pressure(runtime: &Runtime) {
+    let folder = tempfile::tempdir().expect("temporary folder");
+    for buffer in [1, 4] {
+        let log = folder.path().join(buffer.to_string());
+        let task = consume_slowly::remote(log.clone(), buffer).on(Placement::Process);
+        let most = *runtime.submit(task).get_timeout(LONG).expect("consumes");
+        // It may have begun one more than there is room for.
+        assert!(most <= buffer as u64 + 1, "{most} ahead, with room for {buffer}");
+        // Its consumer has had enough.
+        assert_gone(&wait_for_file(&log.with_extension("pid")));
+    }
+}
+
+#[remote(crate = mobula_core)]
+fn consume_one_and(log: PathBuf, how: String) -> Result<(), Error> {
+    let task = log_numbers::remote(log.clone()).on(Placement::Process);
+    let mut stream = Runtime::current()?.submit_stream(task);
+    stream.next().expect("endless")?;
+    if how == "wait" {
+        tell(&log.with_extension("consumer"), std::process::id());
+        stream.for_each(drop);
+        return Ok(());
+    }
+    stream.cancel();
+    let last = stream.last().expect("an end").expect_err("an error");
+    assert!(matches!(last, Error::Cancelled { .. }), "{last}");
+    Ok(())
+}
+
+fn dropped_streams(runtime: &Runtime) {
+    let folder = tempfile::tempdir().expect("temporary folder");
+    let log = |name: &str| folder.path().join(name);
+    let task = consume_one_and::remote(log("cancelled"), "cancel".to_owned());
+    runtime.submit(task.on(Placement::Process)).get_timeout(LONG).expect("ends");
+    assert_gone(&wait_for_file(&log("cancelled.pid")));
+    let task = consume_one_and::remote(log("killed"), "wait".to_owned()).on(Placement::Process);
+    let task = runtime.submit(task);
+    kill(&wait_for_file(&log("killed.consumer")));
+    assert!(matches!(task.get_timeout(LONG), Err(Error::WorkerLost { .. })));
+    assert_gone(&wait_for_file(&log("killed.pid")));
+}
+
+/// Gives ten values; the first attempt ends its process after six.
+#[remote(crate = mobula_core)]
+fn die_after_six(marker: PathBuf, size: usize, out: Yield<Vec<u8>>) -> Result<(), Error> {
+    for n in 0..10 {
+        if n == 6 && !marker.exists() {
+            tell(&marker, "");
+            std::process::abort();
+        }
+        out.send(vec![n; size])?;
+    }
+    Ok(())
+}
+
+#[remote(crate = mobula_core)]
+fn consume_retried(marker: PathBuf, size: usize) -> Result<Vec<u8>, Error> {
+    let options =
+        TaskOptions { placement: Placement::Process, max_retries: 1, ..TaskOptions::default() };
+    let task = die_after_six::remote(marker, size).with_options(options).with_buffer(2);
+    let stream = Runtime::current()?.submit_stream(task);
+    stream.map(|value| value.map(|value| value[size - 1])).collect()
+}
+
+fn retried_stream(runtime: &Runtime) {
+    let folder = tempfile::tempdir().expect("temporary folder");
+    for size in [10, LARGE / 4] {
+        let marker = folder.path().join(size.to_string());
+        let task = consume_retried::remote(marker, size).on(Placement::Process);
+        let values = runtime.submit(task).get_timeout(LONG).expect("values");
+        assert_eq!(*values, (0..10).collect::<Vec<u8>>());
+    }
 }
