@@ -168,8 +168,8 @@ impl Runtime {
 
     /// The runtime of the task, the actor or the group's member that runs on this thread: the
     /// driver's; or that of the worker process, which has its driver run what is placed in
-    /// processes, and runs threads on its own CPUs. Actors and groups in processes, and what is
-    /// known of other machines, are the driver's only.
+    /// processes, and runs threads on its own CPUs. Groups in processes, and what is known of other
+    /// machines, are the driver's only.
     ///
     /// Errors where no such thing runs.
     ///

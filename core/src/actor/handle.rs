@@ -3,6 +3,7 @@
 use super::checkpoint::Failures;
 use super::crew::Crew;
 use super::lanes::Class;
+use super::mailbox::{Credit, Credits, Mailbox, bytes_of};
 use super::process::ProcessActor;
 use super::remote::{Method, Post, Settle};
 use super::{ActorOptions, gone};
@@ -12,9 +13,8 @@ use crate::parcel::Parcel;
 use crate::remote::{Arguments, Value};
 use crate::status::{ActorState, ActorStatus, Look, Sighting};
 use crate::{Error, ObjectRef};
-use serde::{Deserialize, Serialize};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Weak};
 
 /// A type whose `impl` carries `#[mobula::remote]`.
 pub trait RemoteActor: 'static {
@@ -125,7 +125,7 @@ impl ActorRef {
                     Route::Thread(_, failures) => failures.count(),
                     Route::Process(_) | Route::Driver(_) => 0,
                 },
-                pending: actor.credits.lock().messages as u64,
+                pending: actor.credits.messages() as u64,
                 pid: None,
                 node: None,
             })
@@ -164,7 +164,7 @@ impl ActorRef {
 
     /// Calls that were sent and have not ended; in a worker process, those that it has sent.
     pub fn pending(&self) -> usize {
-        self.inner.credits.lock().messages + self.inner.urgent_credits.lock().messages
+        self.inner.credits.messages() + self.inner.urgent_credits.messages()
     }
 
     /// The process it lives in, if it has one of its own and that is running.
@@ -187,8 +187,8 @@ impl ActorRef {
         block_until_ready(&P::inputs(&args).0);
         match P::encode(&args).and_then(|args| self.bring(args)) {
             Ok(args) => {
-                self.credits().take(bytes_of(&args));
-                self.send(method, args)
+                let credit = self.credits().take(bytes_of(&args));
+                self.send(method, args, credit)
             }
             Err(error) => self.refused(method.name, error),
         }
@@ -218,7 +218,7 @@ impl ActorRef {
     ) {
         let credits =
             if class.is_urgent { &self.inner.urgent_credits } else { &self.inner.credits };
-        let credit = Credit::overdrawn(credits, bytes_of(&args));
+        let credit = credits.overdraw(bytes_of(&args));
         let settle: Settle = Box::new(move |result| {
             drop(credit);
             promise.resolve(result);
@@ -246,21 +246,21 @@ impl ActorRef {
         args: P::Described,
     ) -> Result<ObjectRef<T>, Error> {
         let args = self.bring(P::encode(&args)?)?;
-        if !self.credits().try_take(bytes_of(&args)) {
-            let (actor, capacity) = (self.inner.name.to_string(), self.credits().most.messages);
-            return Err(Error::MailboxFull { actor, capacity });
+        match self.credits().try_take(bytes_of(&args)) {
+            Some(credit) => Ok(self.send(method, args, credit)),
+            None => {
+                let (actor, capacity) = (self.inner.name.to_string(), self.credits().most.messages);
+                Err(Error::MailboxFull { actor, capacity })
+            }
         }
-        Ok(self.send(method, args))
     }
 
     fn credits(&self) -> &Arc<Credits> {
         if self.is_urgent { &self.inner.urgent_credits } else { &self.inner.credits }
     }
 
-    fn send<T: Value>(&self, method: Method, args: Vec<Parcel>) -> ObjectRef<T> {
+    fn send<T: Value>(&self, method: Method, args: Vec<Parcel>, credit: Credit) -> ObjectRef<T> {
         let (object, promise) = ObjectRef::pending(method.name.into());
-        // Given back however the call ends.
-        let credit = Credit { credits: Arc::clone(self.credits()), bytes: bytes_of(&args) };
         let settle = Box::new(move |result| {
             drop(credit);
             match result {
@@ -303,114 +303,5 @@ impl WeakActor {
 
     pub(crate) fn upgrade(&self) -> Option<ActorRef> {
         self.0.upgrade().map(|inner| ActorRef { inner, is_urgent: false })
-    }
-}
-
-/// Bytes that travel in the message; shared memory is the store's to account for.
-fn bytes_of(args: &[Parcel]) -> usize {
-    let bytes = |parcel: &Parcel| match parcel {
-        Parcel::Inline(encoded) => encoded.bytes(),
-        Parcel::Stored(_) | Parcel::Far(_) | Parcel::Up(_) => 0,
-    };
-    args.iter().map(bytes).sum()
-}
-
-/// How much an actor's mailbox may hold.
-#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
-pub(crate) struct Mailbox {
-    messages: usize,
-    bytes: usize,
-}
-
-impl Mailbox {
-    pub(crate) fn of(options: &ActorOptions) -> Self {
-        Self { messages: options.mailbox.max(1), bytes: options.mailbox_bytes }
-    }
-}
-
-/// What an actor's mailbox may hold, and holds.
-struct Credits {
-    most: Mailbox,
-    used: Mutex<Used>,
-    room: Condvar,
-}
-
-/// A call's place in the mailbox.
-struct Credit {
-    credits: Arc<Credits>,
-    bytes: usize,
-}
-
-impl Credit {
-    /// A place whether there is room or not.
-    fn overdrawn(credits: &Arc<Credits>, bytes: usize) -> Self {
-        credits.lock().add(bytes);
-        Self { credits: Arc::clone(credits), bytes }
-    }
-}
-
-impl Drop for Credit {
-    fn drop(&mut self) {
-        self.credits.give_back(self.bytes);
-    }
-}
-
-#[derive(Default)]
-struct Used {
-    messages: usize,
-    bytes: usize,
-    waiting: usize,
-}
-
-impl Credits {
-    fn new(most: Mailbox) -> Arc<Self> {
-        Arc::new(Self { most, used: Mutex::default(), room: Condvar::new() })
-    }
-
-    /// Waits for room. A message larger than the whole mailbox fits when it is empty.
-    fn take(&self, bytes: usize) {
-        let mut used = self.lock();
-        if !self.has_room(&used, bytes) {
-            let _lent = crate::current::lend();
-            used.waiting += 1;
-            let full = |used: &mut Used| !self.has_room(used, bytes);
-            used = self.room.wait_while(used, full).unwrap_or_else(PoisonError::into_inner);
-            used.waiting -= 1;
-        }
-        used.add(bytes);
-    }
-
-    fn try_take(&self, bytes: usize) -> bool {
-        let mut used = self.lock();
-        let has_room = self.has_room(&used, bytes);
-        if has_room {
-            used.add(bytes);
-        }
-        has_room
-    }
-
-    fn give_back(&self, bytes: usize) {
-        let mut used = self.lock();
-        used.messages -= 1;
-        used.bytes -= bytes;
-        if used.waiting > 0 {
-            self.room.notify_all();
-        }
-    }
-
-    fn has_room(&self, used: &Used, bytes: usize) -> bool {
-        used.messages == 0
-            || used.messages < self.most.messages && used.bytes + bytes <= self.most.bytes
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Used> {
-        self.used.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl Used {
-    fn add(&mut self, bytes: usize) {
-        self.messages += 1;
-        self.bytes += bytes;
     }
 }

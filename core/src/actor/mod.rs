@@ -8,14 +8,16 @@ pub(crate) mod crew;
 mod ear;
 mod handle;
 pub(crate) mod lanes;
+mod mailbox;
 mod pool;
 mod process;
 pub mod remote;
 pub(crate) mod stage;
 pub(crate) mod supervisor;
 
+pub(crate) use handle::WeakActor;
 pub use handle::{ActorRef, RemoteActor};
-pub(crate) use handle::{Mailbox, WeakActor};
+pub(crate) use mailbox::Mailbox;
 pub use pool::{ActorPool, ActorPoolOptions};
 pub(crate) use remote::{Blueprint, Post};
 pub use supervisor::RestartPolicy;

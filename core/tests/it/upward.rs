@@ -23,6 +23,7 @@ pub(crate) const TESTS: &[Test] = &[
     ("upward::an_actor_stays_for_whoever_has_a_handle", kept),
     ("upward::named_actors_of_the_driver_are_found", named),
     ("upward::a_mailbox_is_bounded_for_each_worker", full),
+    ("upward::who_waits_for_room_lends_and_goes_on", waits_for_room),
     ("upward::large_values_go_to_actors_and_back", large),
     ("upward::who_waits_for_a_constructor_lends_its_cpus", constructor_lends),
     ("upward::an_actor_that_has_no_room_is_refused_as_in_the_driver", no_room),
@@ -348,6 +349,20 @@ fn full(runtime: &Runtime) {
     let task = fill::remote(folder.path().join("gate")).on(Placement::Process);
     let said = runtime.submit(task).get_timeout(LONG).expect("fills");
     assert_eq!(*said, "the mailbox of small is full (2 messages)");
+}
+
+#[remote(crate = mobula_core)]
+fn wait_for_room(calls: u64) -> Result<u64, Error> {
+    let options = ActorOptions { mailbox: 2, ..options("small") };
+    let counter = Runtime::current()?.spawn(Counter::remote(0).with_options(options))?;
+    let sums: Vec<_> = (0..calls).map(|_| counter.add(1)).collect();
+    assert!(collect(&sums)?.iter().map(|sum| **sum).eq(1..=calls), "in order");
+    Ok(calls)
+}
+
+fn waits_for_room(runtime: &Runtime) {
+    let task = wait_for_room::remote(300).on(Placement::Process);
+    assert_eq!(*runtime.submit(task).get_timeout(LONG).expect("no deadlock"), 300);
 }
 
 #[remote(crate = mobula_core)]
