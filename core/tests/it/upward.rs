@@ -88,7 +88,8 @@ impl Counter {
 
 /// Written beside and renamed, so that who reads it reads all of it.
 fn tell(path: &Path, what: impl ToString) {
-    let draft = path.with_extension("tmp");
+    let name = path.file_name().expect("a file").to_string_lossy();
+    let draft = path.with_file_name(format!("{name}.{}.tmp", std::process::id()));
     let written = std::fs::write(&draft, what.to_string());
     written.and_then(|()| std::fs::rename(&draft, path)).expect("writes");
 }
@@ -143,7 +144,7 @@ fn describe_failures() -> Result<Vec<String>, Error> {
     let large = in_process(1).with_resources(Resources::cpus(64.0));
     let refused = [in_process(13), in_process(99), large].map(|call| runtime.spawn(call));
     let mut said: Vec<_> =
-        refused.iter().map(|refused| kind(refused.as_ref().err().expect("fails"))).collect();
+        refused.iter().map(|refused| kind(refused.as_ref().expect_err("fails"))).collect();
     let counter = runtime.spawn(in_process(5))?;
     counter.add(5).get()?;
     said.push(kind(&counter.divide(0).get().expect_err("by zero")));
@@ -353,7 +354,7 @@ fn full(runtime: &Runtime) {
 
 #[remote(crate = mobula_core)]
 fn wait_for_room(calls: u64) -> Result<u64, Error> {
-    let options = ActorOptions { mailbox: 2, ..options("small") };
+    let options = ActorOptions { mailbox: 16, ..options("small") };
     let counter = Runtime::current()?.spawn(Counter::remote(0).with_options(options))?;
     let sums: Vec<_> = (0..calls).map(|_| counter.add(1)).collect();
     assert!(collect(&sums)?.iter().map(|sum| **sum).eq(1..=calls), "in order");
