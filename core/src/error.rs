@@ -108,9 +108,9 @@ pub enum Error {
         "no task, actor or group member runs on this thread; pass the Runtime of mobula::init() on instead"
     )]
     NoCurrentRuntime,
-    /// An actor, a group or a stream in processes was asked for in a worker process.
+    /// A group in processes was asked for in a worker process.
     #[error(
-        "a worker process can submit tasks; streams, actors and groups in processes are started by the driver, or by a task on one of its threads"
+        "a worker process can submit tasks and spawn actors; groups in processes are started by the driver, or by a task on one of its threads"
     )]
     OnlyInDriver,
     /// A function that no `#[mobula::remote]` registered.

@@ -1,7 +1,7 @@
 //! One task on its way: queued, run where it belongs, run again if asked, settled.
 
 use crate::current::{self, Current};
-use crate::nested::{Nested, Submission};
+use crate::nested::{Nested, Submission, Wanted};
 use crate::nodes::Recipe;
 use crate::object::{Promise, when_ready};
 use crate::parcel::{Parcel, open_all, pack_all};
@@ -117,27 +117,29 @@ impl<T: Send + Sync + 'static> Job<T> {
     /// In a worker process: its driver places it, and retries it if need be.
     fn have_driver_run(self: Box<Self>, nested: &Arc<Nested>) {
         let Some(Body::Remote(call)) = &self.body else { return };
-        if call.values.is_some() {
-            return self.promise.error(Error::OnlyInDriver);
-        }
-        let (function, decode) = (call.name.to_owned(), call.decode);
+        let (function, decode, values) = (call.name.to_owned(), call.decode, call.values.clone());
         let (args, kept) = match pack_all(&self.args, NodeId::HERE) {
             Ok(packed) => packed,
             Err(error) => return self.promise.error(error),
         };
         let (object, name) = (self.promise.object(), self.promise.name().to_string());
         let options = self.options.clone();
-        let submission = Submission { by: current::call(), name, function, args, options };
-        let ticket = nested.submit(
-            submission,
-            Box::new(move |result| {
-                drop(kept);
-                match result {
-                    Ok(parcel) => self.promise.encoded_with(parcel, decode),
-                    Err(error) => self.promise.error(error),
-                }
-            }),
-        );
+        let wanted = match &values {
+            None => Wanted::Task { function, options },
+            Some(values) => Wanted::Stream { function, options, granted: values.begin().1 },
+        };
+        let submission = Submission { by: current::call(), name, args, wanted };
+        let done = Box::new(move |result| {
+            drop(kept);
+            match result {
+                Ok(parcel) => self.promise.encoded_with(parcel, decode),
+                Err(error) => self.promise.error(error),
+            }
+        });
+        let ticket = match values {
+            None => nested.submit(submission, done),
+            Some(values) => nested.submit_stream(submission, values, done),
+        };
         let nested = Arc::clone(nested);
         object.on_cancel(Box::new(move || nested.call_off(ticket)));
     }

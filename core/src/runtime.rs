@@ -18,7 +18,6 @@ use crate::task::Task;
 use crate::{
     Bundle, Error, Node, NodeInfo, ObjectRef, Resources, console, current, nodes, timeline,
 };
-use std::any::TypeId;
 use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{RecvTimeoutError, SyncSender, sync_channel};
@@ -77,7 +76,7 @@ struct Inner {
     state: Mutex<State>,
     next_id: AtomicU64,
     /// Typed actors by type and name.
-    actors: Mutex<HashMap<(TypeId, String), WeakActor>>,
+    actors: Mutex<HashMap<(String, String), WeakActor>>,
     host: Option<ProcessHost>,
     /// In a worker process, what has its driver run tasks in processes.
     nested: Option<Arc<Nested>>,
@@ -111,6 +110,8 @@ pub(crate) struct Request {
     pub(crate) node: Option<Node>,
     /// Whether it may share the worker process, and the grant, of another one of its shape.
     pub(crate) is_pooled: bool,
+    /// Whether it keeps what it gets.
+    pub(crate) is_lasting: bool,
 }
 
 struct Waiting {
@@ -167,8 +168,8 @@ impl Runtime {
 
     /// The runtime of the task, the actor or the group's member that runs on this thread: the
     /// driver's; or that of the worker process, which has its driver run what is placed in
-    /// processes, and runs threads on its own CPUs. Actors and groups in processes, and what is
-    /// known of other machines, are the driver's only.
+    /// processes, and runs threads on its own CPUs. Groups in processes, and what is known of other
+    /// machines, are the driver's only.
     ///
     /// Errors where no such thing runs.
     ///
@@ -275,14 +276,14 @@ impl Runtime {
         timeline::finish();
     }
 
-    pub(crate) fn remember_actor<A: 'static>(&self, actor: &ActorRef) {
+    pub(crate) fn remember_actor(&self, kind: String, actor: &ActorRef) {
         let mut actors = lock(&self.inner.actors);
-        actors.retain(|_, actor| actor.upgrade().is_some());
-        actors.insert((TypeId::of::<A>(), actor.name().to_owned()), actor.downgrade());
+        actors.retain(|_, actor| actor.is_held());
+        actors.insert((kind, actor.name().to_owned()), actor.downgrade());
     }
 
-    pub(crate) fn find_actor<A: 'static>(&self, name: &str) -> Option<ActorRef> {
-        let key = (TypeId::of::<A>(), name.to_owned());
+    pub(crate) fn find_actor(&self, kind: &str, name: &str) -> Option<ActorRef> {
+        let key = (kind.to_owned(), name.to_owned());
         lock(&self.inner.actors).get(&key).and_then(WeakActor::upgrade)
     }
 
@@ -588,6 +589,7 @@ impl Request {
             bundle: None,
             node: None,
             is_pooled: false,
+            is_lasting: false,
         }
     }
 
@@ -597,6 +599,7 @@ impl Request {
             strategy: self.strategy,
             node: self.bundle.map(|bundle| bundle.0).or(self.node.map(|node| node.0)),
             is_pooled: self.is_pooled,
+            is_lasting: self.is_lasting,
         }
     }
 

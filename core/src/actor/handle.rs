@@ -3,16 +3,18 @@
 use super::checkpoint::Failures;
 use super::crew::Crew;
 use super::lanes::Class;
+use super::mailbox::{Credit, Credits, Mailbox, bytes_of};
 use super::process::ProcessActor;
-use super::remote::{Method, Post};
+use super::remote::{Method, Post, Settle};
 use super::{ActorOptions, gone};
-use crate::object::block_until_ready;
+use crate::nested::{Condition, Up};
+use crate::object::{Promise, block_until_ready};
 use crate::parcel::Parcel;
 use crate::remote::{Arguments, Value};
 use crate::status::{ActorState, ActorStatus, Look, Sighting};
 use crate::{Error, ObjectRef};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Weak};
 
 /// A type whose `impl` carries `#[mobula::remote]`.
 pub trait RemoteActor: 'static {
@@ -46,6 +48,8 @@ struct Inner {
 enum Route {
     Thread(ThreadHandle, Arc<Failures>),
     Process(ProcessHandle),
+    /// In a worker process: its driver has the handle, and closes it when this is dropped.
+    Driver(Arc<Up>),
 }
 
 /// Closes the actor with the last handle.
@@ -85,9 +89,18 @@ impl ActorRef {
         Self::new(options, Route::Process(ProcessHandle(actor)))
     }
 
+    /// An actor of this process's driver.
+    pub(crate) fn of_driver(name: &str, mailbox: Mailbox, up: Arc<Up>) -> Self {
+        Self::with_mailbox(name, mailbox, Route::Driver(up))
+    }
+
     fn new(options: &ActorOptions, route: Route) -> Self {
-        let (name, credits) = (options.name.as_str().into(), Credits::new(options));
-        let urgent_credits = Credits::new(options);
+        Self::with_mailbox(&options.name, Mailbox::of(options), route)
+    }
+
+    fn with_mailbox(name: &str, mailbox: Mailbox, route: Route) -> Self {
+        let (name, credits) = (name.into(), Credits::new(mailbox));
+        let urgent_credits = Credits::new(mailbox);
         let is_built = AtomicBool::new(false);
         let inner = Arc::new(Inner { name, credits, urgent_credits, route, is_built });
         Self { inner, is_urgent: false }
@@ -110,9 +123,9 @@ impl ActorRef {
                 restarts: 0,
                 failed_checkpoints: match &actor.route {
                     Route::Thread(_, failures) => failures.count(),
-                    Route::Process(_) => 0,
+                    Route::Process(_) | Route::Driver(_) => 0,
                 },
-                pending: actor.credits.lock().messages as u64,
+                pending: actor.credits.messages() as u64,
                 pid: None,
                 node: None,
             })
@@ -137,30 +150,35 @@ impl ActorRef {
 
     /// Whether calls still reach it: not when its process is gone for good.
     pub fn is_alive(&self) -> bool {
+        self.condition().is_alive
+    }
+
+    /// Asks the driver, in a worker process.
+    pub(crate) fn condition(&self) -> Condition {
         match &self.inner.route {
-            Route::Thread(..) => true,
-            Route::Process(actor) => actor.0.is_alive(),
+            Route::Thread(..) => Condition { is_alive: true, pid: None },
+            Route::Process(actor) => Condition { is_alive: actor.0.is_alive(), pid: actor.0.pid() },
+            Route::Driver(up) => up.condition(),
         }
     }
 
-    /// Calls that were sent and have not ended.
+    /// Calls that were sent and have not ended; in a worker process, those that it has sent.
     pub fn pending(&self) -> usize {
-        self.inner.credits.lock().messages + self.inner.urgent_credits.lock().messages
+        self.inner.credits.messages() + self.inner.urgent_credits.messages()
     }
 
     /// The process it lives in, if it has one of its own and that is running.
     pub fn pid(&self) -> Option<u32> {
-        match &self.inner.route {
-            Route::Thread(..) => None,
-            Route::Process(actor) => actor.0.pid(),
-        }
+        self.condition().pid
     }
 
     /// Ends the actor at once where it lives in a process: calls under way fail. An actor on a
     /// thread cannot be ended from outside.
     pub fn kill(&self) {
-        if let Route::Process(actor) = &self.inner.route {
-            actor.0.kill();
+        match &self.inner.route {
+            Route::Thread(..) => {}
+            Route::Process(actor) => actor.0.kill(),
+            Route::Driver(up) => up.call_off(),
         }
     }
 
@@ -169,8 +187,8 @@ impl ActorRef {
         block_until_ready(&P::inputs(&args).0);
         match P::encode(&args).and_then(|args| self.bring(args)) {
             Ok(args) => {
-                self.credits().take(bytes_of(&args));
-                self.send(method, args)
+                let credit = self.credits().take(bytes_of(&args));
+                self.send(method, args, credit)
             }
             Err(error) => self.refused(method.name, error),
         }
@@ -178,13 +196,47 @@ impl ActorRef {
 
     /// Has values fetched from other machines, if need be, while the caller waits.
     fn bring(&self, args: Vec<Parcel>) -> Result<Vec<Parcel>, Error> {
+        args.iter().filter(|parcel| self.must_bring(parcel)).try_for_each(Parcel::bring)?;
+        Ok(args)
+    }
+
+    /// Whether this value has to be fetched before it can be sent.
+    pub(crate) fn must_bring(&self, parcel: &Parcel) -> bool {
         let node = match &self.inner.route {
-            Route::Thread(..) => None,
+            Route::Thread(..) | Route::Driver(_) => None,
             Route::Process(actor) => actor.0.node(),
         };
-        let far = args.iter().filter(|parcel| node.is_some_and(|node| !parcel.is_at_hand(node)));
-        far.map(Parcel::bring).collect::<Result<Vec<_>, _>>()?;
-        Ok(args)
+        node.is_some_and(|node| !parcel.is_at_hand(node))
+    }
+
+    /// Passes on a call of a worker process, which keeps to its own part of the mailbox.
+    pub(crate) fn pass_on(
+        &self,
+        (method, class): (&'static str, Class),
+        args: Vec<Parcel>,
+        promise: Promise<Parcel>,
+    ) {
+        let credits =
+            if class.is_urgent { &self.inner.urgent_credits } else { &self.inner.credits };
+        let credit = credits.overdraw(bytes_of(&args));
+        let settle: Settle = Box::new(move |result| {
+            drop(credit);
+            promise.resolve(result);
+        });
+        match self.bring(args) {
+            Ok(args) => self.post(Post { method, class, args, settle, lost: 0 }),
+            Err(error) => settle(Err(error)),
+        }
+    }
+
+    /// How much its mailbox holds.
+    pub(crate) fn mailbox(&self) -> Mailbox {
+        self.inner.credits.most
+    }
+
+    /// Whether no other handle is left, and no calls but so many.
+    pub(crate) fn is_held_for(&self, calls: usize) -> bool {
+        (1..=calls).contains(&self.pending()) && Arc::strong_count(&self.inner) == 1
     }
 
     /// Sends a call, or refuses with [`Error::MailboxFull`].
@@ -194,21 +246,21 @@ impl ActorRef {
         args: P::Described,
     ) -> Result<ObjectRef<T>, Error> {
         let args = self.bring(P::encode(&args)?)?;
-        if !self.credits().try_take(bytes_of(&args)) {
-            let (actor, capacity) = (self.inner.name.to_string(), self.credits().most_messages);
-            return Err(Error::MailboxFull { actor, capacity });
+        match self.credits().try_take(bytes_of(&args)) {
+            Some(credit) => Ok(self.send(method, args, credit)),
+            None => {
+                let (actor, capacity) = (self.inner.name.to_string(), self.credits().most.messages);
+                Err(Error::MailboxFull { actor, capacity })
+            }
         }
-        Ok(self.send(method, args))
     }
 
     fn credits(&self) -> &Arc<Credits> {
         if self.is_urgent { &self.inner.urgent_credits } else { &self.inner.credits }
     }
 
-    fn send<T: Value>(&self, method: Method, args: Vec<Parcel>) -> ObjectRef<T> {
+    fn send<T: Value>(&self, method: Method, args: Vec<Parcel>, credit: Credit) -> ObjectRef<T> {
         let (object, promise) = ObjectRef::pending(method.name.into());
-        // Given back however the call ends.
-        let credit = Credit { credits: Arc::clone(self.credits()), bytes: bytes_of(&args) };
         let settle = Box::new(move |result| {
             drop(credit);
             match result {
@@ -230,6 +282,7 @@ impl ActorRef {
                 }
             }
             Route::Process(actor) => actor.0.post(post),
+            Route::Driver(up) => up.post(post),
         }
     }
 
@@ -244,97 +297,11 @@ impl ActorRef {
 pub(crate) struct WeakActor(Weak<Inner>);
 
 impl WeakActor {
+    pub(crate) fn is_held(&self) -> bool {
+        self.0.strong_count() > 0
+    }
+
     pub(crate) fn upgrade(&self) -> Option<ActorRef> {
         self.0.upgrade().map(|inner| ActorRef { inner, is_urgent: false })
-    }
-}
-
-/// Bytes that travel in the message; shared memory is the store's to account for.
-fn bytes_of(args: &[Parcel]) -> usize {
-    let bytes = |parcel: &Parcel| match parcel {
-        Parcel::Inline(encoded) => encoded.bytes(),
-        Parcel::Stored(_) | Parcel::Far(_) | Parcel::Up(_) => 0,
-    };
-    args.iter().map(bytes).sum()
-}
-
-/// How much an actor's mailbox may hold, and holds.
-struct Credits {
-    most_messages: usize,
-    most_bytes: usize,
-    used: Mutex<Used>,
-    room: Condvar,
-}
-
-/// A call's place in the mailbox.
-struct Credit {
-    credits: Arc<Credits>,
-    bytes: usize,
-}
-
-impl Drop for Credit {
-    fn drop(&mut self) {
-        self.credits.give_back(self.bytes);
-    }
-}
-
-#[derive(Default)]
-struct Used {
-    messages: usize,
-    bytes: usize,
-    waiting: usize,
-}
-
-impl Credits {
-    fn new(options: &ActorOptions) -> Arc<Self> {
-        let (most_messages, most_bytes) = (options.mailbox.max(1), options.mailbox_bytes);
-        Arc::new(Self { most_messages, most_bytes, used: Mutex::default(), room: Condvar::new() })
-    }
-
-    /// Waits for room. A message larger than the whole mailbox fits when it is empty.
-    fn take(&self, bytes: usize) {
-        let mut used = self.lock();
-        if !self.has_room(&used, bytes) {
-            let _lent = crate::current::lend();
-            used.waiting += 1;
-            let full = |used: &mut Used| !self.has_room(used, bytes);
-            used = self.room.wait_while(used, full).unwrap_or_else(PoisonError::into_inner);
-            used.waiting -= 1;
-        }
-        used.add(bytes);
-    }
-
-    fn try_take(&self, bytes: usize) -> bool {
-        let mut used = self.lock();
-        let has_room = self.has_room(&used, bytes);
-        if has_room {
-            used.add(bytes);
-        }
-        has_room
-    }
-
-    fn give_back(&self, bytes: usize) {
-        let mut used = self.lock();
-        used.messages -= 1;
-        used.bytes -= bytes;
-        if used.waiting > 0 {
-            self.room.notify_all();
-        }
-    }
-
-    fn has_room(&self, used: &Used, bytes: usize) -> bool {
-        used.messages == 0
-            || used.messages < self.most_messages && used.bytes + bytes <= self.most_bytes
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Used> {
-        self.used.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl Used {
-    fn add(&mut self, bytes: usize) {
-        self.messages += 1;
-        self.bytes += bytes;
     }
 }

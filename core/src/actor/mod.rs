@@ -8,6 +8,7 @@ pub(crate) mod crew;
 mod ear;
 mod handle;
 pub(crate) mod lanes;
+mod mailbox;
 mod pool;
 mod process;
 pub mod remote;
@@ -16,7 +17,9 @@ pub(crate) mod supervisor;
 
 pub(crate) use handle::WeakActor;
 pub use handle::{ActorRef, RemoteActor};
+pub(crate) use mailbox::Mailbox;
 pub use pool::{ActorPool, ActorPoolOptions};
+pub(crate) use remote::{Blueprint, Post};
 pub use supervisor::RestartPolicy;
 
 use crate::current::{self, Current};
@@ -25,6 +28,7 @@ use crate::status::{ActorState, ActorStatus, Look, Sighting};
 use crate::task::Placement;
 use crate::timeline::{self, Attempt};
 use crate::{BoxError, Bundle, Error, Node, Resources, console, panics, threads};
+use serde::{Deserialize, Serialize};
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -37,13 +41,14 @@ use tokio::sync::{mpsc, oneshot};
 const MOST_MESSAGES: usize = 1 << 30;
 
 /// How an actor is placed. Every default is here.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct ActorOptions {
     /// Its name in errors and logs.
     pub name: String,
     /// What it holds as long as it lives. Default: 1 CPU.
     pub resources: Resources,
-    /// Messages that may wait; a sender waits for room, or is refused. Default: 1024.
+    /// Messages that may wait; a sender waits for room, or is refused. For what a worker process
+    /// sends to an actor of its driver, each such process has as much room again. Default: 1024.
     pub mailbox: usize,
     /// Bytes of encoded arguments that may wait. Closures have none. Default: 64 MiB.
     pub mailbox_bytes: usize,
@@ -101,7 +106,13 @@ impl ActorOptions {
 impl ActorOptions {
     fn request(&self) -> Request {
         let (bundle, node) = (self.bundle, self.node.or(Node::for_placement(self.placement)));
-        Request { bundle, node, ..Request::single(&self.name.as_str().into(), &self.resources) }
+        let is_lasting = true;
+        Request {
+            bundle,
+            node,
+            is_lasting,
+            ..Request::single(&self.name.as_str().into(), &self.resources)
+        }
     }
 
     fn refuse_process(&self) -> Result<(), Error> {

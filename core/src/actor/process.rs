@@ -19,7 +19,7 @@ use crate::scheduler::NodeId;
 use crate::status::{ActorState, ActorStatus, Sighting};
 use crate::{Error, console, store, threads, timeline, timer};
 use std::collections::{BTreeMap, VecDeque};
-use std::sync::mpsc::{SyncSender, sync_channel};
+use std::sync::mpsc::{RecvTimeoutError, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -27,6 +27,9 @@ const _: () = assert!(2 * (MOST_GROUPS + 1) <= LANES, "each lane has its number 
 
 /// How long a constructor may take.
 const BUILD_TIMEOUT: Duration = Duration::from_secs(600);
+
+/// How often who waits for one looks whether the actor is still wanted.
+const LOOK_AGAIN: Duration = Duration::from_millis(500);
 
 pub(super) struct ProcessActor {
     pub(super) runtime: Runtime,
@@ -100,9 +103,8 @@ impl ProcessActor {
         runtime: &Runtime,
         options: &ActorOptions,
         limits: Vec<usize>,
-        constructor: &'static str,
-        args: Vec<Parcel>,
-        lease: Arc<Lease>,
+        (constructor, args, lease): (&'static str, Vec<Parcel>, Arc<Lease>),
+        is_wanted: &dyn Fn() -> bool,
     ) -> Result<ActorRef, Error> {
         let (first, is_built) = sync_channel(1);
         let state = State {
@@ -137,9 +139,18 @@ impl ProcessActor {
         // From here on its end is seen to by the handle.
         let handle = ActorRef::in_process(options, Arc::clone(&actor));
         actor.begin_life()?;
-        let late = |_| Error::Timeout { what: options.name.clone(), after: BUILD_TIMEOUT };
-        is_built.recv_timeout(BUILD_TIMEOUT).map_err(late)??;
-        Ok(handle)
+        let begun = Instant::now();
+        loop {
+            match is_built.recv_timeout(LOOK_AGAIN) {
+                Ok(built) => return built.map(|()| handle),
+                Err(RecvTimeoutError::Timeout)
+                    if begun.elapsed() < BUILD_TIMEOUT && is_wanted() => {}
+                Err(_) => {
+                    let (what, after) = (options.name.clone(), BUILD_TIMEOUT);
+                    return Err(Error::Timeout { what, after });
+                }
+            }
+        }
     }
 
     /// Starts a process and has it build the actor.

@@ -11,11 +11,12 @@ use super::{ActorOptions, gone};
 use crate::current::{self, Current};
 use crate::object::block_until_ready;
 use crate::parcel::{Outgoing, Parcel, open_all};
-use crate::remote::{Arguments, Call, Inputs};
+use crate::remote::{Arguments, Call, Inputs, RemoteFn};
 use crate::runtime::{Lease, Runtime};
 use crate::task::Placement;
 use crate::timeline::{self, Attempt};
 use crate::{BoxError, Error, Resources, threads};
+use serde::{Deserialize, Serialize};
 use std::any::Any;
 use std::marker::PhantomData;
 use std::sync::mpsc::sync_channel;
@@ -191,41 +192,89 @@ impl<A: RemoteActor> ActorCall<A> {
     }
 }
 
+/// What an actor is made of, its arguments apart: so it can be asked for from another process.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct Blueprint {
+    /// The name of its type.
+    pub(crate) kind: String,
+    pub(crate) constructor: String,
+    pub(crate) options: ActorOptions,
+    /// How many calls of each group may run, the nameless one first.
+    pub(crate) limits: Vec<usize>,
+}
+
 impl Runtime {
     /// Starts a typed actor and waits until its constructor has run, once its resources are free.
-    /// Errors when they can never be had, or when the constructor fails.
+    /// Errors when they can never be had, or when the constructor fails. A task that waits for this
+    /// lends its CPUs to other tasks; not to the actor, which would keep them. One for which there is
+    /// no room beside its task is refused when [`ActorOptions::placement_timeout`] is over.
     pub fn spawn<A: RemoteActor>(&self, call: ActorCall<A>) -> Result<A::Handle, Error> {
         let limits = call.limits()?;
         block_until_ready(&call.inputs.0);
         let args = (call.encode)()?;
-        let lease = self.lease(call.options.request(), call.options.placement_timeout)?;
-        let actor = match call.options.placement {
-            Placement::Thread => {
-                start_thread(self, &call.options, &limits, call.constructor, args, lease)?
+        let (kind, constructor) = (kind_of::<A>().to_owned(), call.constructor.to_owned());
+        let plan = Blueprint { kind, constructor, options: call.options, limits };
+        let actor = match self.nested() {
+            Some(nested) if plan.options.placement == Placement::Process => {
+                nested.spawn(plan, &args)?
             }
-            Placement::Process => {
-                ProcessActor::start(self, &call.options, limits, call.constructor, args, lease)?
-            }
+            _ => self.start_actor(plan, args, &|| true)?,
         };
-        self.remember_actor::<A>(&actor);
         Ok(A::Handle::from(actor))
     }
 
-    /// The newest actor of this type and name that still has a handle somewhere.
+    /// Starts an actor, as long as it is wanted.
+    pub(crate) fn start_actor(
+        &self,
+        plan: Blueprint,
+        args: Vec<Parcel>,
+        is_wanted: &dyn Fn() -> bool,
+    ) -> Result<ActorRef, Error> {
+        let Blueprint { kind, constructor, options, limits } = plan;
+        let constructor = RemoteFn::find(&constructor)?.name();
+        let timeout = options.placement_timeout;
+        // Who does not wait has nothing to lend.
+        let _lent = if timeout.is_zero() { None } else { current::lend() };
+        let lease = self.lease_while(options.request(), timeout, is_wanted)?;
+        let actor = match options.placement {
+            Placement::Thread => start_thread(self, &options, &limits, constructor, args, lease)?,
+            Placement::Process => {
+                let parts = (constructor, args, lease);
+                ProcessActor::start(self, &options, limits, parts, is_wanted)?
+            }
+        };
+        self.remember_actor(kind, &actor);
+        Ok(actor)
+    }
+
+    /// The newest actor of this type and name that still has a handle somewhere; in a worker
+    /// process, one on its own threads, or else the driver's.
     ///
     /// Errors when there is none.
     pub fn named_actor<A: RemoteActor>(&self, name: &str) -> Result<A::Handle, Error> {
-        let none = || Error::NoSuchActor { name: name.to_owned() };
-        self.find_actor::<A>(name).map(A::Handle::from).ok_or_else(none)
+        let actor = match (self.find_actor(kind_of::<A>(), name), self.nested()) {
+            (Some(actor), _) => actor,
+            (None, Some(nested)) => nested.named(kind_of::<A>(), name)?,
+            (None, None) => return Err(Error::NoSuchActor { name: name.to_owned() }),
+        };
+        Ok(A::Handle::from(actor))
     }
 }
 
+/// An actor's type, as all processes of one build call it.
+fn kind_of<A>() -> &'static str {
+    std::any::type_name::<A>()
+}
+
+/// Hears of a call's result.
+pub(crate) type Settle = Box<dyn FnOnce(Result<Parcel, Error>) + Send>;
+
 /// A message: which method, on what, and who hears of the result.
-pub(super) struct Post {
-    pub(super) method: &'static str,
-    pub(super) class: Class,
-    pub(super) args: Vec<Parcel>,
-    pub(super) settle: Box<dyn FnOnce(Result<Parcel, Error>) + Send>,
+pub(crate) struct Post {
+    pub(crate) method: &'static str,
+    pub(crate) class: Class,
+    pub(crate) args: Vec<Parcel>,
+    pub(crate) settle: Settle,
     /// How often it was lost with a process.
     pub(super) lost: u32,
 }

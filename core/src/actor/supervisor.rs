@@ -1,11 +1,12 @@
 //! Whether an actor whose process was lost gets another one. Pure: times go in.
 
 use crate::task::Backoff;
+use serde::{Deserialize, Serialize};
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 /// How often an actor is started again. Every default is here.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct RestartPolicy {
     /// Restarts within the window before it stays dead. Default: 0.
     pub max_restarts: u32,

@@ -1,14 +1,17 @@
 //! The driver's side: what one worker process has submitted.
 
-use super::wire::{Failure, Submission};
+use super::held::Held;
+use super::relay::{Inlet, Relay, Reply};
+use super::wire::{Failure, Submission, Wanted};
 use crate::object::when_ready;
 use crate::parcel::{Packed, Parcel};
 use crate::process::Owner;
-use crate::process::wire::{FromWorker, ToWorker};
+use crate::process::wire::{FromWorker, MAX_FRAME_BYTES, ToWorker};
 use crate::remote::{RemoteCall, RemoteFn};
 use crate::runtime::{Lease, Runtime, WeakRuntime};
 use crate::scheduler::NodeId;
-use crate::task::{Placement, Task};
+use crate::stream::Intake;
+use crate::task::{Placement, Task, TaskOptions};
 use crate::{Error, ObjectRef, store, threads};
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -26,9 +29,12 @@ pub(crate) struct Tickets {
     /// Not for longer than the program has it: with the last one, other machines are told goodbye.
     runtime: WeakRuntime,
     node: NodeId,
-    reply: Box<dyn Fn(ToWorker) + Send + Sync>,
+    reply: Reply,
     state: Mutex<State>,
 }
+
+/// A value on its way to the worker, and what keeps it in place.
+type Pack = (Packed, Option<store::Lease>);
 
 #[derive(Default)]
 struct State {
@@ -42,6 +48,22 @@ struct Ticket {
     object: ObjectRef<Parcel>,
     /// Keeps a large result where the worker finds it.
     lease: Option<store::Lease>,
+    stands_for: Thing,
+}
+
+/// What a ticket stands for, besides its result.
+enum Thing {
+    Nothing,
+    Actor(Arc<Held>),
+    /// A call of the actor under this ticket.
+    CallOf(u64),
+    Stream(Arc<Relay>),
+}
+
+impl Ticket {
+    fn new(object: ObjectRef<Parcel>, stands_for: Thing) -> Self {
+        Self { object, lease: None, stands_for }
+    }
 }
 
 impl Tickets {
@@ -51,7 +73,7 @@ impl Tickets {
         reply: impl Fn(ToWorker) + Send + Sync + 'static,
     ) -> Option<Arc<Self>> {
         let runtime = DRIVER.get()?.upgrade()?.downgrade();
-        Some(Arc::new(Self { runtime, node, reply: Box::new(reply), state: Mutex::default() }))
+        Some(Arc::new(Self { runtime, node, reply: Arc::new(reply), state: Mutex::default() }))
     }
 
     /// Takes what is for it, and gives back what is not.
@@ -62,11 +84,14 @@ impl Tickets {
     ) -> Option<FromWorker> {
         match frame {
             FromWorker::Submit { ticket, submission } => self.submit(ticket, *submission, owner),
-            FromWorker::CallOff { ticket } => {
-                let object = self.object(ticket);
-                object.into_iter().for_each(|object| object.cancel());
+            FromWorker::CallOff { ticket } => self.call_off(ticket),
+            FromWorker::Release { ticket } => self.release(ticket),
+            FromWorker::Grant { ticket, below } => {
+                self.relay(ticket).into_iter().for_each(|relay| relay.grant(below));
             }
-            FromWorker::Release { ticket } => drop(self.remove(ticket)),
+            FromWorker::Mapped { ticket, below } => {
+                self.relay(ticket).into_iter().for_each(|relay| relay.mapped(below));
+            }
             FromWorker::Lend => self.lend(owner),
             FromWorker::Reclaim => self.reclaim(),
             other => return Some(other),
@@ -81,17 +106,26 @@ impl Tickets {
             state.is_closed = true;
             (std::mem::take(&mut state.tickets), std::mem::take(&mut state.lent))
         };
+        for (number, ticket) in &tickets {
+            if let Thing::Actor(held) = &ticket.stands_for {
+                let is_under_way = |other: &&Ticket| {
+                    matches!(other.stands_for, Thing::CallOf(actor) if actor == *number)
+                        && !other.object.is_ready()
+                };
+                held.let_go(tickets.values().filter(is_under_way).count());
+            }
+        }
         tickets.values().for_each(|ticket| ticket.object.cancel());
         drop(lent);
     }
 
     fn submit(self: &Arc<Self>, ticket: u64, submission: Submission, owner: Option<&dyn Owner>) {
         let parent = submission.by.and_then(|call| owner?.object_of(call));
-        let runtime = self.runtime.upgrade().ok_or(Error::NoCurrentRuntime);
-        let object = match runtime.and_then(|runtime| Ok((self.task(submission)?, runtime))) {
-            Ok((task, runtime)) => runtime.submit(task),
-            Err(error) => ObjectRef::failed("nested".into(), error),
-        };
+        let begun = self.begin(ticket, submission, owner);
+        let begun = begun.unwrap_or_else(|error| {
+            Ticket::new(ObjectRef::failed("nested".into(), error), Thing::Nothing)
+        });
+        let object = begun.object.clone();
         if let Some(parent) = parent {
             parent.adopt(Arc::downgrade(&object.object()));
         }
@@ -100,22 +134,80 @@ impl Tickets {
             if state.is_closed {
                 return object.cancel();
             }
-            state.tickets.insert(ticket, Ticket { object: object.clone(), lease: None });
+            state.tickets.insert(ticket, begun);
         }
-        let tickets = Arc::clone(self);
-        when_ready(vec![object.object()], move |_| tickets.answer(ticket, &object));
+        let (tickets, relay) = (Arc::clone(self), self.relay(ticket));
+        when_ready(vec![object.object()], move |_| match relay {
+            None => tickets.answer(ticket, &object),
+            Some(relay) => relay.at_the_end(move || tickets.answer(ticket, &object)),
+        });
     }
 
-    fn task(&self, submission: Submission) -> Result<Task<Parcel>, Error> {
-        let Submission { name, function, args, mut options, .. } = submission;
-        let function = RemoteFn::find(&function)?.name();
-        options.placement = Placement::Process;
+    /// Sets about what is wanted.
+    fn begin(
+        &self,
+        ticket: u64,
+        submission: Submission,
+        owner: Option<&dyn Owner>,
+    ) -> Result<Ticket, Error> {
+        let Submission { by, name, args, wanted } = submission;
+        let runtime = self.runtime.upgrade().ok_or(Error::NoCurrentRuntime)?;
+        let args = self.arguments(&name, args)?;
+        let held = Arc::new(Held::default());
+        Ok(match wanted {
+            Wanted::Task { function, options } => {
+                let task = task(name, RemoteCall::raw(known(&function)?, args), options);
+                Ticket::new(runtime.submit(task), Thing::Nothing)
+            }
+            Wanted::Stream { function, options, granted } => {
+                let relay = Relay::new(ticket, granted, self.node, Arc::clone(&self.reply));
+                let values: Option<Arc<dyn Intake>> = Some(Arc::new(Inlet(Arc::clone(&relay))));
+                let call = RemoteCall { values, ..RemoteCall::raw(known(&function)?, args) };
+                let object = runtime.submit(task(name, call, options));
+                relay.set_object(&object.object());
+                Ticket::new(object, Thing::Stream(relay))
+            }
+            Wanted::Actor(plan) => {
+                let asker = by.and_then(|_| owner?.lease());
+                let object = held.start(runtime, *plan, args, asker)?;
+                Ticket::new(object, Thing::Actor(held))
+            }
+            Wanted::Named { kind } => {
+                let object = held.find(&runtime, &kind, &name)?;
+                Ticket::new(object, Thing::Actor(held))
+            }
+            Wanted::Call { actor, method, class } => {
+                let object = self.actor(actor)?.call(&method, class, args)?;
+                Ticket::new(object, Thing::CallOf(actor))
+            }
+            Wanted::Condition { actor } => {
+                Ticket::new(self.actor(actor)?.condition()?, Thing::Nothing)
+            }
+        })
+    }
+
+    fn arguments(&self, name: &str, args: Vec<Packed>) -> Result<Vec<Parcel>, Error> {
         let args = args.into_iter().map(|packed| match packed {
             Packed::Held { ticket } => self.parcel(ticket),
-            other => other.adopt(&name),
+            other => other.adopt(name),
         });
-        let call = RemoteCall::raw(function, args.collect::<Result<_, _>>()?);
-        Ok(Task::remote(name, call).with_options(options))
+        args.collect()
+    }
+
+    fn actor(&self, ticket: u64) -> Result<Arc<Held>, Error> {
+        match self.state().tickets.get(&ticket).map(|ticket| &ticket.stands_for) {
+            Some(Thing::Actor(held)) => Ok(Arc::clone(held)),
+            _ => Err(Error::Internal(format!("ticket {ticket} is no actor's"))),
+        }
+    }
+
+    fn call_off(&self, ticket: u64) {
+        // Not under the lock, as what ends is answered at once.
+        match (self.actor(ticket), self.object(ticket)) {
+            (Ok(held), _) => held.kill(),
+            (Err(_), Some(object)) => object.cancel(),
+            (Err(_), None) => {}
+        }
     }
 
     fn parcel(&self, ticket: u64) -> Result<Parcel, Error> {
@@ -147,8 +239,8 @@ impl Tickets {
         }
     }
 
-    fn say(&self, ticket: u64, packed: Result<(Packed, Option<store::Lease>), Error>) {
-        let result = packed.map(|(packed, lease)| {
+    fn say(&self, ticket: u64, packed: Result<Pack, Error>) {
+        let result = packed.and_then(fitting).map(|(packed, lease)| {
             if let Some(known) = self.state().tickets.get_mut(&ticket) {
                 known.lease = lease;
             }
@@ -182,11 +274,41 @@ impl Tickets {
         self.state().tickets.get(&ticket).map(|ticket| ticket.object.clone())
     }
 
-    fn remove(&self, ticket: u64) -> Option<Ticket> {
-        self.state().tickets.remove(&ticket)
+    fn relay(&self, ticket: u64) -> Option<Arc<Relay>> {
+        match self.state().tickets.get(&ticket).map(|ticket| &ticket.stands_for) {
+            Some(Thing::Stream(relay)) => Some(Arc::clone(relay)),
+            _ => None,
+        }
+    }
+
+    /// What the worker does not even wait for is not needed at all.
+    fn release(&self, ticket: u64) {
+        let known = self.state().tickets.remove(&ticket);
+        let unwanted = known.filter(|ticket| !ticket.object.is_ready());
+        unwanted.into_iter().for_each(|ticket| ticket.object.cancel());
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+fn task(name: String, call: RemoteCall<Parcel>, options: TaskOptions) -> Task<Parcel> {
+    let options = TaskOptions { placement: Placement::Process, ..options };
+    Task::remote(name, call).with_options(options)
+}
+
+/// A function by its registered name.
+fn known(function: &str) -> Result<&'static str, Error> {
+    RemoteFn::find(function).map(RemoteFn::name)
+}
+
+/// What an actor on a thread gives has never been in a frame.
+fn fitting(packed: Pack) -> Result<Pack, Error> {
+    let bytes = packed.0.bytes();
+    if bytes < MAX_FRAME_BYTES {
+        return Ok(packed);
+    }
+    let message = format!("its result has {bytes} bytes, at most {MAX_FRAME_BYTES} fit");
+    Err(Error::TaskFailed { task: "a call".to_owned(), message })
 }

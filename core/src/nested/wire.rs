@@ -1,20 +1,59 @@
-//! What goes over the control stream for the sake of tasks of tasks.
+//! What goes over the control stream for the sake of what a worker has its driver do.
 
-use crate::Error;
+use crate::actor::Blueprint;
+use crate::actor::lanes::Class;
 use crate::parcel::Packed;
 use crate::task::TaskOptions;
+use crate::{Error, Resources};
 use serde::{Deserialize, Serialize};
 use std::time::Duration;
 
-/// A call that a worker asks for.
+/// What a worker asks its driver for.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Submission {
     /// The call that asks, if it is one of the worker's queue.
     pub(crate) by: Option<u64>,
     pub(crate) name: String,
-    pub(crate) function: String,
     pub(crate) args: Vec<Packed>,
-    pub(crate) options: TaskOptions,
+    pub(crate) wanted: Wanted,
+}
+
+/// Functions and methods are known by their registered names, actors by their tickets.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) enum Wanted {
+    Task {
+        function: String,
+        options: TaskOptions,
+    },
+    /// A task that gives many values, of which those below `granted` may be sent.
+    Stream {
+        function: String,
+        options: TaskOptions,
+        granted: u64,
+    },
+    /// An actor, once it is built.
+    Actor(Box<Blueprint>),
+    /// The newest actor of this type with the submission's name.
+    Named {
+        kind: String,
+    },
+    /// The result of a call.
+    Call {
+        actor: u64,
+        method: String,
+        class: Class,
+    },
+    /// How an actor is.
+    Condition {
+        actor: u64,
+    },
+}
+
+/// How an actor is.
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
+pub(crate) struct Condition {
+    pub(crate) is_alive: bool,
+    pub(crate) pid: Option<u32>,
 }
 
 /// An error on its way to another process. Those that programs tell apart keep their kind.
@@ -28,6 +67,9 @@ pub(crate) enum Failure {
     InputFailed { task: String, via: Vec<String>, root: Box<Self> },
     ObjectLost { object: String, reason: String },
     NotRegistered { name: String, registered: Vec<String> },
+    NoSuchActor { name: String },
+    Unplaceable { asked: Box<Resources>, total: Box<Resources> },
+    NotPlaced { name: String, asked: Box<Resources>, free: Box<Resources>, after: Duration },
     Other { text: String },
 }
 
@@ -46,6 +88,11 @@ impl From<&Error> for Failure {
             }
             Error::ObjectLost { object, reason } => Self::ObjectLost { object, reason },
             Error::NotRegistered { name, registered } => Self::NotRegistered { name, registered },
+            Error::NoSuchActor { name } => Self::NoSuchActor { name },
+            Error::Unplaceable { asked, total } => Self::Unplaceable { asked, total },
+            Error::NotPlaced { name, asked, free, after } => {
+                Self::NotPlaced { name, asked, free, after }
+            }
             other => Self::Other { text: crate::error::chain(&other) },
         }
     }
@@ -66,6 +113,11 @@ impl From<Failure> for Error {
             }
             Failure::ObjectLost { object, reason } => Self::ObjectLost { object, reason },
             Failure::NotRegistered { name, registered } => Self::NotRegistered { name, registered },
+            Failure::NoSuchActor { name } => Self::NoSuchActor { name },
+            Failure::Unplaceable { asked, total } => Self::Unplaceable { asked, total },
+            Failure::NotPlaced { name, asked, free, after } => {
+                Self::NotPlaced { name, asked, free, after }
+            }
             Failure::Other { text } => Self::layer(text),
         }
     }
@@ -83,6 +135,7 @@ mod tests {
             root(),
             Error::WorkerLost { task: "b".into(), reason: "killed".into() },
             Error::InputFailed { task: "c".into(), via: vec!["b".into()], root: Arc::new(root()) },
+            Error::NoSuchActor { name: "d".into() },
             Error::InitTwice,
         ];
         for error in errors {

@@ -4,6 +4,7 @@ use super::wire::{Failure, Submission};
 use crate::parcel::{Packed, Parcel, reader};
 use crate::process::wire::FromWorker;
 use crate::store::Reader;
+use crate::stream::Intake;
 use crate::value::Encoded;
 use crate::{Error, Resources, Runtime};
 use std::collections::{HashMap, VecDeque};
@@ -28,8 +29,15 @@ struct State {
     resumes: VecDeque<SyncSender<()>>,
 }
 
+/// What was submitted and has not ended.
+struct Pending {
+    done: Done,
+    /// Where its values go, if it gives many.
+    values: Option<Arc<dyn Intake>>,
+}
+
 /// Hears of the end of a call.
-type Pending = Box<dyn FnOnce(Result<Parcel, Error>) + Send>;
+type Done = Box<dyn FnOnce(Result<Parcel, Error>) + Send>;
 
 static NESTED: OnceLock<Arc<Nested>> = OnceLock::new();
 
@@ -63,16 +71,60 @@ impl Nested {
     }
 
     /// Has the driver run a call; its ticket, to call it off.
-    pub(crate) fn submit(&self, submission: Submission, done: Pending) -> u64 {
+    pub(crate) fn submit(&self, submission: Submission, done: Done) -> u64 {
+        self.submit_pending(submission, Pending { done, values: None })
+    }
+
+    /// The same for a call that gives many values.
+    pub(crate) fn submit_stream(
+        self: &Arc<Self>,
+        submission: Submission,
+        values: Arc<dyn Intake>,
+        done: Done,
+    ) -> u64 {
+        let granted = values.begin().1;
+        let pending = Pending { done, values: Some(Arc::clone(&values)) };
+        let ticket = self.submit_pending(submission, pending);
+        let nested = Arc::clone(self);
+        values.connect(
+            granted,
+            Arc::new(move |below| nested.tell(FromWorker::Grant { ticket, below })),
+        );
+        ticket
+    }
+
+    fn submit_pending(&self, submission: Submission, pending: Pending) -> u64 {
         let ticket = {
             let mut state = self.state();
             state.last_ticket += 1;
             let ticket = state.last_ticket;
-            state.pending.insert(ticket, done);
+            state.pending.insert(ticket, pending);
             ticket
         };
         self.tell(FromWorker::Submit { ticket, submission: Box::new(submission) });
         ticket
+    }
+
+    /// Values of a call that goes on. Large ones are mapped here and now, so that nobody has to keep
+    /// them for this process.
+    pub(crate) fn values(self: &Arc<Self>, ticket: u64, first: u64, packed: Vec<Packed>) {
+        let known = self.state().pending.get(&ticket).and_then(|known| known.values.clone());
+        let Some(values) = known else { return };
+        let below = first + packed.len() as u64;
+        let has_shared = packed.iter().any(|value| matches!(value, Packed::Shared { .. }));
+        let opened = packed.into_iter().map(|value| value.open(&self.reader).map(Parcel::Inline));
+        match opened.collect::<Result<Vec<_>, _>>() {
+            Ok(opened) => {
+                values.take_in(first, opened);
+                if has_shared {
+                    self.tell(FromWorker::Mapped { ticket, below });
+                }
+            }
+            Err(error) => {
+                self.call_off(ticket);
+                self.resolved(ticket, Err(Box::new(Failure::from(&error))));
+            }
+        }
     }
 
     pub(crate) fn call_off(&self, ticket: u64) {
@@ -80,7 +132,8 @@ impl Nested {
     }
 
     pub(crate) fn resolved(self: &Arc<Self>, ticket: u64, result: Result<Packed, Box<Failure>>) {
-        let Some(done) = self.state().pending.remove(&ticket) else { return };
+        let known = self.state().pending.remove(&ticket);
+        let Some(Pending { done, .. }) = known else { return };
         done(match result {
             Ok(packed) => Ok(Parcel::Up(Arc::new(Up { nested: Arc::clone(self), ticket, packed }))),
             Err(failure) => {
@@ -122,8 +175,8 @@ impl Nested {
 /// A result that the driver holds for this worker, until dropped.
 #[doc(hidden)]
 pub struct Up {
-    nested: Arc<Nested>,
-    ticket: u64,
+    pub(super) nested: Arc<Nested>,
+    pub(super) ticket: u64,
     packed: Packed,
 }
 

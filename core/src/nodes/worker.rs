@@ -12,7 +12,7 @@ use crate::process::{
 };
 use crate::scheduler::NodeId;
 use crate::store::Lease;
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::{Semaphore, mpsc};
 
@@ -56,20 +56,63 @@ pub(super) fn start(number: u64, environment: Environment, home: Home) -> Orders
     let (frames, inbox) = mpsc::unbounded_channel();
     let (kills, killed) = mpsc::unbounded_channel();
     let credits = Arc::new(Semaphore::new(CREDITS));
-    let worker = Worker { number, home, credits: Arc::clone(&credits), kept: Arc::default() };
+    let worker = Worker { number, home, credits: Arc::clone(&credits), shelf: Arc::default() };
     tokio::spawn(worker.live(environment, inbox, killed));
     Orders { frames, kills, credits }
 }
 
-/// Values that calls under way refer to.
-type Kept = HashMap<u64, Vec<(Arc<Stored>, Lease)>>;
+/// Values that the worker refers to.
+type Kept = Vec<(Arc<Stored>, Lease)>;
+
+/// What is kept for a worker.
+#[derive(Default)]
+struct Shelf {
+    /// By the calls that it has, and the tickets that it has submitted under.
+    calls: HashMap<u64, Kept>,
+    /// By ticket: values of streams, under the number of the last of them.
+    streams: HashMap<u64, VecDeque<(u64, Kept)>>,
+}
+
+impl Shelf {
+    fn keep(&mut self, frame: &ToWorker, kept: Kept) {
+        if let ToWorker::Values { ticket, first, values } = frame {
+            let last = first + values.len() as u64 - 1;
+            self.streams.entry(*ticket).or_default().push_back((last, kept));
+        } else {
+            self.calls.insert(key(frame), kept);
+        }
+    }
+
+    /// What the worker needs no more after what it says.
+    fn take(&mut self, frame: &FromWorker) -> Vec<Kept> {
+        match frame {
+            FromWorker::Reply { call, .. } if *call > 0 => Vec::from_iter(self.calls.remove(call)),
+            // What the actor was built from is not needed again.
+            FromWorker::Saved { state: Ok(_), .. } => Vec::from_iter(self.calls.remove(&0)),
+            FromWorker::Returned { calls } => {
+                calls.iter().filter_map(|call| self.calls.remove(call)).collect()
+            }
+            FromWorker::Release { ticket } => {
+                let stream = self.streams.remove(ticket).unwrap_or_default();
+                let result = self.calls.remove(&(TICKETS + ticket));
+                stream.into_iter().map(|(_, kept)| kept).chain(result).collect()
+            }
+            FromWorker::Mapped { ticket, below } => {
+                let Some(stream) = self.streams.get_mut(ticket) else { return Vec::new() };
+                let count = stream.partition_point(|(last, _)| last < below);
+                stream.drain(..count).map(|(_, kept)| kept).collect()
+            }
+            _ => Vec::new(),
+        }
+    }
+}
 
 #[derive(Clone)]
 struct Worker {
     number: u64,
     home: Home,
     credits: Arc<Semaphore>,
-    kept: Arc<Mutex<Kept>>,
+    shelf: Arc<Mutex<Shelf>>,
 }
 
 impl Worker {
@@ -120,7 +163,7 @@ impl Worker {
         while let Some(mut frame) = inbox.recv().await {
             match self.localise(&mut frame).await {
                 Ok(kept) if kept.is_empty() => {}
-                Ok(kept) => drop(self.kept().insert(key(&frame), kept)),
+                Ok(kept) => self.shelf().keep(&frame, kept),
                 Err(error) => {
                     self.refuse(&frame, &error, &link).await;
                     continue;
@@ -131,7 +174,7 @@ impl Worker {
     }
 
     /// Brings the values that the frame refers to onto this machine.
-    async fn localise(&self, frame: &mut ToWorker) -> Result<Vec<(Arc<Stored>, Lease)>, Error> {
+    async fn localise(&self, frame: &mut ToWorker) -> Result<Kept, Error> {
         let mut kept = Vec::new();
         for packed in frame.packed_mut() {
             let Packed::Far(place) = packed else { continue };
@@ -150,7 +193,7 @@ impl Worker {
         let outcome = Outcome::InputLost { reason: error.to_string() };
         let answer = match frame {
             ToWorker::Call { call, .. } => FromWorker::Reply { call: *call, micros: 0, outcome },
-            ToWorker::Resolved { ticket, .. } => {
+            ToWorker::Resolved { ticket, .. } | ToWorker::Values { ticket, .. } => {
                 let failure = Box::new(Failure::from(error));
                 link.send(ToWorker::Resolved { ticket: *ticket, result: Err(failure) });
                 return;
@@ -182,16 +225,8 @@ impl Worker {
 
     /// Keeps the values that the worker has made, and lets go of what it needs no more.
     async fn take_over(&self, mut frame: FromWorker, link: &WorkerLink) -> FromWorker {
-        match &frame {
-            FromWorker::Reply { call, .. } if *call > 0 => drop(self.kept().remove(call)),
-            // What the actor was built from is not needed again.
-            FromWorker::Saved { state: Ok(_), .. } => drop(self.kept().remove(&0)),
-            FromWorker::Returned { calls } => {
-                calls.iter().for_each(|call| drop(self.kept().remove(call)));
-            }
-            FromWorker::Release { ticket } => drop(self.kept().remove(&(TICKETS + ticket))),
-            _ => {}
-        }
+        let not_needed = self.shelf().take(&frame);
+        drop(not_needed);
         let has_large = frame.packed_mut().iter().any(|p| matches!(p, Packed::Shared { .. }));
         let taken = match &frame {
             _ if !has_large => None,
@@ -242,8 +277,8 @@ impl Worker {
         let _ = self.home.out.send(FromNode::Event { worker: self.number, event }).await;
     }
 
-    fn kept(&self) -> MutexGuard<'_, Kept> {
-        self.kept.lock().unwrap_or_else(PoisonError::into_inner)
+    fn shelf(&self) -> MutexGuard<'_, Shelf> {
+        self.shelf.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -85,6 +85,11 @@ async fn session(control: StdUnixStream) -> Result<(), BoxError> {
                         nested.resolved(ticket, result);
                     }
                 }
+                Some(ToWorker::Values { ticket, first, values }) => {
+                    if let Some(nested) = nested::nested() {
+                        nested.values(ticket, first, values);
+                    }
+                }
                 Some(ToWorker::Resume) => {
                     if let Some(nested) = nested::nested() {
                         nested.resumed();

@@ -297,16 +297,22 @@ impl Worker {
         let known = self.state().calls.get(&call).and_then(|known| known.call.values.clone());
         let below = first + packed.len() as u64;
         let has_shared = packed.iter().any(|value| matches!(value, Packed::Shared { .. }));
-        let taken = match known {
-            Some(values) => values.take_in(first, packed),
-            // Wherever they lie, they go.
-            None => packed.into_iter().try_for_each(|value| value.adopt("nobody's").map(drop)),
-        };
-        match taken {
-            Ok(()) if has_shared => drop(self.tell(ToWorker::TakenOver { call, below })),
-            Ok(()) => {}
+        // Wherever they lie, they go, if nobody wants them.
+        let adopted = packed.into_iter().map(|value| value.adopt("a value of a stream"));
+        match (adopted.collect::<Result<Vec<_>, _>>(), known) {
+            (Ok(adopted), known) => {
+                if let Some(values) = known {
+                    values.take_in(first, adopted);
+                }
+                if has_shared {
+                    self.tell(ToWorker::TakenOver { call, below });
+                }
+            }
             // What is missing can only come from another attempt.
-            Err(error) => self.kill(&format!("a value could not be taken over: {error}")),
+            (Err(error), Some(_)) => {
+                self.kill(&format!("a value could not be taken over: {error}"))
+            }
+            (Err(_), None) => {}
         }
     }
 

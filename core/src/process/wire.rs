@@ -56,6 +56,9 @@ pub(crate) enum ToWorker {
     Gathered { key: String, values: Vec<Bytes> },
     /// What this worker has submitted under this ticket has ended.
     Resolved { ticket: u64, result: Result<Packed, Box<Failure>> },
+    /// Values of the stream that this worker has submitted under this ticket, the first of this
+    /// number.
+    Values { ticket: u64, first: u64, values: Vec<Packed> },
     /// The CPUs that this worker has lent are its own again.
     Resume,
     /// A message of the group's maker to a member.
@@ -120,6 +123,10 @@ pub(crate) enum FromWorker {
     CallOff { ticket: u64 },
     /// The result of this ticket is not needed any more.
     Release { ticket: u64 },
+    /// The stream of this ticket may give the values below this number.
+    Grant { ticket: u64, below: u64 },
+    /// This worker has mapped the large values of this stream below this number.
+    Mapped { ticket: u64, below: u64 },
     /// This worker waits for what it has submitted: others may have its CPUs.
     Lend,
     /// It wants its CPUs back.
@@ -151,6 +158,7 @@ impl ToWorker {
         match self {
             Self::Run { args, .. } | Self::Call { args, .. } => args,
             Self::Resolved { result: Ok(value), .. } => std::slice::from_mut(value),
+            Self::Values { values, .. } => values,
             _ => &mut [],
         }
     }

@@ -45,6 +45,9 @@ pub(crate) struct Shape {
     pub(crate) is_pooled: bool,
     /// The only node that will do: a bundle of a placement group, or an affinity.
     pub(crate) node: Option<NodeId>,
+    /// Whether it keeps what it gets, as an actor does, rather than end by itself: it leaves as many
+    /// CPUs as others have lent, who might never have them back otherwise.
+    pub(crate) is_lasting: bool,
 }
 
 #[derive(Clone, Debug)]
@@ -403,7 +406,8 @@ impl Scheduler {
         let only = heads.next().filter(|_| heads.next().is_none())?;
         let shape = &self.queues[only].shape;
         let anywhere = shape.node.is_none_or(|node| node == self.nodes[0].id);
-        (shape.bundles.len() == 1 && anywhere).then_some(only)
+        let is_simple = shape.bundles.len() == 1 && anywhere && !shape.is_lasting;
+        is_simple.then_some(only)
     }
 
     /// [`Scheduler::serve`] where nothing can be in the way, without a trial.
@@ -464,10 +468,11 @@ impl Scheduler {
     /// Grants from the head of one queue as long as the head fits, then reserves for the next.
     fn serve(&mut self, queue: usize, view: &mut Vec<(NodeId, Free)>, out: &mut Vec<Command>) {
         while self.head(queue).is_some() {
-            let Some(grants) = place(&self.queues[queue].shape, view) else {
+            let reach = self.reach(queue);
+            let Some(grants) = place_within(reach.as_ref(), &self.queues[queue].shape, view) else {
                 // What waits for a node to come holds up nobody.
                 if self.could_ever_fit(queue) {
-                    reserve(&self.queues[queue].shape, view);
+                    reserve(reach.as_ref(), &self.queues[queue].shape, view);
                 }
                 return;
             };
@@ -477,6 +482,21 @@ impl Scheduler {
             self.held.insert(id, Held { shape, grants: grants.clone(), cpus: Cpus::Held });
             out.push(Command::Start { id, grants });
         }
+    }
+
+    /// How many CPUs of each node those of this queue may have at most: what lasts leaves as much as
+    /// others have lent, and will want back. `None`: all that are free.
+    fn reach(&self, queue: usize) -> Option<HashMap<NodeId, i64>> {
+        if !self.queues[queue].shape.is_lasting {
+            return None;
+        }
+        let all = self.nodes.iter().map(|node| (node.id, node.total.cpus));
+        let mut reach: HashMap<NodeId, i64> = all.collect();
+        let stays = |held: &&Held| held.shape.is_lasting || held.cpus != Cpus::Held;
+        for grant in self.held.values().filter(stays).flat_map(|held| &held.grants) {
+            reach.entry(grant.node).and_modify(|cpus| *cpus -= grant.amounts.cpus);
+        }
+        Some(reach)
     }
 
     fn head(&mut self, queue: usize) -> Option<Id> {
@@ -535,6 +555,30 @@ const MANY_QUEUES: usize = 64;
 fn cpus_of(grant: &Grant) -> Grant {
     let amounts = Amounts::cpus(grant.amounts.cpus);
     Grant { node: grant.node, amounts, gpus: Vec::new() }
+}
+
+/// Takes every bundle from the view within reach, or changes nothing.
+fn place_within(
+    reach: Option<&HashMap<NodeId, i64>>,
+    shape: &Shape,
+    view: &mut Vec<(NodeId, Free)>,
+) -> Option<Vec<Grant>> {
+    let Some(reach) = reach else { return place(shape, view) };
+    let mut within = view.clone();
+    for (node, free) in &mut within {
+        free.amounts.cpus = cpus_within(reach, *node, free);
+    }
+    let grants = place(shape, &mut within)?;
+    for grant in &grants {
+        let there = view.iter_mut().filter(|(node, _)| *node == grant.node);
+        there.for_each(|(_, free)| free.take_exactly(grant));
+    }
+    Some(grants)
+}
+
+fn cpus_within(reach: &HashMap<NodeId, i64>, node: NodeId, free: &Free) -> i64 {
+    let most = reach.get(&node).copied().unwrap_or(i64::MAX);
+    free.amounts.cpus.min(most).max(0)
 }
 
 /// Takes every bundle from the view, or changes nothing.
@@ -607,12 +651,17 @@ fn reserve_on(view: &mut [(NodeId, Free)], node: NodeId, amounts: &Amounts) {
     there.for_each(|(_, free)| free.reserve(amounts));
 }
 
-/// Keeps for a blocked request what there is of what it asks for, wherever it may be placed.
-fn reserve(shape: &Shape, view: &mut [(NodeId, Free)]) {
+/// Keeps for a blocked request what there is of what it asks for, wherever it may be placed. What is
+/// out of its reach is for others.
+fn reserve(reach: Option<&HashMap<NodeId, i64>>, shape: &Shape, view: &mut [(NodeId, Free)]) {
     let may = |node: NodeId| shape.node.map_or(node.is_machine(), |only| only == node);
-    for (node, free) in view.iter_mut() {
-        if may(*node) {
-            shape.bundles.iter().for_each(|bundle| free.reserve(bundle));
+    for (node, free) in view.iter_mut().filter(|(node, _)| may(*node)) {
+        let all = free.amounts.cpus;
+        let mut within = reach.map_or(all, |reach| cpus_within(reach, *node, free));
+        for bundle in &shape.bundles {
+            let cpus = bundle.cpus.min(within);
+            within -= cpus;
+            free.reserve(&Amounts { cpus, ..bundle.clone() });
         }
     }
 }

@@ -5,7 +5,7 @@ use super::*;
 use proptest::prelude::*;
 
 fn shape(bundles: &[Amounts], strategy: PlacementStrategy) -> Shape {
-    Shape { bundles: bundles.to_vec(), strategy, node: None, is_pooled: false }
+    Shape { bundles: bundles.to_vec(), strategy, node: None, is_pooled: false, is_lasting: false }
 }
 
 fn cpus(n: i64) -> Shape {
@@ -90,6 +90,26 @@ fn lent_cpus_come_back_before_those_who_wait() {
     let resumed = step(&mut s, Event::Release { id: 2 });
     assert_eq!(resumed, [Command::Resume { id: 1 }], "not 3");
     assert_eq!(started(&step(&mut s, Event::Release { id: 1 })), [3]);
+}
+
+#[test]
+fn what_lasts_leaves_as_much_as_was_lent() {
+    let lasting = |n| Shape { is_lasting: true, ..cpus(n) };
+    let mut s = machines(&[Amounts::cpus(3 * UNIT)]);
+    submit(&mut s, 1, cpus(2));
+    step(&mut s, Event::Lend { id: 1 });
+    assert_eq!(started(&submit(&mut s, 2, lasting(1))), [2], "nobody holds this one");
+    assert!(submit(&mut s, 3, lasting(1)).is_empty(), "1 wants it back");
+    assert_eq!(started(&submit(&mut s, 4, cpus(2))), [4], "which ends, and is not held up");
+    assert!(step(&mut s, Event::Release { id: 4 }).is_empty());
+    assert_eq!(step(&mut s, Event::Reclaim { id: 1 }), [Command::Resume { id: 1 }]);
+    assert_eq!(started(&step(&mut s, Event::Release { id: 1 })), [3]);
+    // What runs on lent CPUs ends, and does not count.
+    let mut s = machines(&[Amounts::cpus(2 * UNIT)]);
+    submit(&mut s, 1, cpus(1));
+    step(&mut s, Event::Lend { id: 1 });
+    submit(&mut s, 2, cpus(1));
+    assert_eq!(started(&submit(&mut s, 3, lasting(1))), [3]);
 }
 
 #[test]
@@ -223,7 +243,7 @@ fn joining_passes_nobody_who_came_earlier() {
 
 #[derive(Clone, Debug)]
 enum Act {
-    Submit { bundles: Vec<(i64, i64)>, strategy: PlacementStrategy, is_pooled: bool },
+    Submit { bundles: Vec<(i64, i64)>, strategy: PlacementStrategy, kind: u8 },
     Cancel(usize),
     Release(usize),
     Lend(usize),
@@ -243,8 +263,8 @@ fn act() -> impl Strategy<Value = Act> {
     ]);
     let bundles = prop::collection::vec((0i64..=3 * UNIT, 0i64..=2), 1..4);
     prop_oneof![
-        6 => (bundles, strategy, any::<bool>()).prop_map(|(bundles, strategy, is_pooled)| {
-            Act::Submit { bundles, strategy, is_pooled }
+        6 => (bundles, strategy, 0u8..3).prop_map(|(bundles, strategy, kind)| {
+            Act::Submit { bundles, strategy, kind }
         }),
         1 => (0usize..64).prop_map(Act::Cancel),
         6 => (0usize..64).prop_map(Act::Release),
@@ -272,14 +292,15 @@ struct Life {
 impl Life {
     fn act(&mut self, act: Act) {
         let event = match act {
-            Act::Submit { bundles, strategy, is_pooled } => {
+            Act::Submit { bundles, strategy, kind } => {
+                let (is_pooled, is_lasting) = (kind == 1, kind == 2);
                 self.next += 1;
                 self.waiting.push(self.next);
                 let amounts = |(cpus, n): (i64, i64)| Amounts { cpus, ..gpus(0, n) };
                 let bundles = bundles.into_iter().map(amounts).collect();
                 Event::Submit {
                     id: self.next,
-                    shape: Shape { bundles, strategy, node: None, is_pooled },
+                    shape: Shape { bundles, strategy, node: None, is_pooled, is_lasting },
                 }
             }
             Act::Cancel(n) if !self.waiting.is_empty() => {

@@ -1,7 +1,7 @@
 //! Between a producer and its consumer: the values that have arrived and were not taken.
 
 use super::window::Window;
-use crate::parcel::{Packed, Parcel};
+use crate::parcel::Parcel;
 use crate::{Error, current};
 use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
@@ -204,7 +204,7 @@ pub(crate) trait Intake: Send + Sync {
     fn connect(&self, granted: u64, tell: Tell);
 
     /// Values that have come, the first of this number.
-    fn take_in(&self, first: u64, values: Vec<Packed>) -> Result<(), Error>;
+    fn take_in(&self, first: u64, values: Vec<Parcel>);
 }
 
 pub(super) struct FarValues<T> {
@@ -231,15 +231,7 @@ impl<T: Send + Sync> Intake for FarValues<T> {
         }
     }
 
-    fn take_in(&self, first: u64, values: Vec<Packed>) -> Result<(), Error> {
-        if self.channel.state().is_closed {
-            return Ok(());
-        }
-        // Not under the lock: the store may have to make room.
-        let values: Vec<Parcel> = values
-            .into_iter()
-            .map(|value| value.adopt("a value of a stream"))
-            .collect::<Result<_, _>>()?;
+    fn take_in(&self, first: u64, values: Vec<Parcel>) {
         let mut state = self.channel.state();
         for (number, parcel) in (first..).zip(values) {
             if !state.is_closed && state.window.arrive(number) {
@@ -247,7 +239,6 @@ impl<T: Send + Sync> Intake for FarValues<T> {
             }
         }
         self.channel.wake(state);
-        Ok(())
     }
 }
 

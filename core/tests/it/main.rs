@@ -18,6 +18,7 @@ mod secrets;
 mod status;
 mod streams;
 mod tasks;
+mod upward;
 
 use libtest_mimic::{Arguments, Trial};
 use mobula_core::Runtime;
@@ -64,6 +65,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         status::TESTS,
         streams::TESTS,
         tasks::TESTS,
+        upward::TESTS,
     ]
     .concat();
     let trials = tests.into_iter().map(|(name, test)| {

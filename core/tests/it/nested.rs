@@ -267,7 +267,7 @@ fn start_a_group() -> Result<String, Error> {
 fn groups(runtime: &Runtime) {
     let said = runtime.submit(start_a_group::remote().on(Placement::Process));
     let said = said.get_timeout(LONG).expect("says");
-    assert!(said.contains("a worker process can submit tasks"), "{said}");
+    assert!(said.contains("groups in processes are started by the driver"), "{said}");
 }
 
 fn outside(_: &Runtime) {

@@ -35,6 +35,7 @@ pub(crate) const TESTS: &[Test] = &[
     ("nodes::what_a_lost_machine_did_is_done_elsewhere", lost_machine),
     ("nodes::groups_go_on_without_the_machine_that_they_lose", groups_lose_a_machine),
     ("nodes::a_saved_actor_outlives_its_machine", saved_actor),
+    ("nodes::workers_have_actors_on_all_machines", workers_have_actors),
     ("nodes::a_killed_driver_leaves_no_copy_and_no_worker", killed_driver),
     ("nodes::copies_on_one_machine_count_its_cpus_once", copies_on_one_machine),
     ("nodes::a_silent_machine_is_lost", silent_machine),
@@ -63,6 +64,7 @@ pub(crate) fn run() -> Result<(), Box<dyn std::error::Error>> {
         "lost machine" => scenarios::lost_machine,
         "groups lose a machine" => scenarios::groups_lose_a_machine,
         "saved actor" => scenarios::saved_actor,
+        "workers have actors" => scenarios::workers_have_actors,
         "long task" => scenarios::long_task,
         "count" => scenarios::count,
         "silent machine" => scenarios::silent_machine,
@@ -247,6 +249,10 @@ fn killed_driver(_: &Runtime) {
     assert_eq!(outputs[1].status.code(), Some(1), "{}", said(&outputs));
     assert!(said(&outputs[1..]).contains("the driver is gone"), "{}", said(&outputs));
     assert_gone(&worker);
+}
+
+fn workers_have_actors(_: &Runtime) {
+    Launch::start("workers have actors", &[1, 1], |_, _| {}).succeed();
 }
 
 fn lost_machine(_: &Runtime) {
@@ -524,6 +530,56 @@ impl Counter {
     }
 }
 
+/// Notes what it is given, in order.
+struct Notes(Vec<(u8, usize)>);
+
+#[remote(crate = mobula_core)]
+impl Notes {
+    fn new(first: Blob) -> Self {
+        Self(vec![(first.0[0], first.0.len())])
+    }
+
+    fn note(&mut self, value: Blob) {
+        self.0.push((value.0[0], value.0.len()));
+    }
+
+    fn all(&self) -> (Vec<(u8, usize)>, u32) {
+        (self.0.clone(), machine())
+    }
+
+    fn large(&self, byte: u8) -> Blob {
+        vec![byte; LARGE].into()
+    }
+}
+
+/// The machine of this, and that of its actor.
+#[remote(crate = mobula_core)]
+fn use_notes(node: Node) -> Result<(u32, u32), Error> {
+    let runtime = Runtime::current()?;
+    let options = ActorOptions {
+        placement: Placement::Process,
+        node: Some(node),
+        ..ActorOptions::new("notes")
+    };
+    let blob = |byte: u8, len: usize| Blob::from(vec![byte; len]);
+    let notes = runtime.spawn(Notes::remote(blob(0, LARGE)).with_options(options))?;
+    let made = notes.large(1);
+    let mut calls = Vec::new();
+    // Large values, which have to be brought first, and small ones, which are not to overtake them.
+    for round in 1..10 {
+        calls.push(notes.note(&made));
+        calls.push(notes.note(blob(round, LARGE)));
+        calls.push(notes.note(blob(round, 1)));
+    }
+    let all = notes.all().get()?;
+    let mut expected = vec![(0, LARGE)];
+    (1..10).for_each(|round| expected.extend([(1, LARGE), (round, LARGE), (round, 1)]));
+    assert_eq!(all.0, expected);
+    collect(&calls)?;
+    assert_eq!(made.get()?.0, vec![1; LARGE]);
+    Ok((machine(), all.1))
+}
+
 /// The count, how many bytes are intact, and the agent.
 type Seen = (u32, usize, u32);
 
@@ -645,6 +701,18 @@ mod scenarios {
         assert_eq!(*runtime.submit(here).get().expect("sums"), 5 * LARGE as u64);
     }
 
+    pub(super) fn workers_have_actors(runtime: &Runtime) {
+        let nodes: Vec<Node> = runtime.nodes().iter().map(|info| info.node).collect();
+        let agents = nodes.iter().map(|node| agent_of(runtime, *node).as_raw_pid() as u32);
+        let agents: Vec<u32> = agents.collect();
+        for (from, to) in [(0, 0), (0, 1), (1, 0), (1, 1)] {
+            let task = use_notes::remote(nodes[to]).with_options(on(nodes[from]));
+            let seen = runtime.submit(task).get_timeout(LONG);
+            let seen = seen.unwrap_or_else(|error| panic!("{from}, {to}: {error}"));
+            assert_eq!(*seen, (agents[from], agents[to]), "{from}, {to}");
+        }
+    }
+
     pub(super) fn spread_group(runtime: &Runtime) {
         let options = GroupOptions {
             strategy: PlacementStrategy::StrictSpread,
@@ -658,6 +726,11 @@ mod scenarios {
         let node = runtime.nodes()[1].node;
         // More than may be under way, small ones and large ones.
         for (count, size) in [(500, 10), (20, 1 << 20)] {
+            for (from, to) in [(Node::HERE, node), (node, Node::HERE), (node, node)] {
+                let task = consume::remote(count, size, from).with_options(on(to));
+                let whole = runtime.submit(task).get_timeout(LONG);
+                assert_eq!(*whole.expect("streams"), count, "{from:?}, {to:?}");
+            }
             let task = yield_many::remote(count, size).with_options(on(node));
             let values: Result<Vec<_>, Error> = runtime.submit_stream(task).collect();
             let values = values.expect("streams");
@@ -1049,6 +1122,17 @@ fn place_of_two() -> Result<(), Error> {
     };
     assert!(wait_until(all_run, LONG), "four never ran at the same time");
     Ok(())
+}
+
+/// How many of the values that are made there come as they are to be.
+#[remote(crate = mobula_core)]
+fn consume(count: usize, size: usize, from: Node) -> Result<usize, Error> {
+    let options =
+        TaskOptions { placement: Placement::Process, node: Some(from), ..TaskOptions::default() };
+    let task = yield_many::remote(count, size).with_options(options).with_buffer(8);
+    let values = Runtime::current()?.submit_stream(task).collect::<Result<Vec<_>, _>>()?;
+    let is_whole = |(n, value): &(usize, &std::sync::Arc<Blob>)| value.0 == vec![*n as u8; size];
+    Ok(values.iter().enumerate().filter(is_whole).count())
 }
 
 #[remote(crate = mobula_core)]
