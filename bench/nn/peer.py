@@ -72,7 +72,26 @@ class Cnn(nn.Module):
         return self.fc2(F.relu(self.fc1(x.flatten(1))))
 
 
-MODELS = {"mlp": Mlp, "mlp-32": Mlp, "cnn": Cnn}
+class Transformer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Linear(256, 256)
+        self.positions = nn.Parameter(torch.empty(128, 256))
+        layer = dict(dropout=0.0, activation="gelu", batch_first=True, norm_first=True)
+        self.layers = nn.ModuleList(
+            nn.TransformerEncoderLayer(256, 4, 1024, **layer) for _ in range(4)
+        )
+        self.norm = nn.LayerNorm(256)
+        self.head = nn.Linear(256, 10)
+
+    def forward(self, x):
+        x = self.embed(x) + self.positions
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(self.norm(x).mean(1))
+
+
+MODELS = {"mlp": Mlp, "mlp-32": Mlp, "cnn": Cnn, "transformer": Transformer}
 
 
 class Training:

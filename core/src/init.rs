@@ -3,7 +3,7 @@
 use crate::nodes::{self, Role};
 use crate::process::spawn::{self, Inherited};
 use crate::process::{ProcessHost, child, forkserver};
-use crate::{Error, Resources, Runtime, interrupt, panics, status, timeline};
+use crate::{Error, Resources, Runtime, allocator, interrupt, panics, status, timeline};
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -35,6 +35,7 @@ pub fn init_with(total: Resources) -> Result<Runtime, Error> {
     if INITIALISED.swap(true, Ordering::SeqCst) {
         return Err(Error::InitTwice);
     }
+    allocator::keep_freed_memory();
     match spawn::inherited()? {
         Some(Inherited::Worker(control)) => work(control),
         Some(Inherited::ForkServer(socket)) => work(forkserver::serve(socket)),

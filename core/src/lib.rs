@@ -18,6 +18,7 @@
 //! it. It knows nothing of data sets, models or HTTP.
 
 pub mod actor;
+mod allocator;
 pub mod batch;
 pub mod checkpoint;
 pub mod clock;
