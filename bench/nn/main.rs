@@ -1,6 +1,7 @@
 //! Our side of training steps and of inference.
 //!
 //! ```text
+//! bench-nn peak                           the best rate of a large product, in GFLOP/s
 //! bench-nn fixture MODEL PATH             write initial weights and batches for both sides
 //! bench-nn train MODEL FIXTURE THREADS    answer requests on standard input
 //! ```
@@ -29,11 +30,14 @@ fn main() -> Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     match arguments[..] {
+        ["peak"] => Ok(println!("{}", peak()?)),
         ["fixture", model, path] => models::case(model)?.write_fixture(path.as_ref()),
         ["train", model, fixture, threads] => {
             serve(&mut Training::new(models::case(model)?, fixture.as_ref())?, threads)
         }
-        _ => bail!("usage: bench-nn fixture MODEL PATH | bench-nn train MODEL FIXTURE THREADS"),
+        _ => bail!(
+            "usage: bench-nn peak | bench-nn fixture MODEL PATH | bench-nn train MODEL FIXTURE THREADS"
+        ),
     }
 }
 
@@ -139,6 +143,18 @@ fn answer(value: serde_json::Value) -> Result<()> {
     let mut output = std::io::stdout().lock();
     writeln!(output, "{value}")?;
     Ok(output.flush()?)
+}
+
+fn peak() -> Result<f64> {
+    const SIZE: usize = 1024;
+    let a = Tensor::ones((SIZE, SIZE), DType::F32, &Device::Cpu)?;
+    let mut least = f64::INFINITY;
+    for _ in 0..30 {
+        let start = Instant::now();
+        a.matmul(&a)?;
+        least = least.min(start.elapsed().as_secs_f64());
+    }
+    Ok(2.0 * (SIZE as f64).powi(3) / least / 1e9)
 }
 
 /// How far `work` raises what this process has in memory, at its peak.

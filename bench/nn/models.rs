@@ -30,7 +30,11 @@ pub(crate) fn case(name: &str) -> Result<Case> {
             r#"{"architecture": "mlp", "options": {"inputs": 784, "hidden": [512, 512], "outputs": 10}}"#,
         ),
         "cnn" => (256, 16, r#"{"architecture": "cnn"}"#),
-        "transformer" => (16, 8, r#"{"architecture": "transformer", "options": {"length": 128, "inputs": 256, "features": 256, "heads": 4, "layers": 4, "outputs": 10}}"#),
+        "transformer" => (
+            16,
+            8,
+            r#"{"architecture": "transformer", "options": {"length": 128, "inputs": 256, "features": 256, "heads": 4, "layers": 4, "outputs": 10}}"#,
+        ),
         _ => bail!("no model is called {name:?}"),
     };
     Ok(Case { spec: serde_json::from_str(spec)?, rows, batches })

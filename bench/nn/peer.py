@@ -2,8 +2,8 @@
 
     python peer.py MODE MODEL FIXTURE THREADS
 
-MODE is eager, compile, channels-last or, for the matrix products of an MLP alone, matmul. Speaks
-the same lines as ours (see xtask/src/bench/worker.rs).
+MODE is eager, compile or channels-last. Speaks the same lines as ours (see
+xtask/src/bench/worker.rs).
 """
 
 import json
@@ -15,6 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
+# Of batch norms; no result depends on them.
+COUNTS = "num_batches_tracked"
 OPTIMIZER = dict(lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01)
 
 
@@ -27,10 +29,7 @@ def main():
         i = len(batches)
         batches.append((tensors[f"x.{i}"], tensors[f"y.{i}"].long()))
     weights = {name: t for name, t in tensors.items() if not name.startswith(("x.", "y."))}
-    if mode == "matmul":
-        side = Matmuls(weights, batches)
-    else:
-        side = Training(mode, MODELS[model], weights, batches)
+    side = Training(mode, MODELS[model], weights, batches)
     side.run(3)  # compiles, fills caches, starts threads
     answer(ready=f"PyTorch {torch.__version__.split('+')[0]} {side.name}", flops=side.flops())
     for line in sys.stdin:
@@ -111,9 +110,13 @@ class Training:
     def loss_of(self, x, y):
         return F.cross_entropy(self.model(x).flatten(0, -2), y.flatten())
 
+    def load(self):
+        counts = {k: v for k, v in self.model.state_dict().items() if k.endswith(COUNTS)}
+        self.model.load_state_dict(self.weights | counts)
+
     def run(self, steps):
         self.model.train()
-        self.model.load_state_dict(self.weights)
+        self.load()
         optimizer = torch.optim.AdamW(self.model.parameters(), fused=True, **OPTIMIZER)
         seconds = []
         for step in range(steps):
@@ -127,7 +130,7 @@ class Training:
         return seconds, loss.item()
 
     def infer(self, rows, steps):
-        self.model.load_state_dict(self.weights)
+        self.load()
         self.model.eval()
         x = self.batches[0][0][:rows]
         seconds = []
@@ -148,40 +151,8 @@ class Training:
         return counter.get_total_flops()
 
     def save(self, path):
-        save_file({k: v.contiguous() for k, v in self.model.state_dict().items()}, path)
-
-
-class Matmuls:
-    """The step's matrix products and nothing else: what no implementation can beat by much.
-
-    Per layer: the output, the gradient of the weight, and (but for the first layer) of the input.
-    """
-
-    name = "matrix products alone"
-
-    def __init__(self, weights, batches):
-        rows = batches[0][0].shape[0]
-        self.products = []
-        for i in range(1, len(weights) // 2 + 1):
-            weight = weights[f"fc{i}.weight"]
-            outputs, inputs = weight.shape
-            x, dy = torch.rand(rows, inputs), torch.rand(rows, outputs)
-            self.products.append((x, weight.t(), torch.empty(rows, outputs)))
-            self.products.append((dy.t(), x, torch.empty(outputs, inputs)))
-            if i > 1:
-                self.products.append((dy, weight, torch.empty(rows, inputs)))
-
-    def run(self, steps):
-        seconds = []
-        for _ in range(steps):
-            start = time.perf_counter()
-            for a, b, out in self.products:
-                torch.mm(a, b, out=out)
-            seconds.append(time.perf_counter() - start)
-        return seconds, None
-
-    def flops(self):
-        return None
+        state = self.model.state_dict().items()
+        save_file({k: v.contiguous() for k, v in state if not k.endswith(COUNTS)}, path)
 
 
 def peak_above_idle(work):

@@ -2,8 +2,8 @@
 
 mod agreement;
 mod core;
+mod nn;
 mod peers;
-mod train;
 mod worker;
 
 use anyhow::Result;
@@ -13,6 +13,9 @@ use serde::Serialize;
 pub(crate) struct Options {
     /// What to measure
     layer: Layer,
+    /// Only cases whose names contain this
+    #[arg(long, default_value = "")]
+    only: String,
     /// Fewer rounds: good for a look, not for a claim
     #[arg(long)]
     quick: bool,
@@ -24,7 +27,7 @@ pub(crate) struct Options {
 #[derive(Clone, Copy, clap::ValueEnum)]
 enum Layer {
     Core,
-    Train,
+    Nn,
 }
 
 /// One measured case. Ours and the peer's figure are medians in `unit`.
@@ -46,7 +49,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     warn_if_busy();
     let cases = match options.layer {
         Layer::Core => core::run(options.quick)?,
-        Layer::Train => train::run(options.quick)?,
+        Layer::Nn => nn::run(options.quick, &options.only)?,
     };
     if options.json {
         return print_json(&cases);

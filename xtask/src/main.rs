@@ -5,7 +5,7 @@
 //! cargo xtask fix                     format, and apply what clippy can repair by itself
 //! cargo xtask smoke                   `mobula new`: what it writes must build, run and pass its test
 //! cargo xtask slurm srun -N3 hostname a Slurm of three nodes on this machine, while a command runs
-//! cargo xtask bench train --quick     ours against pinned peers on the same work
+//! cargo xtask bench nn --quick        ours against pinned peers on the same work
 //! cargo xtask soak                    kill workers and drivers at random, and check everything
 //! ```
 #![forbid(unsafe_code)]

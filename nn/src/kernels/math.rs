@@ -90,7 +90,7 @@ impl Real for f32 {
     /// Cephes' `expf` (Moshier): 2ⁿ times a polynomial of the rest.
     #[inline(always)]
     fn exp(self) -> Self {
-        const LN2_HIGH: f32 = 0.693_359_375;
+        const LN2_HIGH: f32 = 0.693_359_4;
         const LN2_LOW: f32 = -2.121_944_4e-4;
         // Adding it rounds to an integer, which then stands in the lowest bits; 127 is the bias of
         // an exponent.

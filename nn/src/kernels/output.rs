@@ -13,12 +13,12 @@ pub(crate) fn output<T: Real>(len: usize, write: impl FnOnce(&mut [T])) -> Vec<T
 }
 
 /// Zeroing costs as much as a simple kernel takes.
+#[expect(clippy::uninit_vec, reason = "every element is written before it is read")]
 fn unset<T: Real>(len: usize) -> Vec<T> {
     let mut out = Vec::with_capacity(len);
     // SAFETY: the capacity is `len`, and `T` is `f32` or `f64`: a plain number, without a
     // destructor, valid for any bits. `output` has every element written before one is read; that
     // its callers do so is tested in debug builds, where this function is not used.
-    #[expect(clippy::uninit_vec, reason = "see above")]
     unsafe {
         out.set_len(len);
     }

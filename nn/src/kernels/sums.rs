@@ -66,7 +66,7 @@ pub(crate) fn lane_sum<T: Real>(values: &[T]) -> T {
 fn fold_lanes<T: Real>(mut lanes: [T; 16]) -> T {
     for width in [8, 4, 2, 1] {
         for at in 0..width {
-            lanes[at] = lanes[at] + lanes[at + width];
+            lanes[at] += lanes[at + width];
         }
     }
     lanes[0]

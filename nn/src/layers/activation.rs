@@ -355,7 +355,8 @@ impl Activation {
         result_kept::<T>(y, shape, &[&source], move |gradient, y| {
             let mut gradient = owned::<T>(gradient)?;
             with_values([x.as_ref().unwrap_or(y), y], |[x, y]| {
-                Ok(self.visit(Slopes { x, y, gradient: &mut gradient }))
+                self.visit(Slopes { x, y, gradient: &mut gradient });
+                Ok(())
             })?;
             Ok(vec![to.give(gradient)?])
         })

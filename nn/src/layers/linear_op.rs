@@ -58,7 +58,8 @@ fn affine_as<T: Real>(
         let mut gradient = owned::<T>(gradient)?;
         with_values([y], |[y]| {
             let (x, gradient) = (saved.inner.as_deref().unwrap_or(y), &mut gradient[..]);
-            Ok(activation.visit(Slopes { x, y, gradient }))
+            activation.visit(Slopes { x, y, gradient });
+            Ok(())
         })?;
         saved.backward(gradient)
     })

@@ -1,8 +1,16 @@
 //! One side of a comparison: a process that stays warm and works when it is asked to.
 //!
-//! It writes a JSON line `{"ready": NAME}` when it can start, then answers each line that it reads:
-//! `run STEPS`, from the same initial state every time, with `{"seconds": [..], "loss": x}`, and
-//! `save PATH`, which writes the weights it has now, with `{"saved": true}`. It ends with its input.
+//! It writes a JSON line `{"ready": NAME, "flops": n}` when it can start, n being what a step takes
+//! if it knows, then answers each line that it reads:
+//!
+//! * `run STEPS` trains from the same initial state every time: `{"seconds": [..], "loss": x}`;
+//! * `infer ROWS STEPS` gives what comes out of the first rows, again and again: the same, with the
+//!   sum of what came out for the loss;
+//! * `memory STEPS` trains, and measures how far that raises what the process has in memory:
+//!   `{"bytes": n}`;
+//! * `save PATH` writes the weights it has now: `{"saved": true}`.
+//!
+//! It ends with its input.
 
 use anyhow::{Context, Result, anyhow, bail};
 use serde::Deserialize;
@@ -18,6 +26,8 @@ const DEADLINE: Duration = Duration::from_secs(300);
 pub(super) struct Worker {
     /// What it calls itself.
     pub(super) name: String,
+    /// Of a training step, if it knows.
+    pub(super) flops: Option<f64>,
     child: Child,
     input: ChildStdin,
     output: Receiver<String>,
@@ -35,6 +45,12 @@ pub(super) struct Round {
 #[derive(Deserialize)]
 struct Ready {
     ready: String,
+    flops: Option<f64>,
+}
+
+#[derive(Deserialize)]
+struct Memory {
+    bytes: u64,
 }
 
 impl Worker {
@@ -49,8 +65,9 @@ impl Worker {
         std::thread::spawn(move || {
             lines.map_while(Result::ok).try_for_each(|line| send.send(line))
         });
-        let mut worker = Self { name: program, child, input, output };
-        worker.name = worker.answer::<Ready>()?.ready;
+        let mut worker = Self { name: program, flops: None, child, input, output };
+        let Ready { ready, flops } = worker.answer()?;
+        (worker.name, worker.flops) = (ready, flops);
         Ok(worker)
     }
 
@@ -61,6 +78,16 @@ impl Worker {
             bail!("{}: asked for {steps} steps, got {}", self.name, round.seconds.len());
         }
         Ok(round)
+    }
+
+    /// What comes out of the first `rows` rows, `steps` times.
+    pub(super) fn infer(&mut self, rows: usize, steps: usize) -> Result<Round> {
+        self.ask(&format!("infer {rows} {steps}"))
+    }
+
+    /// Bytes in memory at the peak of a training, above those before.
+    pub(super) fn memory(&mut self, steps: usize) -> Result<u64> {
+        Ok(self.ask::<Memory>(&format!("memory {steps}"))?.bytes)
     }
 
     /// Writes the weights as they are now.

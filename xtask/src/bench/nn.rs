@@ -1,0 +1,378 @@
+//! Layer `nn`: training steps and inference of several models, ours against PyTorch on the CPU.
+
+use super::agreement::{LOSS_STEPS, STRICT_STEPS, distance, same_loss};
+use super::worker::Worker;
+use super::{Case, median, peers};
+use crate::command;
+use anyhow::{Context, Result};
+use cargo_metadata::MetadataCommand;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+/// Steps at the start of a round that are not counted: they allocate the optimizer's state.
+const WARM_UP: usize = 3;
+
+/// By the end of a round, rounding has grown (see `agreement`); this says that all still train.
+const ROUND_LOSS: f64 = 0.05;
+
+/// A model, as `bench-nn` and the peer know it.
+struct Model {
+    name: &'static str,
+    label: &'static str,
+    /// Ways of PyTorch's that may be its best.
+    modes: &'static [&'static str],
+    /// Measured steps of a round: about a second.
+    steps: usize,
+    /// Rows of an inference.
+    rows: &'static [usize],
+    /// How far weights may be apart after a few steps.
+    strict: f64,
+}
+
+const MODELS: &[Model] = &[
+    Model {
+        name: "mlp",
+        label: "mlp 784-512-512-10, batch 256",
+        modes: &["eager", "compile"],
+        steps: 100,
+        rows: &[1, 8, 64],
+        strict: 1e-7,
+    },
+    Model {
+        name: "mlp-32",
+        label: "mlp 784-512-512-10, batch 32",
+        modes: &["eager", "compile"],
+        steps: 300,
+        rows: &[],
+        strict: 1e-7,
+    },
+    Model {
+        name: "cnn",
+        label: "cnn 32-64 on 28x28, batch 256",
+        modes: &["eager", "compile", "channels-last"],
+        steps: 10,
+        rows: &[1, 8, 64],
+        strict: 1e-7,
+    },
+    Model {
+        name: "resnet",
+        label: "resnet-18 on 32x32, batch 64",
+        modes: &["eager", "channels-last"],
+        steps: 2,
+        rows: &[1, 8, 64],
+        strict: 1e-6,
+    },
+    Model {
+        name: "transformer",
+        label: "transformer d=256, 4 layers, length 128, batch 16",
+        modes: &["eager", "compile"],
+        steps: 3,
+        rows: &[1, 8, 16],
+        strict: 1e-6,
+    },
+    Model {
+        name: "lstm",
+        label: "lstm 256, length 64, batch 32",
+        modes: &["eager"],
+        steps: 10,
+        rows: &[1, 8, 32],
+        strict: 1e-6,
+    },
+];
+
+/// Programs and files of the whole comparison.
+struct Bench {
+    scratch: Scratch,
+    ours: PathBuf,
+    python: PathBuf,
+    peer: String,
+    quick: bool,
+}
+
+pub(super) fn run(quick: bool, only: &str) -> Result<Vec<Case>> {
+    let folder = command::root().join("bench/nn");
+    let bench = Bench {
+        scratch: Scratch::new()?,
+        ours: build()?,
+        python: peers::python(&folder.join("requirements.txt"))?,
+        peer: folder.join("peer.py").display().to_string(),
+        quick,
+    };
+    let mut cases = Vec::new();
+    for threads in [1, 2] {
+        let peak = bench.peak(threads)?;
+        for model in MODELS.iter().filter(|model| model.label.contains(only)) {
+            eprintln!("{}, {threads}t", model.label);
+            cases.extend(bench.compare(model, threads, peak)?);
+        }
+    }
+    Ok(cases)
+}
+
+impl Bench {
+    /// The best rate of a large product, in GFLOP/s.
+    fn peak(&self, threads: usize) -> Result<f64> {
+        let mut peak = Command::new(&self.ours);
+        set_threads(peak.arg("peak"), threads);
+        Ok(command::output(peak)?.trim().parse()?)
+    }
+
+    fn start(&self, mode: Option<&str>, model: &Model, threads: usize) -> Result<Side> {
+        let fixture = self.scratch.0.join(format!("{}.safetensors", model.name));
+        if !fixture.exists() {
+            let mut write = Command::new(&self.ours);
+            command::run({
+                write.args(["fixture", model.name]).arg(&fixture);
+                write
+            })?;
+        }
+        let mut command = match mode {
+            None => {
+                let mut ours = Command::new(&self.ours);
+                ours.arg("train");
+                ours
+            }
+            Some(mode) => {
+                let mut python = Command::new(&self.python);
+                python.args([&self.peer, mode]);
+                python
+            }
+        };
+        command.arg(model.name).arg(&fixture).arg(threads.to_string());
+        set_threads(&mut command, threads);
+        Ok(Side { worker: Worker::start(command)?, seconds: Vec::new() })
+    }
+
+    fn compare(&self, model: &Model, threads: usize, peak: f64) -> Result<Vec<Case>> {
+        let mut contest =
+            Contest { model, ours: self.start(None, model, threads)?, peers: Vec::new() };
+        for mode in model.modes {
+            match self.start(Some(mode), model, threads) {
+                Ok(peer) => contest.peers.push(peer),
+                Err(error) => eprintln!("{mode} does not work here, left out: {error:#}"),
+            }
+        }
+        // First, in fresh processes: later their allocators hold what was once needed.
+        let memory = contest.memory(threads)?;
+        contest.check_agreement(&self.scratch.0)?;
+        let rounds = if self.quick { 3 } else { 10 };
+        contest.measure(rounds)?;
+        let mut cases = contest.steps(threads, peak);
+        cases.push(memory);
+        for rows in model.rows {
+            cases.push(contest.inference(*rows, threads, rounds)?);
+        }
+        Ok(cases)
+    }
+}
+
+fn set_threads(command: &mut Command, threads: usize) {
+    for variable in ["RAYON_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"] {
+        command.env(variable, threads.to_string());
+    }
+}
+
+/// Builds ours in release, and says where it is.
+fn build() -> Result<PathBuf> {
+    command::cargo("build --release --package mobula-bench --bin bench-nn")?;
+    let metadata = MetadataCommand::new().current_dir(command::root()).no_deps().exec()?;
+    Ok(metadata.target_directory.join("release/bench-nn").into())
+}
+
+/// Ours and the peers, on the same initial weights and batches.
+struct Contest<'a> {
+    model: &'a Model,
+    ours: Side,
+    peers: Vec<Side>,
+}
+
+struct Side {
+    worker: Worker,
+    seconds: Vec<f64>,
+}
+
+impl Side {
+    /// The weights after the first steps, as a safetensors file.
+    fn weights(&mut self, scratch: &Path) -> Result<Vec<u8>> {
+        let path = scratch.join("weights.safetensors");
+        self.worker.run(STRICT_STEPS)?;
+        self.worker.save(&path)?;
+        std::fs::read(&path).with_context(|| format!("reading {}", path.display()))
+    }
+
+    /// The loss after `steps`, unmeasured.
+    fn loss(&mut self, steps: usize) -> Result<f64> {
+        self.worker.run(steps)?.loss.context("a side that trains has a loss")
+    }
+
+    /// One measured round; returns the last loss.
+    fn round(&mut self, steps: usize) -> Result<f64> {
+        settle();
+        let round = self.worker.run(WARM_UP + steps)?;
+        self.seconds.extend(&round.seconds[WARM_UP..]);
+        round.loss.context("a side that trains has a loss")
+    }
+
+    fn infer(&mut self, rows: usize, steps: usize) -> Result<f64> {
+        settle();
+        let round = self.worker.infer(rows, steps)?;
+        self.seconds.extend(&round.seconds);
+        round.loss.context("an inference has a sum")
+    }
+
+    fn milliseconds(&self) -> f64 {
+        median(&self.seconds) * 1e3
+    }
+
+    fn report(&self, what: &str) {
+        let least = self.seconds.iter().copied().fold(f64::INFINITY, f64::min) * 1e3;
+        eprintln!(
+            "  {what:<10} {:<40} median {:>8.3} ms, minimum {least:>8.3} ms",
+            self.worker.name,
+            self.milliseconds()
+        );
+    }
+}
+
+/// The side before may still be spinning in its thread pool.
+fn settle() {
+    std::thread::sleep(Duration::from_millis(50));
+}
+
+impl Contest<'_> {
+    fn sides(&mut self) -> impl Iterator<Item = &mut Side> {
+        std::iter::once(&mut self.ours).chain(&mut self.peers)
+    }
+
+    /// The same steps must lead every side to the same weights, then to the same loss.
+    fn check_agreement(&mut self, scratch: &Path) -> Result<()> {
+        let ours = self.ours.weights(scratch)?;
+        let our_loss = self.ours.loss(LOSS_STEPS)?;
+        for peer in &mut self.peers {
+            let distance = distance(&ours, &peer.weights(scratch)?)?;
+            let (name, their_loss) = (peer.worker.name.clone(), peer.loss(LOSS_STEPS)?);
+            eprintln!(
+                "  {name}: weights after {STRICT_STEPS} steps differ by {distance}; \
+                 loss after {LOSS_STEPS} is {their_loss:.6}, ours {our_loss:.6}"
+            );
+            let agree = distance.check(self.model.strict);
+            let agree = agree.and_then(|()| same_loss(our_loss, their_loss, 1e-3));
+            agree.with_context(|| format!("ours and {name}"))?;
+        }
+        Ok(())
+    }
+
+    /// Alternates between the sides, so that a change of the machine's mood meets all of them.
+    fn measure(&mut self, rounds: usize) -> Result<()> {
+        for _ in 0..rounds {
+            let ours = self.ours.round(self.model.steps)?;
+            for peer in &mut self.peers {
+                let theirs = peer.round(self.model.steps)?;
+                same_loss(ours, theirs, ROUND_LOSS)
+                    .with_context(|| format!("ours and {}", peer.worker.name))?;
+            }
+        }
+        Ok(())
+    }
+
+    fn memory(&mut self, threads: usize) -> Result<Case> {
+        let bytes = |side: &mut Side| Ok(side.worker.memory(3)? as f64 / 1e6);
+        let all = self.sides().map(bytes).collect::<Result<Vec<f64>>>()?;
+        let least = all[1..].iter().copied().enumerate().min_by(|(_, a), (_, b)| a.total_cmp(b));
+        let name = least.map(|(peer, _)| self.peers[peer].worker.name.clone());
+        Ok(self.case(
+            "peak memory",
+            "MB",
+            threads,
+            all[0],
+            least.map(|(_, peer)| peer).zip(name),
+            None,
+        ))
+    }
+
+    /// The time of a step, and what that makes of the machine.
+    fn steps(&mut self, threads: usize, peak: f64) -> Vec<Case> {
+        self.sides().for_each(|side| side.report("step"));
+        let (ours, best) = (self.ours.milliseconds(), self.best());
+        let flops = self.peers.iter().find_map(|peer| peer.worker.flops);
+        let step = self.case(
+            "step",
+            "ms",
+            threads,
+            ours,
+            best.clone(),
+            flops.map(|flops| flops / peak / 1e6),
+        );
+        let rate = flops.map(|flops| {
+            let rate = |milliseconds: f64| flops / milliseconds / 1e6;
+            let best = best.map(|(peer, name)| (rate(peer), name));
+            let mut case = self.case("step", "GFLOP/s", threads, rate(ours), best, Some(peak));
+            case.ratio = case.peer.map(|peer| case.ours / peer);
+            case
+        });
+        [Some(step), rate].into_iter().flatten().collect()
+    }
+
+    fn inference(&mut self, rows: usize, threads: usize, rounds: usize) -> Result<Case> {
+        self.sides().for_each(|side| side.seconds.clear());
+        let steps = (self.model.steps * 3).clamp(5, 100);
+        for _ in 0..rounds {
+            let ours = self.ours.infer(rows, steps)?;
+            for peer in &mut self.peers {
+                let theirs = peer.infer(rows, steps)?;
+                same_loss(ours, theirs, 1e-3)
+                    .with_context(|| format!("ours and {}", peer.worker.name))?;
+            }
+        }
+        let what = format!("{rows} rows");
+        self.sides().for_each(|side| side.report(&what));
+        let best = self.best();
+        let what = format!("inference, {rows} rows");
+        Ok(self.case(&what, "ms", threads, self.ours.milliseconds(), best, None))
+    }
+
+    /// The fastest peer.
+    fn best(&self) -> Option<(f64, String)> {
+        let peers = self.peers.iter().map(|peer| (peer.milliseconds(), peer.worker.name.clone()));
+        peers.min_by(|a, b| a.0.total_cmp(&b.0))
+    }
+
+    fn case(
+        &self,
+        what: &str,
+        unit: &'static str,
+        threads: usize,
+        ours: f64,
+        peer: Option<(f64, String)>,
+        limit: Option<f64>,
+    ) -> Case {
+        let (peer, peer_name) = peer.unzip();
+        Case {
+            case: format!("{}, {what}, {threads}t", self.model.label),
+            unit,
+            ours,
+            peer,
+            peer_name,
+            ratio: peer.map(|peer| peer / ours),
+            limit,
+        }
+    }
+}
+
+/// A temporary folder, removed at the end.
+struct Scratch(PathBuf);
+
+impl Scratch {
+    fn new() -> Result<Self> {
+        let path = std::env::temp_dir().join(format!("mobula-bench-{}", std::process::id()));
+        std::fs::create_dir_all(&path).with_context(|| format!("creating {}", path.display()))?;
+        Ok(Self(path))
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
