@@ -4,6 +4,8 @@
 //! the shapes alone: bits do not depend on the number of threads.
 
 use super::Real;
+#[cfg(target_arch = "x86_64")]
+use super::avx512;
 use gemm::Parallelism;
 
 /// A view of a matrix.
@@ -14,6 +16,16 @@ pub(crate) struct Mat<'a, T> {
     columns: usize,
     row_stride: usize,
     column_stride: usize,
+}
+
+impl<'a, T: Real> Mat<'a, T> {
+    /// The same view, if that is its type.
+    #[cfg(target_arch = "x86_64")]
+    fn f32s(self) -> Option<Mat<'a, f32>> {
+        let Self { rows, columns, row_stride, column_stride, .. } = self;
+        let data = T::f32s(self.data)?;
+        Some(Mat { data, rows, columns, row_stride, column_stride })
+    }
 }
 
 impl<'a, T> Mat<'a, T> {
@@ -43,6 +55,31 @@ impl<'a, T> Mat<'a, T> {
             column_stride: self.row_stride,
             ..self
         }
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    pub(super) fn shape(&self) -> (usize, usize) {
+        (self.rows, self.columns)
+    }
+
+    /// From a row to the next, and from a column to the next.
+    #[cfg(target_arch = "x86_64")]
+    pub(super) fn strides(&self) -> (usize, usize) {
+        (self.row_stride, self.column_stride)
+    }
+
+    /// A row whose columns are together.
+    #[cfg(target_arch = "x86_64")]
+    pub(super) fn row(&self, row: usize) -> &'a [T] {
+        &self.data[row * self.row_stride..][..self.columns]
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    pub(super) fn at(&self, row: usize, column: usize) -> T
+    where
+        T: Copy,
+    {
+        self.data[row * self.row_stride + column * self.column_stride]
     }
 
     /// Elements up to the last one of the matrix.
@@ -102,6 +139,15 @@ pub(crate) fn product<T: Real>(
     let (row_stride, column_stride) = (stride, 1);
     let whole = Mat { data: &*out, rows: a.rows, columns: b.columns, row_stride, column_stride };
     assert!(whole.reach() <= out.len() && b.columns <= stride.max(1), "room for the product");
+    #[cfg(target_arch = "x86_64")]
+    if let (Some(out), Some(a), Some(b)) = (T::f32s_mut(out), a.f32s(), b.f32s())
+        && avx512::is_available()
+    {
+        let is_parallel = threads == Threads::All;
+        // SAFETY: the asserts above; it is available.
+        unsafe { avx512::product(out, stride, is_added, alpha.to_f64() as f32, a, b, is_parallel) };
+        return;
+    }
     let parallelism = match threads {
         Threads::One => Parallelism::None,
         Threads::All => Parallelism::Rayon(rayon::current_num_threads()),
@@ -167,5 +213,77 @@ mod tests {
             Mat::new(&[0.0; 4], 2, 2),
             Threads::One,
         );
+    }
+
+    /// Numbers in ±1, the same every time.
+    fn numbers(len: usize, seed: u32) -> Vec<f32> {
+        let mut state = seed;
+        let mut next = || {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            f64::from(state >> 8) as f32 / (1 << 23) as f32 - 1.0
+        };
+        (0..len).map(|_| next()).collect()
+    }
+
+    /// Of each shape and layout, against sums in `f64`; nothing beside the result is written.
+    #[test]
+    fn products_of_all_shapes_are_right() {
+        let sizes = [1, 2, 5, 6, 7, 13, 16, 17, 48, 63, 64, 65, 100, 130];
+        for (at, rows) in sizes.into_iter().enumerate() {
+            for columns in sizes {
+                let depth = [0, 1, 3, 16, 33, 511, 512, 513, 1030][(at + columns) % 9];
+                for layout in 0..8 {
+                    check_product(rows, columns, depth, layout);
+                }
+            }
+        }
+        check_product(700, 300, 600, 3);
+    }
+
+    fn check_product(rows: usize, columns: usize, depth: usize, layout: usize) {
+        let (a, b) = (numbers(rows * depth, 1), numbers(depth * columns, 2));
+        let a = if layout & 1 == 0 { Mat::new(&a, rows, depth) } else { Mat::new(&a, depth, rows).t() };
+        let b = if layout & 2 == 0 { Mat::new(&b, depth, columns) } else { Mat::new(&b, columns, depth).t() };
+        let (is_added, stride) = (layout & 4 != 0, columns + layout);
+        let before = numbers(rows * stride + 3, 3);
+        let mut out = before.clone();
+        let to = Out { rows: &mut out, first: 2, stride };
+        product(to, is_added, 0.5, a, b, Threads::All);
+        for (at, (got, before)) in out.iter().zip(&before).enumerate() {
+            let place = at.checked_sub(2).map(|at| (at / stride, at % stride));
+            let Some((row, column)) = place.filter(|(row, column)| *row < rows && *column < columns)
+            else {
+                assert_eq!(got, before, "beside the result");
+                continue;
+            };
+            let terms = (0..depth).map(|k| {
+                let at = |m: Mat<'_, f32>, r: usize, c: usize| {
+                    f64::from(m.data[r * m.row_stride + c * m.column_stride])
+                };
+                at(a, row, k) * at(b, k, column)
+            });
+            let sum = 0.5 * terms.sum::<f64>() + if is_added { f64::from(*before) } else { 0.0 };
+            let close = (f64::from(*got) - sum).abs() < 1e-6 * (depth as f64 + 10.0);
+            assert!(close, "{rows}×{depth}×{columns}, layout {layout}, {at}: {got} {sum}");
+        }
+    }
+
+    /// A row's result does not depend on the rows beside it, nor on the threads.
+    #[test]
+    fn rows_are_independent() {
+        let (a, b) = (numbers(200 * 700, 1), numbers(700 * 90, 2));
+        let b = Mat::new(&b, 700, 90);
+        let mut all = vec![0f32; 200 * 90];
+        gemm(&mut all, 1.0, Mat::new(&a, 200, 700), b, Threads::All);
+        let mut alone = vec![0f32; 200 * 90];
+        gemm(&mut alone, 1.0, Mat::new(&a, 200, 700), b, Threads::One);
+        assert_eq!(all, alone);
+        if cfg!(target_arch = "x86_64") && std::is_x86_feature_detected!("avx512f") {
+            for (row, all) in all.chunks(90).enumerate() {
+                let mut one = vec![0f32; 90];
+                gemm(&mut one, 1.0, Mat::new(&a[row * 700..][..700], 1, 700), b, Threads::One);
+                assert_eq!(one, all);
+            }
+        }
     }
 }

@@ -27,6 +27,10 @@ pub(crate) trait Real: WithDType {
     fn when(self, condition: bool) -> Self;
     /// The same slice, if that is its type.
     fn of_f32(values: &mut [f32]) -> Option<&mut [Self]>;
+    /// The other way round.
+    fn f32s(values: &[Self]) -> Option<&[f32]>;
+    /// The other way round.
+    fn f32s_mut(values: &mut [Self]) -> Option<&mut [f32]>;
 
     /// `1 / (1 + e^−x)`.
     #[inline(always)]
@@ -57,6 +61,14 @@ impl Real for f64 {
     }
 
     fn of_f32(_: &mut [f32]) -> Option<&mut [Self]> {
+        None
+    }
+
+    fn f32s(_: &[Self]) -> Option<&[f32]> {
+        None
+    }
+
+    fn f32s_mut(_: &mut [Self]) -> Option<&mut [f32]> {
         None
     }
 
@@ -165,6 +177,14 @@ impl Real for f32 {
     }
 
     fn of_f32(values: &mut [f32]) -> Option<&mut [Self]> {
+        Some(values)
+    }
+
+    fn f32s(values: &[Self]) -> Option<&[f32]> {
+        Some(values)
+    }
+
+    fn f32s_mut(values: &mut [Self]) -> Option<&mut [f32]> {
         Some(values)
     }
 

@@ -1,6 +1,8 @@
 //! What the CPU operations are made of. The only module of this crate with `unsafe` code.
 #![allow(unsafe_code)]
 
+#[cfg(target_arch = "x86_64")]
+mod avx512;
 mod gemm;
 mod math;
 mod output;

@@ -1,0 +1,279 @@
+//! Products of `f32` matrices with AVX-512.
+//!
+//! Goto and van de Geijn: *Anatomy of High-Performance Matrix Multiplication* (2008), with less
+//! packing: only the right side is copied, a panel of [`WIDTH`] columns at a time, which is what
+//! the vectors run along; of the left side a kernel reads one number at a time, wherever it is.
+//!
+//! Each number of the result is summed along the inner dimension in blocks of [`DEPTH`], one
+//! after the other, whatever the outer dimensions and the number of threads: it does not depend on
+//! how many rows are computed with it.
+
+use super::gemm::Mat;
+use rayon::prelude::*;
+use std::arch::x86_64::{
+    __m512, __mmask16, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_mask_storeu_ps,
+    _mm512_maskz_loadu_ps, _mm512_mul_ps, _mm512_set1_ps, _mm512_setzero_ps,
+};
+use std::cell::RefCell;
+use std::ops::Range;
+
+/// Columns of a panel: four vectors.
+pub(super) const WIDTH: usize = 64;
+/// Rows of a tile. With four vectors each they fill 24 of the 32 registers.
+const HEIGHT: usize = 6;
+/// Inner dimension of a block: a panel of it is 128 KiB, within an L2 cache.
+const DEPTH: usize = 512;
+/// Rows that are worth packing a panel for.
+const ROWS: usize = 96;
+/// Multiplications that are worth a task of their own.
+const TASK: usize = 1 << 18;
+/// Floats of a vector.
+const LANES: usize = 16;
+
+thread_local! {
+    static PANEL: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+}
+
+pub(super) fn is_available() -> bool {
+    std::is_x86_feature_detected!("avx512f")
+}
+
+/// Where the result goes.
+#[derive(Clone, Copy)]
+struct Target {
+    out: *mut f32,
+    stride: usize,
+    is_added: bool,
+    alpha: f32,
+}
+
+// SAFETY: tasks write tiles that do not overlap, of a slice that `product` borrows mutably until
+// all of them are done.
+unsafe impl Send for Target {}
+// SAFETY: as above.
+unsafe impl Sync for Target {}
+
+/// `out = alpha · a · b` or that added, in rows that start `stride` apart.
+///
+/// # Safety
+///
+/// AVX-512F must be [available](is_available), `a` and `b` must lie within their slices and fit
+/// each other, and `out` must hold the rows of the result.
+pub(super) unsafe fn product(
+    out: &mut [f32],
+    stride: usize,
+    is_added: bool,
+    alpha: f32,
+    a: Mat<'_, f32>,
+    b: Mat<'_, f32>,
+    is_parallel: bool,
+) {
+    let target = Target { out: out.as_mut_ptr(), stride, is_added, alpha };
+    let (rows, depth) = a.shape();
+    let (_, columns) = b.shape();
+    let panels = columns.div_ceil(WIDTH);
+    let height = task_rows(rows, depth, panels);
+    let task = |at: usize| {
+        let (block, panel) = (at / panels, at % panels);
+        let rows = block * height..((block + 1) * height).min(rows);
+        let columns = panel * WIDTH..((panel + 1) * WIDTH).min(columns);
+        // SAFETY: the ranges are within the shapes, and each task has a tile of its own; the rest
+        // is this function's contract.
+        unsafe { tile_task(target, a, b, rows, columns) };
+    };
+    let tasks = 0..rows.div_ceil(height) * panels;
+    match is_parallel && tasks.len() > 1 {
+        true => tasks.into_par_iter().for_each(task),
+        false => tasks.for_each(task),
+    }
+}
+
+/// Rows of a task: fewer where there are few panels, so that there are tasks for all threads.
+fn task_rows(rows: usize, depth: usize, panels: usize) -> usize {
+    let worth = TASK.div_ceil(depth.max(1) * WIDTH).max(ROWS);
+    let wanted = rows.div_ceil(16usize.div_ceil(panels.max(1))).max(worth);
+    wanted.next_multiple_of(HEIGHT)
+}
+
+/// # Safety
+///
+/// As for [`product`], and no other task may have a place of these rows and columns.
+unsafe fn tile_task(
+    target: Target,
+    a: Mat<'_, f32>,
+    b: Mat<'_, f32>,
+    rows: Range<usize>,
+    columns: Range<usize>,
+) {
+    let (_, depth) = a.shape();
+    PANEL.with_borrow_mut(|panel| {
+        panel.resize(DEPTH * WIDTH, 0.0);
+        let mut first = 0;
+        // Once for an inner dimension of 0 too, which gives zeros.
+        loop {
+            let inner = first..(first + DEPTH).min(depth);
+            pack(b, inner.clone(), columns.clone(), panel);
+            let target = Target { is_added: target.is_added || first > 0, ..target };
+            for row in rows.clone().step_by(HEIGHT) {
+                let height = HEIGHT.min(rows.end - row);
+                // SAFETY: the tile is within the result and the row within `a`, as the contract
+                // says; the panel has `inner.len()` rows of `WIDTH`.
+                unsafe { tile(target, a, inner.clone(), panel, row, height, columns.clone()) };
+            }
+            first = inner.end;
+            if first >= depth {
+                break;
+            }
+        }
+    });
+}
+
+/// Copies some columns of some rows, the columns of a row together, up to the next whole vector.
+fn pack(b: Mat<'_, f32>, inner: Range<usize>, columns: Range<usize>, panel: &mut [f32]) {
+    let width = columns.len();
+    let rows = panel.chunks_exact_mut(WIDTH).zip(inner.clone());
+    match b.strides() {
+        (_, 1) => rows.for_each(|(to, row)| {
+            to[..width].copy_from_slice(&b.row(row)[columns.clone()]);
+            to[width..].fill(0.0);
+        }),
+        (1, _) => pack_transposed(b, inner, columns, panel),
+        _ => rows.for_each(|(to, row)| {
+            to.fill(0.0);
+            to.iter_mut().zip(columns.clone()).for_each(|(to, column)| *to = b.at(row, column));
+        }),
+    }
+}
+
+/// The same where the rows of a column are together: sixteen by sixteen.
+fn pack_transposed(b: Mat<'_, f32>, inner: Range<usize>, columns: Range<usize>, panel: &mut [f32]) {
+    let b = b.t();
+    let whole = inner.len() / LANES * LANES;
+    for (at, column) in columns.clone().step_by(LANES).enumerate() {
+        let width = LANES.min(columns.end - column);
+        for first in (0..whole).step_by(LANES) {
+            let mut block = [[0.0f32; LANES]; LANES];
+            for (row, to) in block.iter_mut().take(width).enumerate() {
+                let from = inner.start + first;
+                to.copy_from_slice(&b.row(column + row)[from..from + LANES]);
+            }
+            super::vectorized(
+                #[inline(always)]
+                || {
+                    for row in 0..LANES {
+                        let to = &mut panel[(first + row) * WIDTH + at * LANES..][..LANES];
+                        for lane in 0..LANES {
+                            to[lane] = block[lane][row];
+                        }
+                    }
+                },
+            );
+        }
+        for row in whole..inner.len() {
+            let to = &mut panel[row * WIDTH + at * LANES..][..LANES];
+            to.fill(0.0);
+            for (lane, to) in to.iter_mut().take(width).enumerate() {
+                *to = b.at(column + lane, inner.start + row);
+            }
+        }
+    }
+}
+
+/// One tile, by the kernel of its height and width.
+///
+/// # Safety
+///
+/// The tile must be within the result, its rows and `inner` within `a`, and `panel` must have a row
+/// of [`WIDTH`] for each of `inner`. AVX-512F must be available.
+unsafe fn tile(
+    target: Target,
+    a: Mat<'_, f32>,
+    inner: Range<usize>,
+    panel: &[f32],
+    row: usize,
+    height: usize,
+    columns: Range<usize>,
+) {
+    let vectors = columns.len().div_ceil(LANES);
+    let kernel = KERNELS[height - 1][vectors - 1];
+    let (row_stride, column_stride) = a.strides();
+    let last = (columns.len() - 1) % LANES + 1;
+    let job = Job {
+        depth: inner.len(),
+        a: a.data()[(row * row_stride + inner.start * column_stride).min(a.data().len())..].as_ptr(),
+        row_stride,
+        column_stride,
+        panel: panel.as_ptr(),
+        // SAFETY: within the result.
+        out: unsafe { target.out.add(row * target.stride + columns.start) },
+        last: ((1u32 << last) - 1) as __mmask16,
+        target,
+    };
+    // SAFETY: this function's contract.
+    unsafe { kernel(job) }
+}
+
+/// What a kernel computes.
+struct Job {
+    depth: usize,
+    a: *const f32,
+    row_stride: usize,
+    column_stride: usize,
+    panel: *const f32,
+    out: *mut f32,
+    /// Which lanes of the last vector are of the result.
+    last: __mmask16,
+    target: Target,
+}
+
+type Kernel = unsafe fn(Job);
+
+/// By rows and vectors.
+const KERNELS: [[Kernel; 4]; HEIGHT] = [
+    [kernel::<1, 1>, kernel::<1, 2>, kernel::<1, 3>, kernel::<1, 4>],
+    [kernel::<2, 1>, kernel::<2, 2>, kernel::<2, 3>, kernel::<2, 4>],
+    [kernel::<3, 1>, kernel::<3, 2>, kernel::<3, 3>, kernel::<3, 4>],
+    [kernel::<4, 1>, kernel::<4, 2>, kernel::<4, 3>, kernel::<4, 4>],
+    [kernel::<5, 1>, kernel::<5, 2>, kernel::<5, 3>, kernel::<5, 4>],
+    [kernel::<6, 1>, kernel::<6, 2>, kernel::<6, 3>, kernel::<6, 4>],
+];
+
+/// # Safety
+///
+/// `job` must describe a tile of `ROWS` rows and `VECTORS` vectors, the last of them in part, as
+/// [`tile`] does.
+#[target_feature(enable = "avx512f")]
+unsafe fn kernel<const ROWS: usize, const VECTORS: usize>(job: Job) {
+    let mut sums: [[__m512; VECTORS]; ROWS] = [[_mm512_setzero_ps(); VECTORS]; ROWS];
+    let (mut a, mut panel) = (job.a, job.panel);
+    for _ in 0..job.depth {
+        // SAFETY: `panel` and `a` are at one of `depth` steps within their slices.
+        unsafe {
+            let right: [__m512; VECTORS] =
+                std::array::from_fn(|vector| _mm512_loadu_ps(panel.add(vector * LANES)));
+            for (row, sums) in sums.iter_mut().enumerate() {
+                let left = _mm512_set1_ps(*a.add(row * job.row_stride));
+                for (sum, right) in sums.iter_mut().zip(right) {
+                    *sum = _mm512_fmadd_ps(left, right, *sum);
+                }
+            }
+        }
+        a = a.wrapping_add(job.column_stride);
+        panel = panel.wrapping_add(WIDTH);
+    }
+    let alpha = _mm512_set1_ps(job.target.alpha);
+    for (row, sums) in sums.iter().enumerate() {
+        for (vector, sum) in sums.iter().enumerate() {
+            let mask = if vector + 1 == VECTORS { job.last } else { !0 };
+            // SAFETY: the lanes of the mask are within the result.
+            unsafe {
+                let out = job.out.add(row * job.target.stride + vector * LANES);
+                let value = match job.target.is_added {
+                    true => _mm512_fmadd_ps(*sum, alpha, _mm512_maskz_loadu_ps(mask, out)),
+                    false => _mm512_mul_ps(*sum, alpha),
+                };
+                _mm512_mask_storeu_ps(out, mask, value);
+            }
+        }
+    }
+}
