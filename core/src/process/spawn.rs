@@ -7,6 +7,7 @@
 
 use super::forkserver::{ForkServer, NotForked, NotStarted};
 use super::handle::Process;
+use crate::allocator::{PURGE_DELAY, PURGE_DELAY_VARIABLE};
 use crate::{Error, console};
 use rustix::fs::{Mode, OFlags};
 use rustix::io::{FdFlags, fcntl_setfd};
@@ -43,9 +44,7 @@ const ALLOCATOR: [(&str, &str); 2] = [
     // With huge pages every process holds several MiB of memory that it does not use, and training
     // is no faster with them.
     ("MIMALLOC_ALLOW_THP", "0"),
-    // Milliseconds until free memory goes back. At 10, the default, each training step gives back
-    // what the next one wants, and the system zeroes it in between.
-    ("MIMALLOC_PURGE_DELAY", "5000"),
+    (PURGE_DELAY_VARIABLE, PURGE_DELAY),
 ];
 
 /// A process that has just been started.

@@ -6,13 +6,15 @@
 //!
 //! Each number of the result is summed along the inner dimension in blocks of [`DEPTH`], one
 //! after the other, whatever the outer dimensions and the number of threads: it does not depend on
-//! how many rows are computed with it.
+//! how many rows are computed with it. The exception are products of up to [`FEW`] rows with a
+//! right side whose columns are together, such as the transposed weight of a linear layer: there
+//! packing would cost more than the product, and vectors run along the inner dimension.
 
 use super::gemm::Mat;
 use rayon::prelude::*;
 use std::arch::x86_64::{
     __m512, __mmask16, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_mask_storeu_ps,
-    _mm512_maskz_loadu_ps, _mm512_mul_ps, _mm512_set1_ps, _mm512_setzero_ps,
+    _mm512_maskz_loadu_ps, _mm512_mul_ps, _mm512_reduce_add_ps, _mm512_set1_ps, _mm512_setzero_ps,
 };
 use std::cell::RefCell;
 use std::ops::Range;
@@ -25,6 +27,10 @@ const HEIGHT: usize = 6;
 const DEPTH: usize = 512;
 /// Rows that are worth packing a panel for.
 const ROWS: usize = 96;
+/// Rows for which nothing is packed, if possible.
+const FEW: usize = 16;
+/// Rows and columns of a tile of dot products.
+const DOTS: usize = 4;
 /// Multiplications that are worth a task of their own.
 const TASK: usize = 1 << 18;
 /// Floats of a vector.
@@ -71,6 +77,10 @@ pub(super) unsafe fn product(
     let target = Target { out: out.as_mut_ptr(), stride, is_added, alpha };
     let (rows, depth) = a.shape();
     let (_, columns) = b.shape();
+    if rows <= FEW && a.strides().1 == 1 && b.strides().0 == 1 && depth > 0 {
+        // SAFETY: this function's contract.
+        return unsafe { dot_products(target, a, b.t(), is_parallel) };
+    }
     let panels = columns.div_ceil(WIDTH);
     let height = task_rows(rows, depth, panels);
     let task = |at: usize| {
@@ -85,6 +95,85 @@ pub(super) unsafe fn product(
     match is_parallel && tasks.len() > 1 {
         true => tasks.into_par_iter().for_each(task),
         false => tasks.for_each(task),
+    }
+}
+
+/// Products of the rows of `a` and of `b`.
+///
+/// # Safety
+///
+/// As for [`product`] of `a` and the transposed `b`; the columns of both must be together.
+unsafe fn dot_products(target: Target, a: Mat<'_, f32>, b: Mat<'_, f32>, is_parallel: bool) {
+    let ((rows, depth), (columns, _)) = (a.shape(), b.shape());
+    let width = TASK.div_ceil(depth * rows.max(1)).next_multiple_of(DOTS);
+    let task = |at: usize| {
+        let columns = at * width..((at + 1) * width).min(columns);
+        for column in columns.clone().step_by(DOTS) {
+            for row in (0..rows).step_by(DOTS) {
+                let (height, width) = (DOTS.min(rows - row), DOTS.min(columns.end - column));
+                // SAFETY: the rows are within `a` and `b`, the tile within the result.
+                unsafe { DOT_KERNELS[height - 1][width - 1](target, a, b, row, column) };
+            }
+        }
+    };
+    let tasks = 0..columns.div_ceil(width);
+    match is_parallel && tasks.len() > 1 {
+        true => tasks.into_par_iter().for_each(task),
+        false => tasks.for_each(task),
+    }
+}
+
+type DotKernel = unsafe fn(Target, Mat<'_, f32>, Mat<'_, f32>, usize, usize);
+
+/// By rows of the left and of the right side.
+const DOT_KERNELS: [[DotKernel; DOTS]; DOTS] = [
+    [dots::<1, 1>, dots::<1, 2>, dots::<1, 3>, dots::<1, 4>],
+    [dots::<2, 1>, dots::<2, 2>, dots::<2, 3>, dots::<2, 4>],
+    [dots::<3, 1>, dots::<3, 2>, dots::<3, 3>, dots::<3, 4>],
+    [dots::<4, 1>, dots::<4, 2>, dots::<4, 3>, dots::<4, 4>],
+];
+
+/// # Safety
+///
+/// `a` must have `ROWS` rows from `row` on and `b` `COLUMNS` from `column` on, both with their
+/// columns together, the result must have a place for each pair, and AVX-512F must be available.
+#[target_feature(enable = "avx512f")]
+unsafe fn dots<const ROWS: usize, const COLUMNS: usize>(
+    target: Target,
+    a: Mat<'_, f32>,
+    b: Mat<'_, f32>,
+    row: usize,
+    column: usize,
+) {
+    let (_, depth) = a.shape();
+    let left: [*const f32; ROWS] = std::array::from_fn(|at| a.row(row + at).as_ptr());
+    let right: [*const f32; COLUMNS] = std::array::from_fn(|at| b.row(column + at).as_ptr());
+    let mut sums = [[_mm512_setzero_ps(); COLUMNS]; ROWS];
+    let mut step = |at: usize, mask: __mmask16| {
+        // SAFETY: the lanes of the mask are within the rows.
+        let load = |from: *const f32| unsafe { _mm512_maskz_loadu_ps(mask, from.add(at)) };
+        let right: [__m512; COLUMNS] = std::array::from_fn(|column| load(right[column]));
+        for (sums, left) in sums.iter_mut().zip(left) {
+            let left = load(left);
+            for (sum, right) in sums.iter_mut().zip(right) {
+                *sum = _mm512_fmadd_ps(left, right, *sum);
+            }
+        }
+    };
+    let whole = depth / LANES * LANES;
+    for at in (0..whole).step_by(LANES) {
+        step(at, !0);
+    }
+    if whole < depth {
+        step(whole, ((1u32 << (depth - whole)) - 1) as __mmask16);
+    }
+    for (r, sums) in sums.into_iter().enumerate() {
+        for (c, sum) in sums.into_iter().enumerate() {
+            // SAFETY: within the result.
+            let out = unsafe { &mut *target.out.add((row + r) * target.stride + column + c) };
+            let value = target.alpha * _mm512_reduce_add_ps(sum);
+            *out = if target.is_added { *out + value } else { value };
+        }
     }
 }
 
@@ -200,7 +289,8 @@ unsafe fn tile(
     let last = (columns.len() - 1) % LANES + 1;
     let job = Job {
         depth: inner.len(),
-        a: a.data()[(row * row_stride + inner.start * column_stride).min(a.data().len())..].as_ptr(),
+        a: a.data()[(row * row_stride + inner.start * column_stride).min(a.data().len())..]
+            .as_ptr(),
         row_stride,
         column_stride,
         panel: panel.as_ptr(),

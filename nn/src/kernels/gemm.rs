@@ -242,8 +242,13 @@ mod tests {
 
     fn check_product(rows: usize, columns: usize, depth: usize, layout: usize) {
         let (a, b) = (numbers(rows * depth, 1), numbers(depth * columns, 2));
-        let a = if layout & 1 == 0 { Mat::new(&a, rows, depth) } else { Mat::new(&a, depth, rows).t() };
-        let b = if layout & 2 == 0 { Mat::new(&b, depth, columns) } else { Mat::new(&b, columns, depth).t() };
+        let a =
+            if layout & 1 == 0 { Mat::new(&a, rows, depth) } else { Mat::new(&a, depth, rows).t() };
+        let b = if layout & 2 == 0 {
+            Mat::new(&b, depth, columns)
+        } else {
+            Mat::new(&b, columns, depth).t()
+        };
         let (is_added, stride) = (layout & 4 != 0, columns + layout);
         let before = numbers(rows * stride + 3, 3);
         let mut out = before.clone();
@@ -251,7 +256,8 @@ mod tests {
         product(to, is_added, 0.5, a, b, Threads::All);
         for (at, (got, before)) in out.iter().zip(&before).enumerate() {
             let place = at.checked_sub(2).map(|at| (at / stride, at % stride));
-            let Some((row, column)) = place.filter(|(row, column)| *row < rows && *column < columns)
+            let Some((row, column)) =
+                place.filter(|(row, column)| *row < rows && *column < columns)
             else {
                 assert_eq!(got, before, "beside the result");
                 continue;
@@ -279,6 +285,7 @@ mod tests {
         gemm(&mut alone, 1.0, Mat::new(&a, 200, 700), b, Threads::One);
         assert_eq!(all, alone);
         if cfg!(target_arch = "x86_64") && std::is_x86_feature_detected!("avx512f") {
+            // Not so for a few rows of a transposed right side: see there.
             for (row, all) in all.chunks(90).enumerate() {
                 let mut one = vec![0f32; 90];
                 gemm(&mut one, 1.0, Mat::new(&a[row * 700..][..700], 1, 700), b, Threads::One);
