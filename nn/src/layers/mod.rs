@@ -8,10 +8,16 @@ mod linear_op;
 mod pool;
 
 pub use activation::Activation;
-pub use conv::{Conv2d, Conv2dOptions};
+pub use conv::{
+    Conv1d, Conv1dOptions, Conv2d, Conv2dOptions, ConvTranspose1d, ConvTranspose2d,
+    ConvTransposeOptions,
+};
 pub use dropout::Dropout;
 pub use linear::Linear;
-pub use pool::max_pool2d;
+pub use pool::{
+    PoolOptions, adaptive_avg_pool1d, adaptive_avg_pool2d, avg_pool1d, avg_pool2d, global_avg_pool,
+    max_pool1d, max_pool2d,
+};
 
 use crate::Result;
 use candle_core::Tensor;

@@ -1,11 +1,13 @@
 //! The crate through its public interface.
 
 mod backward;
+mod convolutions;
 mod gradients;
 mod initialisers;
 mod loss_functions;
 mod losses;
 mod masks;
+mod pooling;
 mod registry;
 mod threads;
 mod weights;
