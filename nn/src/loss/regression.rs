@@ -116,7 +116,7 @@ struct Absolute;
 /// 1, 0 or −1; a NaN stays one.
 #[inline(always)]
 fn sign<T: Real>(x: T) -> T {
-    let positive = if x > T::zero() { T::one() } else { x - x };
+    let positive = if x > T::zero() { T::one() } else { x * T::zero() };
     if x < T::zero() { T::zero() - T::one() } else { positive }
 }
 

@@ -53,8 +53,8 @@ fn conv1d_is_its_definition() {
         let y = forward(&layer, &x);
         let out = (9 + 2 * padding - dilation * (kernel - 1) - 1) / stride + 1;
         assert_eq!(y.dims(), [3, 4, out]);
-        let (x, w): (Vec<Vec<Vec<f64>>>, Vec<Vec<Vec<f64>>>) =
-            (x.to_vec3().expect("x"), parameter(&params, "weight").to_vec3().expect("weight"));
+        let x: Vec<Vec<Vec<f64>>> = x.to_vec3().expect("x");
+        let w: Vec<Vec<Vec<f64>>> = parameter(&params, "weight").to_vec3().expect("weight");
         let bias = if kernel == 2 { vec![0.0; 4] } else { values(&parameter(&params, "bias")) };
         let y: Vec<Vec<Vec<f64>>> = y.to_vec3().expect("y");
         for (row, output, at) in
@@ -86,6 +86,9 @@ fn gradients_along_one_axis() {
     let layer = layer.with_activation(Activation::Gelu);
     let vars = [("x".to_owned(), Var::from_tensor(&normal("x", &[2, 5, 2])).expect("var"))];
     let across = || layer.forward(&vars[0].1.transpose(1, 2)?, &Pass::eval());
+    gradcheck::check(&vars, across).expect("not contiguous");
+    let up = ConvTranspose1d::new(&params.scope("up"), 2, 3, 3, Default::default()).expect("layer");
+    let across = || up.forward(&vars[0].1.transpose(1, 2)?, &Pass::eval());
     gradcheck::check(&vars, across).expect("not contiguous");
 }
 

@@ -38,9 +38,10 @@ fn assert_close(got: f64, expected: f64) {
 }
 
 type Loss = fn(&Tensor, &Tensor, Option<&Tensor>) -> Result<LossSum>;
+type Definition = fn(f64, f64) -> f64;
 
 /// The losses of numbers, and their definitions.
-const POINTWISE: [(Loss, fn(f64, f64) -> f64); 5] = [
+const POINTWISE: [(Loss, Definition); 5] = [
     (loss::mse_sum, |x, t| (x - t).powi(2)),
     (loss::l1_sum, |x, t| (x - t).abs()),
     (|x, t, w| loss::huber_sum(x, t, 0.7, w), |x, t| huber(x - t, 0.7)),

@@ -47,16 +47,19 @@ pub(super) fn max_pool<T: Real>(
 fn largest<T: Real>(windows: &Windows, plane: &[T], y: &mut [T], best: &mut [u32]) {
     let mut out = y.iter_mut().zip(best);
     windows.each(|window| {
-        let mut max = (T::from_f64(f64::NEG_INFINITY), None);
+        let first = window.first();
+        let mut max = (plane[first], first as u32);
         for row in window.rows() {
-            for (at, &value) in row.clone().zip(&plane[row]) {
+            for (at, &value) in (row.start as u32..).zip(&plane[row]) {
+                // Selects instead of branching: which pixel is largest is not predictable.
                 #[expect(clippy::eq_op, reason = "true for a NaN alone")]
-                let is_larger = (value > max.0) | (value != value) | max.1.is_none();
-                max = if is_larger { (value, Some(at)) } else { max };
+                let is_larger = (value > max.0) | (value != value);
+                max.0 = if is_larger { value } else { max.0 };
+                max.1 = if is_larger { at } else { max.1 };
             }
         }
         if let Some((y, best)) = out.next() {
-            (*y, *best) = (max.0, max.1.unwrap_or_default() as u32);
+            (*y, *best) = max;
         }
     });
 }

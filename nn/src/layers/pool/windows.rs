@@ -77,6 +77,12 @@ pub(super) struct Window {
 }
 
 impl Window {
+    /// The place of its first pixel in the plane.
+    #[inline(always)]
+    pub(super) fn first(&self) -> usize {
+        self.rows.start * self.stride + self.columns.start
+    }
+
     /// The places of its rows in the plane.
     #[inline(always)]
     pub(super) fn rows(self) -> impl Iterator<Item = Range<usize>> {
