@@ -239,9 +239,15 @@ fn lane_max<T: Real>(x: &[T]) -> T {
     let (chunks, rest) = x.as_chunks::<16>();
     let mut lanes = [T::from_f64(f64::NEG_INFINITY); 16];
     for chunk in chunks.iter().map(|chunk| chunk.as_slice()).chain([rest]) {
-        lanes.iter_mut().zip(chunk).for_each(|(lane, x)| *lane = Real::max(*x, *lane));
+        lanes.iter_mut().zip(chunk).for_each(|(lane, x)| *lane = larger(*lane, *x));
     }
-    lanes.into_iter().fold(lanes[0], Real::max)
+    lanes.into_iter().fold(lanes[0], larger)
+}
+
+/// `a` if `b` is a NaN.
+#[inline(always)]
+fn larger<T: Real>(a: T, b: T) -> T {
+    if b > a { b } else { a }
 }
 
 #[inline(always)]

@@ -143,6 +143,12 @@ impl Pointwise for Absolute {
     }
 }
 
+/// A NaN stays one.
+#[inline(always)]
+fn at_most<T: Real>(x: T, bound: T) -> T {
+    if x > bound { bound } else { x }
+}
+
 #[derive(Clone, Copy)]
 struct Huber {
     delta: f64,
@@ -153,14 +159,14 @@ impl Pointwise for Huber {
     #[inline(always)]
     fn value<T: Real>(self, x: T, target: T, _: T) -> T {
         let distance = (x - target).abs();
-        let within = Real::min(distance, T::from_f64(self.delta));
+        let within = at_most(distance, T::from_f64(self.delta));
         within * (distance - within * T::from_f64(0.5)) * T::from_f64(self.factor)
     }
 
     #[inline(always)]
     fn slopes<T: Real>(self, x: T, target: T, _: T) -> (T, T) {
         let difference = x - target;
-        let within = Real::min(difference.abs(), T::from_f64(self.delta));
+        let within = at_most(difference.abs(), T::from_f64(self.delta));
         let slope = sign(difference) * within * T::from_f64(self.factor);
         (slope, T::zero() - slope)
     }
