@@ -30,6 +30,7 @@ pub(crate) fn case(name: &str) -> Result<Case> {
             r#"{"architecture": "mlp", "options": {"inputs": 784, "hidden": [512, 512], "outputs": 10}}"#,
         ),
         "cnn" => (256, 16, r#"{"architecture": "cnn"}"#),
+        "resnet" => (64, 4, r#"{"architecture": "resnet"}"#),
         "transformer" => (
             16,
             8,

@@ -90,7 +90,44 @@ class Transformer(nn.Module):
         return self.head(self.norm(x).mean(1))
 
 
-MODELS = {"mlp": Mlp, "mlp-32": Mlp, "cnn": Cnn, "transformer": Transformer}
+class Block(nn.Module):
+    def __init__(self, inputs, outputs, stride):
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.downsample = None
+        if stride != 1 or inputs != outputs:
+            convolution = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
+            self.downsample = nn.Sequential(convolution, nn.BatchNorm2d(outputs))
+
+    def forward(self, x):
+        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)), inplace=True)))
+        skip = x if self.downsample is None else self.downsample(x)
+        return F.relu(y + skip, inplace=True)
+
+
+class ResNet(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(64)
+        inputs = 64
+        for stage in range(4):
+            outs, stride = 64 << stage, 2 if stage else 1
+            blocks = [Block(inputs, outs, stride), Block(outs, outs, 1)]
+            self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
+            inputs = outs
+        self.fc = nn.Linear(512, 10)
+
+    def forward(self, x):
+        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return self.fc(x.mean((2, 3)))
+
+
+MODELS = {"mlp": Mlp, "mlp-32": Mlp, "cnn": Cnn, "resnet": ResNet, "transformer": Transformer}
 
 
 class Training:

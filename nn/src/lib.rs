@@ -55,7 +55,7 @@ mod weights;
 
 pub use backward::Gradients;
 pub use error::{Error, Result};
-pub use init::Init;
+pub use init::{Fan, Init};
 pub use model::Model;
 pub use module::Module;
 pub use params::Params;

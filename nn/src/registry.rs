@@ -1,6 +1,6 @@
 //! Architectures by name, so that a file can say which model it is of.
 
-use crate::models::{CnnOptions, MlpOptions, TransformerOptions};
+use crate::models::{CnnOptions, MlpOptions, ResNetOptions, TransformerOptions};
 use crate::{Error, Model, Module, Params, Result};
 use candle_core::Device;
 use mobula_core::error::AtPath;
@@ -95,7 +95,7 @@ impl Registry {
     pub fn builtin() -> Self {
         let known = BTreeMap::new();
         let known = Self { known }.with::<MlpOptions>("mlp").with::<CnnOptions>("cnn");
-        known.with::<TransformerOptions>("transformer")
+        known.with::<ResNetOptions>("resnet").with::<TransformerOptions>("transformer")
     }
 
     /// The same with the architecture `name`, whose options are an `A`. Replaces one of that name.

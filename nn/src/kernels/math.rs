@@ -16,6 +16,8 @@ pub(crate) trait Real: WithDType {
     fn erf(self) -> Self;
     /// Natural logarithm; not vectorised.
     fn ln(self) -> Self;
+    /// `ln(1 + self)` for `self` in `[0, 1]`.
+    fn ln_1p(self) -> Self;
     fn sqrt(self) -> Self;
     fn abs(self) -> Self;
     /// `self · a + b`, rounded once.
@@ -75,6 +77,11 @@ impl Real for f64 {
     #[inline(always)]
     fn ln(self) -> Self {
         self.ln()
+    }
+
+    #[inline(always)]
+    fn ln_1p(self) -> Self {
+        self.ln_1p()
     }
 
     #[inline(always)]
@@ -188,6 +195,18 @@ impl Real for f32 {
         Some(values)
     }
 
+    /// 2 · artanh(x / (2 + x)), of whose series eight terms are enough up to a third.
+    #[inline(always)]
+    fn ln_1p(self) -> Self {
+        let s = self / (2.0 + self);
+        let s2 = s * s;
+        let mut p = 2.0 / 15.0;
+        for odd in [13.0, 11.0, 9.0, 7.0, 5.0, 3.0, 1.0f32] {
+            p = p.mul_add(s2, 2.0 / odd);
+        }
+        s * p
+    }
+
     #[inline(always)]
     fn ln(self) -> Self {
         self.ln()
@@ -244,6 +263,8 @@ mod tests {
         assert!(tanh < 5.0 * ULP, "tanh {tanh:e}");
         let erf = error(-5.0..5.0, 1e-30, Real::erf, libm::erf);
         assert!(erf < 5.0 * ULP, "erf {erf:e}");
+        let ln_1p = error(0.0..1.0, 1e-30, Real::ln_1p, f64::ln_1p);
+        assert!(ln_1p < 4.0 * ULP, "ln_1p {ln_1p:e}");
         let sigmoid = error(-80.0..80.0, 0.0, Real::sigmoid, |x| 1.0 / (1.0 + (-x).exp()));
         assert!(sigmoid < 4.0 * ULP, "sigmoid {sigmoid:e}");
     }

@@ -55,6 +55,19 @@ impl Activation {
         })
     }
 
+    /// What [`Init`](crate::Init) multiplies the weights before it with, so that the variance lasts
+    /// from layer to layer: PyTorch's `calculate_gain`. For the relatives of ReLU that it has no
+    /// number for, ReLU's √2.
+    pub fn gain(self) -> f64 {
+        match self {
+            Self::Identity | Self::Sigmoid => 1.0,
+            Self::Tanh => 5.0 / 3.0,
+            Self::LeakyRelu => crate::Init::rectifier_gain(0.01),
+            Self::Relu | Self::Relu6 | Self::Elu | Self::Gelu => std::f64::consts::SQRT_2,
+            Self::GeluTanh | Self::Silu | Self::Softplus => std::f64::consts::SQRT_2,
+        }
+    }
+
     /// In candle's own operations, for devices that this crate has no kernel for.
     pub(crate) fn composed(self, x: &Tensor) -> candle_core::Result<Tensor> {
         let sigmoid = |x: &Tensor| (x.neg()?.exp()? + 1.0)?.recip();

@@ -19,9 +19,15 @@ pub struct Linear {
 impl Linear {
     /// Creates the parameters in `params`. No activation.
     pub fn new(params: &Params, inputs: usize, outputs: usize) -> Result<Self> {
+        let bias = params.get(outputs, "bias", Init::default_bias(inputs))?;
+        Ok(Self { bias, ..Self::without_bias(params, inputs, outputs)? })
+    }
+
+    /// The same without a bias: `weight` is the only parameter.
+    pub fn without_bias(params: &Params, inputs: usize, outputs: usize) -> Result<Self> {
         Ok(Self {
             weight: params.get((outputs, inputs), "weight", Init::default_weight())?,
-            bias: params.get(outputs, "bias", Init::default_bias(inputs))?,
+            bias: Tensor::zeros(outputs, params.dtype(), params.device())?,
             activation: Activation::Identity,
             name: params.path().to_owned(),
         })
@@ -38,7 +44,7 @@ impl Linear {
         &self.weight
     }
 
-    /// `[outputs]`.
+    /// `[outputs]`; zeros, and no parameter, in a layer without a bias.
     pub fn bias(&self) -> &Tensor {
         &self.bias
     }

@@ -14,12 +14,18 @@ mod transformer;
 
 pub use activation::Activation;
 pub use attention::{AttentionMask, MultiHeadAttention, Rotary, attention};
-pub use conv::{Conv2d, Conv2dOptions};
+pub use conv::{
+    Conv1d, Conv1dOptions, Conv2d, Conv2dOptions, ConvTranspose1d, ConvTranspose2d,
+    ConvTransposeOptions,
+};
 pub use dropout::Dropout;
 pub use linear::Linear;
 pub use mean::mean_places;
 pub use norm::{BatchNorm, BatchNormOptions, GroupNorm, LayerNorm, RmsNorm};
-pub use pool::max_pool2d;
+pub use pool::{
+    PoolOptions, adaptive_avg_pool1d, adaptive_avg_pool2d, avg_pool1d, avg_pool2d, global_avg_pool,
+    max_pool1d, max_pool2d,
+};
 pub use residual::add;
 pub(crate) use residual::add_to_rows;
 pub use transformer::TransformerBlock;

@@ -2,10 +2,12 @@
 
 mod cnn;
 mod mlp;
+mod resnet;
 mod transformer;
 
 pub use cnn::{Cnn, CnnOptions};
 pub use mlp::{Mlp, MlpOptions};
+pub use resnet::{ResNet, ResNetOptions};
 pub use transformer::{Pooling, Positions, Transformer, TransformerOptions};
 
 use crate::{Error, Result};

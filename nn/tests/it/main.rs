@@ -1,11 +1,14 @@
 //! The crate through its public interface.
 
 mod backward;
+mod convolutions;
 mod gradients;
 mod initialisers;
+mod loss_functions;
 mod losses;
 mod masks;
 mod norms;
+mod pooling;
 mod registry;
 mod threads;
 mod weights;
@@ -31,6 +34,16 @@ fn normal_f32(purpose: &str, shape: &[usize]) -> Tensor {
 fn bits(tensor: &Tensor) -> Vec<u32> {
     let values: Vec<f32> = tensor.flatten_all().expect("flat").to_vec1().expect("f32");
     values.into_iter().map(f32::to_bits).collect()
+}
+
+/// `run` gives the same on one thread and on several.
+fn assert_same_in_every_pool<R: PartialEq + Send>(run: impl Fn() -> R + Send + Sync) {
+    let with = |threads| {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("pool");
+        pool.install(&run)
+    };
+    let one = with(1);
+    assert!([2, 3, 7].into_iter().all(|threads| with(threads) == one));
 }
 
 fn spec(json: &str) -> ModelSpec {

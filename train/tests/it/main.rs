@@ -4,6 +4,7 @@
 mod collectives;
 mod digits;
 mod faults;
+mod models;
 mod optim;
 mod pytorch;
 mod training;
@@ -15,8 +16,15 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let runtime = mobula_core::init_with(Resources::cpus(4.0))?;
     let mut arguments = Arguments::from_args();
     arguments.test_threads.get_or_insert(2);
-    let tests =
-        [collectives::TESTS, faults::TESTS, optim::TESTS, pytorch::TESTS, training::TESTS].concat();
+    let tests = [
+        collectives::TESTS,
+        faults::TESTS,
+        models::TESTS,
+        optim::TESTS,
+        pytorch::TESTS,
+        training::TESTS,
+    ]
+    .concat();
     let trials = tests.into_iter().map(|(name, test)| {
         let runtime = runtime.clone();
         Trial::test(name, move || {

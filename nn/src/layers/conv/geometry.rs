@@ -21,6 +21,10 @@ pub(super) struct Axis {
 }
 
 impl Axis {
+    /// The height of images that have none.
+    pub(super) const ONE: Self =
+        Self { size: 1, kernel: 1, stride: 1, padding: 0, dilation: 1, out: 1 };
+
     /// Pixels that the window covers, gaps included.
     pub(super) fn reach(kernel: usize, dilation: usize) -> usize {
         (kernel - 1) * dilation + 1

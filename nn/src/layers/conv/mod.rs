@@ -1,8 +1,11 @@
 //! Convolutions.
 
+mod conv1d;
 mod geometry;
 mod op;
-mod pooling;
+pub(super) mod pooling;
+mod transpose;
+mod transpose_op;
 
 use super::Activation;
 use crate::cpu::unsupported;
@@ -11,6 +14,9 @@ use candle_core::{DType, Tensor};
 use geometry::{Axis, Geometry};
 use op::Convolution;
 use pooling::{LARGEST, Pooling};
+
+pub use conv1d::{Conv1d, Conv1dOptions};
+pub use transpose::{ConvTranspose1d, ConvTranspose2d, ConvTransposeOptions};
 
 /// How a convolution's window moves, on both axes alike.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -43,6 +49,7 @@ impl Default for Conv2dOptions {
 /// `(size + 2·padding − dilation·(kernel − 1) − 1) / stride + 1` pixels, rounded down.
 #[derive(Clone, Debug)]
 pub struct Conv2d {
+    /// Without the height in [`Conv1d`], which is this with images of height 1.
     weight: Tensor,
     bias: Option<Tensor>,
     options: Conv2dOptions,
@@ -61,18 +68,21 @@ impl Conv2d {
         kernel: usize,
         options: Conv2dOptions,
     ) -> Result<Self> {
+        Self::with_kernel(params, inputs, outputs, &[kernel, kernel], options)
+    }
+
+    fn with_kernel(
+        params: &Params,
+        inputs: usize,
+        outputs: usize,
+        kernel: &[usize],
+        options: Conv2dOptions,
+    ) -> Result<Self> {
         let Conv2dOptions { stride, dilation, groups, .. } = options;
-        for (option, value) in [("kernel", kernel), ("stride", stride), ("dilation", dilation)] {
-            if value == 0 {
-                return Err(Error::option(option, value, "at least 1"));
-            }
-        }
-        if groups == 0 || !inputs.is_multiple_of(groups) || !outputs.is_multiple_of(groups) {
-            let expected = format!("a divisor of {inputs} inputs and {outputs} outputs");
-            return Err(Error::option("groups", groups, expected));
-        }
-        let (shape, fan_in) =
-            ((outputs, inputs / groups, kernel, kernel), inputs / groups * kernel * kernel);
+        at_least_one(&[("kernel", kernel[0]), ("stride", stride), ("dilation", dilation)])?;
+        check_groups(groups, inputs, outputs)?;
+        let shape = [&[outputs, inputs / groups], kernel].concat();
+        let fan_in = shape[1..].iter().product();
         let bias = || params.get(outputs, "bias", Init::default_bias(fan_in));
         Ok(Self {
             weight: params.get(shape, "weight", Init::default_weight())?,
@@ -102,15 +112,16 @@ impl Conv2d {
     /// Candle's backward pass assumes that both axes leave the same remainder after the last
     /// window (it fails for 5×6 pixels, kernel 3, stride 2), so the remainders are cut off first.
     fn composed(&self, x: &Tensor) -> Result<Tensor> {
-        let Conv2dOptions { stride, padding, dilation, groups, .. } = self.options;
+        let Conv2dOptions { stride, dilation, groups, .. } = self.options;
+        let geometry = self.geometry(x.dim(2)?, x.dim(3)?)?;
         let mut x = x.clone();
-        for axis in [2, 3] {
-            let reach = Axis::reach(self.weight.dim(axis)?, dilation);
-            x = x.pad_with_zeros(axis, padding, padding)?;
-            let covered = (x.dim(axis)? - reach) / stride * stride + reach;
-            x = x.narrow(axis, 0, covered)?;
+        for (dim, axis) in [(2, geometry.height), (3, geometry.width)] {
+            let covered = (axis.out - 1) * axis.stride + Axis::reach(axis.kernel, axis.dilation);
+            x = x.pad_with_zeros(dim, axis.padding, axis.padding)?.narrow(dim, 0, covered)?;
         }
-        let mut y = x.contiguous()?.conv2d(&self.weight, 0, stride, dilation, groups)?;
+        let kernel = (geometry.height.kernel, geometry.width.kernel);
+        let weight = self.weight.reshape(((), geometry.channels, kernel.0, kernel.1))?;
+        let mut y = x.contiguous()?.conv2d(&weight, 0, stride, dilation, groups)?;
         if let Some(bias) = &self.bias {
             y = y.broadcast_add(&bias.reshape((1, (), 1, 1))?)?;
         }
@@ -123,11 +134,18 @@ impl Conv2d {
         if self.pool > 1 { super::max_pool2d(&y, self.pool) } else { Ok(y) }
     }
 
+    fn inputs(&self) -> usize {
+        self.weight.dims()[1] * self.options.groups
+    }
+
+    /// Pixels that an axis must have.
+    fn least(&self) -> usize {
+        let reach = Axis::reach(self.weight.dims()[2], self.options.dilation);
+        reach.saturating_sub(2 * self.options.padding).max(1)
+    }
+
     fn check(&self, dims: &[usize]) -> Result<()> {
-        let (_, inputs, kernel, _) = self.weight.dims4()?;
-        let (inputs, reach) =
-            (inputs * self.options.groups, Axis::reach(kernel, self.options.dilation));
-        let least = reach.saturating_sub(2 * self.options.padding).max(1);
+        let (inputs, least) = (self.inputs(), self.least());
         match *dims {
             [_, channels, h, w] if channels == inputs && h.min(w) >= least => Ok(()),
             _ => {
@@ -145,9 +163,12 @@ impl Conv2d {
     }
 
     fn geometry(&self, height: usize, width: usize) -> Result<Geometry> {
-        let (outputs, channels, kernel_height, kernel_width) = self.weight.dims4()?;
         let groups = self.options.groups;
-        let (height, width) = (self.axis(height, kernel_height), self.axis(width, kernel_width));
+        let (outputs, channels) = (self.weight.dim(0)?, self.weight.dim(1)?);
+        let (height, width) = match self.weight.dims()[2..] {
+            [kernel] => (Axis::ONE, self.axis(width, kernel)),
+            _ => (self.axis(height, self.weight.dim(2)?), self.axis(width, self.weight.dim(3)?)),
+        };
         Ok(Geometry { channels, outputs: outputs / groups, groups, height, width })
     }
 
@@ -162,12 +183,13 @@ impl Conv2d {
         let activation = if is_fused { self.activation } else { Activation::Identity };
         let pooling = Some(pooling).filter(|_| is_fused && can_pool);
         let convolution = Convolution { geometry, activation, pooling };
-        let (outputs, _, _, _) = self.weight.dims4()?;
+        let outputs = self.weight.dim(0)?;
         let (height, width) = match pooling {
             Some(Pooling { kernel, height, width }) => (height / kernel, width / kernel),
             None => (geometry.height.out, geometry.width.out),
         };
-        let (shape, bias) = ([rows, outputs, height, width], self.bias_or_zeros()?);
+        let shape = [rows, outputs, height, width];
+        let bias = bias_or_zeros(self.bias.as_ref(), outputs, x)?;
         let y = match x.dtype() {
             DType::F32 => convolution.apply::<f32>(x, &self.weight, &bias, shape)?,
             DType::F64 => convolution.apply::<f64>(x, &self.weight, &bias, shape)?,
@@ -175,14 +197,27 @@ impl Conv2d {
         };
         if is_fused { Ok(y) } else { self.finish(&y) }
     }
+}
 
-    fn bias_or_zeros(&self) -> Result<Tensor> {
-        match &self.bias {
-            Some(bias) => Ok(bias.clone()),
-            None => {
-                Ok(Tensor::zeros(self.weight.dim(0)?, self.weight.dtype(), self.weight.device())?)
-            }
-        }
+fn at_least_one(options: &[(&'static str, usize)]) -> Result<()> {
+    match options.iter().find(|(_, value)| *value == 0) {
+        Some((option, value)) => Err(Error::option(option, value, "at least 1")),
+        None => Ok(()),
+    }
+}
+
+fn check_groups(groups: usize, inputs: usize, outputs: usize) -> Result<()> {
+    if groups == 0 || !inputs.is_multiple_of(groups) || !outputs.is_multiple_of(groups) {
+        let expected = format!("a divisor of {inputs} inputs and {outputs} outputs");
+        return Err(Error::option("groups", groups, expected));
+    }
+    Ok(())
+}
+
+fn bias_or_zeros(bias: Option<&Tensor>, outputs: usize, x: &Tensor) -> Result<Tensor> {
+    match bias {
+        Some(bias) => Ok(bias.clone()),
+        None => Ok(Tensor::zeros(outputs, x.dtype(), x.device())?),
     }
 }
 
@@ -229,16 +264,34 @@ mod tests {
             let layer = layer.with_activation(activation).with_max_pool(pool);
             let init = Init::Normal { mean: 0.0, std: 1.0 };
             let x = params.get((rows, channels, height, width), "x", init).expect("input");
-            let ours = layer.forward(&x, &Pass::eval()).expect("kernel");
             let theirs = layer.composed(&x).expect("composed");
-            assert_close(&ours, &theirs);
-            let weights = theirs.detach();
-            let gradients =
-                |y: Tensor| (y * &weights).and_then(|y| y.backward()).expect("backward");
-            let (ours, theirs) = (gradients(ours), gradients(theirs));
-            for (_, var) in params.vars() {
-                assert_close(ours.get(&var).expect("ours"), theirs.get(&var).expect("theirs"));
-            }
+            assert_agree(&params, layer.forward(&x, &Pass::eval()).expect("kernel"), theirs);
+        }
+    }
+
+    #[test]
+    fn along_one_axis_too() {
+        for (kernel, [stride, padding, dilation, groups], length, rows) in
+            [(3, [1, 1, 1, 1], 5, 2), (4, [3, 2, 2, 4], 11, 3), (1, [2, 0, 1, 2], 6, 60)]
+        {
+            let params = Params::with_dtype(1, &Device::Cpu, DType::F64);
+            let options = Conv1dOptions { stride, padding, dilation, groups, bias: kernel > 1 };
+            let layer = Conv2d::with_kernel(&params, 4, 8, &[kernel], options).expect("layer");
+            let init = Init::Normal { mean: 0.0, std: 1.0 };
+            let x = params.get((rows, 4, 1, length), "x", init).expect("input");
+            let theirs = layer.composed(&x).expect("composed");
+            assert_agree(&params, layer.kernel(&x).expect("kernel"), theirs);
+        }
+    }
+
+    /// In values, and in the gradients of all parameters.
+    pub(super) fn assert_agree(params: &Params, ours: Tensor, theirs: Tensor) {
+        assert_close(&ours, &theirs);
+        let weights = theirs.detach();
+        let gradients = |y: Tensor| (y * &weights).and_then(|y| y.backward()).expect("backward");
+        let (ours, theirs) = (gradients(ours), gradients(theirs));
+        for (_, var) in params.vars() {
+            assert_close(ours.get(&var).expect("ours"), theirs.get(&var).expect("theirs"));
         }
     }
 

@@ -124,13 +124,16 @@ impl Convolution {
         let [a, b, c] = &sources;
         result_kept(y, shape.as_slice(), &[a, b, c], move |gradient, y| {
             let gradient = owned::<T>(gradient)?;
-            let slopes = Slopes { y, best: &best, gradient: &gradient };
-            self.backward([&x, &weight, &bias], &kept, slopes)
+            self.backward([&x, &weight, &bias, y], &kept, &best, &gradient)
         })
     }
 
     /// The result, and where the maxima are, if it is pooled.
-    fn forward<T: Real>(self, [x, weight, bias]: [&[T]; 3], images: usize) -> (Vec<T>, Vec<u8>) {
+    pub(super) fn forward<T: Real>(
+        self,
+        [x, weight, bias]: [&[T]; 3],
+        images: usize,
+    ) -> (Vec<T>, Vec<u8>) {
         let plan = Plan::new(&self.geometry, images);
         let pass = Pass { of: self, plan, weight };
         let (x_part, y_part) = (plan.part * self.geometry.image(), plan.part * self.y_image());
@@ -149,30 +152,17 @@ impl Convolution {
 
     fn backward<T: Real>(
         self,
-        [x, weight, bias]: [&Tensor; 3],
+        [x, weight, bias, y]: [&Tensor; 4],
         sources: &[Source; 3],
-        slopes: Slopes<'_, T>,
+        best: &[u8],
+        gradient: &[T],
     ) -> Result<Vec<Told>> {
         let images = x.dims()[0];
-        let geometry = &self.geometry;
-        let plan = Plan::new(geometry, images);
-        with_values([x, weight, slopes.y], |[x, weight_values, y]| {
-            let pass = Pass { of: self, plan, weight: weight_values };
-            let parts = images.div_ceil(plan.part.max(1)).max(1);
-            let mut sums: Vec<Sums<T>> = (0..parts).map(|_| Sums::new(geometry)).collect();
-            let mut go = |mut dx: Option<&mut [T]>| {
-                let part = plan.part * geometry.image();
-                let mut dxs: Vec<Option<&mut [T]>> = match &mut dx {
-                    Some(dx) => dx.chunks_mut(part.max(1)).map(Some).collect(),
-                    None => Vec::new(),
-                };
-                dxs.resize_with(parts, || None);
-                let jobs = sums.par_iter_mut().zip(dxs).enumerate();
-                jobs.for_each(|(at, (sums, dx))| {
-                    let images = at * plan.part..((at + 1) * plan.part).min(images);
-                    pass.backward(x, y, &slopes, images, sums, dx);
-                });
-            };
+        with_values([x, weight, y], |[x, weights, y]| {
+            let slopes = Slopes { y, best, gradient };
+            let mut sums = Vec::new();
+            let mut go =
+                |dx: Option<&mut [T]>| sums = self.gradients(Some(x), weights, &slopes, images, dx);
             let dx = match sources[0].is_tracked() {
                 true => sources[0].give(output(x.len(), |dx| go(Some(dx))))?,
                 false => {
@@ -180,29 +170,63 @@ impl Convolution {
                     None
                 }
             };
-            let total = |of: fn(&Sums<T>) -> &[T], to: &mut [T], is_added: bool| {
-                if !is_added {
-                    to.fill(T::zero());
-                }
-                sums.iter().for_each(|sums| add_assign(to, of(sums)));
-            };
-            let dw = parameter_gradient(weight, |dw, added| total(|s| &s.weight, dw, added))?;
-            let db = parameter_gradient(bias, |db, added| total(|s| &s.bias, db, added))?;
+            let dw =
+                parameter_gradient(weight, |dw, added| total(&sums, |s| &s.weight, dw, added))?;
+            let db = parameter_gradient(bias, |db, added| total(&sums, |s| &s.bias, db, added))?;
             Ok(vec![dx, dw, db])
         })
     }
+
+    /// Writes the gradients of the images, if `dx` is there; those of weight and bias, by parts,
+    /// are what comes out, if the images `x` are there.
+    pub(super) fn gradients<T: Real>(
+        self,
+        x: Option<&[T]>,
+        weight: &[T],
+        slopes: &Slopes<'_, T>,
+        images: usize,
+        dx: Option<&mut [T]>,
+    ) -> Vec<Sums<T>> {
+        let plan = Plan::new(&self.geometry, images);
+        let pass = Pass { of: self, plan, weight };
+        let parts = images.div_ceil(plan.part).max(1);
+        let mut sums: Vec<_> = (0..parts).map(|_| x.map(|_| Sums::new(&self.geometry))).collect();
+        let part = (plan.part * self.geometry.image()).max(1);
+        let mut dxs: Vec<Option<&mut [T]>> = Vec::new();
+        dxs.extend(dx.into_iter().flat_map(|dx| dx.chunks_mut(part)).map(Some));
+        dxs.resize_with(parts, || None);
+        let jobs = sums.par_iter_mut().zip(dxs).enumerate();
+        jobs.for_each(|(at, (sums, dx))| {
+            let images = at * plan.part..((at + 1) * plan.part).min(images);
+            pass.backward(x.zip(sums.as_mut()), slopes, images, dx);
+        });
+        sums.into_iter().flatten().collect()
+    }
+}
+
+/// `to`, or what is added to it, becomes the sum of one gradient over all parts.
+pub(super) fn total<T: Real>(
+    sums: &[Sums<T>],
+    of: fn(&Sums<T>) -> &[T],
+    to: &mut [T],
+    is_added: bool,
+) {
+    if !is_added {
+        to.fill(T::zero());
+    }
+    sums.iter().for_each(|sums| add_assign(to, of(sums)));
 }
 
 /// The gradient of a result, and what leads from it to that of the products.
-struct Slopes<'a, T> {
-    y: &'a Tensor,
-    best: &'a [u8],
-    gradient: &'a [T],
+pub(super) struct Slopes<'a, T> {
+    pub(super) y: &'a [T],
+    pub(super) best: &'a [u8],
+    pub(super) gradient: &'a [T],
 }
 
 /// The gradients of weight and bias, of some images.
-struct Sums<T> {
-    weight: Vec<T>,
+pub(super) struct Sums<T> {
+    pub(super) weight: Vec<T>,
     bias: Vec<T>,
 }
 
@@ -254,14 +278,12 @@ impl<T: Real> Pass<'_, T> {
         }
     }
 
-    /// Adds to the sums over `images`, and writes their gradients.
+    /// Adds to the sums over `images`, and writes their gradients; each where it is asked for.
     fn backward(
         &self,
-        x: &[T],
-        y: &[T],
+        mut sums: Option<(&[T], &mut Sums<T>)>,
         slopes: &Slopes<'_, T>,
         images: Range<usize>,
-        sums: &mut Sums<T>,
         mut dx: Option<&mut [T]>,
     ) {
         let (of, geometry) = (self.of, &self.of.geometry);
@@ -270,22 +292,28 @@ impl<T: Real> Pass<'_, T> {
         for first in images.clone().step_by(self.plan.images) {
             let some = first..(first + self.plan.images).min(images.end);
             let width = some.len() * geometry.out_area();
-            let x = &x[some.start * geometry.image()..some.end * geometry.image()];
+            let pixels = some.start * geometry.image()..some.end * geometry.image();
             let range = some.start * of.y_image()..some.end * of.y_image();
             let best = slopes.best.get(range.clone()).unwrap_or_default();
-            let (y, gradient) = (&y[range.clone()], &slopes.gradient[range]);
-            let mut dx = dx.as_mut().and_then(|dx| dx.split_off_mut(..x.len()));
+            let (y, gradient) = (&slopes.y[range.clone()], &slopes.gradient[range]);
+            let mut dx = dx.as_mut().and_then(|dx| dx.split_off_mut(..pixels.len()));
             for group in 0..geometry.groups {
                 let product = sized(&mut scratch.product, geometry.outputs * width);
                 of.activation.visit(Start { pass: self, group, y, gradient, best, product });
-                let outputs = group * geometry.outputs..(group + 1) * geometry.outputs;
-                row_sums(product, &mut sums.bias[outputs.clone()]);
-                let gradient = Mat::new(product, geometry.outputs, width);
                 let columns = sized(&mut scratch.columns, taps * width);
-                self.unfold(x, group, columns);
-                let dw = &mut sums.weight[outputs.start * taps..outputs.end * taps];
-                gemm_add(dw, gradient, Mat::new(columns, taps, width).t(), self.plan.threads);
+                if let Some((x, sums)) = &mut sums {
+                    let outputs = group * geometry.outputs..(group + 1) * geometry.outputs;
+                    row_sums(product, &mut sums.bias[outputs.clone()]);
+                    self.unfold(&x[pixels.clone()], group, columns);
+                    let dw = &mut sums.weight[outputs.start * taps..outputs.end * taps];
+                    let (gradient, columns) = (
+                        Mat::new(product, geometry.outputs, width),
+                        Mat::new(columns, taps, width),
+                    );
+                    gemm_add(dw, gradient, columns.t(), self.plan.threads);
+                }
                 if let Some(dx) = &mut dx {
+                    let gradient = Mat::new(product, geometry.outputs, width);
                     gemm(columns, T::one(), self.weight(group).t(), gradient, self.plan.threads);
                     self.fold(columns, group, dx);
                 }

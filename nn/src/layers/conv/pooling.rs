@@ -3,26 +3,26 @@
 use crate::kernels::Real;
 
 /// The largest side of a window: places in it are bytes.
-pub(super) const LARGEST: usize = 15;
+pub(in crate::layers) const LARGEST: usize = 15;
 
 /// Windows of `kernel`×`kernel` pixels side by side; what is left at the ends is not looked at.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Pooling {
-    pub(super) kernel: usize,
-    pub(super) height: usize,
-    pub(super) width: usize,
+pub(in crate::layers) struct Pooling {
+    pub(in crate::layers) kernel: usize,
+    pub(in crate::layers) height: usize,
+    pub(in crate::layers) width: usize,
 }
 
 impl Pooling {
     /// Pixels of a pooled plane.
-    pub(super) fn area(&self) -> usize {
+    pub(in crate::layers) fn area(&self) -> usize {
         (self.height / self.kernel) * (self.width / self.kernel)
     }
 
     /// The first maximum of each window in reading order, and its place in the window; a NaN
     /// counts as the maximum.
     #[inline(always)]
-    pub(super) fn pool<T: Real>(&self, plane: &[T], y: &mut [T], best: &mut [u8]) {
+    pub(in crate::layers) fn pool<T: Real>(&self, plane: &[T], y: &mut [T], best: &mut [u8]) {
         let (kernel, width) = (self.kernel, self.width / self.kernel);
         let outputs = y.chunks_exact_mut(width).zip(best.chunks_exact_mut(width));
         for ((y, best), rows) in outputs.zip(plane.chunks_exact(kernel * self.width)) {
@@ -50,7 +50,7 @@ impl Pooling {
 
     /// Gives each window's gradient to its maximum, and the other pixels 0.
     #[inline(always)]
-    pub(super) fn unpool<T: Real>(&self, gradient: &[T], best: &[u8], plane: &mut [T]) {
+    pub(in crate::layers) fn unpool<T: Real>(&self, gradient: &[T], best: &[u8], plane: &mut [T]) {
         let (kernel, width) = (self.kernel, self.width / self.kernel);
         let whole = gradient.len() / width * kernel * self.width;
         plane[whole..].fill(T::zero());
