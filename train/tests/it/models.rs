@@ -16,8 +16,10 @@ pub(crate) const TESTS: &[Test] = &[
 ];
 
 const NAMES: [&str; 6] = ["mlp", "mlp-silu", "cnn", "encoder", "decoder", "resnet"];
-/// Of a batch normalisation with one row a value is rounding, divided by the square root of ε.
 const LOGITS: f32 = 2e-5;
+
+/// The bias of the keys has a gradient of 0, of which Adam divides the rounding by its ε.
+const ONE_STEP: f32 = 1e-4;
 
 /// The settings of the script.
 fn settings() -> AdamWOptions {
@@ -127,7 +129,7 @@ fn outputs(_: &Runtime) {
 fn weights(_: &Runtime) {
     for name in NAMES {
         let fixture = Fixture::read(name);
-        for (steps, most) in [(1, 2e-5), (10, 2e-4), (100, 1e-2)] {
+        for (steps, most) in [(1, ONE_STEP), (10, 1e-3), (100, 1e-2)] {
             let model = fixture.train(settings(), steps);
             let (parameter, off) = furthest(&model, &fixture.under(&format!("{steps}.")));
             assert!(off < most, "{name}, {steps} steps: {parameter} is off by {off}");
@@ -143,7 +145,7 @@ fn mistakes(_: &Runtime) {
         let large_eps = AdamWOptions { eps: 1e-4, ..settings() };
         for options in [no_decay, large_eps] {
             let (_, off) = furthest(&fixture.train(options, 1), &fixture.under("1."));
-            assert!(off > 2e-5, "{name}: {options:?} is off by {off} only");
+            assert!(off > 3.0 * ONE_STEP, "{name}: {options:?} is off by {off} only");
         }
     }
 }
