@@ -5,7 +5,7 @@
 
 use clap::Parser;
 use mobula::data::{Dataset, MinMaxScaler, Preprocessor, StreamOptions, TensorSource};
-use mobula::nn::{Model, ModelSpec, Pass, loss, metrics, models::CnnOptions};
+use mobula::nn::{Model, ModelSpec, loss, metrics, models::CnnOptions};
 use mobula::train::{AdamW, AdamWOptions, ScalingConfig, TrainState, Trainer, WorkerContext};
 use mobula::{BatchSource, Member, RunDir, console, models};
 use serde::{Deserialize, Serialize};
@@ -77,7 +77,7 @@ fn train_worker(member: Member, config: Config) -> anyhow::Result<()> {
             })?;
         }
         let accuracy = context.mean_over(test.as_mut(), |batch| -> anyhow::Result<f64> {
-            let logits = state.model.forward(batch.get("image")?, &Pass::eval())?;
+            let logits = state.model.predict(batch.get("image")?)?;
             Ok(metrics::correct(&logits, batch.get("label")?)? as f64)
         })?;
         if context.shard().rank == 0 {

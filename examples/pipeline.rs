@@ -5,7 +5,7 @@
 use anyhow::Context;
 use clap::Parser;
 use mobula::data::{Dataset, Preprocessor, StandardScaler, StreamOptions, TensorSource};
-use mobula::nn::{Model, ModelSpec, Pass, loss, metrics, models::MlpOptions};
+use mobula::nn::{Model, ModelSpec, loss, metrics, models::MlpOptions};
 use mobula::serve::{Client, LoadTest, Repository, Server};
 use mobula::train::{
     AdamW, AdamWOptions, EpochReport, ScalingConfig, TrainState, Trainer, WorkerContext,
@@ -72,7 +72,7 @@ fn learn(context: &mut WorkerContext<'_>, config: &Config) -> anyhow::Result<()>
             })?;
         }
         let accuracy = context.mean_over(test.as_mut(), |batch| -> anyhow::Result<f64> {
-            let logits = state.model.forward(batch.get("image")?, &Pass::eval())?;
+            let logits = state.model.predict(batch.get("image")?)?;
             Ok(metrics::correct(&logits, batch.get("label")?)? as f64)
         })?;
         context.end_epoch(&mut state, batches.as_ref(), &[("accuracy", accuracy)])?;

@@ -8,7 +8,7 @@ use mobula::data::{
     Chain, Concatenator, CsvOptions, Dataset, LabelEncoder, OneHotEncoder, Preprocessor,
     SimpleImputer, StandardScaler, StreamOptions, TensorSource,
 };
-use mobula::nn::{Model, ModelSpec, Pass, loss, metrics, models::MlpOptions};
+use mobula::nn::{Model, ModelSpec, loss, metrics, models::MlpOptions};
 use mobula::train::{AdamW, AdamWOptions, ScalingConfig, TrainState, Trainer, WorkerContext};
 use mobula::{BatchSource, Member, RunDir, models};
 use serde::{Deserialize, Serialize};
@@ -76,7 +76,7 @@ fn train_worker(member: Member, config: Config) -> anyhow::Result<()> {
             })?;
         }
         let accuracy = context.mean_over(test.as_mut(), |batch| -> anyhow::Result<f64> {
-            let logits = state.model.forward(batch.get("features")?, &Pass::eval())?;
+            let logits = state.model.predict(batch.get("features")?)?;
             Ok(metrics::correct(&logits, batch.get("species")?)? as f64)
         })?;
         context.end_epoch(&mut state, batches.as_ref(), &[("accuracy", accuracy)])?;

@@ -7,7 +7,7 @@
 //! models/<name>/<version>/preprocessor.json what was fitted in training, if anything was
 //! ```
 
-use crate::nn::{Model as Network, ModelSpec, Params, Pass, Registry};
+use crate::nn::{Model as Network, ModelSpec, Params, Registry};
 use crate::serve::{
     BatchingConfig, Datatype, Loader, Model, ModelConfig, RepositoryModel, TensorSpec,
 };
@@ -153,7 +153,7 @@ impl Model for Classifier {
             None => batch.clone(),
         };
         let x = features.get(&self.input)?.to_dtype(DType::F32)?;
-        let logits = self.network.forward(&x, &Pass::eval())?;
+        let logits = self.network.predict(&x)?;
         let output = |name: &String| {
             let tensor = match name.as_str() {
                 CLASS => logits.argmax(D::Minus1)?,

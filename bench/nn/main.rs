@@ -14,7 +14,7 @@ mod models;
 use anyhow::{Context, Result, bail};
 use candle_core::{DType, Device, Tensor};
 use mobula_core::{Batch, Flow};
-use mobula_nn::{Model, Pass, loss};
+use mobula_nn::{Model, loss};
 use mobula_train::{AdamW, AdamWOptions, TrainState, WorkerContext};
 use models::{Case, SEED};
 use serde_json::json;
@@ -94,10 +94,10 @@ impl Training {
         model.params().load_tensors("the fixture", &self.weights)?;
         let x = self.batches[0].get("x")?.narrow(0, 0, rows)?;
         let mut seconds = Vec::with_capacity(steps);
-        let mut y = model.forward(&x, &Pass::eval())?;
+        let mut y = model.predict(&x)?;
         for _ in 0..steps {
             let start = Instant::now();
-            y = model.forward(&x, &Pass::eval())?;
+            y = model.predict(&x)?;
             seconds.push(start.elapsed().as_secs_f64());
         }
         Ok((seconds, y.sum_all()?.to_dtype(DType::F64)?.to_scalar()?))

@@ -22,7 +22,7 @@
 //!         }
 //!     }
 //! }
-//! let logits = model.forward(&x, &Pass::eval())?;
+//! let logits = model.predict(&x)?;
 //! assert_eq!(metrics::accuracy(&logits, &labels)?, 1.0);
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
@@ -56,6 +56,7 @@ mod weights;
 pub use backward::Gradients;
 pub use error::{Error, Result};
 pub use init::{Fan, Init};
+pub use link::no_grad;
 pub use model::Model;
 pub use module::Module;
 pub use params::Params;

@@ -20,6 +20,7 @@ use candle_core::{
     CpuStorage, CustomOp1, CustomOp2, CustomOp3, DType, Device, Error, Layout, Result, Shape,
     Storage, Tensor, TensorId,
 };
+use std::cell::Cell;
 use std::collections::HashMap;
 use std::sync::{Arc, LazyLock, Mutex, MutexGuard, OnceLock, PoisonError};
 
@@ -46,6 +47,37 @@ pub(crate) struct Source {
     graph: Tensor,
     shape: Shape,
     slot: Option<Arc<Slot>>,
+    is_tracked: bool,
+}
+
+thread_local! {
+    /// How many [`no_grad`] this thread is in.
+    static WITHOUT: Cell<u32> = const { Cell::new(0) };
+}
+
+/// Runs `f` so that what the operations of this crate compute in it has no gradients: they keep
+/// nothing for a backward pass. For evaluation and serving, as `torch.no_grad`.
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use mobula_nn::{Module, Params, Pass, layers::Linear, no_grad};
+///
+/// let layer = Linear::new(&Params::new(7, &Device::Cpu), 2, 1)?;
+/// let x = Tensor::new(&[[3f32, 5.0]], &Device::Cpu)?;
+/// let y = no_grad(|| layer.forward(&x, &Pass::eval()))?;
+/// assert!(!y.track_op());
+/// # Ok::<(), mobula_nn::Error>(())
+/// ```
+pub fn no_grad<R>(f: impl FnOnce() -> R) -> R {
+    struct Inside;
+    impl Drop for Inside {
+        fn drop(&mut self) {
+            WITHOUT.set(WITHOUT.get() - 1);
+        }
+    }
+    WITHOUT.set(WITHOUT.get() + 1);
+    let _inside = Inside;
+    f()
 }
 
 /// What a backward pass tells candle about one input.
@@ -54,17 +86,17 @@ pub(crate) type Told = Option<Tensor>;
 impl Source {
     pub(crate) fn of(x: &Tensor) -> Self {
         let link = lock(&LINKS).get(&x.id()).cloned();
-        match link {
-            Some(Link { token, slot, .. }) => {
-                Self { graph: token, shape: x.shape().clone(), slot: Some(slot) }
-            }
-            None => Self { graph: x.clone(), shape: x.shape().clone(), slot: None },
-        }
+        let (graph, slot) = match link {
+            Some(Link { token, slot, .. }) => (token, Some(slot)),
+            None => (x.clone(), None),
+        };
+        let is_tracked = graph.track_op() && WITHOUT.get() == 0;
+        Self { graph, shape: x.shape().clone(), slot, is_tracked }
     }
 
     /// Whether somebody wants its gradient.
     pub(crate) fn is_tracked(&self) -> bool {
-        self.graph.track_op()
+        self.is_tracked
     }
 
     /// Hands over its gradient, of one of the uses that it has.

@@ -68,6 +68,12 @@ impl Model {
         self.module.forward(&self.fit(x)?, pass)
     }
 
+    /// The output for `x` in evaluation, without gradients: as [`forward`](Self::forward) in
+    /// [`no_grad`](crate::no_grad).
+    pub fn predict(&self, x: &Tensor) -> Result<Tensor> {
+        crate::no_grad(|| self.forward(x, &Pass::eval()))
+    }
+
     /// What it was built from.
     pub fn spec(&self) -> &ModelSpec {
         &self.spec

@@ -5,7 +5,7 @@ use anyhow::Context;
 use candle_core::{Result, Tensor};
 use clap::Parser;
 use mobula::data::{CsvOptions, Dataset, StreamOptions, TensorSource};
-use mobula::nn::{Model, ModelSpec, Pass, loss, metrics, models::MlpOptions};
+use mobula::nn::{Model, ModelSpec, loss, metrics, models::MlpOptions};
 use mobula::train::{AdamW, AdamWOptions, ScalingConfig, TrainState, Trainer, WorkerContext};
 use mobula::{Batch, BatchSource, Member, RunDir, models};
 use serde::{Deserialize, Serialize};
@@ -79,7 +79,7 @@ fn learn(context: &mut WorkerContext<'_>, config: &Config) -> anyhow::Result<()>
             })?;
         }
         let accuracy = context.mean_over(test.as_mut(), |batch| -> anyhow::Result<f64> {
-            let logits = state.model.forward(&points(batch)?, &Pass::eval())?;
+            let logits = state.model.predict(&points(batch)?)?;
             Ok(metrics::correct(&logits, batch.get("spiral")?)? as f64)
         })?;
         context.end_epoch(&mut state, batches.as_ref(), &[("accuracy", accuracy)])?;
