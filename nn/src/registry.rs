@@ -1,6 +1,6 @@
 //! Architectures by name, so that a file can say which model it is of.
 
-use crate::models::{CnnOptions, MlpOptions};
+use crate::models::{CnnOptions, LstmOptions, MlpOptions};
 use crate::{Error, Model, Module, Params, Result};
 use candle_core::Device;
 use mobula_core::error::AtPath;
@@ -12,7 +12,7 @@ use std::path::Path;
 /// A model's description: which architecture, with which options.
 ///
 /// In JSON and TOML it reads `architecture = "mlp"` and a table `[options]` with the fields of
-/// [`MlpOptions`], [`CnnOptions`], or those that a program registered.
+/// [`MlpOptions`], [`CnnOptions`], [`LstmOptions`], or those that a program registered.
 ///
 /// ```
 /// use mobula_nn::ModelSpec;
@@ -91,10 +91,11 @@ pub struct Registry {
 }
 
 impl Registry {
-    /// `"mlp"` and `"cnn"`.
+    /// `"mlp"`, `"cnn"` and `"lstm"`.
     pub fn builtin() -> Self {
         let known = BTreeMap::new();
-        Self { known }.with::<MlpOptions>("mlp").with::<CnnOptions>("cnn")
+        let registry = Self { known }.with::<MlpOptions>("mlp").with::<CnnOptions>("cnn");
+        registry.with::<LstmOptions>("lstm")
     }
 
     /// The same with the architecture `name`, whose options are an `A`. Replaces one of that name.

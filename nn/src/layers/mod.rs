@@ -3,17 +3,22 @@
 mod activation;
 mod conv;
 mod dropout;
+mod embedding;
 mod linear;
 mod linear_op;
 mod norm;
 mod pool;
+mod recurrent;
 
 pub use activation::Activation;
 pub use conv::{Conv2d, Conv2dOptions};
 pub use dropout::Dropout;
+pub use embedding::Embedding;
 pub use linear::Linear;
 pub use norm::{BatchNorm, BatchNormOptions, GroupNorm, LayerNorm, RmsNorm};
 pub use pool::max_pool2d;
+pub use recurrent::{Gru, Lstm, LstmState, RecurrentOptions};
+pub(crate) use recurrent::{Kind, Sequences, Stack};
 
 use crate::Result;
 use candle_core::Tensor;

@@ -1,9 +1,11 @@
 //! The architectures that come with this crate.
 
 mod cnn;
+mod lstm;
 mod mlp;
 
 pub use cnn::{Cnn, CnnOptions};
+pub use lstm::{CellKind, Lstm, LstmOptions};
 pub use mlp::{Mlp, MlpOptions};
 
 use crate::{Error, Result};

@@ -1,6 +1,6 @@
 //! Gradients that are collected flat are those that candle hands out.
 
-use crate::{CNN, CPU, MLP, bits, build, normal_f32};
+use crate::{CNN, CPU, GRU, LSTM, MLP, bits, build, normal_f32};
 use candle_core::{Tensor, Var};
 use mobula_nn::layers::Linear;
 use mobula_nn::{Error, Gradients, Init, Module, Params, Pass};
@@ -16,7 +16,9 @@ fn bits_of(gradients: &Gradients) -> Vec<u32> {
 
 #[test]
 fn flat_gradients_are_candles() {
-    for (json, shape) in [(MLP, [3, 6].as_slice()), (CNN, &[2, 2, 7, 6])] {
+    for (json, shape) in
+        [(MLP, [3, 6].as_slice()), (CNN, &[2, 2, 7, 6]), (LSTM, &[2, 4, 3]), (GRU, &[2, 4, 3])]
+    {
         let model = build(json).expect("model");
         let y = model.forward(&normal_f32("x", shape), &Pass::train(1, 2)).expect("forward");
         let store = loss(&y).backward().expect("backward");

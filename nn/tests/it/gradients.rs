@@ -1,6 +1,6 @@
 //! Every layer, model and loss against finite differences in `f64`.
 
-use crate::{CNN, CPU, MLP, build, normal, spec};
+use crate::{CNN, CPU, GRU, LSTM, MLP, build, normal, spec};
 use candle_core::{CpuStorage, CustomOp1, DType, Layout, Shape, Tensor, Var};
 use mobula_nn::layers::{Activation, Conv2d, Conv2dOptions, Dropout, Linear, max_pool2d};
 use mobula_nn::{Error, Module, Params, Pass, Registry, gradcheck, loss};
@@ -90,7 +90,9 @@ fn losses() {
 
 #[test]
 fn whole_models() {
-    for (json, shape) in [(MLP, [3, 6].as_slice()), (CNN, &[2, 2, 7, 6])] {
+    for (json, shape) in
+        [(MLP, [3, 6].as_slice()), (CNN, &[2, 2, 7, 6]), (LSTM, &[2, 4, 3]), (GRU, &[2, 4, 3])]
+    {
         let model = Registry::builtin().build_in(&spec(json), params()).expect("model");
         let (_, x) = input(shape);
         let pass = Pass::train(5, 2);
@@ -100,7 +102,9 @@ fn whole_models() {
 
 #[test]
 fn every_parameter_of_a_model_gets_a_gradient() {
-    for (json, shape) in [(MLP, [3, 6].as_slice()), (CNN, &[2, 2, 7, 6])] {
+    for (json, shape) in
+        [(MLP, [3, 6].as_slice()), (CNN, &[2, 2, 7, 6]), (LSTM, &[2, 4, 3]), (GRU, &[2, 4, 3])]
+    {
         let model = build(json).expect("model");
         let x = crate::normal_f32("input", shape);
         let y = model.forward(&x, &Pass::train(5, 2)).expect("forward");

@@ -6,6 +6,7 @@ mod initialisers;
 mod losses;
 mod masks;
 mod norms;
+mod recurrent;
 mod registry;
 mod threads;
 mod weights;
@@ -45,3 +46,7 @@ const MLP: &str = r#"{"architecture": "mlp", "options":
     {"inputs": 6, "hidden": [5, 4], "outputs": 3, "dropout": 0.3}}"#;
 const CNN: &str = r#"{"architecture": "cnn", "options":
     {"channels": 2, "height": 7, "width": 6, "conv": [3, 4], "hidden": 5, "outputs": 3, "dropout": 0.3}}"#;
+const LSTM: &str = r#"{"architecture": "lstm", "options": {"inputs": 3, "length": 4, "hidden": 5,
+    "layers": 2, "outputs": 3, "bidirectional": true, "dropout": 0.3}}"#;
+const GRU: &str = r#"{"architecture": "lstm", "options":
+    {"inputs": 3, "length": 4, "hidden": 5, "outputs": 3, "cell": "gru"}}"#;
