@@ -30,6 +30,11 @@ pub(crate) fn case(name: &str) -> Result<Case> {
             r#"{"architecture": "mlp", "options": {"inputs": 784, "hidden": [512, 512], "outputs": 10}}"#,
         ),
         "cnn" => (256, 16, r#"{"architecture": "cnn"}"#),
+        "lstm" => (
+            32,
+            16,
+            r#"{"architecture": "lstm", "options": {"inputs": 256, "length": 64, "hidden": 256, "outputs": 10}}"#,
+        ),
         _ => bail!("no model is called {name:?}"),
     };
     Ok(Case { spec: serde_json::from_str(spec)?, rows, batches })

@@ -72,7 +72,17 @@ class Cnn(nn.Module):
         return self.fc2(F.relu(self.fc1(x.flatten(1))))
 
 
-MODELS = {"mlp": Mlp, "mlp-32": Mlp, "cnn": Cnn}
+class Lstm(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rnn = nn.LSTM(256, 256, batch_first=True)
+        self.fc = nn.Linear(256, 10)
+
+    def forward(self, x):
+        return self.fc(self.rnn(x)[0][:, -1])
+
+
+MODELS = {"mlp": Mlp, "mlp-32": Mlp, "cnn": Cnn, "lstm": Lstm}
 
 
 class Training:

@@ -31,8 +31,7 @@ pub(super) struct Forward<'a, T> {
     pub(super) recurrent: &'a [T],
     /// To be added to either.
     pub(super) biases: [&'a [T]; 2],
-    /// Hidden state and memory before the step.
-    pub(super) before: [&'a [T]; 2],
+    /// The state before the step; becomes the one after it.
     pub(super) hidden: &'a mut [T],
     pub(super) memory: &'a mut [T],
 }
@@ -40,10 +39,10 @@ pub(super) struct Forward<'a, T> {
 /// The same row on the way back.
 pub(super) struct Backward<'a, T> {
     pub(super) gates: &'a [T],
-    /// Hidden state and memory before the step.
-    pub(super) before: [&'a [T]; 2],
-    /// The memory after it.
-    pub(super) memory: &'a [T],
+    /// The hidden state before the step.
+    pub(super) hidden: &'a [T],
+    /// The memory before and after it.
+    pub(super) memory: [&'a [T]; 2],
     /// Becomes the gradients of the gates.
     pub(super) gradients: &'a mut [T],
     /// Gradients of the state: after the step, then before it.
@@ -73,7 +72,6 @@ impl Cell for LstmCell {
         each(f, inputs(1), |x, others| sum(x, others).sigmoid());
         each(g, inputs(2), |x, others| sum(x, others).tanh());
         each(o, inputs(3), |x, others| sum(x, others).sigmoid());
-        row.memory.copy_from_slice(row.before[1]);
         each(row.memory, [i, f, g], |c, [i, f, g]| f.mul_add(c, i * g));
         each(row.hidden, [o, row.memory], |_, [o, c]| o * c.tanh());
     }
@@ -84,11 +82,11 @@ impl Cell for LstmCell {
         let [i, f, g, o] = parts(row.gates, width);
         let [di, df, dg, d_o] = parts_mut(row.gradients, width);
         let (dh, dc) = (row.d_hidden, row.d_memory);
-        each(d_o, [row.memory], |_, [c]| c.tanh());
+        each(d_o, [row.memory[1]], |_, [c]| c.tanh());
         each(dc, [dh, o, d_o], |dc, [dh, o, tanh]| dc + dh * o * (T::one() - tanh * tanh));
         each(d_o, [dh, o], |tanh, [dh, o]| dh * tanh * sigmoid_slope(o));
         each(di, [dc, i, g], |_, [dc, i, g]| dc * g * sigmoid_slope(i));
-        each(df, [dc, f, row.before[1]], |_, [dc, f, c]| dc * c * sigmoid_slope(f));
+        each(df, [dc, f, row.memory[0]], |_, [dc, f, c]| dc * c * sigmoid_slope(f));
         each(dg, [dc, i, g], |_, [dc, i, g]| dc * i * (T::one() - g * g));
         each(dc, [f], |dc, [f]| dc * f);
         dh.fill(T::zero());
@@ -117,7 +115,7 @@ impl Cell for GruCell {
         each(z, [recurrent[1], input[1], hidden[1]], |x, others| sum(x, others).sigmoid());
         each(row.memory, [recurrent[2], hidden[2]], |_, [h, c]| h + c);
         each(n, [input[2], r, row.memory], |x, [b, r, m]| r.mul_add(m, x + b).tanh());
-        each(row.hidden, [n, z, row.before[0]], |_, [n, z, h]| z.mul_add(h - n, n));
+        each(row.hidden, [n, z], |h, [n, z]| z.mul_add(h - n, n));
     }
 
     #[inline(always)]
@@ -127,8 +125,8 @@ impl Cell for GruCell {
         let [dr, dz, dn, recurrent_r, recurrent_z, recurrent_n] = parts_mut(row.gradients, width);
         let dh = row.d_hidden;
         each(dn, [dh, z, n], |_, [dh, z, n]| dh * (T::one() - z) * (T::one() - n * n));
-        each(dr, [dn, r, row.memory], |_, [dn, r, m]| dn * m * sigmoid_slope(r));
-        each(dz, [dh, n, row.before[0]], |_, [dh, n, h]| dh * (h - n));
+        each(dr, [dn, r, row.memory[1]], |_, [dn, r, m]| dn * m * sigmoid_slope(r));
+        each(dz, [dh, n, row.hidden], |_, [dh, n, h]| dh * (h - n));
         each(dz, [z], |dz, [z]| dz * sigmoid_slope(z));
         recurrent_r.copy_from_slice(dr);
         recurrent_z.copy_from_slice(dz);

@@ -6,13 +6,12 @@
 
 use super::Weights;
 use super::cell::Cell;
-use super::steps::{self, Geometry, Given, Kept, Strips, Tape, swap};
+use super::steps::{self, Geometry, Given, Strips, Tape};
 use crate::backward::parameter_gradient;
 use crate::cpu::{tensor, with_values};
 use crate::kernels::{Mat, Real, Threads, add_assign, column_sums, gemm, gemm_add, output};
 use crate::link::{Gradient, Source, Told, result};
 use candle_core::{Result, Tensor};
-use rayon::prelude::*;
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// What a layer is given.
@@ -45,22 +44,29 @@ pub(super) fn layer<C: Cell, T: Real>(
 ) -> Result<Outputs> {
     let x = input.x.contiguous()?;
     let (rows, length, inputs) = x.dims3()?;
-    let by_step = with_values([&x], |[x]| Ok(swap::<T>(x, rows, length, inputs)))?;
-    let input = Input { x: &x, ..*input };
-    let by_step = Arc::new(by_step);
-    let done = directions.iter().enumerate();
-    let done = done.map(|(at, direction)| Done::new::<C>(&input, &by_step, direction, at == 1));
-    let done = done.collect::<Result<Vec<_>>>()?;
-    let length = if input.wants_outputs { length } else { 0 };
-    let (y, width) = (outputs(&done, length), done.iter().map(|done| done.geometry.hidden).sum());
+    let (input, hidden) = (Input { x: &x, ..*input }, directions[0].weights.hidden());
+    let lengths = input.lengths.cloned();
+    let geometry = Geometry { rows, length, inputs, hidden, is_reverse: false, lengths };
+    let turned = with_values([&x], |[x]| Ok(geometry.turned::<T>(x, inputs, false)))?;
+    let turned = Arc::new(turned);
+    let width = directions.len() * hidden;
+    let shape = (rows, if input.wants_outputs { length } else { 0 }, width);
+    // Rows that have ended stay 0.
+    let mut y = vec![T::zero(); shape.0 * shape.1 * shape.2];
+    let mut done = Vec::new();
+    for (at, direction) in directions.iter().enumerate() {
+        let geometry = Geometry { is_reverse: at == 1, ..geometry.clone() };
+        let turned = Arc::clone(&turned);
+        done.push(Done::new::<C>(&input, turned, direction, geometry, (&mut y, width))?);
+    }
     let runs = done.into_iter().enumerate();
     let runs = runs.map(|(at, done)| done.into_run::<C>(Columns { at, width }));
     let (runs, last): (Vec<_>, Vec<_>) = runs.collect::<Result<Vec<_>>>()?.into_iter().unzip();
     let states = runs.iter().zip(last).map(|(run, last)| run.states(last));
     let states = states.collect::<Result<_>>()?;
     let outputs = match input.wants_outputs {
-        true => reveal(y, (rows, length, width), runs)?,
-        false => tensor(y, (rows, length, width))?,
+        true => reveal(y, shape, runs)?,
+        false => tensor(y, shape)?,
     };
     Ok(Outputs { outputs, states })
 }
@@ -68,8 +74,8 @@ pub(super) fn layer<C: Cell, T: Real>(
 /// A direction whose forward pass is done.
 struct Done<T> {
     geometry: Geometry,
-    /// The input, time-major.
-    by_step: Arc<Vec<T>>,
+    /// The input.
+    turned: Arc<Vec<T>>,
     weights: Weights,
     /// Of the input, the weights, the initial state.
     sources: Vec<Source>,
@@ -86,40 +92,37 @@ struct Columns {
 impl<T: Real> Done<T> {
     fn new<C: Cell>(
         input: &Input<'_>,
-        by_step: &Arc<Vec<T>>,
+        turned: Arc<Vec<T>>,
         direction: &Direction<'_>,
-        is_reverse: bool,
+        geometry: Geometry,
+        (outputs, stride): (&mut [T], usize),
     ) -> Result<Self> {
-        let (rows, length, inputs) = input.x.dims3()?;
-        let (weights, lengths) = (direction.weights.clone(), input.lengths.cloned());
-        let hidden = weights.hidden();
-        let geometry = Geometry { rows, length, inputs, hidden, is_reverse, lengths };
+        let weights = direction.weights.clone();
         let initial = direction.initial.iter().map(Tensor::contiguous);
         let initial = initial.collect::<Result<Vec<_>>>()?;
         let sources = std::iter::once(input.x).chain(weights.all()).chain(&initial);
         let sources: Vec<_> = sources.map(Source::of).collect();
-        let all = sources.iter().any(Source::is_tracked);
-        let kept = Kept { all, hidden: input.wants_outputs };
+        let keeps = sources.iter().any(Source::is_tracked);
         let start = |at: usize| -> Result<Option<Vec<T>>> {
             let copy = |state| with_values([state], |[state]| Ok(state.to_vec()));
             initial.get(at).map(copy).transpose()
         };
         let start = [start(0)?, start(1)?];
-        let start = [start[0].as_deref(), start[1].as_deref()];
+        let start = start.each_ref().map(Option::as_deref);
+        let first = usize::from(geometry.is_reverse) * geometry.hidden;
+        let y = Strips { values: outputs, stride, start: first };
+        let y = input.wants_outputs.then_some(y);
         let tape = with_values(weights.all(), |weights| {
-            Ok(steps::forward::<C, T>(&geometry, by_step, weights, start, kept))
+            Ok(steps::forward::<C, T>(&geometry, &turned, weights, start, keeps, y))
         })?;
-        Ok(Self { geometry, by_step: Arc::clone(by_step), weights, sources, tape })
+        Ok(Self { geometry, turned, weights, sources, tape })
     }
 
     /// Its place in the graph, and its final state.
-    fn into_run<C: Cell>(self, columns: Columns) -> Result<(Run, Vec<Vec<T>>)> {
+    fn into_run<C: Cell>(mut self, columns: Columns) -> Result<(Run, Vec<Vec<T>>)> {
         let Geometry { rows, hidden, .. } = self.geometry;
-        let last = self.geometry.last();
-        let mut states = vec![self.tape.hidden.get(last).to_vec()];
-        if C::HAS_MEMORY {
-            states.push(self.tape.memory.get(last).to_vec());
-        }
+        let mut states: Vec<_> = std::mem::take(&mut self.tape.last).into();
+        states.truncate(1 + usize::from(C::HAS_MEMORY));
         let joint = Arc::new(Joint::default());
         let (given, sources) = (Arc::clone(&joint), self.sources.clone());
         let sources: Vec<_> = sources.iter().collect();
@@ -139,7 +142,7 @@ impl<T: Real> Done<T> {
             memory: values(MEMORY)?,
         };
         let gradients = with_values([&self.weights.weight_hh], |[weight]| {
-            Ok(steps::backward::<C, T>(geometry, &self.tape, weight, given))
+            Ok(steps::backward::<C, T>(geometry, &self.tape, weight, &given))
         })?;
         let mut told = vec![self.give_input::<C>(&gradients.gates)?];
         told.extend(self.weight_gradients::<C>(&gradients.gates)?);
@@ -165,21 +168,20 @@ impl<T: Real> Done<T> {
         }
         let Geometry { rows, length, inputs, hidden, .. } = self.geometry;
         let gates = self.gates::<C>(gradients, 0);
-        let by_step = with_values([&self.weights.weight_ih], |[weight]| {
+        let turned = with_values([&self.weights.weight_ih], |[weight]| {
             let weight = Mat::new(weight, C::GATES * hidden, inputs);
             Ok(output(rows * length * inputs, |dx| {
                 gemm(dx, T::one(), gates, weight, Threads::All);
             }))
         })?;
-        self.sources[0].give(swap(&by_step, length, rows, inputs))
+        self.sources[0].give(self.geometry.turned(&turned, inputs, true))
     }
 
     /// Over all steps at once.
     fn weight_gradients<C: Cell>(&self, gradients: &[T]) -> Result<[Told; 4]> {
         let Geometry { rows, length, inputs, hidden, .. } = self.geometry;
-        let before = self.tape.hidden.before_all(&self.geometry);
-        let x = Mat::new(&self.by_step, rows * length, inputs);
-        let before = Mat::new(before, rows * length, hidden);
+        let x = Mat::new(&self.turned, rows * length, inputs);
+        let before = Mat::new(&self.tape.hidden, rows * length, hidden);
         let [weight_ih, weight_hh, bias_ih, bias_hh] = self.weights.all();
         let sums = output(C::GRADIENTS * hidden, |sums: &mut [T]| {
             column_sums(gradients, sums, false);
@@ -261,24 +263,5 @@ fn reveal<T: Real>(values: Vec<T>, shape: (usize, usize, usize), runs: Vec<Run>)
     let sources: Vec<_> = sources.iter().collect();
     result(values, shape, &sources, move |gradient| {
         runs.iter().map(|run| run.give::<T>(OUTPUTS, Arc::clone(&gradient))).collect()
-    })
-}
-
-/// `[rows, length, directions · hidden]`, 0 beyond the end of a row.
-fn outputs<T: Real>(done: &[Done<T>], length: usize) -> Vec<T> {
-    let Geometry { rows, hidden, .. } = done[0].geometry;
-    let width = done.len() * hidden;
-    output(rows * length * width, |y: &mut [T]| {
-        let rows = y.par_chunks_mut((length * width).max(1)).enumerate();
-        rows.for_each(|(row, y)| {
-            for (at, to) in y.chunks_exact_mut(hidden).enumerate() {
-                let (place, done) = (at / done.len(), &done[at % done.len()]);
-                let from = &done.tape.hidden.get(done.geometry.after(place))[row * hidden..];
-                match done.geometry.reaches(row, place) {
-                    true => to.copy_from_slice(&from[..hidden]),
-                    false => to.fill(T::zero()),
-                }
-            }
-        });
     })
 }
