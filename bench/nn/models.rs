@@ -36,6 +36,11 @@ pub(crate) fn case(name: &str) -> Result<Case> {
             8,
             r#"{"architecture": "transformer", "options": {"length": 128, "inputs": 256, "features": 256, "heads": 4, "layers": 4, "outputs": 10}}"#,
         ),
+        "lstm" => (
+            32,
+            16,
+            r#"{"architecture": "lstm", "options": {"inputs": 256, "length": 64, "hidden": 256, "outputs": 10}}"#,
+        ),
         _ => bail!("no model is called {name:?}"),
     };
     Ok(Case { spec: serde_json::from_str(spec)?, rows, batches })

@@ -71,6 +71,16 @@ class Cnn(nn.Module):
         return self.fc2(F.relu(self.fc1(x.flatten(1))))
 
 
+class Lstm(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rnn = nn.LSTM(256, 256, batch_first=True)
+        self.fc = nn.Linear(256, 10)
+
+    def forward(self, x):
+        return self.fc(self.rnn(x)[0][:, -1])
+
+
 class Transformer(nn.Module):
     def __init__(self):
         super().__init__()
@@ -127,7 +137,14 @@ class ResNet(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
-MODELS = {"mlp": Mlp, "mlp-32": Mlp, "cnn": Cnn, "resnet": ResNet, "transformer": Transformer}
+MODELS = {
+    "mlp": Mlp,
+    "mlp-32": Mlp,
+    "cnn": Cnn,
+    "resnet": ResNet,
+    "transformer": Transformer,
+    "lstm": Lstm,
+}
 
 
 class Training:

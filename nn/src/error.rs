@@ -42,6 +42,22 @@ pub enum Error {
         /// Their type.
         got: &'static str,
     },
+    /// An index that a table has no row for.
+    #[error("index {index} at position {position} is out of range: the table has {count} rows, expected 0 to {}", *count as i64 - 1)]
+    IndexOutOfRange {
+        /// The index.
+        index: i64,
+        /// Its position among the indices, all dimensions in one.
+        position: usize,
+        /// How many rows there are.
+        count: usize,
+    },
+    /// Indices that are not integers.
+    #[error("indices must be integers (u32 or i64), got {got}; cast them with to_dtype")]
+    IndexType {
+        /// Their type.
+        got: &'static str,
+    },
     /// A mean over no rows.
     #[error("{what} of an empty batch is undefined: skip batches of 0 rows, or use the sum")]
     EmptyBatch {

@@ -1,6 +1,6 @@
 //! Architectures by name, so that a file can say which model it is of.
 
-use crate::models::{CnnOptions, MlpOptions, ResNetOptions, TransformerOptions};
+use crate::models::{CnnOptions, LstmOptions, MlpOptions, ResNetOptions, TransformerOptions};
 use crate::{Error, Model, Module, Params, Result};
 use candle_core::Device;
 use mobula_core::error::AtPath;
@@ -12,7 +12,7 @@ use std::path::Path;
 /// A model's description: which architecture, with which options.
 ///
 /// In JSON and TOML it reads `architecture = "mlp"` and a table `[options]` with the fields of
-/// [`MlpOptions`], [`CnnOptions`], or those that a program registered.
+/// [`MlpOptions`], [`CnnOptions`], [`LstmOptions`], or those that a program registered.
 ///
 /// ```
 /// use mobula_nn::ModelSpec;
@@ -91,10 +91,11 @@ pub struct Registry {
 }
 
 impl Registry {
-    /// `"mlp"` and `"cnn"`.
+    /// `"cnn"`, `"lstm"`, `"mlp"`, `"resnet"` and `"transformer"`.
     pub fn builtin() -> Self {
         let known = BTreeMap::new();
         let known = Self { known }.with::<MlpOptions>("mlp").with::<CnnOptions>("cnn");
+        let known = known.with::<LstmOptions>("lstm");
         known.with::<ResNetOptions>("resnet").with::<TransformerOptions>("transformer")
     }
 

@@ -4,11 +4,13 @@ mod activation;
 mod attention;
 mod conv;
 mod dropout;
+mod embedding;
 mod linear;
 mod linear_op;
 mod mean;
 mod norm;
 mod pool;
+mod recurrent;
 mod residual;
 mod transformer;
 
@@ -19,6 +21,7 @@ pub use conv::{
     ConvTransposeOptions,
 };
 pub use dropout::Dropout;
+pub use embedding::Embedding;
 pub use linear::Linear;
 pub use mean::mean_places;
 pub use norm::{BatchNorm, BatchNormOptions, GroupNorm, LayerNorm, RmsNorm};
@@ -26,6 +29,8 @@ pub use pool::{
     PoolOptions, adaptive_avg_pool1d, adaptive_avg_pool2d, avg_pool1d, avg_pool2d, global_avg_pool,
     max_pool1d, max_pool2d,
 };
+pub use recurrent::{Gru, Lstm, LstmState, RecurrentOptions};
+pub(crate) use recurrent::{Kind, Sequences, Stack};
 pub use residual::add;
 pub(crate) use residual::add_to_rows;
 pub use transformer::TransformerBlock;

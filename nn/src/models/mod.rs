@@ -1,11 +1,13 @@
 //! The architectures that come with this crate.
 
 mod cnn;
+mod lstm;
 mod mlp;
 mod resnet;
 mod transformer;
 
 pub use cnn::{Cnn, CnnOptions};
+pub use lstm::{CellKind, Lstm, LstmOptions};
 pub use mlp::{Mlp, MlpOptions};
 pub use resnet::{ResNet, ResNetOptions};
 pub use transformer::{Pooling, Positions, Transformer, TransformerOptions};

@@ -9,6 +9,7 @@ mod losses;
 mod masks;
 mod norms;
 mod pooling;
+mod recurrent;
 mod registry;
 mod threads;
 mod weights;
@@ -64,6 +65,19 @@ const TRANSFORMER: &str = r#"{"architecture": "transformer", "options":
 const ROTARY: &str = r#"{"architecture": "transformer", "options":
     {"length": 4, "inputs": 2, "features": 4, "heads": 1, "layers": 1, "outputs": 3,
      "positions": "rotary", "pooling": "each"}}"#;
+const LSTM: &str = r#"{"architecture": "lstm", "options": {"inputs": 3, "length": 4, "hidden": 5,
+    "layers": 2, "outputs": 3, "bidirectional": true, "dropout": 0.3}}"#;
+const GRU: &str = r#"{"architecture": "lstm", "options":
+    {"inputs": 3, "length": 4, "hidden": 5, "outputs": 3, "cell": "gru"}}"#;
+const RESNET: &str = r#"{"architecture": "resnet", "options":
+    {"channels": 2, "height": 6, "width": 5, "base": 3, "blocks": [1, 1], "outputs": 3}}"#;
 /// Every built-in architecture, and an input of it.
-const MODELS: [(&str, &[usize]); 4] =
-    [(MLP, &[3, 6]), (CNN, &[2, 2, 7, 6]), (TRANSFORMER, &[2, 5, 3]), (ROTARY, &[2, 4, 2])];
+const MODELS: [(&str, &[usize]); 7] = [
+    (MLP, &[3, 6]),
+    (CNN, &[2, 2, 7, 6]),
+    (TRANSFORMER, &[2, 5, 3]),
+    (ROTARY, &[2, 4, 2]),
+    (RESNET, &[3, 2, 6, 5]),
+    (LSTM, &[2, 4, 3]),
+    (GRU, &[2, 4, 3]),
+];

@@ -1,6 +1,6 @@
 //! Descriptions, options and shapes: what builds, and what is refused with which words.
 
-use crate::{CNN, CPU, MLP, build, normal_f32};
+use crate::{CNN, CPU, GRU, LSTM, MLP, build, normal_f32};
 use candle_core::{DType, Tensor};
 use mobula_nn::models::{CnnOptions, MlpOptions};
 use mobula_nn::{Model, ModelSpec, Pass, Registry};
@@ -12,9 +12,9 @@ fn refusal(json: &str) -> String {
 #[test]
 fn an_unknown_architecture_lists_the_known_ones() {
     let text = refusal(r#"{"architecture": "mpl"}"#);
-    assert!(text.contains("no architecture \"mpl\"; known: cnn, mlp"), "{text}");
+    assert!(text.contains("no architecture \"mpl\"; known: cnn, lstm, mlp"), "{text}");
     let more = Registry::builtin().with::<MlpOptions>("twin");
-    assert_eq!(more.names(), ["cnn", "mlp", "resnet", "transformer", "twin"]);
+    assert_eq!(more.names(), ["cnn", "lstm", "mlp", "resnet", "transformer", "twin"]);
 }
 
 #[test]
@@ -74,6 +74,22 @@ fn the_default_cnn_is_for_fashion_mnist() {
 }
 
 #[test]
+fn recurrent_models_have_pytorchs_parameters() {
+    let lstm = build(crate::LSTM).expect("model");
+    assert_eq!(lstm.input_shape(), [4, 3]);
+    let names = lstm.params().names();
+    assert_eq!(names.len(), 16 + 2);
+    assert!(names.contains(&"rnn.weight_hh_l1_reverse".to_owned()), "{names:?}");
+    let gru = build(crate::GRU).expect("model");
+    assert_eq!(gru.params().num_elements(), 15 * (3 + 5 + 2) + 3 * 5 + 3);
+    let text = refusal(
+        r#"{"architecture": "lstm", "options":
+        {"inputs": 3, "length": 0, "hidden": 5, "outputs": 3}}"#,
+    );
+    assert!(text.contains("option length is 0"), "{text}");
+}
+
+#[test]
 fn rows_are_taken_flat_or_shaped_and_refused_otherwise() {
     let model =
         build(r#"{"architecture": "cnn", "options": {"conv": [4], "hidden": 8}}"#).expect("model");
@@ -102,7 +118,9 @@ fn channels_in_another_place_are_not_guessed_at() {
 /// in the backward pass; what it does not skip must be 0.
 #[test]
 fn no_rows_go_through_a_model() {
-    for (json, shape) in [(MLP, [0, 6].as_slice()), (CNN, &[0, 2, 7, 6])] {
+    for (json, shape) in
+        [(MLP, [0, 6].as_slice()), (CNN, &[0, 2, 7, 6]), (LSTM, &[0, 4, 3]), (GRU, &[0, 4, 3])]
+    {
         let model = build(json).expect("model");
         let x = Tensor::zeros(shape, DType::F32, &CPU).expect("tensor");
         let y = model.forward(&x, &Pass::train(1, 1)).expect("forward");

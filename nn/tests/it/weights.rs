@@ -1,6 +1,6 @@
 //! Saved models: back bit for bit, and clear words for files that do not fit.
 
-use crate::{CNN, CPU, MLP, bits, build, normal_f32, spec};
+use crate::{CNN, CPU, LSTM, MLP, bits, build, normal_f32, spec};
 use candle_core::Tensor;
 use mobula_nn::{Init, Model, Params, Pass};
 use std::collections::HashMap;
@@ -20,7 +20,7 @@ fn all_bits(params: &Params) -> Vec<Vec<u32>> {
 
 #[test]
 fn a_model_comes_back_bit_for_bit() {
-    for (json, shape) in [(MLP, [3, 6].as_slice()), (CNN, &[3, 2, 7, 6])] {
+    for (json, shape) in [(MLP, [3, 6].as_slice()), (CNN, &[3, 2, 7, 6]), (LSTM, &[3, 4, 3])] {
         let dir = tempfile::tempdir().expect("folder");
         let model = Model::build(&spec(json), 99, &CPU).expect("model");
         model.save(dir.path().join("new")).expect("save");
