@@ -63,7 +63,7 @@ impl Training {
     }
 
     /// Trains from the initial weights with a fresh optimizer: the time of each step, the last loss.
-    fn run(&mut self, steps: usize) -> Result<(Vec<f64>, f64)> {
+    fn run(&mut self, steps: usize, rows: Option<usize>) -> Result<(Vec<f64>, f64)> {
         let model = self.case.model()?;
         model.params().load_tensors("the fixture", &self.weights)?;
         let optimizer = AdamW::new(AdamWOptions {
@@ -77,9 +77,9 @@ impl Training {
         let mut context = WorkerContext::alone(|_| Ok(Flow::Continue));
         let (mut seconds, mut last) = (Vec::with_capacity(steps), f64::NAN);
         for step in 0..steps {
-            let batch = &self.batches[step % self.batches.len()];
+            let batch = first_rows(&self.batches[step % self.batches.len()], rows)?;
             let start = Instant::now();
-            last = context.step(&mut state, batch, |model, pass| {
+            last = context.step(&mut state, &batch, |model, pass| {
                 loss::cross_entropy(&model.forward(batch.get("x")?, pass)?, batch.get("y")?)
             })?;
             seconds.push(start.elapsed().as_secs_f64());
@@ -110,10 +110,17 @@ fn batch(tensors: &mut HashMap<String, Tensor>, index: usize) -> Result<Batch> {
     Ok(Batch::new(vec![("x".to_owned(), x), ("y".to_owned(), y)])?)
 }
 
+fn first_rows(batch: &Batch, rows: Option<usize>) -> Result<Batch> {
+    let Some(rows) = rows else { return Ok(batch.clone()) };
+    let first = |name: &str| Ok((name.to_owned(), batch.get(name)?.narrow(0, 0, rows)?));
+    Ok(Batch::new(["x", "y"].map(first).into_iter().collect::<Result<_>>()?)?)
+}
+
 /// Answers the lines of standard input until it ends.
 fn serve(training: &mut Training, threads: &str) -> Result<()> {
-    training.run(3)?; // fills caches, starts threads
-    answer(json!({ "ready": format!("Mobula, {threads} threads") }))?;
+    training.run(1, Some(1))?; // starts threads
+    let bytes = peak_above_idle(|| training.run(3, None).map(drop))?; // fills caches
+    answer(json!({ "ready": format!("Mobula, {threads} threads"), "bytes": bytes }))?;
     for line in std::io::stdin().lock().lines() {
         let line = line?;
         match line.split_once(' ') {
@@ -122,12 +129,8 @@ fn serve(training: &mut Training, threads: &str) -> Result<()> {
                 let (seconds, loss) = training.infer(rows.parse()?, steps.parse()?)?;
                 answer(json!({ "seconds": seconds, "loss": loss }))?;
             }
-            Some(("memory", steps)) => {
-                let bytes = peak_above_idle(|| training.run(steps.parse()?).map(drop))?;
-                answer(json!({ "bytes": bytes }))?;
-            }
             Some(("run", steps)) => {
-                let (seconds, loss) = training.run(steps.parse()?)?;
+                let (seconds, loss) = training.run(steps.parse()?, None)?;
                 answer(json!({ "seconds": seconds, "loss": loss }))?;
             }
             Some(("save", path)) => {

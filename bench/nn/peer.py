@@ -30,8 +30,10 @@ def main():
         batches.append((tensors[f"x.{i}"], tensors[f"y.{i}"].long()))
     weights = {name: t for name, t in tensors.items() if not name.startswith(("x.", "y."))}
     side = Training(mode, MODELS[model], weights, batches)
-    side.run(3)  # compiles, fills caches, starts threads
-    answer(ready=f"PyTorch {torch.__version__.split('+')[0]} {side.name}", flops=side.flops())
+    side.run(1, rows=1)  # loads libraries
+    peak = peak_above_idle(lambda: side.run(3))  # compiles, fills caches, starts threads
+    name = f"PyTorch {torch.__version__.split('+')[0]} {side.name}"
+    answer(ready=name, flops=side.flops(), bytes=peak)
     for line in sys.stdin:
         command, *arguments = line.split()
         if command == "run":
@@ -40,8 +42,6 @@ def main():
         elif command == "infer":
             seconds, loss = side.infer(*map(int, arguments))
             answer(seconds=seconds, loss=loss)
-        elif command == "memory":
-            answer(bytes=peak_above_idle(lambda: side.run(int(arguments[0]))))
         elif command == "save":
             side.save(arguments[0])
             answer(saved=True)
@@ -168,13 +168,14 @@ class Training:
         counts = {k: v for k, v in self.model.state_dict().items() if k.endswith(COUNTS)}
         self.model.load_state_dict(self.weights | counts)
 
-    def run(self, steps):
+    def run(self, steps, rows=None):
         self.model.train()
         self.load()
         optimizer = torch.optim.AdamW(self.model.parameters(), fused=True, **OPTIMIZER)
         seconds = []
         for step in range(steps):
             x, y = self.batches[step % len(self.batches)]
+            x, y = x[:rows], y[:rows]
             start = time.perf_counter()
             optimizer.zero_grad(set_to_none=True)
             loss = self.loss(x, y)

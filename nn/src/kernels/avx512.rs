@@ -13,8 +13,10 @@
 use super::gemm::Mat;
 use rayon::prelude::*;
 use std::arch::x86_64::{
-    __m512, __mmask16, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_mask_storeu_ps,
-    _mm512_maskz_loadu_ps, _mm512_mul_ps, _mm512_reduce_add_ps, _mm512_set1_ps, _mm512_setzero_ps,
+    __m512, __mmask16, _mm512_castpd_ps, _mm512_castps_pd, _mm512_fmadd_ps, _mm512_loadu_ps,
+    _mm512_mask_storeu_ps, _mm512_maskz_loadu_ps, _mm512_mul_ps, _mm512_reduce_add_ps,
+    _mm512_set1_ps, _mm512_setzero_ps, _mm512_shuffle_f32x4, _mm512_storeu_ps, _mm512_unpackhi_pd,
+    _mm512_unpackhi_ps, _mm512_unpacklo_pd, _mm512_unpacklo_ps,
 };
 use std::cell::RefCell;
 use std::ops::Range;
@@ -237,34 +239,69 @@ fn pack(b: Mat<'_, f32>, inner: Range<usize>, columns: Range<usize>, panel: &mut
 /// The same where the rows of a column are together: sixteen by sixteen.
 fn pack_transposed(b: Mat<'_, f32>, inner: Range<usize>, columns: Range<usize>, panel: &mut [f32]) {
     let b = b.t();
-    let whole = inner.len() / LANES * LANES;
     for (at, column) in columns.clone().step_by(LANES).enumerate() {
         let width = LANES.min(columns.end - column);
-        for first in (0..whole).step_by(LANES) {
-            let mut block = [[0.0f32; LANES]; LANES];
-            for (row, to) in block.iter_mut().take(width).enumerate() {
-                let from = inner.start + first;
-                to.copy_from_slice(&b.row(column + row)[from..from + LANES]);
-            }
-            super::vectorized(
-                #[inline(always)]
-                || {
-                    for row in 0..LANES {
-                        let to = &mut panel[(first + row) * WIDTH + at * LANES..][..LANES];
-                        for lane in 0..LANES {
-                            to[lane] = block[lane][row];
-                        }
-                    }
-                },
-            );
+        let rows: [&[f32]; LANES] = std::array::from_fn(|row| match row < width {
+            true => &b.row(column + row)[inner.clone()],
+            false => &[],
+        });
+        for first in (0..inner.len()).step_by(LANES) {
+            let height = LANES.min(inner.len() - first);
+            let to = &mut panel[first * WIDTH + at * LANES..];
+            assert!(to.len() >= (height - 1) * WIDTH + LANES, "room in the panel");
+            // SAFETY: AVX-512F is available, as for all of this module; the rows are empty or reach
+            // to `inner`'s end, and `to` has the rows of the block.
+            unsafe { transpose(&rows, width, first, height, to) };
         }
-        for row in whole..inner.len() {
-            let to = &mut panel[row * WIDTH + at * LANES..][..LANES];
-            to.fill(0.0);
-            for (lane, to) in to.iter_mut().take(width).enumerate() {
-                *to = b.at(column + lane, inner.start + row);
-            }
-        }
+    }
+}
+
+/// Writes the columns from `first` on of `width` rows as rows of `to`, [`WIDTH`] apart, and zeros
+/// for the rows that there are not.
+///
+/// # Safety
+///
+/// `width` rows must have `first + height` elements, and `to` must have room for `height` rows.
+/// Both are at most [`LANES`], and AVX-512F must be available.
+#[target_feature(enable = "avx512f")]
+unsafe fn transpose(
+    rows: &[&[f32]; LANES],
+    width: usize,
+    first: usize,
+    height: usize,
+    to: &mut [f32],
+) {
+    let mask = ((1u32 << height) - 1) as __mmask16;
+    let r: [__m512; LANES] = std::array::from_fn(|row| match row < width {
+        // SAFETY: the lanes of the mask are within the row.
+        true => unsafe { _mm512_maskz_loadu_ps(mask, rows[row].as_ptr().add(first)) },
+        false => _mm512_setzero_ps(),
+    });
+    // Pairs of numbers, then of pairs, within the four parts of each vector; then whole parts.
+    let t: [__m512; LANES] = std::array::from_fn(|at| {
+        let (a, b) = (r[at / 2 * 2], r[at / 2 * 2 + 1]);
+        if at % 2 == 0 { _mm512_unpacklo_ps(a, b) } else { _mm512_unpackhi_ps(a, b) }
+    });
+    let r: [__m512; LANES] = std::array::from_fn(|at| {
+        let (a, b) = (at / 4 * 4 + at % 4 / 2, at / 4 * 4 + at % 4 / 2 + 2);
+        let (a, b) = (_mm512_castps_pd(t[a]), _mm512_castps_pd(t[b]));
+        _mm512_castpd_ps(match at % 2 {
+            0 => _mm512_unpacklo_pd(a, b),
+            _ => _mm512_unpackhi_pd(a, b),
+        })
+    });
+    let parts = |a: __m512, b: __m512, odd: bool| match odd {
+        false => _mm512_shuffle_f32x4::<0x88>(a, b),
+        true => _mm512_shuffle_f32x4::<0xdd>(a, b),
+    };
+    let t: [__m512; LANES] = std::array::from_fn(|at| {
+        let a = at / 8 * 8 + at % 4;
+        parts(r[a], r[a + 4], at % 8 >= 4)
+    });
+    let r: [__m512; LANES] = std::array::from_fn(|at| parts(t[at % 8], t[at % 8 + 8], at >= 8));
+    for (row, values) in r.into_iter().take(height).enumerate() {
+        // SAFETY: the row is within `to`.
+        unsafe { _mm512_storeu_ps(to.as_mut_ptr().add(row * WIDTH), values) };
     }
 }
 

@@ -153,13 +153,12 @@ impl Bench {
                 Err(error) => eprintln!("{mode} does not work here, left out: {error:#}"),
             }
         }
-        // First, in fresh processes: later their allocators hold what was once needed.
-        let memory = contest.memory(threads)?;
+        let memory = contest.memory(threads);
         contest.check_agreement(&self.scratch.0)?;
         let rounds = if self.quick { 3 } else { 10 };
         contest.measure(rounds)?;
         let mut cases = contest.steps(threads, peak);
-        cases.push(memory);
+        cases.extend(memory);
         for rows in model.rows {
             cases.push(contest.inference(*rows, threads, rounds)?);
         }
@@ -276,19 +275,13 @@ impl Contest<'_> {
         Ok(())
     }
 
-    fn memory(&mut self, threads: usize) -> Result<Case> {
-        let bytes = |side: &mut Side| Ok(side.worker.memory(3)? as f64 / 1e6);
-        let all = self.sides().map(bytes).collect::<Result<Vec<f64>>>()?;
-        let least = all[1..].iter().copied().enumerate().min_by(|(_, a), (_, b)| a.total_cmp(b));
-        let name = least.map(|(peer, _)| self.peers[peer].worker.name.clone());
-        Ok(self.case(
-            "peak memory",
-            "MB",
-            threads,
-            all[0],
-            least.map(|(_, peer)| peer).zip(name),
-            None,
-        ))
+    fn memory(&self, threads: usize) -> Option<Case> {
+        // What is less is noise.
+        let megabytes = |side: &Side| side.worker.bytes.map(|bytes| bytes.max(1e5) / 1e6);
+        let peers =
+            self.peers.iter().filter_map(|peer| Some((megabytes(peer)?, peer.worker.name.clone())));
+        let least = peers.min_by(|a, b| a.0.total_cmp(&b.0));
+        Some(self.case("peak memory", "MB", threads, megabytes(&self.ours)?, least, None))
     }
 
     /// The time of a step, and what that makes of the machine.

@@ -1,13 +1,12 @@
 //! One side of a comparison: a process that stays warm and works when it is asked to.
 //!
-//! It writes a JSON line `{"ready": NAME, "flops": n}` when it can start, n being what a step takes
-//! if it knows, then answers each line that it reads:
+//! It writes a JSON line `{"ready": NAME, "flops": n, "bytes": m}` when it can start, n being what a
+//! step takes, and m how far three steps raise what the process has in memory, at their peak, if it
+//! knows. Then it answers each line that it reads:
 //!
 //! * `run STEPS` trains from the same initial state every time: `{"seconds": [..], "loss": x}`;
 //! * `infer ROWS STEPS` gives what comes out of the first rows, again and again: the same, with the
 //!   sum of what came out for the loss;
-//! * `memory STEPS` trains, and measures how far that raises what the process has in memory:
-//!   `{"bytes": n}`;
 //! * `save PATH` writes the weights it has now: `{"saved": true}`.
 //!
 //! It ends with its input.
@@ -28,6 +27,8 @@ pub(super) struct Worker {
     pub(super) name: String,
     /// Of a training step, if it knows.
     pub(super) flops: Option<f64>,
+    /// In memory at the peak of a training, above those before, if it knows.
+    pub(super) bytes: Option<f64>,
     child: Child,
     input: ChildStdin,
     output: Receiver<String>,
@@ -46,11 +47,7 @@ pub(super) struct Round {
 struct Ready {
     ready: String,
     flops: Option<f64>,
-}
-
-#[derive(Deserialize)]
-struct Memory {
-    bytes: u64,
+    bytes: Option<f64>,
 }
 
 impl Worker {
@@ -65,9 +62,9 @@ impl Worker {
         std::thread::spawn(move || {
             lines.map_while(Result::ok).try_for_each(|line| send.send(line))
         });
-        let mut worker = Self { name: program, flops: None, child, input, output };
-        let Ready { ready, flops } = worker.answer()?;
-        (worker.name, worker.flops) = (ready, flops);
+        let mut worker = Self { name: program, flops: None, bytes: None, child, input, output };
+        let Ready { ready, flops, bytes } = worker.answer()?;
+        (worker.name, worker.flops, worker.bytes) = (ready, flops, bytes);
         Ok(worker)
     }
 
@@ -83,11 +80,6 @@ impl Worker {
     /// What comes out of the first `rows` rows, `steps` times.
     pub(super) fn infer(&mut self, rows: usize, steps: usize) -> Result<Round> {
         self.ask(&format!("infer {rows} {steps}"))
-    }
-
-    /// Bytes in memory at the peak of a training, above those before.
-    pub(super) fn memory(&mut self, steps: usize) -> Result<u64> {
-        Ok(self.ask::<Memory>(&format!("memory {steps}"))?.bytes)
     }
 
     /// Writes the weights as they are now.
