@@ -32,7 +32,10 @@ fn main() -> Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     match arguments[..] {
-        ["peak"] => Ok(println!("{}", peak()?)),
+        ["peak"] => {
+            println!("{}", peak()?);
+            Ok(())
+        }
         ["fixture", model, path] => models::case(model)?.write_fixture(path.as_ref()),
         ["train", model, fixture, threads] => {
             serve(&mut Training::new(models::case(model)?, fixture.as_ref())?, threads)

@@ -7,6 +7,8 @@
 //! given such a result builds on its token: then candle orders the passes, as it does for
 //! everything, and adds up tokens, while the gradients are handed over through a [`Slot`].
 //!
+//! A slot belongs to the graph: of results that two losses share, one backward pass at a time.
+//!
 //! ```text
 //! x, w, b → token of y ─→ token of z ─→ ..      candle's order, a number each
 //!               │ └ slot ←── gradient of y ───┘    ours
@@ -55,8 +57,9 @@ thread_local! {
     static WITHOUT: Cell<u32> = const { Cell::new(0) };
 }
 
-/// Runs `f` so that what the operations of this crate compute in it has no gradients: they keep
-/// nothing for a backward pass. For evaluation and serving, as `torch.no_grad`.
+/// Runs `f` so that what the operations of this crate compute in it on the CPU has no gradients:
+/// they keep nothing for a backward pass. For evaluation and serving, as `torch.no_grad`, on this
+/// thread.
 ///
 /// ```
 /// use candle_core::{Device, Tensor};

@@ -71,7 +71,7 @@ impl Model {
     /// The output for `x` in evaluation, without gradients: as [`forward`](Self::forward) in
     /// [`no_grad`](crate::no_grad).
     pub fn predict(&self, x: &Tensor) -> Result<Tensor> {
-        crate::no_grad(|| self.forward(x, &Pass::eval()))
+        Ok(crate::no_grad(|| self.forward(x, &Pass::eval()))?.detach())
     }
 
     /// What it was built from.

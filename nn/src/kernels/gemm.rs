@@ -138,7 +138,8 @@ pub(crate) fn product<T: Real>(
     let out = &mut rows[first..];
     let (row_stride, column_stride) = (stride, 1);
     let whole = Mat { data: &*out, rows: a.rows, columns: b.columns, row_stride, column_stride };
-    assert!(whole.reach() <= out.len() && b.columns <= stride.max(1), "room for the product");
+    let are_apart = b.columns <= stride || a.rows <= 1;
+    assert!(whole.reach() <= out.len() && are_apart, "room for the product");
     #[cfg(target_arch = "x86_64")]
     if let (Some(out), Some(a), Some(b)) = (T::f32s_mut(out), a.f32s(), b.f32s())
         && avx512::is_available()

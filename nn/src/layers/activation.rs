@@ -210,7 +210,9 @@ impl Scalar for LeakyRelu {
 impl Scalar for Elu {
     #[inline(always)]
     fn value<T: Real>(x: T) -> T {
-        if x > T::zero() { x } else { x.exp() - T::one() }
+        // eˣ − 1, which would cancel near 0.
+        let below = (x * number(0.5)).tanh() * (x.exp() + T::one());
+        if x > T::zero() { x } else { below }
     }
 
     #[inline(always)]
@@ -307,7 +309,7 @@ impl Scalar for Tanh {
 impl Scalar for Softplus {
     #[inline(always)]
     fn value<T: Real>(x: T) -> T {
-        Relu::value(x) + ((T::zero() - x.abs()).exp() + T::one()).ln()
+        Relu::value(x) + (T::zero() - x.abs()).exp().ln_1p()
     }
 
     #[inline(always)]

@@ -83,7 +83,15 @@ impl ResNet {
         )?;
         let (mut blocks, mut inputs) = (Vec::new(), options.base);
         for (stage, count) in options.blocks.iter().enumerate() {
-            let outputs = options.base << stage;
+            let outputs = u32::try_from(stage).ok().and_then(|stage| 2usize.checked_pow(stage));
+            let outputs = outputs.and_then(|factor| options.base.checked_mul(factor));
+            let outputs = outputs.ok_or_else(|| {
+                Error::option(
+                    "blocks",
+                    options.blocks.len(),
+                    "so few stages that channels can be counted",
+                )
+            })?;
             for block in 0..*count {
                 let scope = params.scope(&format!("layer{}.{block}", stage + 1));
                 let stride = if stage > 0 && block == 0 { 2 } else { 1 };

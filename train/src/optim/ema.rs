@@ -88,6 +88,8 @@ impl Ema {
             };
             tensors.push((name, tensor));
         }
+        let buffers = params.buffers().into_iter();
+        tensors.extend(buffers.map(|(name, var)| (name, var.as_detached_tensor())));
         let metadata = HashMap::from([("updates".to_owned(), self.updates.to_string())]);
         safetensors::serialize_to_file(tensors, Some(metadata), path).map_err(|error| {
             mobula_core::Error::codec("encode", path.display().to_string(), error).into()

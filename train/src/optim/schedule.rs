@@ -254,7 +254,9 @@ impl Schedule {
         let (mut start, mut from) = (0.0, first);
         for (end, to) in phases {
             if t <= *end {
-                return anneal.between(from, *to, (t - start) / (end - start));
+                // Of a phase of no steps there is the end alone.
+                let done = if *end > start { (t - start) / (end - start) } else { 1.0 };
+                return anneal.between(from, *to, done);
             }
             (start, from) = (*end, *to);
         }

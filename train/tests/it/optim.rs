@@ -27,6 +27,8 @@ pub(crate) const TESTS: &[Test] = &[
     ("optim::state_that_does_not_fit_is_an_error", odd_state),
     ("optim::a_parameter_without_gradient_is_an_error_that_names_it", no_gradient),
     ("optim::groups_scale_exempt_and_freeze", groups),
+    ("optim::a_cycle_whose_rise_has_no_steps_begins_at_its_peak", short_cycle),
+    ("optim::averages_of_a_model_with_statistics_are_whole_weights", whole_averages),
     ("optim::a_parameter_that_thaws_starts_anew", thawing),
     ("optim::bad_options_are_refused_by_name", bad_options),
     ("optim::the_loss_scale_backs_off_and_grows", loss_scale),
@@ -513,6 +515,28 @@ fn no_gradient(_: &Runtime) {
     let mut expected = state.model.params().names();
     expected.remove(0);
     assert!(matches!(error, Error::NoGradient { names } if names == expected));
+}
+
+fn short_cycle(_: &Runtime) {
+    let schedule = json!({"name": "one_cycle", "steps": 10, "pct_start": 0.1});
+    let schedule: Schedule = serde_json::from_value(schedule).expect("a schedule");
+    schedule.validate().expect("valid");
+    let rates: Vec<f64> = (0..10).map(|step| schedule.lr(1.0, step)).collect();
+    assert_eq!(rates[0], 1.0);
+    assert!(rates.windows(2).all(|pair| pair[1] < pair[0]), "{rates:?}");
+}
+
+fn whole_averages(_: &Runtime) {
+    let params = Params::new(1, &Device::Cpu);
+    params.get(2, "w", Init::Ones).expect("parameter");
+    params.buffer(2, "running_mean", Init::Const(3.0)).expect("buffer");
+    let dir = tempfile::tempdir().expect("folder");
+    let path = dir.path().join("ema.safetensors");
+    let ema = Ema::new(0.9).expect("decay");
+    ema.save(&params, &path).expect("save");
+    params.buffers()[0].1.zero_set().expect("zeros");
+    params.load(&path).expect("load");
+    assert_eq!(params.buffers()[0].1.to_vec1::<f32>().expect("values"), [3.0, 3.0]);
 }
 
 /// Ends two epochs with a metric that improves on rank 1 only, and gives the learning rate.

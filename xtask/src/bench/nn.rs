@@ -61,7 +61,8 @@ const MODELS: &[Model] = &[
         modes: &["eager", "channels-last"],
         steps: 2,
         rows: &[1, 8, 64],
-        strict: 1e-6,
+        // Before a batch norm gradients nearly cancel, and Adam divides by their size.
+        strict: 1e-5,
     },
     Model {
         name: "transformer",

@@ -18,7 +18,14 @@ use std::sync::Arc;
 pub struct AttentionMask {
     causal: bool,
     lengths: Option<Arc<[usize]>>,
-    bias: Option<Tensor>,
+    bias: Option<Bias>,
+}
+
+/// What is added to the scores, for the kernel and for other devices.
+#[derive(Clone, Debug)]
+struct Bias {
+    tensor: Tensor,
+    values: Arc<[f64]>,
 }
 
 impl AttentionMask {
@@ -37,9 +44,9 @@ impl AttentionMask {
 
     /// Adds a constant `[queries, keys]` to the scores, such as −∞ where a query must not look.
     /// It gets no gradient.
-    #[must_use]
-    pub fn with_bias(self, bias: &Tensor) -> Self {
-        Self { bias: Some(bias.detach()), ..self }
+    pub fn with_bias(self, bias: &Tensor) -> Result<Self> {
+        let values = bias.to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>()?.into();
+        Ok(Self { bias: Some(Bias { tensor: bias.detach(), values }), ..self })
     }
 }
 
@@ -59,7 +66,7 @@ pub fn attention(
 ) -> Result<Tensor> {
     let (q, k, v) = (q.contiguous()?, k.contiguous()?, v.contiguous()?);
     let shape = |what: &str, t: &Tensor, heads: usize| match *t.dims() {
-        [rows, places, width] if heads > 0 && width.is_multiple_of(heads) => {
+        [rows, places, width] if heads > 0 && width > 0 && width.is_multiple_of(heads) => {
             Ok((rows, places, width / heads))
         }
         _ => Err(Error::shape(
@@ -82,6 +89,13 @@ pub fn attention(
                 t.dims(),
             ));
         }
+    }
+    if keys == 0 {
+        return Err(Error::shape(
+            "the keys of attention",
+            "[rows, at least 1 place, ..]",
+            k.dims(),
+        ));
     }
     let sizes = Sizes { rows, queries, keys, heads, kv_heads, size };
     let whole = |stride| Columns { first: 0, stride };
@@ -113,9 +127,9 @@ impl Sizes {
             }
         }
         match &mask.bias {
-            Some(bias) if bias.dims() != [self.queries, self.keys] => {
+            Some(Bias { tensor, .. }) if tensor.dims() != [self.queries, self.keys] => {
                 let expected = format!("[{}, {}]", self.queries, self.keys);
-                Err(Error::shape("the bias of an attention mask", expected, bias.dims()))
+                Err(Error::shape("the bias of an attention mask", expected, tensor.dims()))
             }
             _ => Ok(()),
         }
@@ -124,13 +138,7 @@ impl Sizes {
     fn kernel(&self, mask: &AttentionMask, inputs: &Inputs<'_>) -> Result<Tensor> {
         self.check(mask)?;
         let Self { rows, queries, keys, heads, kv_heads, size } = *self;
-        let bias = match &mask.bias {
-            Some(bias) => {
-                let values = bias.to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>()?;
-                Some(values.into())
-            }
-            None => None,
-        };
+        let bias = mask.bias.as_ref().map(|bias| Arc::clone(&bias.values));
         let (is_causal, lengths) = (mask.causal, mask.lengths.clone());
         let kernel =
             Attention { rows, queries, keys, heads, kv_heads, size, is_causal, lengths, bias };
@@ -181,8 +189,8 @@ impl Sizes {
         let constant = Tensor::from_vec(values, (rows, 1, queries, keys), like.device())?;
         let constant = constant.to_dtype(like.dtype())?;
         match &mask.bias {
-            Some(bias) => {
-                constant.broadcast_add(&bias.to_dtype(like.dtype())?.to_device(like.device())?)
+            Some(Bias { tensor, .. }) => {
+                constant.broadcast_add(&tensor.to_dtype(like.dtype())?.to_device(like.device())?)
             }
             None => Ok(constant),
         }
@@ -297,7 +305,7 @@ mod tests {
             (3, 9, 4, 1, causal()),
             (9, 3, 2, 2, AttentionMask::default().with_lengths([2, 3])),
             (66, 66, 2, 1, causal().with_lengths([66, 5])),
-            (70, 70, 2, 2, causal().with_bias(&bias)),
+            (70, 70, 2, 2, causal().with_bias(&bias).expect("mask")),
         ];
         for (queries, keys, heads, kv_heads, mask) in cases {
             let params = Params::with_dtype(1, &Device::Cpu, DType::F64);
@@ -325,6 +333,14 @@ mod tests {
         assert_eq!(a.dims(), b.dims());
         let greatest = (a - b).and_then(|d| d.abs()?.max_all()?.to_scalar::<f64>());
         assert!(greatest.expect("difference") < 1e-10);
+    }
+
+    #[test]
+    fn no_keys_are_refused() {
+        let of = |places| Tensor::zeros((1, places, 8), DType::F32, &Device::Cpu).expect("zeros");
+        let refused = attention(&of(2), &of(0), &of(0), 2, 2, &AttentionMask::default());
+        let error = refused.expect_err("no keys").to_string();
+        assert!(error.contains("at least 1 place"), "{error}");
     }
 
     #[test]

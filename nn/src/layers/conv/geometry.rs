@@ -35,7 +35,7 @@ impl Axis {
     #[inline(always)]
     fn reached(&self, tap: usize) -> (Range<usize>, usize) {
         let offset = tap * self.dilation;
-        let start = self.padding.saturating_sub(offset).div_ceil(self.stride);
+        let start = self.padding.saturating_sub(offset).div_ceil(self.stride).min(self.out);
         let end = (self.size + self.padding).saturating_sub(offset).div_ceil(self.stride);
         let range = start..end.min(self.out).max(start);
         let first = (start * self.stride + offset).saturating_sub(self.padding);

@@ -243,6 +243,9 @@ mod tests {
             (3, [2, 1, 2, 2], [9, 8], 2, Activation::Tanh, 9),
             (5, [3, 4, 1, 1], [3, 2], 1, Activation::Identity, 9),
             (1, [1, 0, 1, 4], [6, 4], 2, Activation::Silu, 9),
+            // Taps that meet nothing but padding.
+            (5, [1, 2, 1, 1], [1, 1], 1, Activation::Relu, 9),
+            (3, [1, 12, 12, 1], [4, 4], 1, Activation::Identity, 3),
             // Enough images for parts, and few and large ones.
             (3, [1, 1, 1, 2], [12, 10], 3, Activation::Relu, 60),
             (3, [1, 1, 1, 1], [70, 70], 2, Activation::Relu, 3),

@@ -85,8 +85,12 @@ impl BatchNorm {
         if pass.training().is_some() && x.elem_count() == 0 {
             return Err(Error::EmptyBatch { what: "batch norm" });
         }
-        if !x.device().is_cpu() || self.activation.needs_input() {
+        if !x.device().is_cpu() {
             return self.composed(x, skip, pass);
+        }
+        if self.activation.needs_input() {
+            let plain = Self { activation: Activation::Identity, ..self.clone() };
+            return self.activation.forward(&plain.run(x, skip, pass)?);
         }
         let (x, skip) = (x.contiguous()?, skip.map(Tensor::contiguous).transpose()?);
         match x.dtype() {
