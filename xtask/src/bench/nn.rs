@@ -53,7 +53,8 @@ const MODELS: &[Model] = &[
         modes: &["eager", "compile", "channels-last"],
         steps: 10,
         rows: &[1, 8, 64],
-        strict: 1e-7,
+        // The gradient of a kernel is a sum over 200,000 pixels that nearly cancels.
+        strict: 1e-5,
     },
     Model {
         name: "resnet",
@@ -290,6 +291,8 @@ impl Contest<'_> {
         self.sides().for_each(|side| side.report("step"));
         let (ours, best) = (self.ours.milliseconds(), self.best());
         let flops = self.peers.iter().find_map(|peer| peer.worker.flops);
+        // PyTorch's counter does not see into its recurrent layers.
+        let flops = flops.filter(|flops| *flops > 1e8);
         let step = self.case(
             "step",
             "ms",
