@@ -56,7 +56,7 @@ impl Case {
     pub(crate) fn write_fixture(&self, path: &Path) -> Result<()> {
         let model = self.model()?;
         let mut tensors = HashMap::new();
-        for (name, var) in model.params().vars() {
+        for (name, var) in model.params().state() {
             tensors.insert(name, var.as_tensor().clone());
         }
         let shape = [&[self.rows], model.input_shape()].concat();
