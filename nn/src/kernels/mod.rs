@@ -11,7 +11,7 @@ mod sums;
 pub(crate) use gemm::{Mat, Out, Threads, gemm, gemm_add, product};
 pub(crate) use math::Real;
 pub(crate) use output::output;
-pub(crate) use sums::{add_assign, column_sums, lane_max, lane_sum};
+pub(crate) use sums::{add_assign, column_sums, lane_max, lane_sum, put};
 
 /// Runs a loop compiled for the widest vectors that this machine has.
 ///

@@ -83,3 +83,11 @@ pub(crate) fn lane_max<T: Real>(values: &[T]) -> T {
     lanes.iter_mut().zip(rest).for_each(|(lane, value)| *lane = value.larger(*lane));
     lanes.into_iter().fold(T::from_f64(f64::NEG_INFINITY), |max, lane| lane.larger(max))
 }
+
+/// Sets a sum, or adds to it, as [`parameter_gradient`](crate::backward::parameter_gradient) asks.
+pub(crate) fn put<T: Real>(from: &[T], to: &mut [T], is_added: bool) {
+    match is_added {
+        true => add_assign(to, from),
+        false => to.copy_from_slice(from),
+    }
+}

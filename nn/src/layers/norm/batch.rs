@@ -4,7 +4,7 @@ use super::rows::{product_sum, square_sum};
 use super::{EPS, check_channels, positive};
 use crate::backward::parameter_gradient;
 use crate::cpu::{unsupported, with_values};
-use crate::kernels::{Real, lane_sum, output, vectorized};
+use crate::kernels::{Real, lane_sum, output, put, vectorized};
 use crate::layers::activation::{Activation, Scalar, Visitor};
 use crate::link::{Source, Told, owned, result_kept};
 use crate::pass::SyncSum;
@@ -346,11 +346,6 @@ impl<T: Real> Kept<T> {
             // What was added gets the gradient as it is.
             let skip = to.get(3).map(|skip| skip.give(gradient.clone())).transpose()?;
             self.spread(x_values, weight_values, &means, &mut gradient);
-            let put = |from: &[T], to: &mut [T], is_added: bool| {
-                let sum =
-                    |(to, from): (&mut T, &T)| *to = if is_added { *to + *from } else { *from };
-                to.iter_mut().zip(from).for_each(sum);
-            };
             let dw = parameter_gradient(weight, |to, is_added| put(&dw, to, is_added))?;
             let db = parameter_gradient(bias, |to, is_added| put(&db, to, is_added))?;
             Ok([

@@ -4,7 +4,7 @@ use super::rows::{product_sum, square_sum};
 use super::{EPS, check_channels, positive};
 use crate::backward::parameter_gradient;
 use crate::cpu::{unsupported, with_values};
-use crate::kernels::{Real, add_assign, lane_sum, output, vectorized};
+use crate::kernels::{Real, lane_sum, output, put, vectorized};
 use crate::link::{Source, result};
 use crate::{Error, Init, Module, Params, Pass, Result};
 use candle_core::{D, DType, Tensor};
@@ -82,13 +82,6 @@ impl GroupNorm {
                 Ok(vec![to[0].give(dx)?, dw, db])
             })
         })
-    }
-}
-
-fn put<T: Real>(from: &[T], to: &mut [T], is_added: bool) {
-    match is_added {
-        true => add_assign(to, from),
-        false => to.copy_from_slice(from),
     }
 }
 

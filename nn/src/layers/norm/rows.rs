@@ -2,7 +2,7 @@
 
 use crate::backward::parameter_gradient;
 use crate::cpu::{TASK_ELEMENTS, with_values};
-use crate::kernels::{Real, add_assign, lane_sum, output, vectorized};
+use crate::kernels::{Real, add_assign, lane_sum, output, put, vectorized};
 use crate::link::{Source, result};
 use candle_core::{Result, Tensor};
 use rayon::prelude::*;
@@ -171,13 +171,6 @@ impl Rows {
         for (dx, x) in dx.iter_mut().zip(x) {
             *dx = (*dx - mean_gradient - (*x - mean) * scale * slope) * scale;
         }
-    }
-}
-
-fn put<T: Real>(from: &[T], to: &mut [T], is_added: bool) {
-    match is_added {
-        true => add_assign(to, from),
-        false => to.copy_from_slice(from),
     }
 }
 

@@ -9,7 +9,7 @@ use super::cell::Cell;
 use super::steps::{self, Geometry, Given, Strips, Tape};
 use crate::backward::parameter_gradient;
 use crate::cpu::{tensor, with_values};
-use crate::kernels::{Mat, Real, Threads, add_assign, column_sums, gemm, gemm_add, output};
+use crate::kernels::{Mat, Real, Threads, column_sums, gemm, gemm_add, output, put};
 use crate::link::{Gradient, Source, Told, result};
 use candle_core::{Result, Tensor};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -202,13 +202,6 @@ fn product<T: Real>(weight: &Tensor, gates: Mat<'_, T>, x: Mat<'_, T>) -> Result
         true => gemm_add(to, gates.t(), x, Threads::All),
         false => gemm(to, T::one(), gates.t(), x, Threads::All),
     })
-}
-
-fn put<T: Real>(from: &[T], to: &mut [T], is_added: bool) {
-    match is_added {
-        true => add_assign(to, from),
-        false => to.copy_from_slice(from),
-    }
 }
 
 const OUTPUTS: usize = 0;
