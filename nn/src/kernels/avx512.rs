@@ -15,7 +15,7 @@ use rayon::prelude::*;
 use std::arch::x86_64::{
     __m512, __mmask16, _mm512_castpd_ps, _mm512_castps_pd, _mm512_fmadd_ps, _mm512_loadu_ps,
     _mm512_mask_storeu_ps, _mm512_maskz_loadu_ps, _mm512_mul_ps, _mm512_reduce_add_ps,
-    _mm512_set1_ps, _mm512_setzero_ps, _mm512_shuffle_f32x4, _mm512_storeu_ps, _mm512_unpackhi_pd,
+    _mm512_set1_ps, _mm512_setzero_ps, _mm512_shuffle_f32x4, _mm512_unpackhi_pd,
     _mm512_unpackhi_ps, _mm512_unpacklo_pd, _mm512_unpacklo_ps,
 };
 use std::cell::RefCell;
@@ -251,25 +251,53 @@ fn pack_transposed(b: Mat<'_, f32>, inner: Range<usize>, columns: Range<usize>, 
             assert!(to.len() >= (height - 1) * WIDTH + LANES, "room in the panel");
             // SAFETY: AVX-512F is available, as for all of this module; the rows are empty or reach
             // to `inner`'s end, and `to` has the rows of the block.
-            unsafe { transpose(&rows, width, first, height, to) };
+            unsafe { transpose_block(&rows, width, first, height, to, WIDTH, !0) };
         }
     }
 }
 
-/// Writes the columns from `first` on of `width` rows as rows of `to`, [`WIDTH`] apart, and zeros
-/// for the rows that there are not.
+/// Writes the columns of `from` as rows of `to`, which are as long as `from` has rows.
+///
+/// Panics unless both have as many elements.
 ///
 /// # Safety
 ///
-/// `width` rows must have `first + height` elements, and `to` must have room for `height` rows.
-/// Both are at most [`LANES`], and AVX-512F must be available.
+/// AVX-512F must be [available](is_available).
+pub(super) unsafe fn transpose(from: Mat<'_, f32>, to: &mut [f32]) {
+    let (rows, columns) = from.shape();
+    assert_eq!(to.len(), rows * columns, "room for the transpose");
+    for row in (0..rows).step_by(LANES) {
+        let width = LANES.min(rows - row);
+        let mask = ((1u32 << width) - 1) as __mmask16;
+        let block: [&[f32]; LANES] =
+            std::array::from_fn(|at| if at < width { from.row(row + at) } else { &[] });
+        for first in (0..columns).step_by(LANES) {
+            let height = LANES.min(columns - first);
+            let to = &mut to[first * rows + row..];
+            assert!(to.len() >= (height - 1) * rows + width, "room in the transpose");
+            // SAFETY: `width` rows are `columns` long, and `to` has a place for each of them in
+            // each of `height` rows.
+            unsafe { transpose_block(&block, width, first, height, to, rows, mask) };
+        }
+    }
+}
+
+/// Writes the columns from `first` on of `width` rows as rows of `to`, `stride` apart, and zeros
+/// for the rows that there are not; of these, what `stored` says.
+///
+/// # Safety
+///
+/// `width` rows must have `first + height` elements, and `to` must have room for `height` rows of
+/// what is stored. Both are at most [`LANES`], and AVX-512F must be available.
 #[target_feature(enable = "avx512f")]
-unsafe fn transpose(
+unsafe fn transpose_block(
     rows: &[&[f32]; LANES],
     width: usize,
     first: usize,
     height: usize,
     to: &mut [f32],
+    stride: usize,
+    stored: __mmask16,
 ) {
     let mask = ((1u32 << height) - 1) as __mmask16;
     let r: [__m512; LANES] = std::array::from_fn(|row| match row < width {
@@ -300,8 +328,8 @@ unsafe fn transpose(
     });
     let r: [__m512; LANES] = std::array::from_fn(|at| parts(t[at % 8], t[at % 8 + 8], at >= 8));
     for (row, values) in r.into_iter().take(height).enumerate() {
-        // SAFETY: the row is within `to`.
-        unsafe { _mm512_storeu_ps(to.as_mut_ptr().add(row * WIDTH), values) };
+        // SAFETY: what is stored of the row is within `to`.
+        unsafe { _mm512_mask_storeu_ps(to.as_mut_ptr().add(row * stride), stored, values) };
     }
 }
 

@@ -57,8 +57,8 @@ impl<'a, T> Mat<'a, T> {
         }
     }
 
-    #[cfg(target_arch = "x86_64")]
-    pub(super) fn shape(&self) -> (usize, usize) {
+    /// Rows and columns.
+    pub(crate) fn shape(&self) -> (usize, usize) {
         (self.rows, self.columns)
     }
 
@@ -181,9 +181,54 @@ pub(crate) fn product<T: Real>(
     }
 }
 
+/// Writes the columns of `from` as rows of `to`, which are as long as `from` has rows.
+pub(crate) fn transpose<T: Real>(from: Mat<'_, T>, to: &mut [T]) {
+    /// Of a block, which is read and written while it is in the caches.
+    const SIDE: usize = 16;
+    assert_eq!(to.len(), from.rows * from.columns, "room for the transpose");
+    assert_eq!(from.column_stride, 1, "the columns of a matrix that is transposed");
+    #[cfg(target_arch = "x86_64")]
+    if let (Some(from), Some(to)) = (from.f32s(), T::f32s_mut(to))
+        && avx512::is_available()
+    {
+        // SAFETY: it is available.
+        unsafe { avx512::transpose(from, to) };
+        return;
+    }
+    for (block, rows) in from.data.chunks(SIDE * from.row_stride.max(1)).enumerate() {
+        for first in (0..from.columns).step_by(SIDE) {
+            let columns = first..(first + SIDE).min(from.columns);
+            for (row, values) in rows.chunks(from.row_stride.max(1)).enumerate() {
+                for column in columns.clone() {
+                    to[column * from.rows + block * SIDE + row] = values[column];
+                }
+            }
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn transposes_are_right() {
+        fn check<T: Real>() {
+            for (rows, columns) in [(1, 1), (16, 16), (3, 40), (33, 17), (0, 4), (4, 0), (64, 100)]
+            {
+                let from: Vec<T> = (0..rows * columns).map(|at| T::from_f64(at as f64)).collect();
+                let mut to = vec![T::zero(); from.len()];
+                transpose(Mat::new(&from, rows, columns), &mut to);
+                let is_right = |(at, value): (usize, &T)| {
+                    let (column, row) = (at / rows, at % rows);
+                    value.to_f64() == (row * columns + column) as f64
+                };
+                assert!(to.iter().enumerate().all(is_right), "{rows}×{columns}");
+            }
+        }
+        check::<f32>();
+        check::<f64>();
+    }
 
     #[test]
     fn products_are_right_for_views_of_every_kind() {

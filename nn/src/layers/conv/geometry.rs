@@ -80,6 +80,11 @@ impl Geometry {
         self.groups * self.channels * self.area()
     }
 
+    /// Numbers of an image before and after, all groups.
+    pub(super) fn numbers(&self) -> usize {
+        self.image() + self.groups * self.outputs * self.out_area()
+    }
+
     /// One group's share of an image of `channels` channels a group.
     pub(super) fn share(&self, group: usize, channels: usize, area: usize) -> Range<usize> {
         let size = channels * area;

@@ -1,7 +1,7 @@
 //! A transposed convolution and a bias as one operation: forward is the input gradient of a
 //! convolution, and backward that convolution.
 
-use super::op::{Convolution, Slopes, total};
+use super::op::{Convolution, Slopes};
 use crate::backward::parameter_gradient;
 use crate::cpu::with_values;
 use crate::kernels::{Real, lane_sum, output, vectorized};
@@ -41,9 +41,7 @@ impl Convolution {
                 };
                 let slopes = Slopes { y: x, best: &[], gradient: x };
                 let sums = self.gradients(Some(&gradient), weights, &slopes, images, None);
-                let dw = parameter_gradient(&weight, |dw, is_added| {
-                    total(&sums, |sums| &sums.weight, dw, is_added)
-                })?;
+                let dw = parameter_gradient(&weight, |dw, is_added| sums.weight(dw, is_added))?;
                 let db = parameter_gradient(&bias, |db, is_added| {
                     self.channel_sums(&gradient, db, is_added)
                 })?;
