@@ -5,7 +5,7 @@
 #![allow(unsafe_code)]
 
 /// How long mimalloc keeps what is free, in milliseconds; 10 by default.
-pub(crate) const PURGE_DELAY: &str = "5000";
+pub(crate) const PURGE_DELAY: &str = "30000";
 /// The variable that says otherwise.
 pub(crate) const PURGE_DELAY_VARIABLE: &str = "MIMALLOC_PURGE_DELAY";
 
