@@ -186,6 +186,51 @@ fn task_rows(rows: usize, depth: usize, panels: usize) -> usize {
     wanted.next_multiple_of(HEIGHT)
 }
 
+/// Numbers of all panels of a right side.
+pub(super) fn packed_len(depth: usize, columns: usize) -> usize {
+    columns.div_ceil(WIDTH) * depth * WIDTH
+}
+
+/// Writes the panels of `b` one after the other. AVX-512F must be [available](is_available).
+pub(super) fn pack_all(b: Mat<'_, f32>, panels: &mut [f32]) {
+    let (depth, columns) = b.shape();
+    for (at, panel) in panels.chunks_exact_mut((depth * WIDTH).max(1)).enumerate() {
+        pack(b, 0..depth, at * WIDTH..((at + 1) * WIDTH).min(columns), panel);
+    }
+}
+
+/// The same as [`product`] of a right side with `columns` columns whose panels are
+/// [there](pack_all), on this thread.
+///
+/// # Safety
+///
+/// As for [`product`].
+pub(super) unsafe fn product_of_packed(
+    out: &mut [f32],
+    stride: usize,
+    is_added: bool,
+    a: Mat<'_, f32>,
+    panels: &[f32],
+    columns: usize,
+) {
+    let target = Target { out: out.as_mut_ptr(), stride, is_added, alpha: 1.0 };
+    let (rows, depth) = a.shape();
+    for (at, panel) in panels.chunks_exact((depth * WIDTH).max(1)).enumerate() {
+        let columns = at * WIDTH..((at + 1) * WIDTH).min(columns);
+        for first in (0..depth).step_by(DEPTH) {
+            let inner = first..(first + DEPTH).min(depth);
+            let panel = &panel[first * WIDTH..inner.end * WIDTH];
+            let target = Target { is_added: is_added || first > 0, ..target };
+            for row in (0..rows).step_by(HEIGHT) {
+                let height = HEIGHT.min(rows - row);
+                // SAFETY: the tile is within the result and the row within `a`, as the contract
+                // says; the panel has `inner.len()` rows of `WIDTH`.
+                unsafe { tile(target, a, inner.clone(), panel, row, height, columns.clone()) };
+            }
+        }
+    }
+}
+
 /// # Safety
 ///
 /// As for [`product`], and no other task may have a place of these rows and columns.

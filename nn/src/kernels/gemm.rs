@@ -181,6 +181,64 @@ pub(crate) fn product<T: Real>(
     }
 }
 
+/// A matrix laid out for many products that it is the right side of, with few rows each.
+pub(crate) struct Packed<T> {
+    values: Vec<T>,
+    depth: usize,
+    columns: usize,
+}
+
+impl<T: Real> Packed<T> {
+    pub(crate) fn new(b: Mat<'_, T>) -> Self {
+        let (depth, columns) = b.shape();
+        Self { values: packed(b), depth, columns }
+    }
+
+    /// `out = a · self`, or that added, on this thread. Panics when the shapes do not fit.
+    pub(crate) fn product(&self, out: &mut [T], is_added: bool, a: Mat<'_, T>) {
+        let Self { values, depth, columns } = self;
+        assert_eq!(a.columns, *depth, "the inner dimensions of a matrix product");
+        assert!(a.reach() <= a.data.len(), "a view within its data");
+        assert_eq!(out.len(), a.rows * columns, "room for the product");
+        if *depth == 0 {
+            if !is_added {
+                out.fill(T::zero());
+            }
+            return;
+        }
+        #[cfg(target_arch = "x86_64")]
+        if let (Some(out), Some(a), Some(panels)) = (T::f32s_mut(out), a.f32s(), T::f32s(values))
+            && avx512::is_available()
+        {
+            // SAFETY: the asserts above; it is available, and was when the panels were packed.
+            unsafe { avx512::product_of_packed(out, *columns, is_added, a, panels, *columns) };
+            return;
+        }
+        let out = Out { rows: out, first: 0, stride: *columns };
+        product(out, is_added, T::one(), a, Mat::new(values, *depth, *columns), Threads::One);
+    }
+}
+
+/// In panels where those are multiplied, else with its columns together.
+fn packed<T: Real>(b: Mat<'_, T>) -> Vec<T> {
+    #[cfg(target_arch = "x86_64")]
+    if let (Some(b), true) = (b.f32s(), avx512::is_available()) {
+        let mut panels = vec![T::zero(); avx512::packed_len(b.rows, b.columns)];
+        if let Some(panels) = T::f32s_mut(&mut panels) {
+            avx512::pack_all(b, panels);
+        }
+        return panels;
+    }
+    let mut values = vec![T::zero(); b.rows * b.columns];
+    match b.column_stride {
+        1 => values.chunks_exact_mut(b.columns.max(1)).enumerate().for_each(|(row, to)| {
+            to.copy_from_slice(&b.data[row * b.row_stride..][..b.columns]);
+        }),
+        _ => transpose(b.t(), &mut values),
+    }
+    values
+}
+
 /// Writes the columns of `from` as rows of `to`, which are as long as `from` has rows.
 pub(crate) fn transpose<T: Real>(from: Mat<'_, T>, to: &mut [T]) {
     /// Of a block, which is read and written while it is in the caches.
@@ -240,6 +298,36 @@ mod tests {
         gemm_add(&mut out[..4], Mat::new(&a, 3, 2).t(), Mat::strided(&b, 3, 2, 5), Threads::One);
         // [[0 2 4] [1 3 5]] · [[0 1] [5 6] [10 11]]
         assert_eq!(out[..4], [40.0 + 50.0, 46.0 + 56.0, 52.0 + 65.0, 58.0 + 74.0]);
+    }
+
+    #[test]
+    fn packed_products_are_the_same() {
+        for (rows, depth, columns) in
+            [(1, 1, 1), (8, 600, 70), (7, 33, 128), (2, 0, 5), (16, 64, 64)]
+        {
+            let (a, b) = (numbers(rows * depth, 1), numbers(depth * columns, 2));
+            let a = Mat::new(&a, rows, depth);
+            for b in [Mat::new(&b, depth, columns), Mat::new(&b, columns, depth).t()] {
+                // Many rows, for few have another order of sums.
+                let many: Vec<f32> = a.data.repeat(17);
+                let mut all = vec![1.0; 17 * rows * columns];
+                gemm(&mut all, 1.0, Mat::new(&many, 17 * rows, depth), b, Threads::All);
+                let mut out = vec![f32::NAN; rows * columns];
+                let packed = Packed::new(b);
+                packed.product(&mut out, false, a);
+                assert_eq!(out, all[..rows * columns], "{rows}×{depth}×{columns}");
+                packed.product(&mut out, true, a);
+                let twice = out.iter().zip(&all).all(|(out, one)| (out - 2.0 * one).abs() < 1e-4);
+                assert!(twice, "{rows}×{depth}×{columns}");
+            }
+        }
+        let mut out = [0.0; 2];
+        Packed::new(Mat::new(&[1.0, 2.0, 3.0, 4.0], 2, 2).t()).product(
+            &mut out,
+            false,
+            Mat::new(&[5.0, 6.0], 1, 2),
+        );
+        assert_eq!(out, [17.0, 39.0]);
     }
 
     #[test]

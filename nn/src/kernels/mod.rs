@@ -8,7 +8,7 @@ mod math;
 mod output;
 mod sums;
 
-pub(crate) use gemm::{Mat, Out, Threads, gemm, gemm_add, product, transpose};
+pub(crate) use gemm::{Mat, Out, Packed, Threads, gemm, gemm_add, product, transpose};
 pub(crate) use math::Real;
 pub(crate) use output::output;
 pub(crate) use sums::{add_assign, column_sums, lane_max, lane_sum, put};

@@ -6,7 +6,7 @@
 //! those chunks of rows, then by step, then by row.
 
 use super::cell::{Backward, Cell, Forward};
-use crate::kernels::{Mat, Real, Threads, gemm, gemm_add, output, vectorized};
+use crate::kernels::{Mat, Packed, Real, Threads, gemm, output, vectorized};
 use rayon::prelude::*;
 use std::sync::Arc;
 
@@ -123,8 +123,7 @@ pub(super) fn forward<C: Cell, T: Real>(
     let kept = || vec![T::zero(); if keeps { length * size } else { 0 }];
     let (mut before, mut after) = (kept(), kept());
 
-    let recurrent = transposed(recurrent, hidden);
-    let recurrent = Mat::new(&recurrent, hidden, width);
+    let recurrent = Packed::new(Mat::new(recurrent, width, hidden).t());
     let [h, m] = last.each_mut();
     let mut gates_of = gates.chunks_mut(geometry.chunk(width));
     let mut before_of = before.chunks_mut(geometry.chunk(hidden));
@@ -142,7 +141,7 @@ pub(super) fn forward<C: Cell, T: Real>(
         outputs: y.next().map(|values| Strips { values, stride, start }),
     });
     let chunks: Vec<_> = chunks.collect();
-    chunks.into_par_iter().for_each(|chunk| chunk.run::<C>(geometry, recurrent, biases));
+    chunks.into_par_iter().for_each(|chunk| chunk.run::<C>(geometry, &recurrent, biases));
     Tape { gates, hidden: before, memory: after, first_memory, last }
 }
 
@@ -160,7 +159,7 @@ struct Ahead<'a, T> {
 }
 
 impl<T: Real> Ahead<'_, T> {
-    fn run<C: Cell>(mut self, geometry: &Geometry, recurrent: Mat<'_, T>, biases: [&[T]; 2]) {
+    fn run<C: Cell>(mut self, geometry: &Geometry, recurrent: &Packed<T>, biases: [&[T]; 2]) {
         let (hidden, size) = (geometry.hidden, self.hidden.len());
         let mut product = vec![T::zero(); C::GATES * size];
         for place in geometry.places() {
@@ -168,7 +167,7 @@ impl<T: Real> Ahead<'_, T> {
                 before[place * size..][..size].copy_from_slice(self.hidden);
             }
             let h = Mat::new(self.hidden, size / hidden, hidden);
-            gemm(&mut product, T::one(), h, recurrent, Threads::One);
+            recurrent.product(&mut product, false, h);
             self.step::<C>(geometry, place, &product, biases);
             if let Some((_, after)) = &mut self.kept {
                 after[place * size..][..size].copy_from_slice(self.memory);
@@ -234,7 +233,7 @@ pub(super) fn backward<C: Cell, T: Real>(
 ) -> Gradients<T> {
     let Geometry { rows, length, hidden, .. } = *geometry;
     let stride = C::GRADIENTS * hidden;
-    let recurrent = Mat::new(recurrent, C::GATES * hidden, hidden);
+    let recurrent = Packed::new(Mat::new(recurrent, C::GATES * hidden, hidden));
     let start =
         |given: Option<&[T]>| given.map_or_else(|| vec![T::zero(); rows * hidden], <[T]>::to_vec);
     let (mut h, mut m) = (start(given.hidden), start(given.memory));
@@ -250,7 +249,7 @@ pub(super) fn backward<C: Cell, T: Real>(
             d_memory,
         });
         let chunks: Vec<_> = chunks.collect();
-        chunks.into_par_iter().for_each(|chunk| chunk.run::<C>(geometry, recurrent));
+        chunks.into_par_iter().for_each(|chunk| chunk.run::<C>(geometry, &recurrent));
     });
     Gradients { gates, hidden: h, memory: m }
 }
@@ -269,7 +268,7 @@ struct Back<'a, T> {
 }
 
 impl<T: Real> Back<'_, T> {
-    fn run<C: Cell>(mut self, geometry: &Geometry, recurrent: Mat<'_, T>) {
+    fn run<C: Cell>(mut self, geometry: &Geometry, recurrent: &Packed<T>) {
         let hidden = geometry.hidden;
         let (width, stride) = (C::GATES * hidden, C::GRADIENTS * hidden);
         let rows = self.d_hidden.len() / hidden;
@@ -277,7 +276,7 @@ impl<T: Real> Back<'_, T> {
             self.step::<C>(geometry, place);
             let gates = &self.gradients[place * rows * stride + C::RECURRENT * hidden..];
             let gates = Mat::strided(gates, rows, width, stride);
-            gemm_add(self.d_hidden, gates, recurrent, Threads::One);
+            recurrent.product(self.d_hidden, true, gates);
         }
     }
 
@@ -319,17 +318,4 @@ impl<T: Real> Back<'_, T> {
             },
         )
     }
-}
-
-/// A matrix with rows of `width` the other way: products with few rows are several times as fast
-/// when the other matrix has its columns side by side.
-fn transposed<T: Real>(matrix: &[T], width: usize) -> Vec<T> {
-    let rows = matrix.len() / width;
-    output(matrix.len(), |out: &mut [T]| {
-        out.par_chunks_mut(rows).enumerate().for_each(|(column, out)| {
-            for (row, out) in out.iter_mut().enumerate() {
-                *out = matrix[row * width + column];
-            }
-        });
-    })
 }
