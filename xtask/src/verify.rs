@@ -107,17 +107,21 @@ fn doc() -> Result<String> {
     command::run(doc).map(|()| String::new())
 }
 
-/// All tests, and once more with TLS those that it changes.
-const TEST_RUNS: &[&str] = &[
-    "test --workspace --no-fail-fast",
-    "test --package mobula-core --features tls --no-fail-fast --lib --test it -- nodes",
+/// All tests, and once more those that change with TLS, or without AVX-512; each with a variable
+/// of its environment.
+const TEST_RUNS: &[(&str, Option<(&str, &str)>)] = &[
+    ("test --workspace --no-fail-fast", None),
+    ("test --package mobula-core --features tls --no-fail-fast --lib --test it -- nodes", None),
+    ("test --package mobula-nn --no-fail-fast --lib --tests", Some(("MOBULA_AVX512", "0"))),
 ];
 
 fn tests(tests: &mut Tests) -> Result<String> {
     let mut good = true;
-    for run in TEST_RUNS {
+    for (run, variable) in TEST_RUNS {
         let before = tests.passed + tests.failed;
-        good &= command::run_seeing(command::cargo_command(run), |line| tests.count(line))?;
+        let mut command = command::cargo_command(run);
+        command.envs(*variable);
+        good &= command::run_seeing(command, |line| tests.count(line))?;
         // A filter that fits nothing any more would go unnoticed.
         let is_empty = good && tests.passed + tests.failed == before;
         ensure!(!is_empty, "not one test ran: cargo {run}");

@@ -245,6 +245,9 @@ pub(crate) fn transpose<T: Real>(from: Mat<'_, T>, to: &mut [T]) {
     const SIDE: usize = 16;
     assert_eq!(to.len(), from.rows * from.columns, "room for the transpose");
     assert_eq!(from.column_stride, 1, "the columns of a matrix that is transposed");
+    if to.is_empty() {
+        return;
+    }
     #[cfg(target_arch = "x86_64")]
     if let (Some(from), Some(to)) = (from.f32s(), T::f32s_mut(to))
         && avx512::is_available()
@@ -315,7 +318,9 @@ mod tests {
                 let mut out = vec![f32::NAN; rows * columns];
                 let packed = Packed::new(b);
                 packed.product(&mut out, false, a);
-                assert_eq!(out, all[..rows * columns], "{rows}×{depth}×{columns}");
+                let are_close = out.iter().zip(&all).all(|(a, b)| (a - b).abs() < 1e-4);
+                assert!(are_close, "{rows}×{depth}×{columns}");
+                assert!(!has_own_kernels() || out == all[..rows * columns], "to the bit");
                 packed.product(&mut out, true, a);
                 let twice = out.iter().zip(&all).all(|(out, one)| (out - 2.0 * one).abs() < 1e-4);
                 assert!(twice, "{rows}×{depth}×{columns}");
@@ -408,6 +413,13 @@ mod tests {
         }
     }
 
+    fn has_own_kernels() -> bool {
+        #[cfg(target_arch = "x86_64")]
+        return avx512::is_available();
+        #[cfg(not(target_arch = "x86_64"))]
+        false
+    }
+
     /// A row's result does not depend on the rows beside it, nor on the threads.
     #[test]
     fn rows_are_independent() {
@@ -418,7 +430,7 @@ mod tests {
         let mut alone = vec![0f32; 200 * 90];
         gemm(&mut alone, 1.0, Mat::new(&a, 200, 700), b, Threads::One);
         assert_eq!(all, alone);
-        if cfg!(target_arch = "x86_64") && std::is_x86_feature_detected!("avx512f") {
+        if has_own_kernels() {
             // Not so for a few rows of a transposed right side: see there.
             for (row, all) in all.chunks(90).enumerate() {
                 let mut one = vec![0f32; 90];

@@ -3,7 +3,11 @@
 
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+#[cfg(all(test, unix))]
+mod fuzz;
 mod gemm;
+#[cfg(all(test, unix))]
+mod guarded;
 mod math;
 mod output;
 mod sums;

@@ -326,9 +326,31 @@ impl<T: Real> Job<'_, T> {
     }
 
     fn input_points(&self, images: &[T], rows: Range<usize>, points: &mut [T]) {
-        let Tiles { geometry, across, down } = self.tiles;
-        let channels = geometry.channels;
-        let image = (geometry.area() + 1) * channels;
+        let Geometry { channels, .. } = self.tiles.geometry;
+        let planes = (images, self.tiles.geometry.area(), channels);
+        let pixels = |row, tile| self.tiles.input_pixels(row, tile);
+        self.points(planes, rows, points, pixels, input_to_points);
+    }
+
+    fn gradient_points(&self, images: &[T], rows: Range<usize>, points: &mut [T]) {
+        let Geometry { outputs, .. } = self.tiles.geometry;
+        let planes = (images, self.tiles.geometry.out_area(), outputs);
+        let pixels = |row, tile| self.tiles.output_pixels(row, tile);
+        self.points(planes, rows, points, pixels, result_to_points);
+    }
+
+    /// Transforms the `pixels` of each tile of images `[area + 1, channels]`.
+    #[inline(always)]
+    fn points<const N: usize>(
+        &self,
+        (images, area, channels): (&[T], usize, usize),
+        rows: Range<usize>,
+        points: &mut [T],
+        pixels: impl Fn(usize, usize) -> [[usize; N]; N] + Send + Sync,
+        f: impl Fn([T; N]) -> [T; 4] + Send + Sync,
+    ) {
+        let Tiles { across, down, .. } = self.tiles;
+        let image = (area + 1) * channels;
         let jobs = pieces(points, across * channels);
         self.each_row(
             rows,
@@ -337,34 +359,10 @@ impl<T: Real> Job<'_, T> {
             |row, mut to| {
                 let image = &images[row / down * image..][..image];
                 for tile in 0..across {
-                    let pixels = self.tiles.input_pixels(row % down, tile);
+                    let pixels = pixels(row % down, tile);
                     for block in (0..channels).step_by(LANES) {
-                        let places = at(&pixels, channels, block);
-                        let points = both(&load(image, places), input_to_points);
-                        store(&mut to, tile * channels + block, &points);
-                    }
-                }
-            },
-        );
-    }
-
-    fn gradient_points(&self, images: &[T], rows: Range<usize>, points: &mut [T]) {
-        let Tiles { geometry, across, down } = self.tiles;
-        let outputs = geometry.outputs;
-        let image = (geometry.out_area() + 1) * outputs;
-        let jobs = pieces(points, across * outputs);
-        self.each_row(
-            rows,
-            jobs,
-            #[inline(always)]
-            |row, mut to| {
-                let image = &images[row / down * image..][..image];
-                for tile in 0..across {
-                    let pixels = self.tiles.output_pixels(row % down, tile);
-                    for block in (0..outputs).step_by(LANES) {
-                        let places = at(&pixels, outputs, block);
-                        let points = both(&load(image, places), result_to_points);
-                        store(&mut to, tile * outputs + block, &points);
+                        let from = load(image, at(&pixels, channels, block));
+                        store(&mut to, tile * channels + block, &both(&from, &f));
                     }
                 }
             },
