@@ -4,10 +4,11 @@ use candle_core::{Device, Tensor};
 use mobula_core::random::Stream;
 use mobula_core::{Batch, BatchStream, BoxError, Error, Member, Shard, StreamState, remote};
 use mobula_nn::loss::cross_entropy;
-use mobula_nn::models::MlpOptions;
+use mobula_nn::models::{MlpOptions, ResNetOptions};
 use mobula_nn::{Model, ModelSpec, Pass, metrics};
 use mobula_train::{AdamW, AdamWOptions, TrainState, Updater, UpdaterOptions, WorkerContext};
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::OnceLock;
 
@@ -24,6 +25,8 @@ pub(crate) struct Config {
     pub(crate) harm: Harm,
     /// Instead of AdamW with `lr`.
     pub(crate) updater: Option<UpdaterOptions>,
+    /// Instead of a multilayer perceptron: a network with batch norms.
+    pub(crate) resnet: bool,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -52,7 +55,7 @@ pub(crate) enum Harm {
 
 impl Config {
     pub(crate) fn new(epochs: u64) -> Self {
-        Self { epochs, batch_size: 16, lr: 0.02, harm: Harm::None, updater: None }
+        Self { epochs, batch_size: 16, lr: 0.02, harm: Harm::None, updater: None, resnet: false }
     }
 }
 
@@ -118,6 +121,7 @@ impl BatchStream for Rows {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Outcome {
     pub(crate) weights: Vec<f32>,
+    pub(crate) buffers: BTreeMap<String, Vec<f32>>,
     pub(crate) accuracy: f64,
     /// The step that the rank began at: above 0 if it was restored from a checkpoint.
     pub(crate) began_at: u64,
@@ -152,10 +156,7 @@ pub(crate) fn learn_with(
     updater: Updater,
 ) -> Result<Outcome, BoxError> {
     let mut stream = Rows::open(context.shard(), config.batch_size);
-    let mut options = MlpOptions::new(FEATURES, [16], CLASSES);
-    // Masks differ between world sizes; without dropout all worlds agree.
-    options.dropout = 0.0;
-    let model = Model::build(&ModelSpec::new("mlp", &options)?, 5, &Device::Cpu)?;
+    let model = Model::build(&model(config.resnet)?, 5, &Device::Cpu)?;
     let mut state = TrainState::new(model, updater, 5, config.epochs);
     let restored = context.restore(&mut state, &mut stream)?;
     let began_at = state.step();
@@ -186,8 +187,27 @@ pub(crate) fn learn_with(
     for (_, var) in state.model.params().vars() {
         weights.extend(var.flatten_all()?.to_vec1::<f32>()?);
     }
+    let buffers = buffers(&state.model)?;
     let process = FIRST_GENERATION.get().copied().unwrap_or(0);
-    Ok(Outcome { weights, accuracy, began_at, process })
+    Ok(Outcome { weights, buffers, accuracy, began_at, process })
+}
+
+fn model(resnet: bool) -> Result<ModelSpec, BoxError> {
+    let outputs = CLASSES;
+    if resnet {
+        let (blocks, size) = (vec![1, 1], ResNetOptions::default());
+        let size = ResNetOptions { channels: 1, height: 2, width: 4, base: 4, ..size };
+        return Ok(ModelSpec::new("resnet", &ResNetOptions { blocks, outputs, ..size })?);
+    }
+    let mut options = MlpOptions::new(FEATURES, [16], outputs);
+    // Masks differ between world sizes; without dropout all worlds agree.
+    options.dropout = 0.0;
+    Ok(ModelSpec::new("mlp", &options)?)
+}
+
+pub(crate) fn buffers(model: &Model) -> Result<BTreeMap<String, Vec<f32>>, BoxError> {
+    let buffers = model.params().buffers().into_iter();
+    buffers.map(|(name, var)| Ok((name, var.flatten_all()?.to_vec1()?))).collect()
 }
 
 fn do_harm(harm: &Harm, rank: usize, step: u64) {

@@ -7,6 +7,7 @@ mod faults;
 mod models;
 mod optim;
 mod pytorch;
+mod sync;
 mod training;
 
 use libtest_mimic::{Arguments, Trial};
@@ -22,6 +23,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         models::TESTS,
         optim::TESTS,
         pytorch::TESTS,
+        sync::TESTS,
         training::TESTS,
     ]
     .concat();
