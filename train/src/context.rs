@@ -138,6 +138,10 @@ impl<'a> WorkerContext<'a> {
         state.count_epoch();
         let mut all = self.meter.end_epoch();
         all.insert("lr".to_owned(), state.updater.lr());
+        if let Some(scale) = state.updater.loss_scale() {
+            all.insert("loss_scale".to_owned(), scale.scale().into());
+            all.insert("skipped_steps".to_owned(), scale.skipped_steps() as f64);
+        }
         all.extend(metrics.iter().map(|(name, value)| ((*name).to_owned(), *value)));
         let metrics = all;
         self.observe(state, &metrics)?;

@@ -3,9 +3,9 @@
 
 use crate::sync::{BatchSum, average_buffers};
 use crate::{Error, Result, TrainState, WorkerContext};
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 use mobula_core::{Batch, BoxError};
-use mobula_nn::{Gradients, Model, Pass};
+use mobula_nn::{Model, Pass};
 use std::sync::Arc;
 
 /// This rank's part of one batch.
@@ -23,7 +23,9 @@ impl WorkerContext<'_> {
     ///
     /// `loss` is called with the model and the pass, and gives the mean over this rank's rows. It
     /// is not called on a rank without rows. Buffers, such as the running statistics of a batch
-    /// norm, become the means of what the ranks have, weighted by their rows.
+    /// norm, become the means of what the ranks have, weighted by their rows. With a
+    /// [`LossScale`](crate::optim::LossScale) a step whose gradients overflow counts as a step and
+    /// leaves weights and optimizer as they are.
     pub fn step<E: Into<BoxError>>(
         &mut self,
         state: &mut TrainState,
@@ -97,7 +99,7 @@ impl WorkerContext<'_> {
     /// What all ranks do alike once each has the gradients of its rows.
     fn finish_step(&mut self, state: &mut TrainState, global_rows: usize) -> Result<f64> {
         self.collective.all_reduce(state.gradients_mut().as_reduced_mut())?;
-        let loss = check_finite(state.gradients(), state.step())?;
+        let loss = finite_loss(state)?;
         state.update()?;
         state.count_step();
         self.meter.count(global_rows, loss);
@@ -126,9 +128,14 @@ fn add_backward(loss: &Tensor, share: f32, state: &mut TrainState) -> Result<()>
     if loss.elem_count() != 1 {
         return Err(Error::LossShape { shape: loss.dims().to_vec() });
     }
+    // The loss that travels with the gradients is not scaled: the scale must not make it overflow.
+    let value = loss.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?[0] * share;
+    let scale = f64::from(share) * f64::from(state.loss_scale());
     // The gradients of a loss that is no number are none either; the sum will tell all ranks.
     let gradients = state.gradients_mut();
-    gradients.add_backward(loss, f64::from(share))?;
+    let before = gradients.loss();
+    gradients.add_backward(loss, scale)?;
+    gradients.set_loss(before + value);
     match gradients.missing() {
         missing if missing.is_empty() => Ok(()),
         names => Err(Error::NoGradient { names }),
@@ -136,13 +143,9 @@ fn add_backward(loss: &Tensor, share: f32, state: &mut TrainState) -> Result<()>
 }
 
 /// After the sum all ranks hold the same bits, so all come to the same conclusion.
-fn check_finite(gradients: &Gradients, step: u64) -> Result<f64> {
-    let loss = f64::from(gradients.loss());
-    if !loss.is_finite() {
-        return Err(Error::NonFiniteLoss { step, loss });
-    }
-    match gradients.first_non_finite() {
-        Some(name) => Err(Error::NonFiniteGradient { parameter: name.to_owned(), step }),
-        None => Ok(loss),
+fn finite_loss(state: &TrainState) -> Result<f64> {
+    match f64::from(state.gradients().loss()) {
+        loss if loss.is_finite() => Ok(loss),
+        loss => Err(Error::NonFiniteLoss { step: state.step(), loss }),
     }
 }

@@ -133,7 +133,10 @@ impl NullaryFnOnce for SquareSum<'_> {
 }
 
 /// Multiplies all values by a factor.
-pub(super) fn scale(values: &mut [f32], factor: f32) {
+pub(crate) fn scale(values: &mut [f32], factor: f32) {
+    if factor == 1.0 {
+        return;
+    }
     for_each(values.chunks_mut(CHUNK).collect(), |chunk: &mut [f32]| {
         pulp::Arch::new().dispatch(|| chunk.iter_mut().for_each(|value| *value *= factor));
     });

@@ -1,6 +1,6 @@
 //! A small learnable problem, and the training function that the tests share.
 
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use mobula_core::random::Stream;
 use mobula_core::{Batch, BatchStream, BoxError, Error, Member, Shard, StreamState, remote};
 use mobula_nn::loss::cross_entropy;
@@ -49,6 +49,8 @@ pub(crate) enum Harm {
     NanLoss {
         at_step: u64,
     },
+    /// The last rank's logits, and their gradients, go through `f16`.
+    Half,
     /// Rank 1 has a label that no class has.
     BadLabel,
 }
@@ -164,12 +166,17 @@ pub(crate) fn learn_with(
     let mut accuracy = f64::NAN;
     while !state.is_finished() {
         while let Some(batch) = stream.next_batch()? {
-            let rank = context.shard().rank;
+            let Shard { rank, world } = context.shard();
             do_harm(&config.harm, rank, state.step());
             let (x, y) = spoil(&config.harm, rank, state.step(), &batch)?;
             let step = state.step();
             context.step(&mut state, &batch, |model, pass| {
-                let loss = cross_entropy(&model.forward(&x, pass)?, &y)?;
+                let logits = model.forward(&x, pass)?;
+                let logits = match config.harm {
+                    Harm::Half if rank + 1 == world => half(&logits)?,
+                    _ => logits,
+                };
+                let loss = cross_entropy(&logits, &y)?;
                 match config.harm {
                     Harm::NanLoss { at_step } if at_step == step => Ok((loss * f64::NAN)?),
                     _ => Ok::<_, BoxError>(loss),
@@ -208,6 +215,11 @@ fn model(resnet: bool) -> Result<ModelSpec, BoxError> {
 pub(crate) fn buffers(model: &Model) -> Result<BTreeMap<String, Vec<f32>>, BoxError> {
     let buffers = model.params().buffers().into_iter();
     buffers.map(|(name, var)| Ok((name, var.flatten_all()?.to_vec1()?))).collect()
+}
+
+/// Rounds to half precision, forward and backward.
+pub(crate) fn half(x: &Tensor) -> Result<Tensor, BoxError> {
+    Ok(x.to_dtype(DType::F16)?.to_dtype(DType::F32)?)
 }
 
 fn do_harm(harm: &Harm, rank: usize, step: u64) {

@@ -4,6 +4,7 @@
 mod collectives;
 mod digits;
 mod faults;
+mod loss_scale;
 mod models;
 mod optim;
 mod pytorch;
@@ -20,6 +21,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let tests = [
         collectives::TESTS,
         faults::TESTS,
+        loss_scale::TESTS,
         models::TESTS,
         optim::TESTS,
         pytorch::TESTS,
