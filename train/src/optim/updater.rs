@@ -235,14 +235,10 @@ impl Updater {
         }
     }
 
-    /// Runs `evaluate` while the parameters are the averages of the weights. Errors when none are
-    /// kept.
+    /// Runs `evaluate` while the parameters are the averages of the weights, and puts these back,
+    /// also when it panics. Errors when no averages are kept.
     pub fn with_averages<T>(&mut self, params: &Params, evaluate: impl FnOnce() -> T) -> Result<T> {
-        let ema = self.ema.as_mut().ok_or(Error::NoAverages)?;
-        ema.swap(params)?;
-        let result = evaluate();
-        ema.swap(params)?;
-        Ok(result)
+        self.ema.as_mut().ok_or(Error::NoAverages)?.with_averages(params, evaluate)
     }
 
     /// Writes `optimizer.safetensors`, and `ema.safetensors` if averages are kept, into a folder.
