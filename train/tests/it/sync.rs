@@ -1,23 +1,25 @@
 //! Batch norms on several workers: statistics over all rows, and the same buffers everywhere.
 
 use crate::Test;
-use crate::digits::{CLASSES, Config, FEATURES, Outcome, buffers, train};
+use crate::digits::{CLASSES, Config, FEATURES, Harm, Outcome, buffers, train};
 use candle_core::{Device, Tensor};
 use mobula_core::{Batch, BoxError, GroupEvent, GroupOptions, Member, Placement, RunDir, Runtime};
-use mobula_core::{Shard, remote};
+use mobula_core::{OnLoss, Shard, remote};
 use mobula_nn::{Model, ModelSpec, loss::cross_entropy, models::ResNetOptions};
 use mobula_train::optim::{OptimizerSpec, SgdOptions, UpdaterOptions};
 use mobula_train::{
-    AdamW, AdamWOptions, ScalingConfig, TrainState, Trainer, TrainingResult, WorkerContext,
-    load_model,
+    AdamW, AdamWOptions, FailureConfig, ScalingConfig, TrainState, Trainer, TrainingResult,
+    WorkerContext, load_model,
 };
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 pub(crate) const TESTS: &[Test] = &[
     ("sync::any_number_of_workers_trains_like_one", worlds_agree),
     ("sync::running_statistics_are_weighted_by_rows", weighted),
     ("sync::a_resumed_run_has_the_same_statistics", resumes),
     ("sync::accumulated_batches_sync_each_by_itself", accumulates),
+    ("sync::a_killed_worker_costs_nothing_but_time", killed),
+    ("sync::a_rank_that_fails_is_not_waited_for", fails),
     ("sync::ranks_that_sum_differently_all_fail", ranks_differ),
 ];
 
@@ -103,6 +105,31 @@ fn resumes(runtime: &Runtime) {
         assert_eq!(resumed.values[0].began_at, 4);
         assert_eq!(differences(&whole, &resumed), [0.0; 2], "{sync}");
     }
+}
+
+fn killed(runtime: &Runtime) {
+    let whole = fit(runtime, scaling(3, true, Placement::Process), config(4, 88, 0.05));
+    let root = tempfile::tempdir().expect("temporary folder");
+    let run = RunDir::create(root.path(), "killed", 5, &()).expect("run");
+    let harm = Harm::KillOnce { at_step: 5, marker: root.path().join("marker") };
+    let config = Config { harm, ..config(4, 88, 0.05) };
+    let trainer = Trainer::new(train::remote(config)).with_run(&run).with_logs_shown(false);
+    let failure = FailureConfig { on_loss: OnLoss::ReplaceLost, ..Default::default() };
+    let trainer = trainer.with_scaling(scaling(3, true, Placement::Process)).with_failure(failure);
+    let killed = trainer.fit(runtime).expect("recovers");
+    assert_eq!((killed.restarts, killed.values[0].began_at), (1, 4));
+    assert_eq!(differences(&whole, &killed), [0.0; 2]);
+}
+
+/// Behind its forward pass, while the others are in the sums of their backward pass.
+fn fails(runtime: &Runtime) {
+    let config = Config { harm: Harm::BadLabel, ..config(1, 88, 0.05) };
+    let trainer = Trainer::new(train::remote(config)).with_logs_shown(false);
+    let trainer = trainer.with_scaling(scaling(3, true, Placement::Process));
+    let begun = Instant::now();
+    let error = trainer.fit(runtime).expect_err("bad label").to_string();
+    assert!(error.contains("train rank 1 failed: label 12 in row 0 is out of range"), "{error}");
+    assert!(begun.elapsed() < Duration::from_secs(40), "before the deadline of a sum");
 }
 
 fn small_model() -> Result<Model, BoxError> {
