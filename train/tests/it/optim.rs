@@ -397,7 +397,7 @@ fn everything() -> UpdaterOptions {
         "plateau": {"metric": "accuracy", "mode": "max", "patience": 0, "factor": 0.5,
             "threshold": 0.5},
         "clip": {"norm": 0.5},
-        "ema": 0.9,
+        "ema": 0.9, "loss_scale": {},
     }))
     .expect("options")
 }
