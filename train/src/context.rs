@@ -5,13 +5,13 @@ use crate::collective::{Collective, Element};
 use crate::report::{EpochReport, Meter, WorkerReport};
 use crate::state::TrainState;
 use crate::{Error, Result};
-use candle_core::{Device, Tensor};
+use candle_core::Device;
 use mobula_core::checkpoint::{Checkpoint, CheckpointStore};
 use mobula_core::{Batch, BatchStream, BoxError, Flow, Member, Shard};
-use mobula_nn::{Gradients, Model, Pass};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 /// What the trainer tells its workers.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
@@ -20,20 +20,22 @@ pub(crate) struct Setup {
     pub(crate) keep: usize,
     pub(crate) every_epochs: u64,
     pub(crate) resume_from: Option<Checkpoint>,
+    #[serde(default)]
+    pub(crate) sync_batch_norm: bool,
 }
 
 /// The training function's view of its group, or of a world of one.
 pub struct WorkerContext<'a> {
     place: Place<'a>,
-    collective: Collective,
-    setup: Setup,
+    pub(crate) collective: Arc<Collective>,
+    pub(crate) setup: Setup,
     files: BTreeMap<String, Vec<u8>>,
-    meter: Meter,
+    pub(crate) meter: Meter,
 }
 
 /// Who listens: the trainer, or whoever runs the function alone.
 enum Place<'a> {
-    Member(Member),
+    Member(Arc<Member>),
     Alone(Listener<'a>),
 }
 
@@ -48,7 +50,7 @@ impl std::fmt::Debug for WorkerContext<'_> {
 impl WorkerContext<'static> {
     /// The context of a member of a [`Trainer`](crate::Trainer)'s group.
     pub fn join(member: Member) -> Result<Self> {
-        let setup = member.context()?;
+        let (setup, member) = (member.context()?, Arc::new(member));
         let collective = Collective::of(&member);
         Ok(Self::new(Place::Member(member), collective, setup))
     }
@@ -62,15 +64,13 @@ impl<'a> WorkerContext<'a> {
     }
 
     fn new(place: Place<'a>, collective: Collective, setup: Setup) -> Self {
-        Self { place, collective, setup, files: BTreeMap::new(), meter: Meter::default() }
+        let (collective, files, meter) = (Arc::new(collective), BTreeMap::new(), Meter::default());
+        Self { place, collective, setup, files, meter }
     }
 
     /// This worker's share of a stream.
     pub fn shard(&self) -> Shard {
-        match self.member() {
-            Some(member) => Shard { rank: member.rank(), world: member.world_size() },
-            None => Shard::ALL,
-        }
+        self.collective.shard()
     }
 
     /// The device to compute on.
@@ -98,68 +98,6 @@ impl<'a> WorkerContext<'a> {
         Ok(true)
     }
 
-    /// One step of all ranks: loss and gradients of this rank's rows, averaged over the rows of
-    /// all ranks, then the same update everywhere. Gives the global mean loss.
-    ///
-    /// `loss` is called with the model and the pass, and gives the mean over this rank's rows. It
-    /// is not called on a rank without rows.
-    pub fn step<E: Into<BoxError>>(
-        &mut self,
-        state: &mut TrainState,
-        batch: &Batch,
-        loss: impl FnOnce(&Model, &Pass) -> Result<Tensor, E>,
-    ) -> Result<f64> {
-        if batch.rows() == 0 {
-            state.gradients_mut().clear();
-        } else {
-            // Disjoint rows for the ranks' random numbers. Where a stream deals rows out in turns
-            // these are not the rows' places in the global batch: with dropout, worlds of
-            // different sizes draw different masks.
-            let first_row = self.shard().rank as u64 * batch.global_rows() as u64;
-            let pass = Pass::train(state.seed(), state.step()).with_row_offset(first_row);
-            let loss = loss(&state.model, &pass).map_err(Error::program)?;
-            let share = batch.rows() as f32 / batch.global_rows().max(1) as f32;
-            state.gradients_mut().start();
-            add_backward(&loss, share, state)?;
-        }
-        self.finish_step(state, batch.global_rows())
-    }
-
-    /// One step over several batches, whose gradients are accumulated: the same step as over one
-    /// batch with all their rows, in the memory of the largest. Takes the batches in their order,
-    /// and gives the mean loss over the rows of all of them on all ranks.
-    ///
-    /// `loss` gives the mean over this rank's rows of one batch. The batches of a step must be of
-    /// the same global rows on all ranks, as those of a stream are.
-    pub fn step_accumulated<E: Into<BoxError>>(
-        &mut self,
-        state: &mut TrainState,
-        batches: &[Batch],
-        mut loss: impl FnMut(&Model, &Pass, &Batch) -> Result<Tensor, E>,
-    ) -> Result<f64> {
-        let global_rows: usize = batches.iter().map(Batch::global_rows).sum();
-        let mut first_row = self.shard().rank as u64 * global_rows as u64;
-        state.gradients_mut().clear();
-        for batch in batches.iter().filter(|batch| batch.rows() > 0) {
-            let pass = Pass::train(state.seed(), state.step()).with_row_offset(first_row);
-            first_row += batch.rows() as u64;
-            let loss = loss(&state.model, &pass, batch).map_err(Error::program)?;
-            add_backward(&loss, batch.rows() as f32 / global_rows as f32, state)?;
-        }
-        self.finish_step(state, global_rows)
-    }
-
-    /// What all ranks do alike once each has the gradients of its rows.
-    fn finish_step(&mut self, state: &mut TrainState, global_rows: usize) -> Result<f64> {
-        self.reduce(state.gradients_mut().as_reduced_mut())?;
-        let loss = check_finite(state.gradients(), state.step())?;
-        state.update()?;
-        state.count_step();
-        self.meter.count(global_rows, loss);
-        self.report_progress(state)?;
-        Ok(loss)
-    }
-
     /// The mean over all rows of one epoch of `stream` on all ranks; `total` gives the sum over
     /// the rows of a batch, such as the number of correct ones.
     pub fn mean_over<E: Into<BoxError>>(
@@ -185,7 +123,7 @@ impl<'a> WorkerContext<'a> {
     /// Replaces the values on every rank by their sums over all ranks. All ranks must call it
     /// alike.
     pub fn all_reduce_sum<T: Element>(&mut self, values: &mut [T]) -> Result<()> {
-        self.reduce(values)
+        self.collective.all_reduce(values)
     }
 
     /// Ends an epoch: counts it, commits a checkpoint when one is due, reports the metrics and
@@ -200,6 +138,10 @@ impl<'a> WorkerContext<'a> {
         state.count_epoch();
         let mut all = self.meter.end_epoch();
         all.insert("lr".to_owned(), state.updater.lr());
+        if let Some(scale) = state.updater.loss_scale() {
+            all.insert("loss_scale".to_owned(), scale.scale().into());
+            all.insert("skipped_steps".to_owned(), scale.skipped_steps() as f64);
+        }
         all.extend(metrics.iter().map(|(name, value)| ((*name).to_owned(), *value)));
         let metrics = all;
         self.observe(state, &metrics)?;
@@ -211,7 +153,7 @@ impl<'a> WorkerContext<'a> {
             metrics,
         };
         let mut stop = [f64::from(u8::from(self.tell_epoch(report)?.is_stop()))];
-        self.reduce(&mut stop)?;
+        self.collective.all_reduce(&mut stop)?;
         self.meter.restart_clock();
         if stop[0] > 0.0 {
             state.stop();
@@ -225,7 +167,7 @@ impl<'a> WorkerContext<'a> {
             return Ok(());
         };
         let mut shared = [if self.shard().rank == 0 { metric } else { 0.0 }];
-        self.reduce(&mut shared)?;
+        self.collective.all_reduce(&mut shared)?;
         state.updater.observe(shared[0]);
         Ok(())
     }
@@ -265,10 +207,10 @@ impl<'a> WorkerContext<'a> {
                 Ok(())
             })?;
         }
-        self.reduce(&mut [0.0f32])
+        self.collective.all_reduce(&mut [0.0f32])
     }
 
-    fn report_progress(&mut self, state: &TrainState) -> Result<()> {
+    pub(crate) fn report_progress(&mut self, state: &TrainState) -> Result<()> {
         if let Place::Member(member) = &self.place
             && member.rank() == 0
             && let Some(progress) = self.meter.progress(state)
@@ -276,46 +218,5 @@ impl<'a> WorkerContext<'a> {
             member.report(&WorkerReport::Progress(progress))?;
         }
         Ok(())
-    }
-
-    fn reduce<T: Element>(&mut self, values: &mut [T]) -> Result<()> {
-        let member = match &self.place {
-            Place::Member(member) => Some(member),
-            Place::Alone(_) => None,
-        };
-        self.collective.all_reduce(member, values)
-    }
-
-    fn member(&self) -> Option<&Member> {
-        match &self.place {
-            Place::Member(member) => Some(member),
-            Place::Alone(_) => None,
-        }
-    }
-}
-
-/// Adds loss and gradients of this rank's rows, scaled by its share of all rows.
-fn add_backward(loss: &Tensor, share: f32, state: &mut TrainState) -> Result<()> {
-    if loss.elem_count() != 1 {
-        return Err(Error::LossShape { shape: loss.dims().to_vec() });
-    }
-    // The gradients of a loss that is no number are none either; the sum will tell all ranks.
-    let gradients = state.gradients_mut();
-    gradients.add_backward(loss, f64::from(share))?;
-    match gradients.missing() {
-        missing if missing.is_empty() => Ok(()),
-        names => Err(Error::NoGradient { names }),
-    }
-}
-
-/// After the sum all ranks hold the same bits, so all come to the same conclusion.
-fn check_finite(gradients: &Gradients, step: u64) -> Result<f64> {
-    let loss = f64::from(gradients.loss());
-    if !loss.is_finite() {
-        return Err(Error::NonFiniteLoss { step, loss });
-    }
-    match gradients.first_non_finite() {
-        Some(name) => Err(Error::NonFiniteGradient { parameter: name.to_owned(), step }),
-        None => Ok(loss),
     }
 }

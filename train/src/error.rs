@@ -43,6 +43,18 @@ pub enum Error {
         /// The global step.
         step: u64,
     },
+    /// A gradient overflows although the loss is scaled as little as it may be.
+    #[error(
+        "the gradient of {parameter:?} at step {step} is not finite although the loss scale is at its minimum, {scale}: lower the learning rate, check the inputs for NaN, or lower `min_scale`"
+    )]
+    LossScale {
+        /// The scale.
+        scale: f32,
+        /// The parameter.
+        parameter: String,
+        /// The global step.
+        step: u64,
+    },
     /// A mean over a stream that has no rows on any rank.
     #[error("cannot take a mean over a stream without rows")]
     NoRows,

@@ -40,6 +40,8 @@ mod error;
 pub mod optim;
 mod report;
 mod state;
+mod step;
+mod sync;
 mod trainer;
 
 pub use collective::Element;

@@ -35,7 +35,8 @@ pub struct EpochReport {
     pub epochs: u64,
     /// Global steps done.
     pub step: u64,
-    /// Name → value; `loss` and `samples_per_second` of the epoch and its last `lr` among them.
+    /// Name → value; `loss` and `samples_per_second` of the epoch and its last `lr` among them, and
+    /// where the loss is scaled, `loss_scale` and the `skipped_steps` since the training began.
     pub metrics: BTreeMap<String, f64>,
 }
 

@@ -1,6 +1,6 @@
 //! What a training run carries from step to step, and its checkpoint.
 
-use crate::optim::{SavedUpdater, Updater};
+use crate::optim::{LossScale, SavedUpdater, Updater, scale};
 use crate::{Error, Result};
 use candle_core::Device;
 use mobula_core::checkpoint::Checkpoint;
@@ -84,14 +84,36 @@ impl TrainState {
         &mut self.gradients
     }
 
-    /// The gradients of the last step.
+    /// The gradients of the last step, divided by the scale of the loss.
     pub fn gradients(&self) -> &Gradients {
         &self.gradients
     }
 
-    /// Updates the model by its gradients.
+    /// What the next loss is multiplied by before its backward pass.
+    pub(crate) fn loss_scale(&self) -> f32 {
+        self.updater.loss_scale().map_or(1.0, LossScale::scale)
+    }
+
+    /// Updates the model by its gradients, once these are checked and divided by the scale of the
+    /// loss; a step in which they overflowed is left out.
     pub(crate) fn update(&mut self) -> Result<()> {
-        self.updater.step(self.model.params(), &mut self.gradients)
+        let unscale = 1.0 / self.loss_scale();
+        scale(self.gradients.values_mut(), unscale);
+        let overflow = self.gradients.first_non_finite().map(str::to_owned);
+        let is_taken = match (self.updater.loss_scale_mut(), overflow) {
+            (None, None) => true,
+            (None, Some(parameter)) => {
+                return Err(Error::NonFiniteGradient { parameter, step: self.step });
+            }
+            (Some(scale), Some(parameter)) if scale.is_at_min() => {
+                return Err(Error::LossScale { scale: scale.scale(), parameter, step: self.step });
+            }
+            (Some(scale), overflow) => scale.update(overflow.is_none()),
+        };
+        match is_taken {
+            true => self.updater.step(self.model.params(), &mut self.gradients),
+            false => Ok(()),
+        }
     }
 
     /// Runs `evaluate` on the model while its weights are their averages over the steps. Errors

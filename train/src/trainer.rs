@@ -24,6 +24,11 @@ pub struct ScalingConfig {
     pub resources_per_worker: Resources,
     /// Where workers run. Default: each in a process of its own.
     pub placement: Placement,
+    /// Whether batch norms take their statistics over the rows of all workers, as PyTorch's
+    /// `SyncBatchNorm` does, instead of over those of each by itself. Training is then the same
+    /// for any number of workers, at the price of three sums over them in each of these layers
+    /// in each step. Default: no.
+    pub sync_batch_norm: bool,
 }
 
 impl Default for ScalingConfig {
@@ -32,6 +37,7 @@ impl Default for ScalingConfig {
             num_workers: 1,
             resources_per_worker: Resources::cpus(1.0),
             placement: Placement::Process,
+            sync_batch_norm: false,
         }
     }
 }
@@ -226,6 +232,7 @@ impl<T> Trainer<T> {
             keep: self.checkpoint.keep.max(least),
             every_epochs: self.checkpoint.every_epochs,
             resume_from,
+            sync_batch_norm: self.scaling.sync_batch_norm,
         })
     }
 

@@ -5,8 +5,9 @@ mod region;
 mod shared;
 
 use crate::Result;
-use mobula_core::Member;
+use mobula_core::{Member, Shard};
 use shared::SharedMemory;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 /// How long a rank waits for the others before it names who is late.
@@ -32,28 +33,53 @@ pub(crate) enum Collective {
     /// A world of one.
     Alone,
     /// Ranks on one host.
-    Shared(SharedMemory),
+    Shared {
+        /// Tells of lost ranks.
+        member: Arc<Member>,
+        /// Locked by nobody but the one thread of this rank that takes part.
+        memory: Mutex<SharedMemory>,
+    },
 }
 
 impl Collective {
     /// Of a member of a group whose members are all on this host.
-    pub(crate) fn of(member: &Member) -> Self {
-        match member.world_size() {
+    pub(crate) fn of(member: &Arc<Member>) -> Self {
+        let (rank, world) = (member.rank(), member.world_size());
+        match world {
             1 => Self::Alone,
-            _ => Self::Shared(SharedMemory::new(member.rank(), member.world_size())),
+            _ => Self::Shared {
+                member: Arc::clone(member),
+                memory: Mutex::new(SharedMemory::new(rank, world)),
+            },
+        }
+    }
+
+    /// Who this is among how many.
+    pub(crate) fn shard(&self) -> Shard {
+        match self {
+            Self::Alone => Shard::ALL,
+            Self::Shared { member, .. } => {
+                Shard { rank: member.rank(), world: member.world_size() }
+            }
         }
     }
 
     /// Replaces `values` on every rank by the sum over all ranks. All ranks add in rank order, so
     /// all get the same bits. Every rank must call it with as many values.
-    pub(crate) fn all_reduce<T: Element>(
-        &mut self,
-        member: Option<&Member>,
-        values: &mut [T],
-    ) -> Result<()> {
-        match (self, member) {
-            (Self::Shared(shared), Some(member)) => shared.all_reduce(member, values),
-            _ => Ok(()),
-        }
+    pub(crate) fn all_reduce<T: Element>(&self, values: &mut [T]) -> Result<()> {
+        let Self::Shared { member, memory } = self else {
+            return Ok(());
+        };
+        let mut memory = memory.lock().unwrap_or_else(PoisonError::into_inner);
+        memory.all_reduce(member, values)
+    }
+
+    /// Every rank's number, by rank.
+    pub(crate) fn all_gather(&self, value: f64) -> Result<Vec<f64>> {
+        let Shard { rank, world } = self.shard();
+        let mut values = vec![0.0; world];
+        values[rank] = value;
+        self.all_reduce(&mut values)?;
+        Ok(values)
     }
 }

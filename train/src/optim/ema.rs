@@ -1,9 +1,9 @@
 //! Averages of the weights over the steps.
 
 use super::check;
-use super::pass::{CHUNK, for_each, for_each_param, in_place, lerp};
+use super::pass::{CHUNK, for_each, in_place, lerp};
 use crate::{Error, Result};
-use candle_core::{Device, Tensor, Var};
+use candle_core::{Device, Tensor};
 use mobula_nn::Params;
 use std::collections::HashMap;
 use std::path::Path;
@@ -49,14 +49,12 @@ impl Ema {
         self.check(params)?;
         // Only rounding tells a copy from a step of the whole way, and `lerp` has none then.
         let weight = if self.updates == 0 { 1.0 } else { (1.0 - self.decay) as f32 };
-        let elements = self.averages.iter().map(Vec::len).sum();
-        let work = vars.iter().zip(&mut self.averages).collect();
-        for_each_param(work, elements, |((_, var), averages): (&(String, Var), &mut Vec<f32>)| {
+        for ((_, var), averages) in vars.iter().zip(&mut self.averages) {
             in_place(var, |values| {
                 approach(averages, values, weight);
                 Ok(())
-            })
-        })?;
+            })?;
+        }
         self.updates += 1;
         Ok(())
     }
@@ -75,6 +73,20 @@ impl Ema {
             })?;
         }
         Ok(())
+    }
+
+    /// Runs `evaluate` while the parameters are the averages, and puts them back, also when it
+    /// panics.
+    pub(super) fn with_averages<T>(
+        &mut self,
+        params: &Params,
+        evaluate: impl FnOnce() -> T,
+    ) -> Result<T> {
+        self.swap(params)?;
+        let mut swapped = Swapped { ema: self, params, is_over: false };
+        let result = evaluate();
+        swapped.put_back()?;
+        Ok(result)
     }
 
     /// Writes the averages as a model's weights are written, so that `Params::load` reads them
@@ -126,6 +138,30 @@ impl Ema {
             return Ok(());
         }
         Err(Error::OptimizerModel { expected: expected.sum(), got: got.sum() })
+    }
+}
+
+/// Puts the parameters back when dropped.
+struct Swapped<'a> {
+    ema: &'a mut Ema,
+    params: &'a Params,
+    is_over: bool,
+}
+
+impl Swapped<'_> {
+    fn put_back(&mut self) -> Result<()> {
+        self.is_over = true;
+        self.ema.swap(self.params)
+    }
+}
+
+impl Drop for Swapped<'_> {
+    fn drop(&mut self) {
+        if !self.is_over
+            && let Err(error) = self.put_back()
+        {
+            tracing::error!(%error, "the model keeps the averages of its weights");
+        }
     }
 }
 

@@ -63,6 +63,7 @@ pub use ema::Ema;
 pub use groups::{Grouped, ParamGroup};
 pub use lion::{Lion, LionOptions};
 pub use loss_scale::{LossScale, LossScaleOptions};
+pub(crate) use pass::scale;
 pub use plateau::{Mode, Plateau, PlateauOptions, ThresholdMode};
 pub use rmsprop::{RmsProp, RmsPropOptions};
 pub use rule::{Now, Optimizer, ParamOptions};

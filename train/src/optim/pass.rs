@@ -51,19 +51,6 @@ pub(super) fn for_each<T: Send>(mut work: Vec<T>, run: impl Fn(T) + Sync + Send)
     }
 }
 
-/// The same for all parameters of a model, of so many elements together: large ones are divided
-/// between the threads as well. To wake a thread costs more than to update a few elements.
-pub(super) fn for_each_param<T: Send>(
-    params: Vec<T>,
-    elements: usize,
-    update: impl Fn(T) -> Result<()> + Sync + Send,
-) -> Result<()> {
-    match elements <= CHUNK {
-        true => params.into_iter().try_for_each(update),
-        false => params.into_par_iter().try_for_each(update),
-    }
-}
-
 struct Pass<'a, R, const N: usize> {
     rule: &'a R,
     values: &'a mut [f32],
@@ -133,13 +120,19 @@ impl NullaryFnOnce for SquareSum<'_> {
 }
 
 /// Multiplies all values by a factor.
-pub(super) fn scale(values: &mut [f32], factor: f32) {
+pub(crate) fn scale(values: &mut [f32], factor: f32) {
+    if factor == 1.0 {
+        return;
+    }
     for_each(values.chunks_mut(CHUNK).collect(), |chunk: &mut [f32]| {
         pulp::Arch::new().dispatch(|| chunk.iter_mut().for_each(|value| *value *= factor));
     });
 }
 
-/// Gives `change` the values of a parameter where candle keeps them.
+/// Gives `change` the values of a parameter where candle keeps them, under its write lock.
+///
+/// Only one at a time, and on the thread that steps: a pool thread may be in the middle of an
+/// evaluation, which holds some parameters and waits for others, and would wait for itself.
 pub(super) fn in_place(var: &Var, change: impl FnOnce(&mut [f32]) -> Result<()>) -> Result<()> {
     let op = InPlace(RefCell::new((Some(change), Ok(()))));
     var.inplace_op1(&op)?;

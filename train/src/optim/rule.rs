@@ -63,16 +63,17 @@ pub trait Optimizer: Debug + Send + Sync {
         }
         state.step += 1;
         let lr = state.lr;
-        let places = gradients.places().iter().zip(&vars).zip(&mut state.params);
-        pass::for_each_param(places.collect(), got, |(((_, range), (_, var)), param)| {
+        let places = gradients.places().iter().zip(&vars);
+        for (((_, range), (_, var)), param) in places.zip(&mut state.params) {
             let Some(options) = self.param_options(&param.name, &param.shape) else {
-                return Ok(());
+                continue;
             };
             let now = Now { lr: lr * options.lr_scale, weight_decay: options.weight_decay };
             param.steps += 1;
             let gradient = &gradients.values()[range.clone()];
-            pass::in_place(var, |values| self.update_param(now, values, gradient, param))
-        })
+            pass::in_place(var, |values| self.update_param(now, values, gradient, param))?;
+        }
+        Ok(())
     }
 }
 

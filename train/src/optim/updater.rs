@@ -1,8 +1,8 @@
 //! What happens between gradients and weights, in one place.
 
 use super::{
-    Clip, Ema, Grouped, Optimizer, OptimizerSpec, OptimizerState, ParamGroup, Plateau,
-    PlateauOptions, Schedule,
+    Clip, Ema, Grouped, LossScale, LossScaleOptions, Optimizer, OptimizerSpec, OptimizerState,
+    ParamGroup, Plateau, PlateauOptions, Schedule,
 };
 use crate::{Error, Result};
 use mobula_nn::Gradients;
@@ -25,6 +25,7 @@ pub struct Updater {
     plateau: Option<Plateau>,
     clip: Option<Clip>,
     ema: Option<Ema>,
+    loss_scale: Option<LossScale>,
     gradient_norm: Option<f64>,
 }
 
@@ -44,6 +45,8 @@ pub struct UpdaterOptions {
     pub clip: Option<Clip>,
     /// Decay of an average of the weights. Default: none is kept.
     pub ema: Option<f64>,
+    /// Scales the loss, for half precision. Default: no.
+    pub loss_scale: Option<LossScaleOptions>,
 }
 
 impl UpdaterOptions {
@@ -60,15 +63,18 @@ impl UpdaterOptions {
         if let Some(clip) = self.clip {
             updater = updater.with_clip(clip)?;
         }
-        match self.ema {
-            Some(decay) => updater.with_ema(decay),
+        if let Some(decay) = self.ema {
+            updater = updater.with_ema(decay)?;
+        }
+        match self.loss_scale {
+            Some(options) => updater.with_loss_scale(options),
             None => Ok(updater),
         }
     }
 }
 
 /// What a checkpoint's `state.json` says of an updater. When a run is resumed, the settings are
-/// again those of the program, and the plateau goes on from here.
+/// again those of the program, and plateau and loss scale go on from here.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct SavedUpdater {
@@ -82,6 +88,8 @@ pub struct SavedUpdater {
     pub clip: Option<Clip>,
     /// The decay of the average of the weights, which is in `ema.safetensors`.
     pub ema: Option<f64>,
+    /// The scale of the loss and how far it is.
+    pub loss_scale: Option<LossScale>,
 }
 
 impl Updater {
@@ -94,6 +102,7 @@ impl Updater {
             plateau: None,
             clip: None,
             ema: None,
+            loss_scale: None,
             gradient_norm: None,
         }
     }
@@ -121,6 +130,13 @@ impl Updater {
         Ok(Self { ema: Some(Ema::new(decay)?), ..self })
     }
 
+    /// Multiplies the loss by a scale before its backward pass, and leaves out steps whose gradients
+    /// overflow, see [`LossScale`]. [`WorkerContext::step`](crate::WorkerContext::step) does it;
+    /// [`Updater::step`] expects gradients that are divided by the scale. Default: no.
+    pub fn with_loss_scale(self, options: LossScaleOptions) -> Result<Self> {
+        Ok(Self { loss_scale: Some(LossScale::new(options)?), ..self })
+    }
+
     /// The optimizer.
     pub fn optimizer(&self) -> &dyn Optimizer {
         self.optimizer.as_ref()
@@ -134,6 +150,15 @@ impl Updater {
     /// The average of the weights, if one is kept.
     pub fn ema(&self) -> Option<&Ema> {
         self.ema.as_ref()
+    }
+
+    /// The scale of the loss, if it has one.
+    pub fn loss_scale(&self) -> Option<&LossScale> {
+        self.loss_scale.as_ref()
+    }
+
+    pub(crate) fn loss_scale_mut(&mut self) -> Option<&mut LossScale> {
+        self.loss_scale.as_mut()
     }
 
     /// The learning rate of the last step; before the first step, that of the first.
@@ -210,14 +235,10 @@ impl Updater {
         }
     }
 
-    /// Runs `evaluate` while the parameters are the averages of the weights. Errors when none are
-    /// kept.
+    /// Runs `evaluate` while the parameters are the averages of the weights, and puts these back,
+    /// also when it panics. Errors when no averages are kept.
     pub fn with_averages<T>(&mut self, params: &Params, evaluate: impl FnOnce() -> T) -> Result<T> {
-        let ema = self.ema.as_mut().ok_or(Error::NoAverages)?;
-        ema.swap(params)?;
-        let result = evaluate();
-        ema.swap(params)?;
-        Ok(result)
+        self.ema.as_mut().ok_or(Error::NoAverages)?.with_averages(params, evaluate)
     }
 
     /// Writes `optimizer.safetensors`, and `ema.safetensors` if averages are kept, into a folder.
@@ -236,6 +257,7 @@ impl Updater {
             plateau: self.plateau.clone(),
             clip: self.clip,
             ema: self.ema.as_ref().map(Ema::decay),
+            loss_scale: self.loss_scale.clone(),
         })
     }
 
@@ -250,6 +272,9 @@ impl Updater {
         }
         if let (Some(plateau), Some(saved)) = (&mut self.plateau, &saved.plateau) {
             plateau.resume(saved);
+        }
+        if let (Some(scale), Some(saved)) = (&mut self.loss_scale, &saved.loss_scale) {
+            scale.resume(saved);
         }
         self.state = Some(state);
         Ok(())

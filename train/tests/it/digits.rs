@@ -1,13 +1,14 @@
 //! A small learnable problem, and the training function that the tests share.
 
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use mobula_core::random::Stream;
 use mobula_core::{Batch, BatchStream, BoxError, Error, Member, Shard, StreamState, remote};
 use mobula_nn::loss::cross_entropy;
-use mobula_nn::models::MlpOptions;
+use mobula_nn::models::{MlpOptions, ResNetOptions};
 use mobula_nn::{Model, ModelSpec, Pass, metrics};
 use mobula_train::{AdamW, AdamWOptions, TrainState, Updater, UpdaterOptions, WorkerContext};
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::OnceLock;
 
@@ -24,6 +25,8 @@ pub(crate) struct Config {
     pub(crate) harm: Harm,
     /// Instead of AdamW with `lr`.
     pub(crate) updater: Option<UpdaterOptions>,
+    /// Instead of a multilayer perceptron: a network with batch norms.
+    pub(crate) resnet: bool,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -46,13 +49,15 @@ pub(crate) enum Harm {
     NanLoss {
         at_step: u64,
     },
+    /// The last rank's logits, and their gradients, go through `f16`.
+    Half,
     /// Rank 1 has a label that no class has.
     BadLabel,
 }
 
 impl Config {
     pub(crate) fn new(epochs: u64) -> Self {
-        Self { epochs, batch_size: 16, lr: 0.02, harm: Harm::None, updater: None }
+        Self { epochs, batch_size: 16, lr: 0.02, harm: Harm::None, updater: None, resnet: false }
     }
 }
 
@@ -118,6 +123,7 @@ impl BatchStream for Rows {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Outcome {
     pub(crate) weights: Vec<f32>,
+    pub(crate) buffers: BTreeMap<String, Vec<f32>>,
     pub(crate) accuracy: f64,
     /// The step that the rank began at: above 0 if it was restored from a checkpoint.
     pub(crate) began_at: u64,
@@ -152,10 +158,7 @@ pub(crate) fn learn_with(
     updater: Updater,
 ) -> Result<Outcome, BoxError> {
     let mut stream = Rows::open(context.shard(), config.batch_size);
-    let mut options = MlpOptions::new(FEATURES, [16], CLASSES);
-    // Masks differ between world sizes; without dropout all worlds agree.
-    options.dropout = 0.0;
-    let model = Model::build(&ModelSpec::new("mlp", &options)?, 5, &Device::Cpu)?;
+    let model = Model::build(&model(config.resnet)?, 5, &Device::Cpu)?;
     let mut state = TrainState::new(model, updater, 5, config.epochs);
     let restored = context.restore(&mut state, &mut stream)?;
     let began_at = state.step();
@@ -163,12 +166,17 @@ pub(crate) fn learn_with(
     let mut accuracy = f64::NAN;
     while !state.is_finished() {
         while let Some(batch) = stream.next_batch()? {
-            let rank = context.shard().rank;
+            let Shard { rank, world } = context.shard();
             do_harm(&config.harm, rank, state.step());
             let (x, y) = spoil(&config.harm, rank, state.step(), &batch)?;
             let step = state.step();
             context.step(&mut state, &batch, |model, pass| {
-                let loss = cross_entropy(&model.forward(&x, pass)?, &y)?;
+                let logits = model.forward(&x, pass)?;
+                let logits = match config.harm {
+                    Harm::Half if rank + 1 == world => half(&logits)?,
+                    _ => logits,
+                };
+                let loss = cross_entropy(&logits, &y)?;
                 match config.harm {
                     Harm::NanLoss { at_step } if at_step == step => Ok((loss * f64::NAN)?),
                     _ => Ok::<_, BoxError>(loss),
@@ -186,8 +194,32 @@ pub(crate) fn learn_with(
     for (_, var) in state.model.params().vars() {
         weights.extend(var.flatten_all()?.to_vec1::<f32>()?);
     }
+    let buffers = buffers(&state.model)?;
     let process = FIRST_GENERATION.get().copied().unwrap_or(0);
-    Ok(Outcome { weights, accuracy, began_at, process })
+    Ok(Outcome { weights, buffers, accuracy, began_at, process })
+}
+
+fn model(resnet: bool) -> Result<ModelSpec, BoxError> {
+    let outputs = CLASSES;
+    if resnet {
+        let (blocks, size) = (vec![1, 1], ResNetOptions::default());
+        let size = ResNetOptions { channels: 1, height: 2, width: 4, base: 4, ..size };
+        return Ok(ModelSpec::new("resnet", &ResNetOptions { blocks, outputs, ..size })?);
+    }
+    let mut options = MlpOptions::new(FEATURES, [16], outputs);
+    // Masks differ between world sizes; without dropout all worlds agree.
+    options.dropout = 0.0;
+    Ok(ModelSpec::new("mlp", &options)?)
+}
+
+pub(crate) fn buffers(model: &Model) -> Result<BTreeMap<String, Vec<f32>>, BoxError> {
+    let buffers = model.params().buffers().into_iter();
+    buffers.map(|(name, var)| Ok((name, var.flatten_all()?.to_vec1()?))).collect()
+}
+
+/// Rounds to half precision, forward and backward.
+pub(crate) fn half(x: &Tensor) -> Result<Tensor, BoxError> {
+    Ok(x.to_dtype(DType::F16)?.to_dtype(DType::F32)?)
 }
 
 fn do_harm(harm: &Harm, rank: usize, step: u64) {

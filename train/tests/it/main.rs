@@ -4,9 +4,11 @@
 mod collectives;
 mod digits;
 mod faults;
+mod loss_scale;
 mod models;
 mod optim;
 mod pytorch;
+mod sync;
 mod training;
 
 use libtest_mimic::{Arguments, Trial};
@@ -19,9 +21,11 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let tests = [
         collectives::TESTS,
         faults::TESTS,
+        loss_scale::TESTS,
         models::TESTS,
         optim::TESTS,
         pytorch::TESTS,
+        sync::TESTS,
         training::TESTS,
     ]
     .concat();

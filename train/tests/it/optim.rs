@@ -11,13 +11,14 @@ use mobula_nn::loss::cross_entropy;
 use mobula_nn::models::MlpOptions;
 use mobula_nn::{Init, Model, ModelSpec, Params, Pass};
 use mobula_train::optim::{
-    AdamW, AdamWOptions, Clip, Ema, Grouped, LossScale, LossScaleOptions, Optimizer, OptimizerSpec,
-    OptimizerState, ParamGroup, ParamState, PlateauOptions, Schedule, Slot, Updater,
+    AdamW, AdamWOptions, Clip, Ema, Grouped, LossScale, LossScaleOptions, Now, Optimizer,
+    OptimizerSpec, OptimizerState, ParamGroup, ParamState, PlateauOptions, Schedule, Slot, Updater,
     UpdaterOptions,
 };
 use mobula_train::{Error, Gradients, ScalingConfig, TrainState, Trainer, WorkerContext};
 use serde_json::json;
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 pub(crate) const TESTS: &[Test] = &[
     ("optim::bits_do_not_depend_on_the_number_of_threads", threads),
@@ -36,6 +37,8 @@ pub(crate) const TESTS: &[Test] = &[
     ("optim::accumulated_batches_are_one_batch", accumulated),
     ("optim::a_resumed_run_keeps_schedule_averages_and_plateau", resumes),
     ("optim::averages_are_what_is_evaluated", averages),
+    ("optim::a_panic_in_an_evaluation_leaves_the_weights", averages_panic),
+    ("optim::one_parameter_is_locked_at_a_time", one_lock),
     ("optim::the_learning_rate_is_reported", reported),
     ("optim::ranks_keep_one_learning_rate", one_rate),
     ("optim::a_plateau_needs_its_metric", no_metric),
@@ -394,7 +397,7 @@ fn everything() -> UpdaterOptions {
         "plateau": {"metric": "accuracy", "mode": "max", "patience": 0, "factor": 0.5,
             "threshold": 0.5},
         "clip": {"norm": 0.5},
-        "ema": 0.9,
+        "ema": 0.9, "loss_scale": {},
     }))
     .expect("options")
 }
@@ -458,6 +461,71 @@ fn averages(_: &Runtime) {
     let mut without = TrainState::new(mlp(), build("sgd"), 5, 1);
     let error = without.with_averages(|_| ()).expect_err("none").to_string();
     assert_eq!(error, "no averages of the weights are kept: give the updater an `ema`");
+}
+
+fn averages_panic(_: &Runtime) {
+    let (params, mut updater) =
+        (some_params(), Updater::new(build("sgd")).with_ema(0.9).expect("ema"));
+    for step in 0..2 {
+        updater.step(&params, &mut some_gradients(&params, step)).expect("step");
+    }
+    let averages = |updater: &Updater| updater.ema().expect("averages").averages().to_vec();
+    let before = (values(&params), averages(&updater));
+    // A panic that says nothing.
+    let evaluation = || updater.with_averages(&params, || std::panic::resume_unwind(Box::new(())));
+    let panicked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(evaluation));
+    assert!(panicked.is_err());
+    assert_eq!((values(&params), averages(&updater)), before);
+}
+
+/// While it has a parameter, the pool has this thread do whatever else there is to do.
+#[derive(Debug, Default)]
+struct Yielding(AtomicUsize);
+
+impl Optimizer for Yielding {
+    fn name(&self) -> &str {
+        "yielding"
+    }
+
+    fn options(&self) -> serde_json::Value {
+        json!({})
+    }
+
+    fn lr(&self) -> f64 {
+        0.1
+    }
+
+    fn weight_decay(&self) -> f64 {
+        0.0
+    }
+
+    fn slots(&self, _: &[usize]) -> Vec<Slot> {
+        Vec::new()
+    }
+
+    fn update_param(
+        &self,
+        _: Now,
+        _: &mut [f32],
+        _: &[f32],
+        _: &mut ParamState,
+    ) -> Result<(), Error> {
+        assert_eq!(self.0.fetch_add(1, Ordering::SeqCst), 0, "another parameter is locked");
+        while rayon::yield_now() == Some(rayon::Yield::Executed) {}
+        self.0.fetch_sub(1, Ordering::SeqCst);
+        Ok(())
+    }
+}
+
+/// Two at once, and an evaluation that has one and waits for the other would wait forever.
+fn one_lock(_: &Runtime) {
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(1).build().expect("pool");
+    pool.install(|| {
+        let params = some_params();
+        let optimizer = Yielding::default();
+        let mut state = optimizer.init(&params).expect("state");
+        optimizer.update(&params, &some_gradients(&params, 0), &mut state).expect("update");
+    });
 }
 
 fn reported(_: &Runtime) {

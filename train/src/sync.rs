@@ -1,0 +1,123 @@
+//! What the ranks share within a batch beside its gradients: sums for layers with statistics of
+//! all rows, and buffers.
+//!
+//! A rank without rows has no pass, and does not know which sums the others ask for. So the ranks
+//! first tell each other their rows. Where one has none, the others announce each sum by its
+//! length, 0 when their pass is over, and that rank follows them with zeros.
+
+use crate::collective::Collective;
+use crate::{Error, Result};
+use candle_core::{DType, Tensor, Var};
+use mobula_core::BoxError;
+use mobula_nn::{Params, SyncSum};
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// Sums over the ranks in the passes of one batch.
+#[derive(Debug)]
+pub(crate) struct BatchSum {
+    collective: Arc<Collective>,
+    /// The ranks that have rows.
+    leaders: Vec<usize>,
+    /// Whether there are others.
+    has_followers: bool,
+    first_error: Mutex<Option<Error>>,
+}
+
+impl BatchSum {
+    /// All ranks begin a batch, with so many rows on this one.
+    pub(crate) fn begin(collective: &Arc<Collective>, rows: usize) -> Result<Self> {
+        let rows = collective.all_gather(rows as f64)?;
+        let leaders: Vec<usize> = (0..rows.len()).filter(|rank| rows[*rank] > 0.0).collect();
+        Ok(Self {
+            collective: Arc::clone(collective),
+            has_followers: leaders.len() < rows.len(),
+            leaders,
+            first_error: Mutex::default(),
+        })
+    }
+
+    /// For a rank without rows: takes part in each sum of the others.
+    pub(crate) fn follow(&self) -> Result<()> {
+        loop {
+            match self.announce(0)? {
+                0 => return Ok(()),
+                len => self.collective.all_reduce(&mut vec![0.0f64; len])?,
+            }
+        }
+    }
+
+    /// For a rank with rows: its pass is over.
+    pub(crate) fn end(&self) -> Result<()> {
+        if self.has_followers { self.announce(0).map(drop) } else { Ok(()) }
+    }
+
+    /// What went wrong in a sum. On its way through layers and candle an error becomes a text.
+    pub(crate) fn first_error(&self) -> Option<Error> {
+        self.first_error.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
+    fn add(&self, values: &mut [f64]) -> Result<()> {
+        if values.is_empty() {
+            return Ok(());
+        }
+        if self.has_followers {
+            self.announce(values.len())?;
+        }
+        self.collective.all_reduce(values)
+    }
+
+    /// How many values the ranks with rows sum next. Errors when they do not agree.
+    fn announce(&self, len: usize) -> Result<usize> {
+        let all = self.collective.all_gather(len as f64)?;
+        let mut said = self.leaders.iter().map(|rank| (*rank, all[*rank] as usize));
+        let (rank, len) = said.next().unwrap_or_default();
+        match said.find(|(_, other_len)| *other_len != len) {
+            None => Ok(len),
+            Some((other, other_len)) => {
+                Err(Error::CollectiveLength { rank, len, other, other_len, unit: "elements" })
+            }
+        }
+    }
+}
+
+impl SyncSum for BatchSum {
+    fn sum(&self, values: &mut [f64]) -> Result<(), BoxError> {
+        self.add(values).map_err(|error| {
+            let text = error.to_string();
+            let mut first = self.first_error.lock().unwrap_or_else(PoisonError::into_inner);
+            first.get_or_insert(error);
+            text.into()
+        })
+    }
+}
+
+/// Gives all ranks the same buffers: the means over the ranks, weighted by the rows that each has
+/// just seen. In `f64`, so that what is the same on all ranks stays as it is.
+pub(crate) fn average_buffers(params: &Params, rows: usize, collective: &Collective) -> Result<()> {
+    let buffers = params.buffers();
+    if buffers.is_empty() || matches!(collective, Collective::Alone) {
+        return Ok(());
+    }
+    let rows = rows as f64;
+    let mut sums = vec![rows];
+    for (_, buffer) in &buffers {
+        let values = buffer.to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>()?;
+        sums.extend(values.into_iter().map(|value| value * rows));
+    }
+    collective.all_reduce(&mut sums)?;
+    let (all_rows, mut sums) = (sums[0], &sums[1..]);
+    if all_rows == 0.0 {
+        return Ok(());
+    }
+    for (_, buffer) in &buffers {
+        let (own, rest) = sums.split_at(buffer.elem_count());
+        set(buffer, own.iter().map(|sum| sum / all_rows).collect())?;
+        sums = rest;
+    }
+    Ok(())
+}
+
+fn set(buffer: &Var, values: Vec<f64>) -> Result<()> {
+    let values = Tensor::from_vec(values, buffer.shape(), buffer.device())?;
+    Ok(buffer.set(&values.to_dtype(buffer.dtype())?)?)
+}
