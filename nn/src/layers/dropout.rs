@@ -25,23 +25,23 @@ impl Dropout {
     /// A layer named by the path of `params`; it has no parameters. Errors unless `rate` is in
     /// `[0, 1)`.
     pub fn new(params: &Params, rate: f64) -> Result<Self> {
+        Self::named(params.path().to_owned(), rate)
+    }
+
+    pub(super) fn named(name: String, rate: f64) -> Result<Self> {
         if !(0.0..1.0).contains(&rate) {
             return Err(Error::option("dropout", rate, "at least 0 and less than 1"));
         }
-        Ok(Self { rate, name: params.path().to_owned() })
+        Ok(Self { rate, name })
     }
-}
 
-impl Module for Dropout {
-    fn forward(&self, x: &Tensor, pass: &Pass) -> Result<Tensor> {
+    /// What it drops in a pass; `None` where that is nothing.
+    pub(super) fn mask(&self, pass: &Pass) -> Result<Option<Mask>> {
         let Some(training) = pass.training().filter(|_| self.rate > 0.0) else {
-            return Ok(x.clone());
+            return Ok(None);
         };
-        if x.rank() == 0 {
-            return Err(Error::shape("the input of dropout", "[rows, ..]", &[]));
-        }
-        let mask = Mask {
-            key: Stream::new(training.seed, &format!("dropout {}", self.name)).key(),
+        Ok(Some(Mask {
+            stream: Stream::new(training.seed, &format!("dropout {}", self.name)),
             step: training.step,
             first_row: u32::try_from(training.row_offset).map_err(|_| {
                 let expected = "less than 2^32, the rows that a step may have";
@@ -49,7 +49,18 @@ impl Module for Dropout {
             })?,
             threshold: (self.rate * (1u64 << 32) as f64) as u32,
             scale: 1.0 / (1.0 - self.rate),
+        }))
+    }
+}
+
+impl Module for Dropout {
+    fn forward(&self, x: &Tensor, pass: &Pass) -> Result<Tensor> {
+        let Some(mask) = self.mask(pass)? else {
+            return Ok(x.clone());
         };
+        if x.rank() == 0 {
+            return Err(Error::shape("the input of dropout", "[rows, ..]", &[]));
+        }
         if x.device().is_cpu() {
             let x = &x.contiguous()?;
             return Ok(match x.dtype() {
@@ -65,9 +76,9 @@ impl Module for Dropout {
 }
 
 /// The mask of one layer in one step: the operation is its own gradient.
-#[derive(Clone, Copy)]
-struct Mask {
-    key: [u32; 2],
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Mask {
+    stream: Stream,
     step: u64,
     first_row: u32,
     /// A word below this drops its feature.
@@ -87,23 +98,46 @@ impl Mask {
         out
     }
 
-    /// Draws what `Stream::at(step, row)` would, a block of four words at a time.
     fn apply_row<T: Real>(&self, row: usize, x: &[T], out: &mut [T]) {
-        let row = self.first_row.wrapping_add(row as u32);
-        let scale = T::from_f64(self.scale);
+        let (scale, words) = (T::from_f64(self.scale), self.words(row));
         for (block, (out, x)) in out.chunks_mut(4).zip(x.chunks(4)).enumerate() {
-            let counter = [block as u32, row, self.step as u32, (self.step >> 32) as u32];
-            let words = philox4x32_10(counter, self.key);
-            for ((out, x), word) in out.iter_mut().zip(x).zip(words) {
+            for ((out, x), word) in out.iter_mut().zip(x).zip(words(block)) {
                 if word >= self.threshold {
                     *out = *x * scale;
                 }
             }
         }
     }
+
+    /// Draws what `Stream::at(step, row)` would, a block of four words at a time.
+    fn words(&self, row: usize) -> impl Fn(usize) -> [u32; 4] + use<> {
+        let (step, key) = (self.step, self.stream.key());
+        let row = self.first_row.wrapping_add(row as u32);
+        move |block| philox4x32_10([block as u32, row, step as u32, (step >> 32) as u32], key)
+    }
 }
 
 impl Mask {
+    /// The mask of number `index` of several that are independent.
+    pub(super) fn child(&self, index: usize) -> Self {
+        Self { stream: self.stream.child(index as u64), ..*self }
+    }
+
+    /// What the kept are multiplied with.
+    pub(super) fn scale(&self) -> f64 {
+        self.scale
+    }
+
+    /// Sets `out` to what the features of a row are multiplied with: 0 or the scale.
+    pub(super) fn factors<T: Real>(&self, row: usize, out: &mut [T]) {
+        let (scale, words) = (T::from_f64(self.scale), self.words(row));
+        for (block, out) in out.chunks_mut(4).enumerate() {
+            for (out, word) in out.iter_mut().zip(words(block)) {
+                *out = scale.when(word >= self.threshold);
+            }
+        }
+    }
+
     fn forward<T: Real>(self, x: &Tensor) -> candle_core::Result<Tensor> {
         let features = x.dims()[1..].iter().product();
         let y = with_values([x], |[x]| Ok(self.apply::<T>(x, features)))?;

@@ -1,5 +1,6 @@
 //! The crate through its public interface.
 
+mod attention;
 mod backward;
 mod convolutions;
 mod gradients;
