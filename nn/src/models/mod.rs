@@ -1,6 +1,7 @@
 //! The architectures that come with this crate.
 
 mod cnn;
+mod ids;
 mod lstm;
 mod mlp;
 mod resnet;

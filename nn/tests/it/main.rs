@@ -13,6 +13,7 @@ mod pooling;
 mod recurrent;
 mod registry;
 mod threads;
+mod tokens;
 mod weights;
 
 use candle_core::{Device, Tensor};
