@@ -12,6 +12,7 @@ mod norms;
 mod pooling;
 mod recurrent;
 mod registry;
+mod tabular;
 mod threads;
 mod tokens;
 mod weights;
