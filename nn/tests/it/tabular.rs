@@ -53,6 +53,21 @@ fn every_parameter_has_a_say() {
     }
 }
 
+/// The table has the three categories of the first column, then the two of the second.
+#[test]
+fn each_column_has_vectors_of_its_own() {
+    let model = build(SMALL).expect("model");
+    let x = Tensor::new(&[[0.3f32, -0.4, 1.0, 1.0]], &CPU).expect("row");
+    let y = model.forward(&x, &Pass::eval()).and_then(|y| Ok(y.sum_all()?)).expect("forward");
+    let gradients = y.backward().expect("backward");
+    let vars = model.params().vars();
+    let (_, table) = vars.iter().find(|(name, _)| name == "embedding.weight").expect("table");
+    let sizes = gradients.get(table).and_then(|g| g.abs().and_then(|g| g.sum(1)).ok());
+    let sizes: Vec<f32> = sizes.and_then(|sizes| sizes.to_vec1().ok()).expect("gradient");
+    let used: Vec<bool> = sizes.iter().map(|size| *size > 0.0).collect();
+    assert_eq!(used, [false, true, false, false, true]);
+}
+
 #[test]
 fn the_defaults_are_the_authors() {
     let options: TabularOptions =
