@@ -278,47 +278,6 @@ impl Attention {
             );
         }
     }
-
-    /// Gradients by heads in the places of their tensors.
-    fn in_place<T: Real>(
-        &self,
-        heads: &[Vec<T>; 3],
-        tensors: &[&Tensor],
-        at: &[(usize, Columns); 3],
-    ) -> Vec<Vec<T>> {
-        let sizes =
-            [(self.heads, self.queries), (self.kv_heads, self.keys), (self.kv_heads, self.keys)];
-        let mut gradients = Vec::new();
-        for (index, tensor) in tensors.iter().enumerate() {
-            // Every column belongs to one of the three.
-            gradients.push(output(tensor.elem_count(), |to: &mut [T]| {
-                for ((heads, (count, places)), (of, columns)) in heads.iter().zip(sizes).zip(at) {
-                    if *of == index {
-                        self.by_place(heads, count, places, *columns, to);
-                    }
-                }
-            }));
-        }
-        gradients
-    }
-
-    fn by_place<T: Real>(
-        &self,
-        from: &[T],
-        heads: usize,
-        places: usize,
-        Columns { first, stride }: Columns,
-        to: &mut [T],
-    ) {
-        to.par_chunks_mut(stride).enumerate().with_min_len(16).for_each(|(at, to)| {
-            let (row, place) = (at / places, at % places);
-            let to = &mut to[first..first + heads * self.size];
-            for (head, to) in to.chunks_exact_mut(self.size).enumerate() {
-                let start = ((row * heads + head) * places + place) * self.size;
-                to.copy_from_slice(&from[start..start + self.size]);
-            }
-        });
-    }
 }
 
 /// In place. Where nothing is seen there is nothing to weigh.
