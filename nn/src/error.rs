@@ -58,6 +58,22 @@ pub enum Error {
         /// Their type.
         got: &'static str,
     },
+    /// An id that a model does not know: of a token, of a category.
+    #[error("{what} {column} of row {row} is {got}, expected a whole number from 0 to {} (option {option}); give what is unknown an id of its own", *count as i64 - 1)]
+    UnknownId {
+        /// What it is the id of.
+        what: &'static str,
+        /// Which of its row's, from 0.
+        column: usize,
+        /// Its row in the batch, from 0.
+        row: usize,
+        /// The id.
+        got: f64,
+        /// How many there are.
+        count: usize,
+        /// The option that says so.
+        option: &'static str,
+    },
     /// A mean over no rows.
     #[error("{what} of an empty batch is undefined: skip batches of 0 rows, or use the sum")]
     EmptyBatch {

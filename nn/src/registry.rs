@@ -1,6 +1,8 @@
 //! Architectures by name, so that a file can say which model it is of.
 
-use crate::models::{CnnOptions, LstmOptions, MlpOptions, ResNetOptions, TransformerOptions};
+use crate::models::{
+    CnnOptions, LstmOptions, MlpOptions, ResNetOptions, TabularOptions, TransformerOptions,
+};
 use crate::{Error, Model, Module, Params, Result};
 use candle_core::Device;
 use mobula_core::error::AtPath;
@@ -12,7 +14,7 @@ use std::path::Path;
 /// A model's description: which architecture, with which options.
 ///
 /// In JSON and TOML it reads `architecture = "mlp"` and a table `[options]` with the fields of
-/// [`MlpOptions`], [`CnnOptions`], [`LstmOptions`], or those that a program registered.
+/// [`MlpOptions`] or another of [`models`](crate::models), or of those that a program registered.
 ///
 /// ```
 /// use mobula_nn::ModelSpec;
@@ -91,11 +93,11 @@ pub struct Registry {
 }
 
 impl Registry {
-    /// `"cnn"`, `"lstm"`, `"mlp"`, `"resnet"` and `"transformer"`.
+    /// `"cnn"`, `"lstm"`, `"mlp"`, `"resnet"`, `"tabular"` and `"transformer"`.
     pub fn builtin() -> Self {
         let known = BTreeMap::new();
         let known = Self { known }.with::<MlpOptions>("mlp").with::<CnnOptions>("cnn");
-        let known = known.with::<LstmOptions>("lstm");
+        let known = known.with::<LstmOptions>("lstm").with::<TabularOptions>("tabular");
         known.with::<ResNetOptions>("resnet").with::<TransformerOptions>("transformer")
     }
 

@@ -1,12 +1,13 @@
 //! Dropout whose masks are recomputed, never stored.
 
 use crate::cpu::{TASK_ELEMENTS, unsupported, with_values};
-use crate::kernels::Real;
+use crate::kernels::{Real, vectorized};
 use crate::link::{Source, result};
 use crate::{Error, Module, Params, Pass, Result};
 use candle_core::{DType, Device, Tensor};
 use mobula_core::random::{Stream, philox4x32_10};
 use rayon::prelude::*;
+use std::array::from_fn;
 
 /// Sets each feature to 0 with probability `rate` in training and divides the others by
 /// `1 − rate`; the identity in evaluation.
@@ -25,23 +26,23 @@ impl Dropout {
     /// A layer named by the path of `params`; it has no parameters. Errors unless `rate` is in
     /// `[0, 1)`.
     pub fn new(params: &Params, rate: f64) -> Result<Self> {
+        Self::named(params.path().to_owned(), rate)
+    }
+
+    pub(super) fn named(name: String, rate: f64) -> Result<Self> {
         if !(0.0..1.0).contains(&rate) {
             return Err(Error::option("dropout", rate, "at least 0 and less than 1"));
         }
-        Ok(Self { rate, name: params.path().to_owned() })
+        Ok(Self { rate, name })
     }
-}
 
-impl Module for Dropout {
-    fn forward(&self, x: &Tensor, pass: &Pass) -> Result<Tensor> {
+    /// What it drops in a pass; `None` where that is nothing.
+    pub(super) fn mask(&self, pass: &Pass) -> Result<Option<Mask>> {
         let Some(training) = pass.training().filter(|_| self.rate > 0.0) else {
-            return Ok(x.clone());
+            return Ok(None);
         };
-        if x.rank() == 0 {
-            return Err(Error::shape("the input of dropout", "[rows, ..]", &[]));
-        }
-        let mask = Mask {
-            key: Stream::new(training.seed, &format!("dropout {}", self.name)).key(),
+        Ok(Some(Mask {
+            stream: Stream::new(training.seed, &format!("dropout {}", self.name)),
             step: training.step,
             first_row: u32::try_from(training.row_offset).map_err(|_| {
                 let expected = "less than 2^32, the rows that a step may have";
@@ -49,7 +50,18 @@ impl Module for Dropout {
             })?,
             threshold: (self.rate * (1u64 << 32) as f64) as u32,
             scale: 1.0 / (1.0 - self.rate),
+        }))
+    }
+}
+
+impl Module for Dropout {
+    fn forward(&self, x: &Tensor, pass: &Pass) -> Result<Tensor> {
+        let Some(mask) = self.mask(pass)? else {
+            return Ok(x.clone());
         };
+        if x.rank() == 0 {
+            return Err(Error::shape("the input of dropout", "[rows, ..]", &[]));
+        }
         if x.device().is_cpu() {
             let x = &x.contiguous()?;
             return Ok(match x.dtype() {
@@ -65,9 +77,9 @@ impl Module for Dropout {
 }
 
 /// The mask of one layer in one step: the operation is its own gradient.
-#[derive(Clone, Copy)]
-struct Mask {
-    key: [u32; 2],
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Mask {
+    stream: Stream,
     step: u64,
     first_row: u32,
     /// A word below this drops its feature.
@@ -87,23 +99,53 @@ impl Mask {
         out
     }
 
-    /// Draws what `Stream::at(step, row)` would, a block of four words at a time.
     fn apply_row<T: Real>(&self, row: usize, x: &[T], out: &mut [T]) {
-        let row = self.first_row.wrapping_add(row as u32);
+        self.factors(row, out);
         let scale = T::from_f64(self.scale);
-        for (block, (out, x)) in out.chunks_mut(4).zip(x.chunks(4)).enumerate() {
-            let counter = [block as u32, row, self.step as u32, (self.step >> 32) as u32];
-            let words = philox4x32_10(counter, self.key);
-            for ((out, x), word) in out.iter_mut().zip(x).zip(words) {
-                if word >= self.threshold {
-                    *out = *x * scale;
-                }
-            }
-        }
+        vectorized(
+            #[inline(always)]
+            || {
+                let kept = |out: T| out > T::zero();
+                out.iter_mut().zip(x).for_each(|(out, x)| *out = (*x * scale).when(kept(*out)));
+            },
+        );
     }
-}
 
-impl Mask {
+    /// The mask of number `index` of several that are independent.
+    pub(super) fn child(&self, index: usize) -> Self {
+        Self { stream: self.stream.child(index as u64), ..*self }
+    }
+
+    /// What the kept are multiplied with.
+    pub(super) fn scale(&self) -> f64 {
+        self.scale
+    }
+
+    /// Sets `out` to what the features of a row are multiplied with: 0 or the scale. Draws what
+    /// `Stream::at(step, row)` would.
+    pub(super) fn factors<T: Real>(&self, row: usize, out: &mut [T]) {
+        let scale = T::from_f64(self.scale);
+        let (step, row) = (self.step, self.first_row.wrapping_add(row as u32));
+        let (counter, key) = ([row, step as u32, (step >> 32) as u32], self.stream.key());
+        let (many, rest) = out.as_chunks_mut::<{ 4 * LANES }>();
+        for (block, out) in (many.len() * LANES..).zip(rest.chunks_mut(4)) {
+            let [a, b, c] = counter;
+            let words = philox4x32_10([block as u32, a, b, c], key);
+            out.iter_mut().zip(words).for_each(|(out, w)| *out = scale.when(w >= self.threshold));
+        }
+        vectorized(
+            #[inline(always)]
+            || {
+                for (at, out) in many.iter_mut().enumerate() {
+                    let words = blocks((at * LANES) as u32, counter, key);
+                    for (lane, out) in out.as_chunks_mut::<4>().0.iter_mut().enumerate() {
+                        *out = from_fn(|of| scale.when(words[of][lane] >= self.threshold));
+                    }
+                }
+            },
+        );
+    }
+
     fn forward<T: Real>(self, x: &Tensor) -> candle_core::Result<Tensor> {
         let features = x.dims()[1..].iter().product();
         let y = with_values([x], |[x]| Ok(self.apply::<T>(x, features)))?;
@@ -115,4 +157,29 @@ impl Mask {
             Ok(vec![to.give(self.apply(gradient, features))?])
         })
     }
+}
+
+/// Blocks that are drawn at once.
+const LANES: usize = 16;
+
+/// [`philox4x32_10`] of the block `first` and those that follow, by word, then by block: in this form
+/// it compiles to vectors, and takes a sixth of the time.
+#[inline(always)]
+fn blocks(first: u32, counter: [u32; 3], mut key: [u32; 2]) -> [[u32; LANES]; 4] {
+    let numbers = from_fn(|lane| first.wrapping_add(lane as u32));
+    let [mut a, mut b, mut c, mut d] =
+        [numbers, [counter[0]; LANES], [counter[1]; LANES], [counter[2]; LANES]];
+    for round in 0..10 {
+        if round > 0 {
+            key = [key[0].wrapping_add(0x9E37_79B9), key[1].wrapping_add(0xBB67_AE85)];
+        }
+        for lane in 0..LANES {
+            let p0 = 0xD251_1F53 * u64::from(a[lane]);
+            let p1 = 0xCD9E_8D57 * u64::from(c[lane]);
+            a[lane] = (p1 >> 32) as u32 ^ b[lane] ^ key[0];
+            c[lane] = (p0 >> 32) as u32 ^ d[lane] ^ key[1];
+            (b[lane], d[lane]) = (p1 as u32, p0 as u32);
+        }
+    }
+    [a, b, c, d]
 }

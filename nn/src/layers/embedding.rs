@@ -1,11 +1,13 @@
 //! A vector for each of a fixed number of things.
 
+use super::Activation;
+use super::linear_op::affine;
 use crate::backward::parameter_gradient;
 use crate::cpu::{TASK_ELEMENTS, unsupported, with_values};
 use crate::kernels::{Real, output, vectorized};
 use crate::link::{Source, result};
 use crate::{Error, Init, Params, Result};
-use candle_core::{DType, Device, Tensor};
+use candle_core::{D, DType, Device, Tensor};
 use rayon::prelude::*;
 
 /// The rows of a table: indices `[..]` to `[.., features]`.
@@ -34,12 +36,16 @@ pub struct Embedding {
 impl Embedding {
     /// Creates the parameter in `params`. Errors for sizes of 0.
     pub fn new(params: &Params, count: usize, features: usize) -> Result<Self> {
+        Self::with_init(params, count, features, Init::Normal { mean: 0.0, std: 1.0 })
+    }
+
+    /// The same with other initial values.
+    pub fn with_init(params: &Params, count: usize, features: usize, init: Init) -> Result<Self> {
         for (option, size) in [("count", count), ("features", features)] {
             if size == 0 {
                 return Err(Error::option(option, 0, "at least 1"));
             }
         }
-        let init = Init::Normal { mean: 0.0, std: 1.0 };
         Ok(Self { weight: params.get((count, features), "weight", init)?, padding: None })
     }
 
@@ -71,6 +77,22 @@ impl Embedding {
             (true, other) => return Err(unsupported(other, "embedding").into()),
             (false, _) => self.composed(&indices, &shape)?,
         })
+    }
+
+    /// The products of `x [.., features]` with each row of the table, `[.., count]`: the logits of a
+    /// head that shares its weight with the embedding (Press and Wolf, 2017; Flax's `attend`).
+    pub fn attend(&self, x: &Tensor) -> Result<Tensor> {
+        let (count, features) = self.weight.dims2()?;
+        if x.rank() < 2 || x.dim(D::Minus1)? != features {
+            let what = "what is compared with an embedding";
+            return Err(Error::shape(what, format!("[.., {features}]"), x.dims()));
+        }
+        if x.device().is_cpu() {
+            let no_bias = Tensor::zeros(count, self.weight.dtype(), &Device::Cpu)?;
+            return Ok(affine(x, &self.weight, &no_bias, Activation::Identity)?);
+        }
+        let shape = [&x.dims()[..x.rank() - 1], &[count]].concat();
+        Ok(x.reshape(((), features))?.matmul(&self.weight.t()?)?.reshape(shape)?)
     }
 
     fn fused<T: Real>(

@@ -52,6 +52,12 @@ impl TransformerBlock {
         Self { attention: self.attention.with_rotary(rotary), ..self }
     }
 
+    /// Drops weights of the attention in training, as [`MultiHeadAttention::with_dropout`]; by
+    /// default none. Errors unless `rate` is in `[0, 1)`.
+    pub fn with_attention_dropout(self, rate: f64) -> Result<Self> {
+        Ok(Self { attention: self.attention.with_dropout(rate)?, ..self })
+    }
+
     /// Each place sees those that the mask lets it see.
     pub fn forward_masked(&self, x: &Tensor, mask: &AttentionMask, pass: &Pass) -> Result<Tensor> {
         let [after_attention, between, after] = &self.dropouts;

@@ -1,15 +1,18 @@
 //! The architectures that come with this crate.
 
 mod cnn;
+mod ids;
 mod lstm;
 mod mlp;
 mod resnet;
+mod tabular;
 mod transformer;
 
 pub use cnn::{Cnn, CnnOptions};
 pub use lstm::{CellKind, Lstm, LstmOptions};
 pub use mlp::{Mlp, MlpOptions};
 pub use resnet::{ResNet, ResNetOptions};
+pub use tabular::{Tabular, TabularOptions};
 pub use transformer::{Pooling, Positions, Transformer, TransformerOptions};
 
 use crate::{Error, Result};

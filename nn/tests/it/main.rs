@@ -1,5 +1,6 @@
 //! The crate through its public interface.
 
+mod attention;
 mod backward;
 mod convolutions;
 mod gradients;
@@ -11,7 +12,9 @@ mod norms;
 mod pooling;
 mod recurrent;
 mod registry;
+mod tabular;
 mod threads;
+mod tokens;
 mod weights;
 
 use candle_core::{Device, Tensor};

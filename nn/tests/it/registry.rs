@@ -14,7 +14,7 @@ fn an_unknown_architecture_lists_the_known_ones() {
     let text = refusal(r#"{"architecture": "mpl"}"#);
     assert!(text.contains("no architecture \"mpl\"; known: cnn, lstm, mlp"), "{text}");
     let more = Registry::builtin().with::<MlpOptions>("twin");
-    assert_eq!(more.names(), ["cnn", "lstm", "mlp", "resnet", "transformer", "twin"]);
+    assert_eq!(more.names(), ["cnn", "lstm", "mlp", "resnet", "tabular", "transformer", "twin"]);
 }
 
 #[test]

@@ -2,11 +2,12 @@
 //!
 //! Some queries at a time: their scores with all keys, the softmax, the sum of the values. Memory
 //! beyond the tensors is that of a few rows of scores, so it grows with the length and not with
-//! its square. The backward pass computes the scores again (Dao et al.: *FlashAttention*, 2022,
-//! without its tiles of keys: here a row of scores is in the cache anyway).
+//! its square. The backward pass computes the scores and the dropout again (Dao et al.:
+//! *FlashAttention*, 2022, without its tiles of keys: here a row of scores is in the cache anyway).
 
-use crate::cpu::with_values;
+use super::parts::{Columns, Inputs, Part, Parts, with_all};
 use crate::kernels::{Mat, Out, Real, Threads, lane_max, lane_sum, output, product, vectorized};
+use crate::layers::dropout::Mask;
 use crate::link::{Source, Told, result};
 use candle_core::{Result, Tensor};
 use rayon::prelude::*;
@@ -35,47 +36,8 @@ pub(super) struct Attention {
     pub(super) lengths: Option<Arc<[usize]>>,
     /// `[queries, keys]`, added to the scores.
     pub(super) bias: Option<Arc<[f64]>>,
-}
-
-/// Where the heads of queries, keys or values are: the column of the first in rows of `stride`.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Columns {
-    pub(super) first: usize,
-    pub(super) stride: usize,
-}
-
-/// Tensors of which queries, keys and values are columns: one of all, or one each.
-pub(super) struct Inputs<'a> {
-    pub(super) tensors: Vec<&'a Tensor>,
-    /// Of each of the three, which tensor, and where in it.
-    pub(super) at: [(usize, Columns); 3],
-}
-
-/// One of queries, keys and values.
-#[derive(Clone, Copy)]
-struct Part<'a, T> {
-    values: &'a [T],
-    columns: Columns,
-    /// Places of a row of the batch.
-    places: usize,
-    size: usize,
-}
-
-impl<'a, T: Real> Part<'a, T> {
-    /// `[places, size]` of one head.
-    fn head(&self, row: usize, head: usize, places: Range<usize>) -> Mat<'a, T> {
-        let Columns { first, stride } = self.columns;
-        let start = (row * self.places + places.start) * stride + first + head * self.size;
-        let rows = places.len();
-        let reach = if rows == 0 { 0 } else { (rows - 1) * stride + self.size };
-        Mat::strided(&self.values[start..start + reach], rows, self.size, stride)
-    }
-}
-
-struct Parts<'a, T> {
-    q: Part<'a, T>,
-    k: Part<'a, T>,
-    v: Part<'a, T>,
+    /// What is dropped of the weights.
+    pub(super) dropout: Option<Mask>,
 }
 
 impl Attention {
@@ -121,10 +83,13 @@ impl Attention {
             blocks.for_each(|(block, y)| {
                 let first = block * BLOCK;
                 let queries = first..first + y.len() / width;
-                let mut scores = Vec::new();
+                let (mut scores, mut factors) = (Vec::new(), Vec::new());
                 for head in 0..self.heads {
                     let keys = self.seen(row, &queries);
                     self.weights(parts, row, head, queries.clone(), keys.clone(), &mut scores);
+                    if self.draw(row, head, queries.clone(), keys.len(), &mut factors) {
+                        multiply(&mut scores, &factors);
+                    }
                     let weights = Mat::new(&scores, queries.len(), keys.len());
                     let values = parts.v.head(row, head / self.group(), keys);
                     let out = Out { rows: y, first: head * self.size, stride: width };
@@ -186,6 +151,28 @@ impl Attention {
         }
     }
 
+    /// What the weights `[queries, keys]` are multiplied with; whether anything is dropped.
+    fn draw<T: Real>(
+        &self,
+        row: usize,
+        head: usize,
+        queries: Range<usize>,
+        keys: usize,
+        factors: &mut Vec<T>,
+    ) -> bool {
+        let Some(dropout) = &self.dropout else {
+            return false;
+        };
+        let of_head = dropout.child(head);
+        factors.resize(queries.len() * keys, T::zero());
+        for (query, factors) in queries.zip(factors.chunks_exact_mut(keys.max(1))) {
+            let seen = self.seen(row, &(query..query + 1)).len();
+            of_head.child(query).factors(row, &mut factors[..seen]);
+            factors[seen..].fill(T::zero());
+        }
+        true
+    }
+
     /// The gradients by heads: of queries `[rows, heads, queries, size]`, then of keys and of
     /// values `[rows, kv_heads, keys, size]`.
     fn backward<T: Real>(&self, parts: &Parts<'_, T>, gradient: &[T]) -> [Vec<T>; 3] {
@@ -224,7 +211,7 @@ impl Attention {
             size: self.size,
         };
         let scale = T::from_f64(1.0 / (self.size as f64).sqrt());
-        let (mut scores, mut slopes) = (Vec::new(), Vec::new());
+        let (mut scores, mut slopes, mut factors) = (Vec::new(), Vec::new(), Vec::new());
         for (block, dq) in dq.chunks_mut(BLOCK * self.size).enumerate() {
             let first = block * BLOCK;
             let queries = first..first + dq.len() / self.size;
@@ -250,7 +237,13 @@ impl Attention {
                 v.t(),
                 Threads::One,
             );
-            let weights = Mat::new(&scores, queries.len(), keys.len());
+            let mut weights = &scores;
+            if self.draw(row, head, queries.clone(), keys.len(), &mut factors) {
+                multiply(&mut slopes, &factors);
+                multiply(&mut factors, &scores);
+                weights = &factors;
+            }
+            let weights = Mat::new(weights, queries.len(), keys.len());
             product(
                 Out { rows: dv, first: 0, stride: self.size },
                 true,
@@ -285,47 +278,6 @@ impl Attention {
             );
         }
     }
-
-    /// Gradients by heads in the places of their tensors.
-    fn in_place<T: Real>(
-        &self,
-        heads: &[Vec<T>; 3],
-        tensors: &[&Tensor],
-        at: &[(usize, Columns); 3],
-    ) -> Vec<Vec<T>> {
-        let sizes =
-            [(self.heads, self.queries), (self.kv_heads, self.keys), (self.kv_heads, self.keys)];
-        let mut gradients = Vec::new();
-        for (index, tensor) in tensors.iter().enumerate() {
-            // Every column belongs to one of the three.
-            gradients.push(output(tensor.elem_count(), |to: &mut [T]| {
-                for ((heads, (count, places)), (of, columns)) in heads.iter().zip(sizes).zip(at) {
-                    if *of == index {
-                        self.by_place(heads, count, places, *columns, to);
-                    }
-                }
-            }));
-        }
-        gradients
-    }
-
-    fn by_place<T: Real>(
-        &self,
-        from: &[T],
-        heads: usize,
-        places: usize,
-        Columns { first, stride }: Columns,
-        to: &mut [T],
-    ) {
-        to.par_chunks_mut(stride).enumerate().with_min_len(16).for_each(|(at, to)| {
-            let (row, place) = (at / places, at % places);
-            let to = &mut to[first..first + heads * self.size];
-            for (head, to) in to.chunks_exact_mut(self.size).enumerate() {
-                let start = ((row * heads + head) * places + place) * self.size;
-                to.copy_from_slice(&from[start..start + self.size]);
-            }
-        });
-    }
 }
 
 /// In place. Where nothing is seen there is nothing to weigh.
@@ -337,6 +289,13 @@ fn softmax<T: Real>(scores: &mut [T]) {
     scores.iter_mut().for_each(|score| *score *= scale);
 }
 
+fn multiply<T: Real>(values: &mut [T], factors: &[T]) {
+    vectorized(
+        #[inline(always)]
+        || values.iter_mut().zip(factors).for_each(|(value, factor)| *value *= *factor),
+    );
+}
+
 /// From the gradient of weights to that of scores, in place.
 #[inline(always)]
 fn softmax_slopes<T: Real>(weights: &[T], slopes: &mut [T]) {
@@ -344,15 +303,5 @@ fn softmax_slopes<T: Real>(weights: &[T], slopes: &mut [T]) {
     let sum = lane_sum(slopes);
     for (slope, weight) in slopes.iter_mut().zip(weights) {
         *slope -= *weight * sum;
-    }
-}
-
-/// [`with_values`] of up to three tensors.
-fn with_all<T: Real, R>(tensors: &[&Tensor], f: impl FnOnce(&[&[T]]) -> Result<R>) -> Result<R> {
-    match tensors {
-        [a] => with_values([*a], |values| f(&values)),
-        [a, b] => with_values([*a, *b], |values| f(&values)),
-        [a, b, c] => with_values([*a, *b, *c], |values| f(&values)),
-        _ => Err(candle_core::Error::Msg("attention of one to three tensors".into()).bt()),
     }
 }

@@ -1,16 +1,20 @@
 //! Attention.
 
+mod composed;
 mod kernel;
+mod parts;
 mod rotary;
 
 pub use rotary::Rotary;
 
+use super::dropout::Mask;
 use super::linear_op::affine;
-use super::{Activation, Linear};
+use super::{Activation, Dropout, Linear};
 use crate::cpu::unsupported;
 use crate::{Error, Init, Module, Params, Pass, Result};
-use candle_core::{D, DType, Tensor};
-use kernel::{Attention, Columns, Inputs};
+use candle_core::{DType, Tensor};
+use kernel::Attention;
+use parts::{Columns, Inputs};
 use std::sync::Arc;
 
 /// Which keys each query sees; by default all.
@@ -102,9 +106,9 @@ pub fn attention(
     let widths = (heads * size, kv_heads * size);
     let at = [(0, whole(widths.0)), (1, whole(widths.1)), (2, whole(widths.1))];
     if !q.device().is_cpu() {
-        return sizes.composed(&q, &k, &v, mask);
+        return sizes.composed(&q, &k, &v, mask, None);
     }
-    sizes.kernel(mask, &Inputs { tensors: vec![&q, &k, &v], at })
+    sizes.kernel(&Inputs { tensors: vec![&q, &k, &v], at }, mask, None)
 }
 
 #[derive(Clone, Copy)]
@@ -135,65 +139,33 @@ impl Sizes {
         }
     }
 
-    fn kernel(&self, mask: &AttentionMask, inputs: &Inputs<'_>) -> Result<Tensor> {
+    fn kernel(
+        &self,
+        inputs: &Inputs<'_>,
+        mask: &AttentionMask,
+        dropout: Option<Mask>,
+    ) -> Result<Tensor> {
         self.check(mask)?;
         let Self { rows, queries, keys, heads, kv_heads, size } = *self;
         let bias = mask.bias.as_ref().map(|bias| Arc::clone(&bias.values));
         let (is_causal, lengths) = (mask.causal, mask.lengths.clone());
-        let kernel =
-            Attention { rows, queries, keys, heads, kv_heads, size, is_causal, lengths, bias };
+        let kernel = Attention {
+            rows,
+            queries,
+            keys,
+            heads,
+            kv_heads,
+            size,
+            is_causal,
+            lengths,
+            bias,
+            dropout,
+        };
         Ok(match inputs.tensors[0].dtype() {
             DType::F32 => kernel.apply::<f32>(inputs)?,
             DType::F64 => kernel.apply::<f64>(inputs)?,
             other => return Err(unsupported(other, "attention").into()),
         })
-    }
-
-    /// In candle's own operations, for devices that this crate has no kernel for. A query that
-    /// sees nothing gets NaNs here.
-    fn composed(&self, q: &Tensor, k: &Tensor, v: &Tensor, mask: &AttentionMask) -> Result<Tensor> {
-        self.check(mask)?;
-        let Self { rows, queries, keys, heads, kv_heads, size } = *self;
-        let split = |t: &Tensor, places: usize, count: usize| -> candle_core::Result<Tensor> {
-            let t = t.reshape((rows, places, count, size))?.transpose(1, 2)?;
-            let group = heads / count;
-            let t = t.unsqueeze(2)?.broadcast_as((rows, count, group, places, size))?;
-            t.contiguous()?.reshape((rows * heads, places, size))
-        };
-        let (q, k, v) =
-            (split(q, queries, heads)?, split(k, keys, kv_heads)?, split(v, keys, kv_heads)?);
-        let scores = (q.matmul(&k.t()?)? / (size as f64).sqrt())?;
-        let scores = scores.reshape((rows, heads, queries, keys))?;
-        let scores = scores.broadcast_add(&self.constant(mask, &scores)?)?;
-        let shifted = scores.broadcast_sub(&scores.detach().max_keepdim(D::Minus1)?)?.exp()?;
-        let weights = shifted.broadcast_div(&shifted.sum_keepdim(D::Minus1)?)?;
-        let y = weights.reshape((rows * heads, queries, keys))?.matmul(&v)?;
-        let y = y.reshape((rows, heads, queries, size))?.transpose(1, 2)?;
-        Ok(y.contiguous()?.reshape((rows, queries, heads * size))?)
-    }
-
-    /// What is added to the scores: `[rows, 1, queries, keys]`.
-    fn constant(&self, mask: &AttentionMask, like: &Tensor) -> candle_core::Result<Tensor> {
-        let Self { rows, queries, keys, .. } = *self;
-        let sees = |row: usize, query: usize, key: usize| {
-            let length = mask.lengths.as_ref().map_or(keys, |lengths| lengths[row]);
-            key < length && (!mask.causal || key + queries <= query + keys)
-        };
-        let mut values = Vec::with_capacity(rows * queries * keys);
-        for (row, query) in (0..rows).flat_map(|row| (0..queries).map(move |query| (row, query))) {
-            values.extend((0..keys).map(|key| match sees(row, query, key) {
-                true => 0.0f32,
-                false => f32::NEG_INFINITY,
-            }));
-        }
-        let constant = Tensor::from_vec(values, (rows, 1, queries, keys), like.device())?;
-        let constant = constant.to_dtype(like.dtype())?;
-        match &mask.bias {
-            Some(Bias { tensor, .. }) => {
-                constant.broadcast_add(&tensor.to_dtype(like.dtype())?.to_device(like.device())?)
-            }
-            None => Ok(constant),
-        }
     }
 }
 
@@ -208,6 +180,7 @@ pub struct MultiHeadAttention {
     out: Linear,
     heads: usize,
     rotary: Option<Rotary>,
+    dropout: Dropout,
     name: String,
 }
 
@@ -224,6 +197,7 @@ impl MultiHeadAttention {
             out: Linear::new(&params.scope("out_proj"), features, features)?,
             heads,
             rotary: None,
+            dropout: Dropout::named(String::new(), 0.0)?,
             name: params.path().to_owned(),
         })
     }
@@ -232,6 +206,21 @@ impl MultiHeadAttention {
     #[must_use]
     pub fn with_rotary(self, rotary: Rotary) -> Self {
         Self { rotary: Some(rotary), ..self }
+    }
+
+    /// Sets each weight of the softmax to 0 with probability `rate` in training and divides the
+    /// others by `1 − rate`, as PyTorch's `dropout`. Default 0. Errors unless it is in `[0, 1)`.
+    ///
+    /// Like those of [`Dropout`] the numbers are a pure function: weight `key` of `query` and `head`
+    /// is dropped by word `key` of `Stream::new(seed, "dropout NAME.dropout")`, its `child(head)`,
+    /// its `child(query)`, `at(step, row)`, where NAME is the path of this layer. The backward pass
+    /// draws them again: no memory is kept for them on the CPU.
+    pub fn with_dropout(self, rate: f64) -> Result<Self> {
+        let name = match self.name.as_str() {
+            "" => "dropout".to_owned(),
+            name => format!("{name}.dropout"),
+        };
+        Ok(Self { dropout: Dropout::named(name, rate)?, ..self })
     }
 
     /// What each place of `x` gathers from those that it sees.
@@ -254,13 +243,14 @@ impl MultiHeadAttention {
         if let Some(rotary) = &self.rotary {
             qkv = rotary.turn(&qkv, 2 * self.heads, size, 0)?;
         }
+        let dropout = self.dropout.mask(pass)?;
         let y = if x.device().is_cpu() {
             let at =
                 [0, 1, 2].map(|part| (0, Columns { first: part * features, stride: 3 * features }));
-            sizes.kernel(mask, &Inputs { tensors: vec![&qkv], at })?
+            sizes.kernel(&Inputs { tensors: vec![&qkv], at }, mask, dropout)?
         } else {
             let [q, k, v] = [0, 1, 2].map(|part| qkv.narrow(2, part * features, features));
-            sizes.composed(&q?, &k?, &v?, mask)?
+            sizes.composed(&q?, &k?, &v?, mask, dropout)?
         };
         self.out.forward(&y, pass)
     }
@@ -291,7 +281,8 @@ mod tests {
     use super::*;
     use candle_core::Device;
 
-    /// Two implementations, one answer: for outputs and for every gradient.
+    /// Two implementations, one answer: for outputs and for every gradient, with dropout and
+    /// without.
     #[test]
     fn the_kernel_agrees_with_candles_operations() {
         let bias = Tensor::arange(0.0, 70.0 * 70.0, &Device::Cpu)
@@ -316,15 +307,24 @@ mod tests {
             let (q, k, v) =
                 (of("q", queries, heads), of("k", keys, kv_heads), of("v", keys, kv_heads));
             let sizes = Sizes { rows: 2, queries, keys, heads, kv_heads, size: 3 };
-            let ours = attention(&q, &k, &v, heads, kv_heads, &mask).expect("kernel");
-            let theirs = sizes.composed(&q, &k, &v, &mask).expect("composed");
-            assert_close(&ours, &theirs);
-            let weights = (theirs.detach() + 0.5).expect("weights");
-            let gradients =
-                |y: Tensor| (y * &weights).and_then(|y| y.backward()).expect("backward");
-            let (ours, theirs) = (gradients(ours), gradients(theirs));
-            for (_, var) in params.vars() {
-                assert_close(ours.get(&var).expect("ours"), theirs.get(&var).expect("theirs"));
+            let columns = |index, heads| (index, Columns { first: 0, stride: heads * 3 });
+            let at = [columns(0, heads), columns(1, kv_heads), columns(2, kv_heads)];
+            let inputs = Inputs { tensors: vec![&q, &k, &v], at };
+            let pass = Pass::train(3, 4).with_row_offset(5);
+            let dropout = Dropout::named("d".into(), 0.3).expect("dropout");
+            let dropout = dropout.mask(&pass).expect("mask");
+            assert!(dropout.is_some());
+            for dropout in [None, dropout] {
+                let ours = sizes.kernel(&inputs, &mask, dropout).expect("kernel");
+                let theirs = sizes.composed(&q, &k, &v, &mask, dropout).expect("composed");
+                assert_close(&ours, &theirs);
+                let weights = (theirs.detach() + 0.5).expect("weights");
+                let gradients =
+                    |y: Tensor| (y * &weights).and_then(|y| y.backward()).expect("backward");
+                let (ours, theirs) = (gradients(ours), gradients(theirs));
+                for (_, var) in params.vars() {
+                    assert_close(ours.get(&var).expect("ours"), theirs.get(&var).expect("theirs"));
+                }
             }
         }
     }
