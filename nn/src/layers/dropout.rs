@@ -4,7 +4,7 @@ use crate::cpu::{TASK_ELEMENTS, unsupported, with_values};
 use crate::kernels::Real;
 use crate::link::{Source, result};
 use crate::{Error, Module, Params, Pass, Result};
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Device, Shape, Tensor};
 use mobula_core::random::{Stream, philox4x32_10};
 use rayon::prelude::*;
 
@@ -50,7 +50,7 @@ impl Module for Dropout {
             threshold: (self.rate * (1u64 << 32) as f64) as u32,
             scale: 1.0 / (1.0 - self.rate),
         };
-        if x.device().is_cpu() {
+        if crate::cpu::has_kernels(x) {
             let x = &x.contiguous()?;
             return Ok(match x.dtype() {
                 DType::F32 => mask.forward::<f32>(x)?,
@@ -58,9 +58,7 @@ impl Module for Dropout {
                 other => return Err(unsupported(other, "dropout").into()),
             });
         }
-        let ones = Tensor::ones(x.shape(), DType::F32, &Device::Cpu)?;
-        let mask = mask.forward::<f32>(&ones)?.to_dtype(x.dtype())?.to_device(x.device())?;
-        Ok(x.mul(&mask)?)
+        Ok(x.mul(&mask.values(x.shape(), x.dtype())?.to_device(x.device())?)?)
     }
 }
 
@@ -104,6 +102,15 @@ impl Mask {
 }
 
 impl Mask {
+    /// What is multiplied with, on the CPU, for devices that this crate has no kernel for.
+    fn values(self, shape: &Shape, dtype: DType) -> candle_core::Result<Tensor> {
+        let ones = |dtype| Tensor::ones(shape, dtype, &Device::Cpu);
+        match dtype {
+            DType::F64 => self.forward::<f64>(&ones(DType::F64)?),
+            _ => self.forward::<f32>(&ones(DType::F32)?)?.to_dtype(dtype),
+        }
+    }
+
     fn forward<T: Real>(self, x: &Tensor) -> candle_core::Result<Tensor> {
         let features = x.dims()[1..].iter().product();
         let y = with_values([x], |[x]| Ok(self.apply::<T>(x, features)))?;

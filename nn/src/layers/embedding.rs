@@ -65,7 +65,7 @@ impl Embedding {
         let (count, features) = self.weight.dims2()?;
         let shape = [indices.dims(), &[features]].concat();
         let indices = checked(indices, count)?;
-        Ok(match (self.weight.device().is_cpu(), self.weight.dtype()) {
+        Ok(match (crate::cpu::has_kernels(&self.weight), self.weight.dtype()) {
             (true, DType::F32) => self.fused::<f32>(indices, shape)?,
             (true, DType::F64) => self.fused::<f64>(indices, shape)?,
             (true, other) => return Err(unsupported(other, "embedding").into()),

@@ -101,7 +101,7 @@ pub fn attention(
     let whole = |stride| Columns { first: 0, stride };
     let widths = (heads * size, kv_heads * size);
     let at = [(0, whole(widths.0)), (1, whole(widths.1)), (2, whole(widths.1))];
-    if !q.device().is_cpu() {
+    if !crate::cpu::has_kernels(&q) {
         return sizes.composed(&q, &k, &v, mask);
     }
     sizes.kernel(mask, &Inputs { tensors: vec![&q, &k, &v], at })
@@ -149,8 +149,7 @@ impl Sizes {
         })
     }
 
-    /// In candle's own operations, for devices that this crate has no kernel for. A query that
-    /// sees nothing gets NaNs here.
+    /// In candle's own operations, for devices that this crate has no kernel for.
     fn composed(&self, q: &Tensor, k: &Tensor, v: &Tensor, mask: &AttentionMask) -> Result<Tensor> {
         self.check(mask)?;
         let Self { rows, queries, keys, heads, kv_heads, size } = *self;
@@ -165,8 +164,10 @@ impl Sizes {
         let scores = (q.matmul(&k.t()?)? / (size as f64).sqrt())?;
         let scores = scores.reshape((rows, heads, queries, keys))?;
         let scores = scores.broadcast_add(&self.constant(mask, &scores)?)?;
-        let shifted = scores.broadcast_sub(&scores.detach().max_keepdim(D::Minus1)?)?.exp()?;
-        let weights = shifted.broadcast_div(&shifted.sum_keepdim(D::Minus1)?)?;
+        // Where a query sees nothing, −∞ less −∞ and 0 by 0 must not be; else the sum is at least 1.
+        let largest = scores.detach().max_keepdim(D::Minus1)?.maximum(f64::from(f32::MIN))?;
+        let shifted = scores.broadcast_sub(&largest)?.exp()?;
+        let weights = shifted.broadcast_div(&shifted.sum_keepdim(D::Minus1)?.maximum(0.5)?)?;
         let y = weights.reshape((rows * heads, queries, keys))?.matmul(&v)?;
         let y = y.reshape((rows, heads, queries, size))?.transpose(1, 2)?;
         Ok(y.contiguous()?.reshape((rows, queries, heads * size))?)
@@ -254,7 +255,7 @@ impl MultiHeadAttention {
         if let Some(rotary) = &self.rotary {
             qkv = rotary.turn(&qkv, 2 * self.heads, size, 0)?;
         }
-        let y = if x.device().is_cpu() {
+        let y = if crate::cpu::has_kernels(x) {
             let at =
                 [0, 1, 2].map(|part| (0, Columns { first: part * features, stride: 3 * features }));
             sizes.kernel(mask, &Inputs { tensors: vec![&qkv], at })?
@@ -266,7 +267,7 @@ impl MultiHeadAttention {
     }
 
     fn project(&self, x: &Tensor, features: usize) -> Result<Tensor> {
-        if x.device().is_cpu() {
+        if crate::cpu::has_kernels(x) {
             return Ok(affine(x, &self.weight, &self.bias, Activation::Identity)?);
         }
         let y = x.reshape(((), features))?.matmul(&self.weight.t()?)?.broadcast_add(&self.bias)?;
