@@ -33,8 +33,8 @@ pub(crate) fn with_values<T: Real, const N: usize, R>(
     let mut slices: [&[T]; N] = [&[]; N];
     for (slice, (storage, layout)) in slices.iter_mut().zip(&guards) {
         let Storage::Cpu(storage) = &**storage else {
-            let text = "an input is on the CPU and a parameter is not, or the other way round: \
-                        move the input to the model's device with Tensor::to_device";
+            let text = "an input is on the CPU and a parameter is not: move the input to the \
+                        model's device with Tensor::to_device";
             return Err(Error::Msg(text.into()).bt());
         };
         *slice = elements(storage.as_slice()?, layout, "backward")?;
