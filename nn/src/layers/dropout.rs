@@ -4,7 +4,7 @@ use crate::cpu::{TASK_ELEMENTS, unsupported, with_values};
 use crate::kernels::Real;
 use crate::link::{Source, result};
 use crate::{Error, Module, Params, Pass, Result};
-use candle_core::{DType, Device, Shape, Tensor};
+use candle_core::{DType, Device, Tensor};
 use mobula_core::random::{Stream, philox4x32_10};
 use rayon::prelude::*;
 
@@ -58,7 +58,12 @@ impl Module for Dropout {
                 other => return Err(unsupported(other, "dropout").into()),
             });
         }
-        Ok(x.mul(&mask.values(x.shape(), x.dtype())?.to_device(x.device())?)?)
+        let ones = |dtype| Tensor::ones(x.shape(), dtype, &Device::Cpu);
+        let mask = match x.dtype() {
+            DType::F64 => mask.forward::<f64>(&ones(DType::F64)?)?,
+            other => mask.forward::<f32>(&ones(DType::F32)?)?.to_dtype(other)?,
+        };
+        Ok(x.mul(&mask.to_device(x.device())?)?)
     }
 }
 
@@ -102,15 +107,6 @@ impl Mask {
 }
 
 impl Mask {
-    /// What is multiplied with, on the CPU, for devices that this crate has no kernel for.
-    fn values(self, shape: &Shape, dtype: DType) -> candle_core::Result<Tensor> {
-        let ones = |dtype| Tensor::ones(shape, dtype, &Device::Cpu);
-        match dtype {
-            DType::F64 => self.forward::<f64>(&ones(DType::F64)?),
-            _ => self.forward::<f32>(&ones(DType::F32)?)?.to_dtype(dtype),
-        }
-    }
-
     fn forward<T: Real>(self, x: &Tensor) -> candle_core::Result<Tensor> {
         let features = x.dims()[1..].iter().product();
         let y = with_values([x], |[x]| Ok(self.apply::<T>(x, features)))?;

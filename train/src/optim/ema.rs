@@ -84,12 +84,13 @@ impl Ema {
         for (at, (name, var)) in params.vars().into_iter().enumerate() {
             let tensor = match self.averages.get(at) {
                 Some(values) => Tensor::from_slice(values, var.shape(), &Device::Cpu)?,
-                None => on_cpu(&var)?,
+                // The format's writer cannot report a failed copy from a device.
+                None => var.as_detached_tensor().to_device(&Device::Cpu)?,
             };
             tensors.push((name, tensor));
         }
         for (name, var) in params.buffers() {
-            tensors.push((name, on_cpu(&var)?));
+            tensors.push((name, var.as_detached_tensor().to_device(&Device::Cpu)?));
         }
         let metadata = HashMap::from([("updates".to_owned(), self.updates.to_string())]);
         safetensors::serialize_to_file(tensors, Some(metadata), path).map_err(|error| {
@@ -128,11 +129,6 @@ impl Ema {
         }
         Err(Error::OptimizerModel { expected: expected.sum(), got: got.sum() })
     }
-}
-
-/// The format's writer cannot report a failed copy from a device.
-fn on_cpu(var: &Var) -> Result<Tensor> {
-    Ok(var.as_detached_tensor().to_device(&Device::Cpu)?)
 }
 
 /// Moves the averages towards the values by so much of the way.

@@ -139,8 +139,7 @@ pub(super) fn scale(values: &mut [f32], factor: f32) {
     });
 }
 
-/// Gives `change` the values of a parameter where candle keeps them; of one that is not on the CPU,
-/// a copy that then replaces them.
+/// Gives `change` the values of a parameter where candle keeps them.
 pub(super) fn in_place(var: &Var, change: impl FnOnce(&mut [f32]) -> Result<()>) -> Result<()> {
     if !var.device().is_cpu() {
         return by_copy(var, change);
@@ -150,6 +149,7 @@ pub(super) fn in_place(var: &Var, change: impl FnOnce(&mut [f32]) -> Result<()>)
     op.0.into_inner().1
 }
 
+/// For a parameter that is not on the CPU: changes a copy, which then replaces its values.
 fn by_copy(var: &Var, change: impl FnOnce(&mut [f32]) -> Result<()>) -> Result<()> {
     let mut values = var.flatten_all()?.to_vec1::<f32>()?;
     change(&mut values)?;
