@@ -6,6 +6,16 @@ use candle_core::{DType, Device, Error, Layout, Result, Shape, Storage, Tensor};
 /// Elements that are worth a task of their own: below this, starting one costs more than it saves.
 pub(crate) const TASK_ELEMENTS: usize = 1 << 14;
 
+/// Whether this crate has kernels for where the tensor is. For elsewhere its layers are composed of
+/// candle's own operations.
+pub(crate) fn has_kernels(x: &Tensor) -> bool {
+    #[cfg(test)]
+    if crate::agreement::is_composed() {
+        return false;
+    }
+    x.device().is_cpu()
+}
+
 /// The elements of a contiguous tensor. Callers make theirs contiguous first.
 pub(crate) fn elements<'a, T>(data: &'a [T], layout: &Layout, op: &'static str) -> Result<&'a [T]> {
     match layout.contiguous_offsets() {
@@ -23,7 +33,9 @@ pub(crate) fn with_values<T: Real, const N: usize, R>(
     let mut slices: [&[T]; N] = [&[]; N];
     for (slice, (storage, layout)) in slices.iter_mut().zip(&guards) {
         let Storage::Cpu(storage) = &**storage else {
-            return Err(Error::Msg("a CPU kernel was given a tensor of another device".into()).bt());
+            let text = "an input is on the CPU and a parameter is not: move the input to the \
+                        model's device with Tensor::to_device";
+            return Err(Error::Msg(text.into()).bt());
         };
         *slice = elements(storage.as_slice()?, layout, "backward")?;
     }

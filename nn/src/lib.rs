@@ -35,6 +35,8 @@
 //! data, or download weights.
 #![deny(unsafe_code)]
 
+#[cfg(test)]
+mod agreement;
 mod backward;
 mod cpu;
 mod error;

@@ -44,7 +44,7 @@ impl Activation {
         if self == Self::Identity {
             return Ok(x.clone());
         }
-        if !x.device().is_cpu() {
+        if !crate::cpu::has_kernels(x) {
             return Ok(self.composed(x)?);
         }
         let x = &x.contiguous()?;
@@ -70,9 +70,11 @@ impl Activation {
 
     /// In candle's own operations, for devices that this crate has no kernel for.
     pub(crate) fn composed(self, x: &Tensor) -> candle_core::Result<Tensor> {
-        let sigmoid = |x: &Tensor| (x.neg()?.exp()? + 1.0)?.recip();
+        // The exponential of a large number would make a NaN of the slope.
+        let sigmoid = |x: &Tensor| ((x * 0.5)?.tanh()? + 1.0)? * 0.5;
+        let is_positive = |x: &Tensor| x.gt(0.0)?.to_dtype(x.dtype());
         // Candle's own relu passes the gradient at 0.
-        let relu = |x: &Tensor| x.gt(0.0)?.to_dtype(x.dtype())?.mul(x);
+        let relu = |x: &Tensor| is_positive(x)?.mul(x);
         match self {
             Self::Identity => Ok(x.clone()),
             Self::Relu => relu(x),
@@ -80,17 +82,29 @@ impl Activation {
                 x.lt(6.0)?.to_dtype(x.dtype())?.mul(&relu(x)?)?
                     + (x.ge(6.0)?.to_dtype(x.dtype())? * 6.0)?
             }
-            Self::LeakyRelu => relu(x)? - (relu(&x.neg()?)? * 0.01)?,
-            // The exponential of the positive side is not used, and must not overflow.
-            Self::Elu => relu(x)? + (relu(&x.neg()?)?.neg()?.exp()? - 1.0)?,
-            Self::Gelu => x.gelu_erf(),
-            Self::GeluTanh => x.gelu(),
+            Self::LeakyRelu => x.mul(&((is_positive(x)? * 0.99)? + 0.01)?),
+            Self::Elu => {
+                // The exponential of the positive side is not used, and must not overflow.
+                let below = x.le(0.0)?.to_dtype(x.dtype())?.mul(x)?;
+                relu(x)? + (below.exp()? - 1.0)?
+            }
+            // Candle's own have slopes of six digits.
+            Self::Gelu => {
+                let inner = (x * std::f64::consts::FRAC_1_SQRT_2)?.erf()?;
+                x.mul(&((inner + 1.0)? * 0.5)?)
+            }
+            Self::GeluTanh => {
+                let cubic = ((x.sqr()? * (GeluTanh::CUBIC * GeluTanh::SCALE))? + GeluTanh::SCALE)?;
+                let inner = x.mul(&cubic)?.tanh()?;
+                x.mul(&((inner + 1.0)? * 0.5)?)
+            }
             Self::Silu => x.mul(&sigmoid(x)?),
             Self::Sigmoid => sigmoid(x),
             Self::Tanh => x.tanh(),
             Self::Softplus => {
                 let small = (x.abs()?.neg()?.exp()? + 1.0)?.log()?;
-                relu(x)? + small
+                // At 0 candle's slopes of both are 1, which makes 1 − ½.
+                x.relu()? + small
             }
         }
     }

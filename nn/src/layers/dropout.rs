@@ -62,7 +62,7 @@ impl Module for Dropout {
         if x.rank() == 0 {
             return Err(Error::shape("the input of dropout", "[rows, ..]", &[]));
         }
-        if x.device().is_cpu() {
+        if crate::cpu::has_kernels(x) {
             let x = &x.contiguous()?;
             return Ok(match x.dtype() {
                 DType::F32 => mask.forward::<f32>(x)?,
@@ -70,9 +70,12 @@ impl Module for Dropout {
                 other => return Err(unsupported(other, "dropout").into()),
             });
         }
-        let ones = Tensor::ones(x.shape(), DType::F32, &Device::Cpu)?;
-        let mask = mask.forward::<f32>(&ones)?.to_dtype(x.dtype())?.to_device(x.device())?;
-        Ok(x.mul(&mask)?)
+        let ones = |dtype| Tensor::ones(x.shape(), dtype, &Device::Cpu);
+        let mask = match x.dtype() {
+            DType::F64 => mask.forward::<f64>(&ones(DType::F64)?)?,
+            other => mask.forward::<f32>(&ones(DType::F32)?)?.to_dtype(other)?,
+        };
+        Ok(x.mul(&mask.to_device(x.device())?)?)
     }
 }
 

@@ -71,7 +71,7 @@ impl Embedding {
         let (count, features) = self.weight.dims2()?;
         let shape = [indices.dims(), &[features]].concat();
         let indices = checked(indices, count)?;
-        Ok(match (self.weight.device().is_cpu(), self.weight.dtype()) {
+        Ok(match (crate::cpu::has_kernels(&self.weight), self.weight.dtype()) {
             (true, DType::F32) => self.fused::<f32>(indices, shape)?,
             (true, DType::F64) => self.fused::<f64>(indices, shape)?,
             (true, other) => return Err(unsupported(other, "embedding").into()),
@@ -87,7 +87,7 @@ impl Embedding {
             let what = "what is compared with an embedding";
             return Err(Error::shape(what, format!("[.., {features}]"), x.dims()));
         }
-        if x.device().is_cpu() {
+        if crate::cpu::has_kernels(x) {
             let no_bias = Tensor::zeros(count, self.weight.dtype(), &Device::Cpu)?;
             return Ok(affine(x, &self.weight, &no_bias, Activation::Identity)?);
         }

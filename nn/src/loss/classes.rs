@@ -66,7 +66,7 @@ impl Costs {
 
 /// The sum of all rows' costs. `is_log` says that `logits` are log-probabilities.
 pub(super) fn cost(logits: &Tensor, costs: Costs, is_log: bool) -> Result<Tensor> {
-    if !logits.device().is_cpu() {
+    if !crate::cpu::has_kernels(logits) {
         return Ok(composed(logits, &costs, is_log)?);
     }
     let logits = &logits.contiguous()?;
@@ -87,11 +87,12 @@ fn composed(logits: &Tensor, costs: &Costs, is_log: bool) -> candle_core::Result
         Tensor::from_vec(values, (each.len(), 1), device)?.to_dtype(dtype)
     };
     // What is not looked at may be anything, so it must not be multiplied with 0.
+    if each.is_empty() {
+        let zeros = logits.zeros_like()?;
+        return zeros.to_dtype(DType::U8)?.where_cond(logits, &zeros)?.sum_all();
+    }
     let rows = Tensor::new(rows, device)?;
     let mut log = logits.reshape((costs.labels.len(), costs.classes))?.index_select(&rows, 0)?;
-    if each.is_empty() {
-        return log.sum_all();
-    }
     if !is_log {
         let shifted = log.broadcast_sub(&log.detach().max_keepdim(D::Minus1)?)?;
         log = shifted.broadcast_sub(&shifted.exp()?.sum_keepdim(D::Minus1)?.log()?)?;

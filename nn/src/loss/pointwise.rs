@@ -69,7 +69,7 @@ impl Elements {
 
     /// Σ weight · loss.
     pub(super) fn sum<L: Pointwise>(&self, loss: L) -> Result<Tensor> {
-        if !self.x.device().is_cpu() {
+        if !crate::cpu::has_kernels(&self.x) {
             return Ok(self.composed(loss)?);
         }
         Ok(match self.x.dtype() {

@@ -96,12 +96,14 @@ impl Ema {
         for (at, (name, var)) in params.vars().into_iter().enumerate() {
             let tensor = match self.averages.get(at) {
                 Some(values) => Tensor::from_slice(values, var.shape(), &Device::Cpu)?,
-                None => var.as_detached_tensor(),
+                // The format's writer cannot report a failed copy from a device.
+                None => var.as_detached_tensor().to_device(&Device::Cpu)?,
             };
             tensors.push((name, tensor));
         }
-        let buffers = params.buffers().into_iter();
-        tensors.extend(buffers.map(|(name, var)| (name, var.as_detached_tensor())));
+        for (name, var) in params.buffers() {
+            tensors.push((name, var.as_detached_tensor().to_device(&Device::Cpu)?));
+        }
         let metadata = HashMap::from([("updates".to_owned(), self.updates.to_string())]);
         safetensors::serialize_to_file(tensors, Some(metadata), path).map_err(|error| {
             mobula_core::Error::codec("encode", path.display().to_string(), error).into()

@@ -3,7 +3,7 @@
 
 use super::state::ParamState;
 use crate::{Error, Result};
-use candle_core::{CpuStorage, InplaceOp1, Layout, Var};
+use candle_core::{CpuStorage, InplaceOp1, Layout, Tensor, Var};
 use pulp::NullaryFnOnce;
 use rayon::prelude::*;
 use std::cell::RefCell;
@@ -134,9 +134,19 @@ pub(crate) fn scale(values: &mut [f32], factor: f32) {
 /// Only one at a time, and on the thread that steps: a pool thread may be in the middle of an
 /// evaluation, which holds some parameters and waits for others, and would wait for itself.
 pub(super) fn in_place(var: &Var, change: impl FnOnce(&mut [f32]) -> Result<()>) -> Result<()> {
+    if !var.device().is_cpu() {
+        return by_copy(var, change);
+    }
     let op = InPlace(RefCell::new((Some(change), Ok(()))));
     var.inplace_op1(&op)?;
     op.0.into_inner().1
+}
+
+/// For a parameter that is not on the CPU: changes a copy, which then replaces its values.
+fn by_copy(var: &Var, change: impl FnOnce(&mut [f32]) -> Result<()>) -> Result<()> {
+    let mut values = var.flatten_all()?.to_vec1::<f32>()?;
+    change(&mut values)?;
+    Ok(var.set(&Tensor::from_vec(values, var.shape(), var.device())?)?)
 }
 
 struct InPlace<F>(RefCell<(Option<F>, Result<()>)>);
@@ -178,6 +188,24 @@ mod tests {
 
     fn numbers(seed: u32) -> Vec<f32> {
         (0..1003u32).map(|at| (at.wrapping_mul(2_654_435_761 + seed) >> 8) as f32 / 9e6).collect()
+    }
+
+    /// What other devices do comes to the same, and leaves a parameter as it was after an error.
+    #[test]
+    fn a_copy_replaces_the_values() {
+        let var = || Var::new(&[[1f32, 2.0], [3.0, 4.0]], &candle_core::Device::Cpu).expect("var");
+        let double = |values: &mut [f32]| {
+            values.iter_mut().for_each(|value| *value *= 2.0);
+            Ok(())
+        };
+        let (here, elsewhere) = (var(), var());
+        in_place(&here, double).expect("in place");
+        by_copy(&elsewhere, double).expect("by copy");
+        let values = |var: &Var| var.to_vec2::<f32>().expect("values");
+        assert_eq!(values(&here), [[2.0, 4.0], [6.0, 8.0]]);
+        assert_eq!(values(&here), values(&elsewhere));
+        let failed = by_copy(&elsewhere, |values| check_gradient(values, &[]));
+        assert!(failed.is_err() && values(&here) == values(&elsewhere));
     }
 
     /// No instruction set fuses a product with a sum, or adds in another order.

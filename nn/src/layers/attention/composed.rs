@@ -6,8 +6,7 @@ use crate::layers::dropout::Mask;
 use candle_core::{D, Tensor};
 
 impl Sizes {
-    /// In candle's own operations, for devices that this crate has no kernel for. A query that
-    /// sees nothing gets NaNs here.
+    /// In candle's own operations, for devices that this crate has no kernel for.
     pub(super) fn composed(
         &self,
         q: &Tensor,
@@ -29,8 +28,10 @@ impl Sizes {
         let scores = (q.matmul(&k.t()?)? / (size as f64).sqrt())?;
         let scores = scores.reshape((rows, heads, queries, keys))?;
         let scores = scores.broadcast_add(&self.constant(mask, &scores)?)?;
-        let shifted = scores.broadcast_sub(&scores.detach().max_keepdim(D::Minus1)?)?.exp()?;
-        let weights = shifted.broadcast_div(&shifted.sum_keepdim(D::Minus1)?)?;
+        // Where a query sees nothing, −∞ less −∞ and 0 by 0 must not be; else the sum is at least 1.
+        let largest = scores.detach().max_keepdim(D::Minus1)?.maximum(f64::from(f32::MIN))?;
+        let shifted = scores.broadcast_sub(&largest)?.exp()?;
+        let weights = shifted.broadcast_div(&shifted.sum_keepdim(D::Minus1)?.maximum(0.5)?)?;
         let weights = match dropout {
             Some(dropout) => ((&weights * self.kept(&dropout, &weights)?)? * dropout.scale())?,
             None => weights,

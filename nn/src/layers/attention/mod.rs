@@ -105,7 +105,7 @@ pub fn attention(
     let whole = |stride| Columns { first: 0, stride };
     let widths = (heads * size, kv_heads * size);
     let at = [(0, whole(widths.0)), (1, whole(widths.1)), (2, whole(widths.1))];
-    if !q.device().is_cpu() {
+    if !crate::cpu::has_kernels(&q) {
         return sizes.composed(&q, &k, &v, mask, None);
     }
     sizes.kernel(&Inputs { tensors: vec![&q, &k, &v], at }, mask, None)
@@ -244,7 +244,7 @@ impl MultiHeadAttention {
             qkv = rotary.turn(&qkv, 2 * self.heads, size, 0)?;
         }
         let dropout = self.dropout.mask(pass)?;
-        let y = if x.device().is_cpu() {
+        let y = if crate::cpu::has_kernels(x) {
             let at =
                 [0, 1, 2].map(|part| (0, Columns { first: part * features, stride: 3 * features }));
             sizes.kernel(&Inputs { tensors: vec![&qkv], at }, mask, dropout)?
@@ -256,7 +256,7 @@ impl MultiHeadAttention {
     }
 
     fn project(&self, x: &Tensor, features: usize) -> Result<Tensor> {
-        if x.device().is_cpu() {
+        if crate::cpu::has_kernels(x) {
             return Ok(affine(x, &self.weight, &self.bias, Activation::Identity)?);
         }
         let y = x.reshape(((), features))?.matmul(&self.weight.t()?)?.broadcast_add(&self.bias)?;

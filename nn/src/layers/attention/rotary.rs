@@ -50,7 +50,7 @@ impl Rotary {
                 format!("{} as of the rotary embedding", 2 * self.frequencies.len()),
             ));
         }
-        if !x.device().is_cpu() {
+        if !crate::cpu::has_kernels(x) {
             return Ok(self.composed(x, heads, offset)?);
         }
         let x = &x.contiguous()?;

@@ -56,7 +56,8 @@ impl Module for Conv1d {
     fn forward(&self, x: &Tensor, _pass: &Pass) -> Result<Tensor> {
         let [rows, channels, length] = self.check(x.dims())?;
         let x = reshape(&x.contiguous()?, (rows, channels, 1, length))?;
-        let y = if x.device().is_cpu() { self.0.kernel(&x)? } else { self.0.composed(&x)? };
+        let y =
+            if crate::cpu::has_kernels(&x) { self.0.kernel(&x)? } else { self.0.composed(&x)? };
         let (rows, outputs, _, length) = y.dims4()?;
         Ok(reshape(&y, (rows, outputs, length))?)
     }

@@ -56,7 +56,7 @@ impl LayerNorm {
 impl Module for LayerNorm {
     fn forward(&self, x: &Tensor, _pass: &Pass) -> Result<Tensor> {
         check_features(x, self.weight.elem_count(), "layer norm", &self.name)?;
-        match x.device().is_cpu() {
+        match crate::cpu::has_kernels(x) {
             true => apply(Kind::Layer, self.eps, x, &self.weight, &self.bias),
             false => self.composed(x),
         }
@@ -101,7 +101,7 @@ impl RmsNorm {
 impl Module for RmsNorm {
     fn forward(&self, x: &Tensor, _pass: &Pass) -> Result<Tensor> {
         check_features(x, self.weight.elem_count(), "RMS norm", &self.name)?;
-        match x.device().is_cpu() {
+        match crate::cpu::has_kernels(x) {
             true => apply(Kind::Rms, self.eps, x, &self.weight, &self.bias),
             false => self.composed(x),
         }

@@ -118,8 +118,13 @@ pub(super) fn composed(x: &Tensor, windows: &Windows, shape: Vec<usize>) -> Resu
         }
     }
     let windows = Tensor::stack(&taps, D::Minus1)?;
-    let best = windows.detach().argmax_keepdim(D::Minus1)?;
+    let best = nan_as_largest(&windows.detach())?.argmax_keepdim(D::Minus1)?;
     windows.gather(&best, D::Minus1)?.reshape(shape)
+}
+
+/// Candle's comparisons would pass over a NaN.
+fn nan_as_largest(x: &Tensor) -> Result<Tensor> {
+    x.ne(x)?.where_cond(&(x.zeros_like()? + f64::INFINITY)?, x)
 }
 
 /// For each tap its pixel in every window. The last pixel of a short window comes twice, which

@@ -133,7 +133,7 @@ impl Stack {
     }
 
     pub(crate) fn read(&self, sequences: Sequences<'_>, pass: &Pass) -> Result<Read> {
-        self.read_by(sequences.x.device().is_cpu(), sequences, pass)
+        self.read_by(crate::cpu::has_kernels(sequences.x), sequences, pass)
     }
 
     fn read_by(&self, is_fused: bool, sequences: Sequences<'_>, pass: &Pass) -> Result<Read> {

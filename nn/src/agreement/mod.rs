@@ -1,0 +1,165 @@
+//! Other devices against this crate's kernels: values and gradients of every layer and loss, and a
+//! training step of every architecture.
+//!
+//! On other devices all of them are composed of candle's operations. That is checked on the CPU
+//! always, and on the first CUDA device with the feature `cuda`.
+
+mod table;
+
+use crate::{Gradients, Model, Params, Pass, Registry, Result, loss};
+use candle_core::{DType, Device, Tensor, Var};
+use std::cell::Cell;
+use table::{Build, MODELS, Sample, TABLE};
+
+thread_local! {
+    static IS_COMPOSED: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Whether this thread's layers run on the CPU as they do on devices without kernels.
+pub(crate) fn is_composed() -> bool {
+    IS_COMPOSED.get()
+}
+
+fn composed<R>(f: impl FnOnce() -> R) -> R {
+    IS_COMPOSED.set(true);
+    let result = f();
+    IS_COMPOSED.set(false);
+    result
+}
+
+/// Numbers by what they are of.
+type Numbers = Vec<(String, Vec<f64>)>;
+
+#[test]
+fn candles_operations_agree_with_the_kernels() {
+    assert_agreement(1e-9, |build| composed(|| evaluate(build, &Device::Cpu)));
+}
+
+#[test]
+fn so_does_a_training_step_of_every_architecture() {
+    let names = MODELS.iter().map(|model| model.name.to_owned());
+    assert_eq!(Registry::builtin().names(), names.collect::<Vec<_>>());
+    assert_agreement_of_steps(1e-4, |model| composed(|| train(model, &Device::Cpu)));
+}
+
+/// Kernels keep nothing for a backward pass in `no_grad`; candle's operations do.
+#[test]
+fn composing_runs_no_kernels() {
+    let is_tracked = || {
+        let params = Params::new(1, &Device::Cpu);
+        let y = crate::no_grad(|| (TABLE[0].1)(&params)).expect("y");
+        y.track_op()
+    };
+    assert!(!is_tracked() && composed(is_tracked));
+}
+
+#[cfg(feature = "cuda")]
+mod cuda {
+    use super::*;
+    use mobula_core::Resources;
+
+    /// The first device, if there is one; then it has to work.
+    fn device() -> Option<Device> {
+        if Resources::of_this_machine().gpus == 0.0 {
+            eprintln!("SKIPPED: this machine has no CUDA device, so nothing ran on one");
+            return None;
+        }
+        Some(Device::new_cuda(0).expect("the first CUDA device"))
+    }
+
+    #[test]
+    fn a_cuda_device_agrees_with_the_kernels() {
+        let Some(device) = device() else { return };
+        assert_agreement(1e-8, |build| evaluate(build, &device));
+    }
+
+    #[test]
+    fn so_does_a_training_step_of_every_architecture() {
+        let Some(device) = device() else { return };
+        assert_agreement_of_steps(1e-3, |model| train(model, &device));
+    }
+}
+
+/// Of everything in the table, with a list of what differs.
+fn assert_agreement(tolerance: f64, other: impl Fn(Build) -> Result<Numbers>) {
+    let differs = TABLE.iter().filter_map(|(name, build)| {
+        let kernel = evaluate(*build, &Device::Cpu).expect("the kernel's");
+        difference(&kernel, other(*build), tolerance).map(|text| format!("{name}: {text}"))
+    });
+    assert_eq!(differs.collect::<Vec<_>>(), [""; 0]);
+}
+
+fn assert_agreement_of_steps(tolerance: f64, other: impl Fn(&Sample) -> Result<Numbers>) {
+    let differs = MODELS.iter().filter_map(|model| {
+        let kernel = train(model, &Device::Cpu).expect("the kernel's");
+        difference(&kernel, other(model), tolerance).map(|text| format!("{}: {text}", model.name))
+    });
+    assert_eq!(differs.collect::<Vec<_>>(), [""; 0]);
+}
+
+/// The value, the gradients of all parameters, and what became of the buffers, in `f64`.
+fn evaluate(build: Build, device: &Device) -> Result<Numbers> {
+    let params = Params::with_dtype(3, device, DType::F64);
+    let y = build(&params)?;
+    let weights: Vec<f64> = (0..y.elem_count()).map(|at| (at as f64 + 1.0).sin()).collect();
+    let gradients = (&y * Tensor::from_vec(weights, y.shape(), device)?)?.backward()?;
+    let mut all = vec![("the value".to_owned(), numbers(&y)?)];
+    for (name, var) in params.vars() {
+        // None at all shows as a difference in length.
+        let gradient = gradients.get(&var).map(numbers).transpose()?;
+        all.push((name, gradient.unwrap_or_default()));
+    }
+    all.extend(read(params.buffers())?);
+    Ok(all)
+}
+
+/// The gradients of a step, what it makes of the parameters, and what they then predict.
+fn train(Sample { name, options, shape }: &Sample, device: &Device) -> Result<Numbers> {
+    let spec = format!(r#"{{"architecture": {name:?}, "options": {options}}}"#);
+    let model = Model::build(&serde_json::from_str(&spec).expect("a spec"), 7, device)?;
+    let x = table::normal(shape)?.to_dtype(DType::F32)?.to_device(device)?;
+    let labels: Vec<u32> = (0..shape[0] as u32).map(|row| row % 3).collect();
+    let logits = model.forward(&x, &Pass::train(7, 0))?;
+    let loss = loss::cross_entropy(&logits, &Tensor::new(labels, device)?)?;
+    let mut gradients = Gradients::zeros(model.params());
+    gradients.backward(&loss, 1.0)?;
+    assert_eq!(gradients.missing(), [""; 0]);
+    let flat = gradients.as_reduced_mut().iter().copied().map(f64::from).collect();
+    let mut all = vec![("the gradients and the loss".to_owned(), flat)];
+    for ((_, var), (_, place)) in model.params().vars().iter().zip(gradients.places()) {
+        let gradient = &gradients.values()[place.clone()];
+        let gradient = Tensor::from_slice(gradient, var.shape(), device)?;
+        var.set(&(var.as_tensor() - (gradient * 0.1)?)?)?;
+    }
+    all.push(("the prediction".to_owned(), numbers(&model.predict(&x)?)?));
+    all.extend(read(model.params().state())?);
+    Ok(all)
+}
+
+fn read(vars: Vec<(String, Var)>) -> Result<Numbers> {
+    vars.into_iter().map(|(name, var)| Ok((name, numbers(&var)?))).collect()
+}
+
+fn numbers(tensor: &Tensor) -> Result<Vec<f64>> {
+    Ok(tensor.to_dtype(DType::F64)?.flatten_all()?.to_vec1()?)
+}
+
+/// The first difference that is larger than `tolerance`, absolute and relative.
+fn difference(kernel: &Numbers, other: Result<Numbers>, tolerance: f64) -> Option<String> {
+    let other = match other {
+        Ok(other) => other,
+        Err(error) => return Some(error.to_string()),
+    };
+    for ((name, a), (_, b)) in kernel.iter().zip(&other) {
+        if a.len() != b.len() {
+            return Some(format!("{name} has {} numbers, the kernel's {}", b.len(), a.len()));
+        }
+        let is_same = |a: f64, b: f64| {
+            (a - b).abs() <= tolerance * a.abs().max(1.0) || (a.is_nan() && b.is_nan())
+        };
+        if let Some(at) = (0..a.len()).find(|at| !is_same(a[*at], b[*at])) {
+            return Some(format!("{name}[{at}] is {}, the kernel's {}", b[at], a[at]));
+        }
+    }
+    None
+}
