@@ -2,8 +2,8 @@
 
     python peer.py MODE MODEL FIXTURE THREADS
 
-MODE is eager, compile or channels-last. Speaks the same lines as ours (see
-xtask/src/bench/worker.rs).
+MODE is eager, compile, channels-last, or double: eager in f64, to compare with. Speaks the same
+lines as ours (see xtask/src/bench/worker.rs).
 """
 
 import json
@@ -152,6 +152,10 @@ class Training:
 
     def __init__(self, mode, model, weights, batches):
         self.name = f"{mode}, fused AdamW"
+        if mode == "double":
+            torch.set_default_dtype(torch.float64)
+            weights = {name: t.double() for name, t in weights.items()}
+            batches[:] = [(x.double(), y) for x, y in batches]
         self.weights, self.batches = weights, batches
         self.model = model()
         if mode == "channels-last":
@@ -207,7 +211,7 @@ class Training:
 
     def save(self, path):
         state = self.model.state_dict().items()
-        save_file({k: v.contiguous() for k, v in state if not k.endswith(COUNTS)}, path)
+        save_file({k: v.float().contiguous() for k, v in state if not k.endswith(COUNTS)}, path)
 
 
 def peak_above_idle(work):

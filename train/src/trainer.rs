@@ -26,7 +26,7 @@ pub struct ScalingConfig {
     pub placement: Placement,
     /// Whether batch norms take their statistics over the rows of all workers, as PyTorch's
     /// `SyncBatchNorm` does, instead of over those of each by itself. Training is then the same
-    /// for any number of workers, at the price of three sums over them in each of these layers
+    /// for any number of workers, but for rounding and dropout, at the price of three sums over them in each of these layers
     /// in each step. Default: no.
     pub sync_batch_norm: bool,
 }

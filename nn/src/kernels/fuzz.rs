@@ -11,6 +11,8 @@ enum Layout {
     /// Rows that are further apart than they are long.
     Apart(usize),
     Columns,
+    /// Columns that are further apart than they are long.
+    ColumnsApart(usize),
 }
 
 #[derive(Clone, Debug)]
@@ -27,7 +29,12 @@ struct Case {
 }
 
 fn layout() -> impl Strategy<Value = Layout> {
-    prop_oneof![Just(Layout::Rows), (1usize..9).prop_map(Layout::Apart), Just(Layout::Columns)]
+    prop_oneof![
+        Just(Layout::Rows),
+        (1usize..9).prop_map(Layout::Apart),
+        Just(Layout::Columns),
+        (1usize..9).prop_map(Layout::ColumnsApart),
+    ]
 }
 
 fn guard() -> impl Strategy<Value = Guard> {
@@ -64,6 +71,7 @@ fn numbers(len: usize, seed: usize) -> Vec<f32> {
 fn matrix(rows: usize, columns: usize, layout: Layout, guard: Guard, seed: usize) -> Guarded {
     let len = match layout {
         Layout::Apart(gap) if rows * columns > 0 => (rows - 1) * (columns + gap) + columns,
+        Layout::ColumnsApart(gap) if rows * columns > 0 => (columns - 1) * (rows + gap) + rows,
         _ => rows * columns,
     };
     Guarded::new(&numbers(len, seed), guard)
@@ -74,6 +82,7 @@ fn view(data: &[f32], rows: usize, columns: usize, layout: Layout) -> Mat<'_, f3
         Layout::Rows => Mat::new(data, rows, columns),
         Layout::Apart(gap) => Mat::strided(data, rows, columns, columns + gap),
         Layout::Columns => Mat::new(data, columns, rows).t(),
+        Layout::ColumnsApart(gap) => Mat::strided(data, columns, rows, rows + gap).t(),
     }
 }
 
@@ -82,6 +91,7 @@ fn at(data: &[f32], [rows, columns]: [usize; 2], layout: Layout, row: usize, col
         Layout::Rows => data[row * columns + column],
         Layout::Apart(gap) => data[row * (columns + gap) + column],
         Layout::Columns => data[column * rows + row],
+        Layout::ColumnsApart(gap) => data[column * (rows + gap) + row],
     }
 }
 
@@ -118,15 +128,21 @@ proptest! {
         for (at, got) in packed.iter().enumerate() {
             prop_assert_eq!(*got, sum(at / columns, at % columns));
         }
+        Packed::new(right).product(&mut packed, true, left);
+        for (at, got) in packed.iter().enumerate() {
+            prop_assert_eq!(*got, 2.0 * sum(at / columns, at % columns));
+        }
     }
 
     #[test]
     fn transposes_touch_nothing_else(
         (rows, columns) in (size(), size()),
         guards in [guard(), guard()],
-        gap in 0usize..5,
+        (gap, more) in (0usize..5, 0usize..40),
     ) {
-        let from = matrix(rows, columns, Layout::Apart(gap), guards[0], 1);
+        // A view may be of more than its rows.
+        let len = rows * (columns + gap) + more;
+        let from = Guarded::new(&numbers(len, 1), guards[0]);
         let mut to = Guarded::new(&vec![f32::NAN; rows * columns], guards[1]);
         transpose(view(&from, rows, columns, Layout::Apart(gap)), &mut to);
         for (place, got) in to.iter().enumerate() {

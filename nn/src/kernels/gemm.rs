@@ -1,6 +1,6 @@
 //! Matrix products, into memory that is given.
 //!
-//! The products are `gemm`'s, whose sums run over the inner dimension in an order that depends on
+//! Products of `f32` with AVX-512 are [ours](super::avx512), others `gemm`'s. Their sums run over the inner dimension in an order that depends on
 //! the shapes alone: bits do not depend on the number of threads.
 
 use super::Real;
@@ -225,7 +225,8 @@ fn packed<T: Real>(b: Mat<'_, T>) -> Vec<T> {
     if let (Some(b), true) = (b.f32s(), avx512::is_available()) {
         let mut panels = vec![T::zero(); avx512::packed_len(b.rows, b.columns)];
         if let Some(panels) = T::f32s_mut(&mut panels) {
-            avx512::pack_all(b, panels);
+            // SAFETY: it is available.
+            unsafe { avx512::pack_all(b, panels) };
         }
         return panels;
     }
@@ -256,12 +257,13 @@ pub(crate) fn transpose<T: Real>(from: Mat<'_, T>, to: &mut [T]) {
         unsafe { avx512::transpose(from, to) };
         return;
     }
-    for (block, rows) in from.data.chunks(SIDE * from.row_stride.max(1)).enumerate() {
+    for block in (0..from.rows).step_by(SIDE) {
         for first in (0..from.columns).step_by(SIDE) {
             let columns = first..(first + SIDE).min(from.columns);
-            for (row, values) in rows.chunks(from.row_stride.max(1)).enumerate() {
+            for row in block..(block + SIDE).min(from.rows) {
+                let values = &from.data[row * from.row_stride..][..from.columns];
                 for column in columns.clone() {
-                    to[column * from.rows + block * SIDE + row] = values[column];
+                    to[column * from.rows + row] = values[column];
                 }
             }
         }
@@ -413,6 +415,23 @@ mod tests {
         }
     }
 
+    /// Neither where the sides change places.
+    #[test]
+    fn rows_beside_a_transposed_side_are_independent() {
+        if !has_own_kernels() {
+            return;
+        }
+        let (a, b) = (numbers(200 * 700, 1), numbers(700 * 90, 2));
+        let b = Mat::new(&b, 90, 700).t();
+        let mut all = vec![0f32; 200 * 90];
+        gemm(&mut all, 1.0, Mat::new(&a, 200, 700), b, Threads::All);
+        for rows in [17, 40, 64] {
+            let mut some = vec![0f32; rows * 90];
+            gemm(&mut some, 1.0, Mat::new(&a[..rows * 700], rows, 700), b, Threads::All);
+            assert_eq!(some, all[..rows * 90], "{rows}");
+        }
+    }
+
     fn has_own_kernels() -> bool {
         #[cfg(target_arch = "x86_64")]
         return avx512::is_available();
@@ -431,7 +450,7 @@ mod tests {
         gemm(&mut alone, 1.0, Mat::new(&a, 200, 700), b, Threads::One);
         assert_eq!(all, alone);
         if has_own_kernels() {
-            // Not so for a few rows of a transposed right side: see there.
+            // A few rows of a transposed right side have another order of sums: see there.
             for (row, all) in all.chunks(90).enumerate() {
                 let mut one = vec![0f32; 90];
                 gemm(&mut one, 1.0, Mat::new(&a[row * 700..][..700], 1, 700), b, Threads::One);

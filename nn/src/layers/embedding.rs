@@ -50,7 +50,7 @@ impl Embedding {
     }
 
     /// The same with an index that stands for nothing, as PyTorch's `padding_idx`: its row is set to
-    /// zeros now and gets no gradient. Errors unless it is less than `count`.
+    /// zeros now and gets no gradient from what looks it up. Errors unless it is less than `count`.
     pub fn with_padding(self, index: usize) -> Result<Self> {
         let (count, features) = self.weight.dims2()?;
         if index >= count {

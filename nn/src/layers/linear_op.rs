@@ -93,15 +93,22 @@ impl<T: Real> Saved<T> {
         let gradient = Mat::new(&gradient, rows, outputs);
         with_values([x, weight], |[x, weight_values]| {
             let x = Mat::new(x, rows, inputs);
-            let dw = parameter_gradient(weight, |dw, is_added| match is_added {
-                true => gemm_add(dw, gradient.t(), x, Threads::All),
-                false => gemm(dw, T::one(), gradient.t(), x, Threads::All),
-            })?;
-            let db = parameter_gradient(bias, |db, is_added| {
-                column_sums(gradient.data(), db, is_added)
-            })?;
-            // Data rarely needs a gradient; then its product is not computed.
-            let dx = match self.sources[0].is_tracked() {
+            // Data, frozen weights and the zeros that stand for no bias need no gradient.
+            let tracked = self.sources.each_ref().map(Source::is_tracked);
+            let dw = match tracked[1] {
+                true => parameter_gradient(weight, |dw, is_added| match is_added {
+                    true => gemm_add(dw, gradient.t(), x, Threads::All),
+                    false => gemm(dw, T::one(), gradient.t(), x, Threads::All),
+                })?,
+                false => None,
+            };
+            let db = match tracked[2] {
+                true => parameter_gradient(bias, |db, is_added| {
+                    column_sums(gradient.data(), db, is_added)
+                })?,
+                false => None,
+            };
+            let dx = match tracked[0] {
                 true => self.sources[0].give(output(rows * inputs, |dx| {
                     let weight = Mat::new(weight_values, outputs, inputs);
                     gemm(dx, T::one(), gradient, weight, Threads::All)

@@ -147,6 +147,11 @@ impl Tabular {
 
     /// Numeric columns and the vectors of the categories side by side.
     fn features(&self, x: &Tensor) -> Result<Tensor> {
+        let columns = self.numeric + self.categories.as_ref().map_or(0, |c| c.counts.len());
+        if !matches!(*x.dims(), [_, width] if width == columns) {
+            let what = "the columns of a table";
+            return Err(Error::shape(what, format!("[rows, {columns}]"), x.dims()));
+        }
         let numbers = x.narrow(1, 0, self.numeric)?;
         let Some(categories) = &self.categories else {
             return Ok(numbers);

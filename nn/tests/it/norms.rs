@@ -106,6 +106,19 @@ fn running_statistics_follow_the_batches() {
     assert_eq!(other.buffers()[1].1.to_vec1::<f64>().expect("values"), buffers[1].1);
 }
 
+/// One number says nothing of a variance: it must not pull the running one to 0.
+#[test]
+fn a_row_alone_moves_no_running_statistics() {
+    let params = params();
+    let module = BatchNorm::new(&params, 2, BatchNormOptions::default()).expect("batch norm");
+    let x = Tensor::new(&[[5.0f64, -3.0]], &CPU).expect("x");
+    let y = module.forward(&x, &Pass::train(1, 1)).expect("forward");
+    assert_eq!(y.to_vec2::<f64>().expect("values"), [[0.0, 0.0]], "its own mean");
+    let buffers: Vec<Vec<f64>> =
+        params.buffers().iter().map(|(_, v)| v.to_vec1().expect("values")).collect();
+    assert_eq!(buffers, [[0.0, 0.0], [1.0, 1.0]]);
+}
+
 /// Threads in the place of workers.
 #[derive(Debug)]
 struct Shared {

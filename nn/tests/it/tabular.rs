@@ -3,8 +3,8 @@
 use crate::{CPU, build, normal, spec};
 use candle_core::{DType, Tensor};
 use mobula_core::random::Stream;
-use mobula_nn::models::TabularOptions;
-use mobula_nn::{Model, ModelSpec, Params, Pass, Registry, gradcheck, loss};
+use mobula_nn::models::{Tabular, TabularOptions};
+use mobula_nn::{Model, ModelSpec, Module, Params, Pass, Registry, gradcheck, loss};
 
 const SMALL: &str = r#"{"architecture": "tabular", "options":
     {"numeric": 2, "categories": [3, 2], "outputs": 3, "embedding": 2, "width": 5, "blocks": 2,
@@ -85,6 +85,17 @@ fn the_defaults_are_the_authors() {
     let first = ["blocks.0.linear1.bias", "blocks.0.linear1.weight", "blocks.0.linear2.bias"];
     assert_eq!(names[..3], first);
     assert!(names.contains(&"embedding.weight".to_owned()), "{names:?}");
+}
+
+#[test]
+fn rows_of_another_width_are_refused() {
+    let options = TabularOptions::new(1, [3, 3], 2);
+    let table = Tabular::new(&options, &Params::new(1, &CPU)).expect("table");
+    for width in [0, 2, 4] {
+        let x = Tensor::zeros((2, width), DType::F32, &CPU).expect("x");
+        let error = table.forward(&x, &Pass::eval()).expect_err("refused").to_string();
+        assert!(error.contains("[rows, 3]"), "{error}");
+    }
 }
 
 #[test]

@@ -132,7 +132,9 @@ pub(crate) fn scale(values: &mut [f32], factor: f32) {
 /// Gives `change` the values of a parameter where candle keeps them, under its write lock.
 ///
 /// Only one at a time, and on the thread that steps: a pool thread may be in the middle of an
-/// evaluation, which holds some parameters and waits for others, and would wait for itself.
+/// evaluation, which holds some parameters and waits for others, and would wait for itself. For the
+/// same reason an evaluation beside a step must not be a job of the pool that steps: `change` may
+/// wait for that pool, and so take up such a job.
 pub(super) fn in_place(var: &Var, change: impl FnOnce(&mut [f32]) -> Result<()>) -> Result<()> {
     if !var.device().is_cpu() {
         return by_copy(var, change);

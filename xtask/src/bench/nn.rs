@@ -1,6 +1,6 @@
 //! Layer `nn`: training steps and inference of several models, ours against PyTorch on the CPU.
 
-use super::agreement::{LOSS_STEPS, STRICT_STEPS, distance, same_loss};
+use super::agreement::{Answer, LOSS_STEPS, STRICT_STEPS, same_loss};
 use super::worker::Worker;
 use super::{Case, median, peers};
 use crate::command;
@@ -12,6 +12,9 @@ use std::time::Duration;
 
 /// Steps at the start of a round that are not counted: they allocate the optimizer's state.
 const WARM_UP: usize = 3;
+
+/// PyTorch's mode whose answers are the truth.
+const IN_F64: &str = "double";
 
 /// By the end of a round, rounding has grown (see `agreement`); this says that all still train.
 const ROUND_LOSS: f64 = 0.05;
@@ -26,8 +29,6 @@ struct Model {
     steps: usize,
     /// Rows of an inference.
     rows: &'static [usize],
-    /// How far weights may be apart after a few steps.
-    strict: f64,
 }
 
 const MODELS: &[Model] = &[
@@ -37,7 +38,6 @@ const MODELS: &[Model] = &[
         modes: &["eager", "compile"],
         steps: 100,
         rows: &[1, 8, 64],
-        strict: 1e-7,
     },
     Model {
         name: "mlp-32",
@@ -45,7 +45,6 @@ const MODELS: &[Model] = &[
         modes: &["eager", "compile"],
         steps: 300,
         rows: &[],
-        strict: 1e-7,
     },
     Model {
         name: "cnn",
@@ -53,8 +52,6 @@ const MODELS: &[Model] = &[
         modes: &["eager", "compile", "channels-last"],
         steps: 10,
         rows: &[1, 8, 64],
-        // The gradient of a kernel is a sum over 200,000 pixels that nearly cancels.
-        strict: 1e-5,
     },
     Model {
         name: "resnet",
@@ -62,8 +59,6 @@ const MODELS: &[Model] = &[
         modes: &["eager", "channels-last"],
         steps: 2,
         rows: &[1, 8, 64],
-        // Before a batch norm gradients nearly cancel, and Adam divides by their size.
-        strict: 1e-5,
     },
     Model {
         name: "transformer",
@@ -71,7 +66,6 @@ const MODELS: &[Model] = &[
         modes: &["eager", "compile"],
         steps: 3,
         rows: &[1, 8, 16],
-        strict: 1e-6,
     },
     Model {
         name: "lstm",
@@ -79,7 +73,6 @@ const MODELS: &[Model] = &[
         modes: &["eager"],
         steps: 10,
         rows: &[1, 8, 32],
-        strict: 1e-6,
     },
 ];
 
@@ -156,7 +149,7 @@ impl Bench {
             }
         }
         let memory = contest.memory(threads);
-        contest.check_agreement(&self.scratch.0)?;
+        contest.check_agreement(&self.scratch.0, self.start(Some(IN_F64), model, threads)?)?;
         let rounds = if self.quick { 3 } else { 10 };
         contest.measure(rounds)?;
         let mut cases = contest.steps(threads, peak);
@@ -194,17 +187,15 @@ struct Side {
 }
 
 impl Side {
-    /// The weights after the first steps, as a safetensors file.
-    fn weights(&mut self, scratch: &Path) -> Result<Vec<u8>> {
+    /// What some unmeasured steps come to.
+    fn answer(&mut self, scratch: &Path) -> Result<Answer> {
         let path = scratch.join("weights.safetensors");
         self.worker.run(STRICT_STEPS)?;
         self.worker.save(&path)?;
-        std::fs::read(&path).with_context(|| format!("reading {}", path.display()))
-    }
-
-    /// The loss after `steps`, unmeasured.
-    fn loss(&mut self, steps: usize) -> Result<f64> {
-        self.worker.run(steps)?.loss.context("a side that trains has a loss")
+        let weights =
+            std::fs::read(&path).with_context(|| format!("reading {}", path.display()))?;
+        let loss = self.worker.run(LOSS_STEPS)?.loss.context("a side that trains has a loss")?;
+        Ok(Answer { weights, loss })
     }
 
     /// One measured round; returns the last loss.
@@ -246,22 +237,16 @@ impl Contest<'_> {
         std::iter::once(&mut self.ours).chain(&mut self.peers)
     }
 
-    /// The same steps must lead every side to the same weights, then to the same loss.
-    fn check_agreement(&mut self, scratch: &Path) -> Result<()> {
-        let ours = self.ours.weights(scratch)?;
-        let our_loss = self.ours.loss(LOSS_STEPS)?;
-        for peer in &mut self.peers {
-            let distance = distance(&ours, &peer.weights(scratch)?)?;
-            let (name, their_loss) = (peer.worker.name.clone(), peer.loss(LOSS_STEPS)?);
-            eprintln!(
-                "  {name}: weights after {STRICT_STEPS} steps differ by {distance}; \
-                 loss after {LOSS_STEPS} is {their_loss:.6}, ours {our_loss:.6}"
-            );
-            let agree = distance.check(self.model.strict);
-            let agree = agree.and_then(|()| same_loss(our_loss, their_loss, 1e-3));
-            agree.with_context(|| format!("ours and {name}"))?;
+    /// The same steps must lead every side to what they lead to in `f64`.
+    fn check_agreement(&mut self, scratch: &Path, mut reference: Side) -> Result<()> {
+        let truth = reference.answer(scratch)?;
+        let mut errors = Vec::new();
+        for side in self.sides() {
+            let error = side.answer(scratch)?.error(&truth)?;
+            eprintln!("  {:<40} off by: {error}", side.worker.name);
+            errors.push(error);
         }
-        Ok(())
+        errors.remove(0).check(&errors)
     }
 
     /// Alternates between the sides, so that a change of the machine's mood meets all of them.

@@ -1,8 +1,7 @@
 //! Products of a few rows: vectors run along the inner dimension, and nothing is packed.
 
 use super::super::gemm::Mat;
-use super::{LANES, TASK, Target};
-use rayon::prelude::*;
+use super::{LANES, TASK, Target, run};
 use std::arch::x86_64::{
     __m512, __mmask16, _mm512_fmadd_ps, _mm512_maskz_loadu_ps, _mm512_reduce_add_ps,
     _mm512_setzero_ps,
@@ -15,7 +14,7 @@ const DOTS: usize = 4;
 ///
 /// # Safety
 ///
-/// As for [`product`] of `a` and the transposed `b`; the columns of both must be together.
+/// As for [`product`](super::product) of `a` and the transposed `b`; the columns of both must be together.
 pub(super) unsafe fn dot_products(
     target: Target,
     a: Mat<'_, f32>,
@@ -34,11 +33,7 @@ pub(super) unsafe fn dot_products(
             }
         }
     };
-    let tasks = 0..columns.div_ceil(width);
-    match is_parallel && tasks.len() > 1 {
-        true => tasks.into_par_iter().for_each(task),
-        false => tasks.for_each(task),
-    }
+    run(columns.div_ceil(width), is_parallel, task);
 }
 
 type DotKernel = unsafe fn(Target, Mat<'_, f32>, Mat<'_, f32>, usize, usize);

@@ -33,6 +33,8 @@ const WIDTH: usize = 64;
 const DEPTH: usize = 512;
 /// Rows that are worth packing a panel for.
 const ROWS: usize = 96;
+/// Inner dimension, for each row, that is worth to write rows as columns for.
+const TURNED: usize = 4;
 /// Rows for which nothing is packed, if possible.
 const FEW: usize = 16;
 /// Multiplications that are worth a task of their own.
@@ -92,7 +94,9 @@ pub(super) unsafe fn product(
         // SAFETY: this function's contract.
         match rows {
             ..=FEW => return unsafe { dot_products(target, a, b.t(), is_parallel) },
-            _ if columns > rows => return unsafe { turned(target, a, b.t(), is_parallel) },
+            _ if columns > rows && depth >= TURNED * rows => {
+                return unsafe { turned(target, a, b.t(), is_parallel) };
+            }
             _ => {}
         }
     }
@@ -106,11 +110,7 @@ pub(super) unsafe fn product(
         // is this function's contract.
         unsafe { tile_task(target, a, b, rows, columns) };
     };
-    let tasks = 0..rows.div_ceil(height) * panels;
-    match is_parallel && tasks.len() > 1 {
-        true => tasks.into_par_iter().for_each(task),
-        false => tasks.for_each(task),
-    }
+    run(rows.div_ceil(height) * panels, is_parallel, task);
 }
 
 /// Products of the rows of `a` and of `b`, as `(b · aᵀ)ᵀ`: packs the smaller one of them.
@@ -121,7 +121,8 @@ pub(super) unsafe fn product(
 unsafe fn turned(target: Target, a: Mat<'_, f32>, b: Mat<'_, f32>, is_parallel: bool) {
     let ((rows, depth), (columns, _)) = (a.shape(), b.shape());
     let mut panels = vec![0.0; packed_len(depth, rows)];
-    pack_all(a.t(), &mut panels);
+    // SAFETY: this function's contract.
+    unsafe { pack_all(a.t(), &mut panels) };
     let target = Target { is_turned: true, ..target };
     let height = TASK.div_ceil(depth * WIDTH).next_multiple_of(HEIGHT);
     let task = |at: usize| {
@@ -129,11 +130,7 @@ unsafe fn turned(target: Target, a: Mat<'_, f32>, b: Mat<'_, f32>, is_parallel: 
         // SAFETY: this function's contract; each task has columns of its own.
         unsafe { packed_task(target, b, some, &panels, rows) };
     };
-    let tasks = 0..columns.div_ceil(height);
-    match is_parallel && tasks.len() > 1 {
-        true => tasks.into_par_iter().for_each(task),
-        false => tasks.for_each(task),
-    }
+    run(columns.div_ceil(height), is_parallel, task);
 }
 
 /// # Safety
@@ -153,7 +150,8 @@ unsafe fn tile_task(
         // Once for an inner dimension of 0 too, which gives zeros.
         loop {
             let inner = first..(first + DEPTH).min(depth);
-            pack(b, inner.clone(), columns.clone(), panel);
+            // SAFETY: this function's contract.
+            unsafe { pack(b, inner.clone(), columns.clone(), panel) };
             let target = Target { is_added: target.is_added || first > 0, ..target };
             // SAFETY: the tiles are within the result and the rows within `a`, as the contract says;
             // the panel has `inner.len()` rows of `WIDTH`.
@@ -164,6 +162,14 @@ unsafe fn tile_task(
             }
         }
     });
+}
+
+/// All tasks, on this thread or on those of the current pool.
+fn run(tasks: usize, is_parallel: bool, task: impl Fn(usize) + Send + Sync) {
+    match is_parallel && tasks > 1 {
+        true => (0..tasks).into_par_iter().for_each(task),
+        false => (0..tasks).for_each(task),
+    }
 }
 
 /// Rows of a task: fewer where there are few panels, so that there are tasks for all threads.

@@ -14,24 +14,42 @@ pub(in super::super) fn packed_len(depth: usize, columns: usize) -> usize {
     columns.div_ceil(WIDTH) * depth * WIDTH
 }
 
-/// Writes the panels of `b` one after the other. AVX-512F must be [available](is_available).
-pub(in super::super) fn pack_all(b: Mat<'_, f32>, panels: &mut [f32]) {
+/// Writes the panels of `b` one after the other.
+///
+/// # Safety
+///
+/// AVX-512F must be available.
+pub(in super::super) unsafe fn pack_all(b: Mat<'_, f32>, panels: &mut [f32]) {
     let (depth, columns) = b.shape();
     for (at, panel) in panels.chunks_exact_mut((depth * WIDTH).max(1)).enumerate() {
-        pack(b, 0..depth, at * WIDTH..((at + 1) * WIDTH).min(columns), panel);
+        // SAFETY: this function's contract.
+        unsafe { pack(b, 0..depth, at * WIDTH..((at + 1) * WIDTH).min(columns), panel) };
     }
 }
 
 /// Copies some columns of some rows, the columns of a row together, up to the next whole vector.
-pub(super) fn pack(b: Mat<'_, f32>, inner: Range<usize>, columns: Range<usize>, panel: &mut [f32]) {
+///
+/// # Safety
+///
+/// AVX-512F must be available.
+pub(super) unsafe fn pack(
+    b: Mat<'_, f32>,
+    inner: Range<usize>,
+    columns: Range<usize>,
+    panel: &mut [f32],
+) {
     let width = columns.len();
+    if inner.is_empty() || width == 0 {
+        return;
+    }
     let rows = panel.chunks_exact_mut(WIDTH).zip(inner.clone());
     match b.strides() {
         (_, 1) => rows.for_each(|(to, row)| {
             to[..width].copy_from_slice(&b.row(row)[columns.clone()]);
             to[width..].fill(0.0);
         }),
-        (1, _) => pack_transposed(b, inner, columns, panel),
+        // SAFETY: this function's contract.
+        (1, _) => unsafe { pack_transposed(b, inner, columns, panel) },
         _ => rows.for_each(|(to, row)| {
             to.fill(0.0);
             to.iter_mut().zip(columns.clone()).for_each(|(to, column)| *to = b.at(row, column));
@@ -40,7 +58,16 @@ pub(super) fn pack(b: Mat<'_, f32>, inner: Range<usize>, columns: Range<usize>, 
 }
 
 /// The same where the rows of a column are together: sixteen by sixteen.
-fn pack_transposed(b: Mat<'_, f32>, inner: Range<usize>, columns: Range<usize>, panel: &mut [f32]) {
+///
+/// # Safety
+///
+/// AVX-512F must be available.
+unsafe fn pack_transposed(
+    b: Mat<'_, f32>,
+    inner: Range<usize>,
+    columns: Range<usize>,
+    panel: &mut [f32],
+) {
     let b = b.t();
     for (at, column) in columns.clone().step_by(LANES).enumerate() {
         let width = LANES.min(columns.end - column);
@@ -52,8 +79,8 @@ fn pack_transposed(b: Mat<'_, f32>, inner: Range<usize>, columns: Range<usize>, 
             let height = LANES.min(inner.len() - first);
             let to = &mut panel[first * WIDTH + at * LANES..];
             assert!(to.len() >= (height - 1) * WIDTH + LANES, "room in the panel");
-            // SAFETY: AVX-512F is available, as for all of this module; the rows are empty or reach
-            // to `inner`'s end, and `to` has the rows of the block.
+            // SAFETY: this function's contract; the rows are empty or reach to `inner`'s end, and
+            // `to` has the rows of the block.
             unsafe { transpose_block(&rows, width, first, height, to, WIDTH, !0) };
         }
     }
@@ -65,7 +92,7 @@ fn pack_transposed(b: Mat<'_, f32>, inner: Range<usize>, columns: Range<usize>, 
 ///
 /// # Safety
 ///
-/// AVX-512F must be [available](is_available).
+/// AVX-512F must be available.
 pub(in super::super) unsafe fn transpose(from: Mat<'_, f32>, to: &mut [f32]) {
     let (rows, columns) = from.shape();
     assert_eq!(to.len(), rows * columns, "room for the transpose");

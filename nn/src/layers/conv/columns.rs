@@ -18,8 +18,8 @@ pub(super) fn forward<T: Real>(
     product: &mut [T],
     scratch: &mut Vec<T>,
 ) {
-    let (weights, columns) = unfold(group, x, product.len(), scratch);
-    gemm(product, T::one(), weights, columns, group.threads);
+    let columns = unfold(group, x, product.len(), scratch);
+    gemm(product, T::one(), weights(group), columns, group.threads);
 }
 
 /// See [`Method::backward`](super::method::Method::backward).
@@ -33,25 +33,28 @@ pub(super) fn backward<T: Real>(
     let Geometry { outputs, .. } = group.geometry;
     let gradient = Mat::new(product, outputs, product.len() / outputs);
     if let Some((x, sums)) = sums {
-        let (_, columns) = unfold(group, x, product.len(), scratch);
+        let columns = unfold(group, x, product.len(), scratch);
         gemm_add(sums, gradient, columns.t(), group.threads);
     }
     if let Some(dx) = dx {
         let len = group.geometry.taps() * product.len() / outputs;
         let columns = sized(scratch, len);
-        let weights = Mat::new(group.weights, outputs, group.geometry.taps());
-        gemm(columns, T::one(), weights.t(), gradient, group.threads);
+        gemm(columns, T::one(), weights(group).t(), gradient, group.threads);
         fold(group, columns, dx);
     }
 }
 
-/// The weights `[outputs, taps]` and the images as a matrix `[taps, images · out_area]`.
+fn weights<T: Real>(group: Group<'_, T>) -> Mat<'_, T> {
+    Mat::new(group.weights, group.geometry.outputs, group.geometry.taps())
+}
+
+/// The images as a matrix `[taps, images · out_area]`.
 fn unfold<'a, T: Real>(
-    Group { geometry, group, weights, threads }: Group<'a, T>,
+    Group { geometry, group, threads, .. }: Group<'_, T>,
     x: &[T],
     product: usize,
     scratch: &'a mut Vec<T>,
-) -> (Mat<'a, T>, Mat<'a, T>) {
+) -> Mat<'a, T> {
     let (taps, width) = (geometry.taps(), product / geometry.outputs);
     let columns = sized(scratch, taps * width);
     each_run(threads, columns, width, |(tap, row)| {
@@ -60,7 +63,7 @@ fn unfold<'a, T: Real>(
             || geometry.im2col(x, group, tap, row),
         )
     });
-    (Mat::new(weights, geometry.outputs, taps), Mat::new(columns, taps, width))
+    Mat::new(columns, taps, width)
 }
 
 /// The gradients of images of the group's channels.

@@ -48,6 +48,14 @@ impl Method {
         }
     }
 
+    /// How many numbers that has the weights as.
+    pub(super) fn weights_len(&self) -> usize {
+        match self {
+            Self::Columns(geometry) => geometry.groups * geometry.outputs * geometry.taps(),
+            Self::Tiles(tiles) => tiles.weights_len(),
+        }
+    }
+
     /// Of weights `[groups · outputs, taps]`.
     pub(super) fn weights<'a, T: Real>(&self, weights: &'a [T]) -> Cow<'a, [T]> {
         match self {

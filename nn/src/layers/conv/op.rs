@@ -71,7 +71,7 @@ impl Convolution {
         [x, weight, bias]: [&[T]; 3],
         images: usize,
     ) -> (Vec<T>, Vec<u8>) {
-        let pass = Pass::new(self, images, weight);
+        let pass = Pass::new(self, images, Some(weight));
         let part = pass.plan.part;
         let (x_part, y_part) = (part * self.geometry.image(), part * self.y_image());
         let mut best = vec![0; if self.pooling.is_some() { images * self.y_image() } else { 0 }];
@@ -97,18 +97,26 @@ impl Convolution {
         let images = x.dims()[0];
         with_values([x, weight, y], |[x, weights, y]| {
             let slopes = Slopes { y, best, gradient };
+            let [is_x, is_weight, is_bias] = sources.each_ref().map(Source::is_tracked);
+            let of = (is_weight || is_bias).then_some(x);
             let mut sums = Sums::default();
             let mut go =
-                |dx: Option<&mut [T]>| sums = self.gradients(Some(x), weights, &slopes, images, dx);
-            let dx = match sources[0].is_tracked() {
+                |dx: Option<&mut [T]>| sums = self.gradients(of, weights, &slopes, images, dx);
+            let dx = match is_x {
                 true => sources[0].give(output(x.len(), |dx| go(Some(dx))))?,
                 false => {
                     go(None);
                     None
                 }
             };
-            let dw = parameter_gradient(weight, |dw, is_added| sums.weight(dw, is_added))?;
-            let db = parameter_gradient(bias, |db, is_added| put(&sums.bias, db, is_added))?;
+            let dw = match is_weight {
+                true => parameter_gradient(weight, |dw, is_added| sums.weight(dw, is_added))?,
+                false => None,
+            };
+            let db = match is_bias {
+                true => parameter_gradient(bias, |db, is_added| put(&sums.bias, db, is_added))?,
+                false => None,
+            };
             Ok(vec![dx, dw, db])
         })
     }
@@ -123,7 +131,8 @@ impl Convolution {
         images: usize,
         dx: Option<&mut [T]>,
     ) -> Sums<T> {
-        let pass = Pass::new(self, images, weight);
+        // The weights lead to images alone.
+        let pass = Pass::new(self, images, dx.is_some().then_some(weight));
         let part = pass.plan.part;
         let parts = images.div_ceil(part).max(1);
         let mut sums: Vec<_> = (0..parts).map(|_| x.map(|_| pass.sums())).collect();
@@ -176,14 +185,15 @@ impl<T: Real> Sums<T> {
 }
 
 impl<'a, T: Real> Pass<'a, T> {
-    fn new(of: Convolution, images: usize, weight: &'a [T]) -> Self {
+    fn new(of: Convolution, images: usize, weights: Option<&'a [T]>) -> Self {
         let method = Method::new(&of.geometry, images);
-        Self { of, method, plan: method.plan(images), weights: method.weights(weight) }
+        let weights = weights.map(|weights| method.weights(weights)).unwrap_or_default();
+        Self { of, method, plan: method.plan(images), weights }
     }
 
     fn sums(&self) -> Sums<T> {
         let outputs = self.of.geometry.groups * self.of.geometry.outputs;
-        let [weight, bias] = [self.weights.len(), outputs].map(|len| vec![T::zero(); len]);
+        let [weight, bias] = [self.method.weights_len(), outputs].map(|len| vec![T::zero(); len]);
         Sums { method: Some(self.method), weight, bias }
     }
 

@@ -275,9 +275,11 @@ mod tests {
             (4, [2, 1, 0, 1, 4], [5, 4], 3),
             (3, [3, 2, 2, 2, 2], [4, 5], 2),
             (1, [2, 0, 1, 3, 2], [3, 2], 1),
-            // Enough images for parts, and few and large ones.
+            // More images than one matrix has, and few and large ones.
             (3, [2, 1, 1, 1, 2], [6, 5], 60),
             (3, [1, 1, 0, 1, 1], [70, 70], 3),
+            // By tiles.
+            (3, [1, 1, 0, 1, 1], [12, 11], 5),
         ];
         for (kernel, [stride, padding, output_padding, dilation, groups], [height, width], rows) in
             cases
@@ -286,8 +288,13 @@ mod tests {
             let bias = kernel != 2;
             let options =
                 ConvTransposeOptions { stride, padding, output_padding, dilation, groups, bias };
-            let inputs = if height == 70 { 30 } else { 4 };
-            let layer = ConvTranspose2d::new(&params, inputs, 8, kernel, options).expect("layer").0;
+            let (inputs, outputs) = match height {
+                70 => (30, 8),
+                12 => (16, 32),
+                _ => (4, 8),
+            };
+            let layer = ConvTranspose2d::new(&params, inputs, outputs, kernel, options);
+            let layer = layer.expect("layer").0;
             let init = Init::Normal { mean: 0.0, std: 1.0 };
             let x = params.get((rows, inputs, height, width), "x", init).expect("input");
             let geometry = layer.geometry(height, width).expect("geometry");

@@ -12,7 +12,7 @@ mod transform;
 
 use super::geometry::Geometry;
 use super::method::Group;
-use super::plan::{Plan, each, sized};
+use super::plan::{Plan, each, each_run, sized};
 use crate::kernels::{Mat, Real, Threads, gemm, gemm_add, output, transpose, vectorized};
 use std::array::from_fn;
 use std::ops::Range;
@@ -77,9 +77,14 @@ impl Tiles {
     }
 
     pub(super) fn plan(&self, images: usize) -> Plan {
-        let Geometry { outputs, groups, .. } = self.geometry;
-        let image = outputs * self.geometry.out_area();
-        Plan::new(image, groups * self.weights_of_group(), self.geometry.numbers(), images)
+        let Geometry { channels, outputs, .. } = self.geometry;
+        let image = (channels * self.geometry.area()).max(outputs * self.geometry.out_area());
+        Plan::new(image, self.weights_len(), self.geometry.numbers(), images)
+    }
+
+    /// Numbers of all groups' points.
+    pub(super) fn weights_len(&self) -> usize {
+        self.geometry.groups * self.weights_of_group()
     }
 
     fn weights_of_group(&self) -> usize {
@@ -88,8 +93,8 @@ impl Tiles {
 
     /// The points of weights `[groups · outputs, channels, 3, 3]`.
     pub(super) fn weights<T: Real>(&self, weight: &[T]) -> Vec<T> {
-        let Geometry { channels, outputs, groups, .. } = self.geometry;
-        output(groups * self.weights_of_group(), |to: &mut [T]| {
+        let Geometry { channels, outputs, .. } = self.geometry;
+        output(self.weights_len(), |to: &mut [T]| {
             let groups = to.chunks_mut(self.weights_of_group());
             for (to, weight) in groups.zip(weight.chunks(outputs * channels * WINDOW)) {
                 each(Threads::All, pieces(to, outputs), |(channel, mut to)| {
@@ -168,7 +173,9 @@ impl Tiles {
         let Geometry { channels, outputs, .. } = self.geometry;
         let budget = if threads == Threads::One { OWN } else { SHARED };
         let tiles = (budget / (POINTS * (channels + outputs))).max(LEAST_AT_A_TIME);
-        let (rows, all) = (tiles.div_ceil(self.across), images * self.down);
+        let (most, all) = (tiles.div_ceil(self.across), images * self.down);
+        // Alike, for each reads all weights.
+        let rows = all.div_ceil(all.div_ceil(most).max(1)).max(1);
         (0..all).step_by(rows).map(move |first| first..(first + rows).min(all))
     }
 }
@@ -211,7 +218,9 @@ impl<T: Real> Job<'_, T> {
         let pixels = self.tiles.geometry.area() + 1;
         let mut turned = dx.as_ref().map(|_| {
             let turned = sized(&mut scratch.turned, images * pixels * channels);
-            turned.fill(T::zero());
+            each_run(self.group.threads, turned, pixels * channels, |(_, image)| {
+                image.fill(T::zero());
+            });
             turned
         });
         for rows in self.tiles.runs(images, self.group.threads) {

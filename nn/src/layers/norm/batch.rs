@@ -13,6 +13,9 @@ use candle_core::{DType, Device, Tensor, Var};
 use rayon::prelude::*;
 use std::sync::Arc;
 
+/// Numbers of a channel that say something of its variance.
+const ENOUGH: f64 = 2.0;
+
 /// Settings of [`BatchNorm`]; the defaults are PyTorch's.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct BatchNormOptions {
@@ -35,7 +38,8 @@ impl Default for BatchNormOptions {
 /// In training mean and deviation are those of the batch: of this worker's rows, or of all
 /// workers' where the [`Pass`] brings a [`SyncSum`]. In evaluation they are the running
 /// statistics, which each training pass moves towards the batch's (the variance's unbiased
-/// estimate, as in PyTorch).
+/// estimate, as in PyTorch). A batch of one number for each channel says nothing of its variance:
+/// it is normalised to the bias, and moves nothing.
 ///
 /// Parameters `weight` and `bias` `[channels]`, ones and zeros; buffers `running_mean` and
 /// `running_var`, which are saved with the parameters.
@@ -111,8 +115,10 @@ impl BatchNorm {
                 let mean = flat.mean((0, 2))?;
                 let var = flat.broadcast_sub(&by_channel(&mean)?)?.sqr()?.mean((0, 2))?;
                 let count = (x.elem_count() / channels) as f64;
-                let unbiased = (var.detach() * (count / (count - 1.0).max(1.0)))?;
-                self.track(&mean.detach(), &unbiased)?;
+                if count >= ENOUGH {
+                    let unbiased = (var.detach() * (count / (count - 1.0)))?;
+                    self.track(&mean.detach(), &unbiased)?;
+                }
                 (mean, var)
             }
         };
@@ -179,11 +185,14 @@ impl BatchNorm {
     }
 
     fn track_moments(&self, moments: &[Moments]) -> Result<()> {
+        if moments.iter().any(|moments| moments.count < ENOUGH) {
+            return Ok(());
+        }
         let tensor = |of: &dyn Fn(&Moments) -> f64| {
             let values: Vec<f64> = moments.iter().map(of).collect();
             Tensor::new(values, &Device::Cpu)?.to_dtype(self.weight.dtype())
         };
-        let unbiased = |m: &Moments| m.square_sum / (m.count - 1.0).max(1.0);
+        let unbiased = |m: &Moments| m.square_sum / (m.count - 1.0);
         self.track(&tensor(&|m| m.mean)?, &tensor(&unbiased)?)
     }
 }
