@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! bench-nn peak                           the best rate of a large product, in GFLOP/s
+//! bench-nn bandwidth                      the best rate of a sum of large vectors, in GB/s
 //! bench-nn fixture MODEL PATH             write initial weights and batches for both sides
 //! bench-nn train MODEL FIXTURE THREADS    answer requests on standard input
 //! ```
@@ -15,8 +16,9 @@ use anyhow::{Context, Result, bail};
 use candle_core::{DType, Device, Tensor};
 use mobula_core::{Batch, Flow};
 use mobula_nn::{Model, loss};
-use mobula_train::{AdamW, AdamWOptions, TrainState, WorkerContext};
+use mobula_train::{AdamW, AdamWOptions, Gradients, TrainState, Updater, WorkerContext};
 use models::{Case, SEED};
+use rayon::prelude::*;
 use serde_json::json;
 use std::collections::HashMap;
 use std::io::{BufRead, Write};
@@ -36,12 +38,16 @@ fn main() -> Result<()> {
             println!("{}", peak()?);
             Ok(())
         }
+        ["bandwidth"] => {
+            println!("{}", bandwidth());
+            Ok(())
+        }
         ["fixture", model, path] => models::case(model)?.write_fixture(path.as_ref()),
         ["train", model, fixture, threads] => {
             serve(&mut Training::new(models::case(model)?, fixture.as_ref())?, threads)
         }
         _ => bail!(
-            "usage: bench-nn peak | bench-nn fixture MODEL PATH | bench-nn train MODEL FIXTURE THREADS"
+            "usage: bench-nn peak | bench-nn bandwidth | bench-nn fixture MODEL PATH | bench-nn train MODEL FIXTURE THREADS"
         ),
     }
 }
@@ -69,14 +75,7 @@ impl Training {
     fn run(&mut self, steps: usize, rows: Option<usize>) -> Result<(Vec<f64>, f64)> {
         let model = self.case.model()?;
         model.params().load_tensors("the fixture", &self.weights)?;
-        let optimizer = AdamW::new(AdamWOptions {
-            lr: 1e-3,
-            beta1: 0.9,
-            beta2: 0.999,
-            eps: 1e-8,
-            weight_decay: 0.01,
-        })?;
-        let mut state = TrainState::new(model, optimizer, SEED, 1);
+        let mut state = TrainState::new(model, optimizer()?, SEED, 1);
         let mut context = WorkerContext::alone(|_| Ok(Flow::Continue));
         let (mut seconds, mut last) = (Vec::with_capacity(steps), f64::NAN);
         for step in 0..steps {
@@ -89,6 +88,21 @@ impl Training {
         }
         self.trained = Some(state.model);
         Ok((seconds, last))
+    }
+
+    /// The time of each update by gradients that stay the same.
+    fn update(&self, steps: usize) -> Result<Vec<f64>> {
+        let model = self.case.model()?;
+        model.params().load_tensors("the fixture", &self.weights)?;
+        let mut gradients = Gradients::zeros(model.params());
+        gradients.values_mut().fill(1e-3);
+        let mut updater = Updater::new(optimizer()?);
+        let mut step = || {
+            let start = Instant::now();
+            updater.step(model.params(), &mut gradients)?;
+            Ok(start.elapsed().as_secs_f64())
+        };
+        (0..steps).map(|_| step()).collect()
     }
 
     /// The time of each forward pass of the first `rows` rows, and the sum of what came out.
@@ -105,6 +119,16 @@ impl Training {
         }
         Ok((seconds, y.sum_all()?.to_dtype(DType::F64)?.to_scalar()?))
     }
+}
+
+fn optimizer() -> Result<AdamW> {
+    Ok(AdamW::new(AdamWOptions {
+        lr: 1e-3,
+        beta1: 0.9,
+        beta2: 0.999,
+        eps: 1e-8,
+        weight_decay: 0.01,
+    })?)
 }
 
 fn batch(tensors: &mut HashMap<String, Tensor>, index: usize) -> Result<Batch> {
@@ -136,12 +160,15 @@ fn serve(training: &mut Training, threads: &str) -> Result<()> {
                 let (seconds, loss) = training.run(steps.parse()?, None)?;
                 answer(json!({ "seconds": seconds, "loss": loss }))?;
             }
+            Some(("update", steps)) => {
+                answer(json!({ "seconds": training.update(steps.parse()?)? }))?;
+            }
             Some(("save", path)) => {
                 let trained = training.trained.as_ref().context("nothing was run yet")?;
                 trained.params().save(path)?;
                 answer(json!({ "saved": true }))?;
             }
-            _ => bail!("expected `run STEPS` or `save PATH`, got {line:?}"),
+            _ => bail!("expected `run`, `infer`, `update` or `save`, got {line:?}"),
         }
     }
     Ok(())
@@ -163,6 +190,20 @@ fn peak() -> Result<f64> {
         least = least.min(start.elapsed().as_secs_f64());
     }
     Ok(2.0 * (SIZE as f64).powi(3) / least / 1e9)
+}
+
+/// Of `a += b` far beyond the caches: two numbers are read and one is written.
+fn bandwidth() -> f64 {
+    const LEN: usize = 1 << 24;
+    let (mut a, b) = (vec![1f32; LEN], vec![1f32; LEN]);
+    let mut least = f64::INFINITY;
+    for _ in 0..20 {
+        let start = Instant::now();
+        let chunks = a.par_chunks_mut(1 << 14).zip(b.par_chunks(1 << 14));
+        chunks.for_each(|(a, b)| a.iter_mut().zip(b).for_each(|(a, b)| *a += b));
+        least = least.min(start.elapsed().as_secs_f64());
+    }
+    (3 * size_of::<f32>() * LEN) as f64 / least / 1e9
 }
 
 /// How far `work` raises what this process has in memory, at its peak.

@@ -29,6 +29,12 @@ pub(crate) fn case(name: &str) -> Result<Case> {
             64,
             r#"{"architecture": "mlp", "options": {"inputs": 784, "hidden": [512, 512], "outputs": 10}}"#,
         ),
+        // Of 10 million parameters, for the optimizer alone.
+        "wide" => (
+            8,
+            1,
+            r#"{"architecture": "mlp", "options": {"inputs": 2236, "hidden": [2236, 2236], "outputs": 10}}"#,
+        ),
         "cnn" => (256, 16, r#"{"architecture": "cnn"}"#),
         "resnet" => (64, 4, r#"{"architecture": "resnet"}"#),
         "transformer" => (

@@ -42,6 +42,8 @@ def main():
         elif command == "infer":
             seconds, loss = side.infer(*map(int, arguments))
             answer(seconds=seconds, loss=loss)
+        elif command == "update":
+            answer(seconds=side.update(int(arguments[0])))
         elif command == "save":
             side.save(arguments[0])
             answer(saved=True)
@@ -53,6 +55,17 @@ class Mlp(nn.Sequential):
         sizes = [784, 512, 512, 10]
         for i in range(1, 4):
             self.add_module(f"fc{i}", nn.Linear(sizes[i - 1], sizes[i]))
+            if i < 3:
+                self.add_module(f"relu{i}", nn.ReLU())
+
+
+class Wide(nn.Sequential):
+    """10 million parameters, for the optimizer alone."""
+
+    def __init__(self):
+        super().__init__()
+        for i, outputs in enumerate([2236, 2236, 10], 1):
+            self.add_module(f"fc{i}", nn.Linear(2236, outputs))
             if i < 3:
                 self.add_module(f"relu{i}", nn.ReLU())
 
@@ -140,6 +153,7 @@ class ResNet(nn.Module):
 MODELS = {
     "mlp": Mlp,
     "mlp-32": Mlp,
+    "wide": Wide,
     "cnn": Cnn,
     "resnet": ResNet,
     "transformer": Transformer,
@@ -187,6 +201,19 @@ class Training:
             optimizer.step()
             seconds.append(time.perf_counter() - start)
         return seconds, loss.item()
+
+    def update(self, steps):
+        """By gradients that stay the same."""
+        self.load()
+        optimizer = torch.optim.AdamW(self.model.parameters(), fused=True, **OPTIMIZER)
+        for parameter in self.model.parameters():
+            parameter.grad = torch.full_like(parameter, 1e-3)
+        seconds = []
+        for _ in range(steps):
+            start = time.perf_counter()
+            optimizer.step()
+            seconds.append(time.perf_counter() - start)
+        return seconds
 
     def infer(self, rows, steps):
         self.load()

@@ -76,6 +76,19 @@ const MODELS: &[Model] = &[
     },
 ];
 
+/// 10 million parameters, whose optimizer alone is measured.
+const WIDE: Model = Model {
+    name: "wide",
+    label: "AdamW alone, 10 M parameters",
+    modes: &["eager"],
+    steps: 50,
+    rows: &[],
+};
+const WIDE_PARAMETERS: f64 = 1e7;
+/// Bytes of a parameter that AdamW moves: it reads weight, gradient and two moments, and writes all
+/// but the gradient.
+const ADAMW_BYTES: f64 = 28.0;
+
 /// Programs and files of the whole comparison.
 struct Bench {
     scratch: Scratch,
@@ -101,6 +114,10 @@ pub(super) fn run(quick: bool, only: &str) -> Result<Vec<Case>> {
             eprintln!("{}, {threads}t", model.label);
             cases.extend(bench.compare(model, threads, peak)?);
         }
+        if WIDE.label.contains(only) {
+            eprintln!("{}, {threads}t", WIDE.label);
+            cases.extend(bench.compare_updates(threads)?);
+        }
     }
     Ok(cases)
 }
@@ -108,9 +125,13 @@ pub(super) fn run(quick: bool, only: &str) -> Result<Vec<Case>> {
 impl Bench {
     /// The best rate of a large product, in GFLOP/s.
     fn peak(&self, threads: usize) -> Result<f64> {
-        let mut peak = Command::new(&self.ours);
-        set_threads(peak.arg("peak"), threads);
-        Ok(command::output(peak)?.trim().parse()?)
+        self.limit("peak", threads)
+    }
+
+    fn limit(&self, what: &str, threads: usize) -> Result<f64> {
+        let mut limit = Command::new(&self.ours);
+        set_threads(limit.arg(what), threads);
+        Ok(command::output(limit)?.trim().parse()?)
     }
 
     fn start(&self, mode: Option<&str>, model: &Model, threads: usize) -> Result<Side> {
@@ -139,7 +160,8 @@ impl Bench {
         Ok(Side { worker: Worker::start(command)?, seconds: Vec::new() })
     }
 
-    fn compare(&self, model: &Model, threads: usize, peak: f64) -> Result<Vec<Case>> {
+    /// Ours, and the peers that work here.
+    fn contest<'a>(&self, model: &'a Model, threads: usize) -> Result<Contest<'a>> {
         let mut contest =
             Contest { model, ours: self.start(None, model, threads)?, peers: Vec::new() };
         for mode in model.modes {
@@ -148,6 +170,11 @@ impl Bench {
                 Err(error) => eprintln!("{mode} does not work here, left out: {error:#}"),
             }
         }
+        Ok(contest)
+    }
+
+    fn compare(&self, model: &Model, threads: usize, peak: f64) -> Result<Vec<Case>> {
+        let mut contest = self.contest(model, threads)?;
         let memory = contest.memory(threads);
         contest.check_agreement(&self.scratch.0, self.start(Some(IN_F64), model, threads)?)?;
         let rounds = if self.quick { 3 } else { 10 };
@@ -158,6 +185,23 @@ impl Bench {
             cases.push(contest.inference(*rows, threads, rounds)?);
         }
         Ok(cases)
+    }
+
+    fn compare_updates(&self, threads: usize) -> Result<Vec<Case>> {
+        let bandwidth = self.limit("bandwidth", threads)?;
+        let mut contest = self.contest(&WIDE, threads)?;
+        contest.check_agreement(&self.scratch.0, self.start(Some(IN_F64), &WIDE, threads)?)?;
+        for _ in 0..if self.quick { 3 } else { 10 } {
+            contest.sides().try_for_each(Side::update)?;
+        }
+        contest.sides().for_each(|side| side.report("update"));
+        let (ours, best) = (contest.ours.milliseconds(), contest.best());
+        let rate = |milliseconds: f64| WIDE_PARAMETERS * ADAMW_BYTES / milliseconds / 1e6;
+        let peer = best.clone().map(|(peer, name)| (rate(peer), name));
+        let mut gigabytes =
+            contest.case("update", "GB/s", threads, rate(ours), peer, Some(bandwidth));
+        gigabytes.ratio = gigabytes.ratio.map(|ratio| 1.0 / ratio);
+        Ok(vec![contest.case("update", "ms", threads, ours, best, None), gigabytes])
     }
 }
 
@@ -196,6 +240,14 @@ impl Side {
             std::fs::read(&path).with_context(|| format!("reading {}", path.display()))?;
         let loss = self.worker.run(LOSS_STEPS)?.loss.context("a side that trains has a loss")?;
         Ok(Answer { weights, loss })
+    }
+
+    /// One measured round of the optimizer alone.
+    fn update(&mut self) -> Result<()> {
+        settle();
+        let round = self.worker.update(WARM_UP + WIDE.steps)?;
+        self.seconds.extend(&round.seconds[WARM_UP..]);
+        Ok(())
     }
 
     /// One measured round; returns the last loss.

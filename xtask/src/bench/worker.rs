@@ -7,6 +7,8 @@
 //! * `run STEPS` trains from the same initial state every time: `{"seconds": [..], "loss": x}`;
 //! * `infer ROWS STEPS` gives what comes out of the first rows, again and again: the same, with the
 //!   sum of what came out for the loss;
+//! * `update STEPS` has the optimizer alone move the weights, by gradients that stay the same: the
+//!   same, without a loss;
 //! * `save PATH` writes the weights it has now: `{"saved": true}`.
 //!
 //! It ends with its input.
@@ -80,6 +82,11 @@ impl Worker {
     /// What comes out of the first `rows` rows, `steps` times.
     pub(super) fn infer(&mut self, rows: usize, steps: usize) -> Result<Round> {
         self.ask(&format!("infer {rows} {steps}"))
+    }
+
+    /// `steps` updates by the same gradients.
+    pub(super) fn update(&mut self, steps: usize) -> Result<Round> {
+        self.ask(&format!("update {steps}"))
     }
 
     /// Writes the weights as they are now.

@@ -10,9 +10,9 @@ use crate::kernels::{Mat, Packed, Real, Threads, gemm, output, vectorized};
 use rayon::prelude::*;
 use std::sync::Arc;
 
-/// Rows that go through the steps together. Products of fewer are slower, and the order of sums
-/// follows from it.
-const CHUNK: usize = 8;
+/// Rows that go through the steps together, of few rows and of many. Products of fewer are slower,
+/// but a few rows should not all be one thread's; the order of sums follows from it.
+const CHUNKS: [usize; 2] = [4, 8];
 
 /// Sizes, and in which order the steps are taken.
 #[derive(Clone, Debug)]
@@ -47,9 +47,14 @@ impl Geometry {
         self.lengths.as_ref().is_none_or(|lengths| place < lengths[row])
     }
 
+    /// The rows of a chunk.
+    fn chunk_rows(&self) -> usize {
+        CHUNKS[usize::from(self.rows >= 2 * CHUNKS[1])]
+    }
+
     /// The elements of a chunk, if a row has `width` of them in a step.
     fn chunk(&self, width: usize) -> usize {
-        (CHUNK * self.length * width).max(1)
+        (self.chunk_rows() * self.length * width).max(1)
     }
 
     /// `x [rows, length, width]` ordered by chunk, step, row; or, if `is_back`, the other way.
@@ -131,9 +136,10 @@ pub(super) fn forward<C: Cell, T: Real>(
     let (stride, start) = outputs.as_ref().map_or((1, 0), |y| (y.stride, y.start));
     let y = outputs.map(|y| y.values).unwrap_or_default();
     let mut y = y.chunks_mut(geometry.chunk(stride));
-    let states = h.chunks_mut(CHUNK * hidden).zip(m.chunks_mut(CHUNK * hidden));
+    let at_once = geometry.chunk_rows();
+    let states = h.chunks_mut(at_once * hidden).zip(m.chunks_mut(at_once * hidden));
     let chunks = states.enumerate().map(|(index, (hidden, memory))| Ahead {
-        first: index * CHUNK,
+        first: index * at_once,
         gates: gates_of.next().unwrap_or_default(),
         hidden,
         memory,
@@ -239,9 +245,10 @@ pub(super) fn backward<C: Cell, T: Real>(
     let (mut h, mut m) = (start(given.hidden), start(given.memory));
     let gates = output(length * rows * stride, |gates: &mut [T]| {
         let mut gates = gates.chunks_mut(geometry.chunk(stride));
-        let states = h.chunks_mut(CHUNK * hidden).zip(m.chunks_mut(CHUNK * hidden));
+        let at_once = geometry.chunk_rows();
+        let states = h.chunks_mut(at_once * hidden).zip(m.chunks_mut(at_once * hidden));
         let chunks = states.enumerate().map(|(index, (d_hidden, d_memory))| Back {
-            first: index * CHUNK,
+            first: index * at_once,
             tape,
             outputs: given.outputs,
             gradients: gates.next().unwrap_or_default(),
