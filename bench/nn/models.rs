@@ -31,8 +31,8 @@ pub(crate) fn case(name: &str) -> Result<Case> {
         ),
         // Of 10 million parameters, for the optimizer alone.
         "wide" => (
-            8,
-            1,
+            64,
+            16,
             r#"{"architecture": "mlp", "options": {"inputs": 2236, "hidden": [2236, 2236], "outputs": 10}}"#,
         ),
         "cnn" => (256, 16, r#"{"architecture": "cnn"}"#),
