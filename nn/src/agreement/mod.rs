@@ -6,9 +6,12 @@
 
 mod table;
 
-use crate::{Gradients, Model, Params, Pass, Registry, Result, loss};
+use crate::layers::{BatchNorm, BatchNormOptions};
+use crate::{Gradients, Model, Module, Params, Pass, Registry, Result, SyncSum, loss};
 use candle_core::{DType, Device, Tensor, Var};
+use mobula_core::BoxError;
 use std::cell::Cell;
+use std::sync::Arc;
 use table::{Build, MODELS, Sample, TABLE};
 
 thread_local! {
@@ -51,6 +54,29 @@ fn composing_runs_no_kernels() {
         y.track_op()
     };
     assert!(!is_tracked() && composed(is_tracked));
+}
+
+#[derive(Debug)]
+struct Alone;
+
+impl SyncSum for Alone {
+    fn sum(&self, _: &mut [f64]) -> std::result::Result<(), BoxError> {
+        Ok(())
+    }
+}
+
+/// Statistics of one worker's rows must not pass for those of all.
+#[test]
+fn composed_batch_norms_refuse_to_sync() {
+    let forward = || {
+        let params = Params::new(1, &Device::Cpu);
+        let norm = BatchNorm::new(&params, 2, BatchNormOptions::default())?;
+        let x = Tensor::zeros((3, 2), DType::F32, &Device::Cpu)?;
+        norm.forward(&x, &Pass::train(1, 1).with_sync(Arc::new(Alone)))
+    };
+    assert!(forward().is_ok(), "the kernel syncs");
+    let error = composed(forward).expect_err("refused").to_string();
+    assert!(error.contains("on the CPU alone"), "{error}");
 }
 
 #[cfg(feature = "cuda")]

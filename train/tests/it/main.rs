@@ -10,6 +10,7 @@ mod optim;
 mod pytorch;
 mod sync;
 mod training;
+mod updater;
 
 use libtest_mimic::{Arguments, Trial};
 use mobula_core::{Resources, Runtime};
@@ -27,6 +28,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         pytorch::TESTS,
         sync::TESTS,
         training::TESTS,
+        updater::TESTS,
     ]
     .concat();
     let trials = tests.into_iter().map(|(name, test)| {

@@ -6,7 +6,9 @@
 //! *FlashAttention*, 2022, without its tiles of keys: here a row of scores is in the cache anyway).
 
 use super::parts::{Columns, Inputs, Part, Parts, with_all};
-use crate::kernels::{Mat, Out, Real, Threads, lane_max, lane_sum, output, product, vectorized};
+use crate::kernels::{
+    Mat, Out, Real, Threads, gemm, gemm_add, lane_max, lane_sum, output, product, vectorized,
+};
 use crate::layers::dropout::Mask;
 use crate::link::{Source, Told, result};
 use candle_core::{Result, Tensor};
@@ -210,73 +212,68 @@ impl Attention {
             places: self.queries,
             size: self.size,
         };
-        let scale = T::from_f64(1.0 / (self.size as f64).sqrt());
-        let (mut scores, mut slopes, mut factors) = (Vec::new(), Vec::new(), Vec::new());
+        let mut scratch = Scratch::default();
         for (block, dq) in dq.chunks_mut(BLOCK * self.size).enumerate() {
             let first = block * BLOCK;
             let queries = first..first + dq.len() / self.size;
-            let keys = self.seen(row, &queries);
-            if keys.is_empty() {
-                dq.fill(T::zero());
-                continue;
-            }
-            self.weights(parts, row, head, queries.clone(), keys.clone(), &mut scores);
-            let kv_head = head / self.group();
-            let (k, v) = (
-                parts.k.head(row, kv_head, keys.clone()),
-                parts.v.head(row, kv_head, keys.clone()),
-            );
-            let (q, dy) =
-                (parts.q.head(row, head, queries.clone()), dy.head(row, head, queries.clone()));
-            slopes.resize(scores.len(), T::zero());
-            product(
-                Out { rows: &mut slopes, first: 0, stride: keys.len() },
-                false,
-                T::one(),
-                dy,
-                v.t(),
-                Threads::One,
-            );
-            let mut weights = &scores;
-            if self.draw(row, head, queries.clone(), keys.len(), &mut factors) {
-                multiply(&mut slopes, &factors);
-                multiply(&mut factors, &scores);
-                weights = &factors;
-            }
-            let weights = Mat::new(weights, queries.len(), keys.len());
-            product(
-                Out { rows: dv, first: 0, stride: self.size },
-                true,
-                T::one(),
-                weights.t(),
-                dy,
-                Threads::One,
-            );
-            let rows = scores.chunks_exact(keys.len()).zip(slopes.chunks_exact_mut(keys.len()));
-            for (weights, slopes) in rows {
-                vectorized(
-                    #[inline(always)]
-                    || softmax_slopes(weights, slopes),
-                );
-            }
-            let slopes = Mat::new(&slopes, queries.len(), keys.len());
-            product(
-                Out { rows: dq, first: 0, stride: self.size },
-                false,
-                scale,
-                slopes,
-                k,
-                Threads::One,
-            );
-            product(
-                Out { rows: dk, first: 0, stride: self.size },
-                true,
-                scale,
-                slopes.t(),
-                q,
-                Threads::One,
+            let dy = dy.head(row, head, queries.clone());
+            let to = [dq, &mut *dk, &mut *dv];
+            self.block_backward(parts, dy, (row, head, queries), to, &mut scratch);
+        }
+    }
+
+    /// Of the gradient of some queries' results: writes theirs, and adds to those of keys and values.
+    fn block_backward<T: Real>(
+        &self,
+        parts: &Parts<'_, T>,
+        dy: Mat<'_, T>,
+        (row, head, queries): (usize, usize, Range<usize>),
+        [dq, dk, dv]: [&mut [T]; 3],
+        Scratch { scores, slopes, factors }: &mut Scratch<T>,
+    ) {
+        let keys = self.seen(row, &queries);
+        if keys.is_empty() {
+            return dq.fill(T::zero());
+        }
+        let (height, width) = (queries.len(), keys.len());
+        self.weights(parts, row, head, queries.clone(), keys.clone(), scores);
+        let kv_head = head / self.group();
+        let k = parts.k.head(row, kv_head, keys.clone());
+        let v = parts.v.head(row, kv_head, keys);
+        let q = parts.q.head(row, head, queries.clone());
+        slopes.resize(scores.len(), T::zero());
+        gemm(slopes, T::one(), dy, v.t(), Threads::One);
+        let mut weights = &*scores;
+        if self.draw(row, head, queries, width, factors) {
+            multiply(slopes, factors);
+            multiply(factors, scores);
+            weights = factors;
+        }
+        gemm_add(dv, Mat::new(weights, height, width).t(), dy, Threads::One);
+        for (weights, slopes) in scores.chunks_exact(width).zip(slopes.chunks_exact_mut(width)) {
+            vectorized(
+                #[inline(always)]
+                || softmax_slopes(weights, slopes),
             );
         }
+        let scale = T::from_f64(1.0 / (self.size as f64).sqrt());
+        let slopes = Mat::new(slopes, height, width);
+        gemm(dq, scale, slopes, k, Threads::One);
+        let dk = Out { rows: dk, first: 0, stride: self.size };
+        product(dk, true, scale, slopes.t(), q, Threads::One);
+    }
+}
+
+/// Memory that the queries of a head are worked on in, block by block.
+struct Scratch<T> {
+    scores: Vec<T>,
+    slopes: Vec<T>,
+    factors: Vec<T>,
+}
+
+impl<T> Default for Scratch<T> {
+    fn default() -> Self {
+        Self { scores: Vec::new(), slopes: Vec::new(), factors: Vec::new() }
     }
 }
 

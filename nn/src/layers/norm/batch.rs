@@ -104,8 +104,12 @@ impl BatchNorm {
         }
     }
 
-    /// In candle's own operations; statistics of this worker's rows alone.
+    /// In candle's own operations; not with the rows of other workers.
     fn composed(&self, x: &Tensor, skip: Option<&Tensor>, pass: &Pass) -> Result<Tensor> {
+        if pass.training().is_some() && pass.sync().is_some() {
+            let text = "batch norms do so on the CPU alone; train without it on other devices";
+            return Err(Error::sync(text.into()));
+        }
         let channels = self.weight.elem_count();
         let by_channel = |t: &Tensor| t.reshape((1, channels, 1));
         let flat = x.reshape((x.dim(0)?, channels, ()))?;
