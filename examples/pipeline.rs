@@ -58,9 +58,9 @@ impl Config {
 
 /// The training loop: the same in a trial of the search and on every worker of the training.
 fn learn(context: &mut WorkerContext<'_>, config: &Config) -> anyhow::Result<()> {
-    let mut batches = config.train.open(context.shard())?;
-    let mut test = config.test.open(context.shard())?;
-    let model = Model::build(&config.model, SEED, &context.device())?;
+    let mut batches = context.batches(&config.train)?;
+    let mut test = context.batches(&config.test)?;
+    let model = Model::build(&config.model, SEED, context.device())?;
     let mut state = TrainState::new(model, AdamW::new(config.optimizer)?, SEED, config.epochs);
     context.add_checkpoint_file(models::PREPROCESSOR, serde_json::to_vec(&config.scaler)?);
     context.restore(&mut state, batches.as_mut())?;

@@ -62,9 +62,9 @@ struct Config {
 #[mobula::remote]
 fn train_worker(member: Member, config: Config) -> anyhow::Result<()> {
     let mut context = WorkerContext::join(member)?;
-    let mut batches = config.train.open(context.shard())?;
-    let mut test = config.test.open(context.shard())?;
-    let model = Model::build(&config.model, SEED, &context.device())?;
+    let mut batches = context.batches(&config.train)?;
+    let mut test = context.batches(&config.test)?;
+    let model = Model::build(&config.model, SEED, context.device())?;
     let mut state = TrainState::new(model, AdamW::new(config.optimizer)?, SEED, config.epochs);
     context.add_checkpoint_file(models::PREPROCESSOR, serde_json::to_vec(&config.preprocessor)?);
     context.restore(&mut state, batches.as_mut())?;

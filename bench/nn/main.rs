@@ -10,14 +10,12 @@
 //! The requests are described in xtask/src/bench/worker.rs.
 #![forbid(unsafe_code)]
 
-mod models;
-
 use anyhow::{Context, Result, bail};
 use candle_core::{DType, Device, Tensor};
+use mobula_bench::{Case, Fixture, SEED, case, optimizer};
 use mobula_core::{Batch, Flow};
 use mobula_nn::{Model, loss};
-use mobula_train::{AdamW, AdamWOptions, Gradients, TrainState, Updater, WorkerContext};
-use models::{Case, SEED};
+use mobula_train::{Gradients, TrainState, Updater, WorkerContext};
 use rayon::prelude::*;
 use serde_json::json;
 use std::collections::HashMap;
@@ -42,9 +40,9 @@ fn main() -> Result<()> {
             println!("{}", bandwidth());
             Ok(())
         }
-        ["fixture", model, path] => models::case(model)?.write_fixture(path.as_ref()),
+        ["fixture", model, path] => case(model)?.write_fixture(path.as_ref()),
         ["train", model, fixture, threads] => {
-            serve(&mut Training::new(models::case(model)?, fixture.as_ref())?, threads)
+            serve(&mut Training::new(case(model)?, fixture.as_ref())?, threads)
         }
         _ => bail!(
             "usage: bench-nn peak | bench-nn bandwidth | bench-nn fixture MODEL PATH | bench-nn train MODEL FIXTURE THREADS"
@@ -63,17 +61,13 @@ struct Training {
 
 impl Training {
     fn new(case: Case, fixture: &Path) -> Result<Self> {
-        let tensors = candle_core::safetensors::load(fixture, &Device::Cpu);
-        let mut tensors = tensors.with_context(|| format!("reading {}", fixture.display()))?;
-        let batches =
-            (0..case.batches).map(|index| batch(&mut tensors, index)).collect::<Result<_>>()?;
-        // What is left are the weights.
-        Ok(Self { case, weights: tensors, batches, trained: None })
+        let Fixture { weights, batches } = case.read_fixture(fixture)?;
+        Ok(Self { case, weights, batches, trained: None })
     }
 
     /// Trains from the initial weights with a fresh optimizer: the time of each step, the last loss.
     fn run(&mut self, steps: usize, rows: Option<usize>) -> Result<(Vec<f64>, f64)> {
-        let model = self.case.model()?;
+        let model = self.case.model(&Device::Cpu)?;
         model.params().load_tensors("the fixture", &self.weights)?;
         let mut state = TrainState::new(model, optimizer()?, SEED, 1);
         let mut context = WorkerContext::alone(|_| Ok(Flow::Continue));
@@ -92,7 +86,7 @@ impl Training {
 
     /// The time of each update by gradients that stay the same.
     fn update(&self, steps: usize) -> Result<Vec<f64>> {
-        let model = self.case.model()?;
+        let model = self.case.model(&Device::Cpu)?;
         model.params().load_tensors("the fixture", &self.weights)?;
         let mut gradients = Gradients::zeros(model.params());
         gradients.values_mut().fill(1e-3);
@@ -107,7 +101,7 @@ impl Training {
 
     /// The time of each forward pass of the first `rows` rows, and the sum of what came out.
     fn infer(&self, rows: usize, steps: usize) -> Result<(Vec<f64>, f64)> {
-        let model = self.case.model()?;
+        let model = self.case.model(&Device::Cpu)?;
         model.params().load_tensors("the fixture", &self.weights)?;
         let x = self.batches[0].get("x")?.narrow(0, 0, rows)?;
         let mut seconds = Vec::with_capacity(steps);
@@ -119,22 +113,6 @@ impl Training {
         }
         Ok((seconds, y.sum_all()?.to_dtype(DType::F64)?.to_scalar()?))
     }
-}
-
-fn optimizer() -> Result<AdamW> {
-    Ok(AdamW::new(AdamWOptions {
-        lr: 1e-3,
-        beta1: 0.9,
-        beta2: 0.999,
-        eps: 1e-8,
-        weight_decay: 0.01,
-    })?)
-}
-
-fn batch(tensors: &mut HashMap<String, Tensor>, index: usize) -> Result<Batch> {
-    let mut take = |name: String| tensors.remove(&name).with_context(|| format!("no {name}"));
-    let (x, y) = (take(format!("x.{index}"))?, take(format!("y.{index}"))?.to_dtype(DType::U32)?);
-    Ok(Batch::new(vec![("x".to_owned(), x), ("y".to_owned(), y)])?)
 }
 
 fn first_rows(batch: &Batch, rows: Option<usize>) -> Result<Batch> {

@@ -157,6 +157,7 @@ MODELS = {
     "cnn": Cnn,
     "resnet": ResNet,
     "transformer": Transformer,
+    "transformer-32": Transformer,
     "lstm": Lstm,
 }
 
@@ -259,4 +260,5 @@ def answer(**fields):
     print(json.dumps(fields), flush=True)
 
 
-main()
+if __name__ == "__main__":
+    main()

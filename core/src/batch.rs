@@ -3,7 +3,7 @@
 //! The `data` crate implements [`BatchSource`]; `train` consumes it. Neither knows the other.
 
 use crate::Error;
-use candle_core::Tensor;
+use candle_core::{Device, Tensor};
 use serde::{Deserialize, Serialize};
 
 /// Named tensors that share their first dimension, the rows.
@@ -56,6 +56,14 @@ impl Batch {
         let narrow =
             |(name, tensor): &(String, Tensor)| Ok((name.clone(), tensor.narrow(0, start, rows)?));
         Self::new(self.tensors.iter().map(narrow).collect::<Result<_, Error>>()?)
+    }
+
+    /// The same rows on a device. Costs nothing when they are there.
+    pub fn to_device(&self, device: &Device) -> Result<Self, Error> {
+        let there =
+            |(name, tensor): &(String, Tensor)| Ok((name.clone(), tensor.to_device(device)?));
+        let tensors = self.tensors.iter().map(there).collect::<Result<_, Error>>()?;
+        Ok(Self { tensors, ..*self })
     }
 
     /// Rows in this rank's part of the step. May be 0 in the last step of an epoch.

@@ -1,13 +1,14 @@
 //! What a training function gets: its share of the work, and the steps that all ranks take
 //! together.
 
-use crate::collective::{Collective, Element};
+use crate::collective::{self, Alone, Collective, Element, ReduceOp};
+use crate::device::OnDevice;
 use crate::report::{EpochReport, Meter, WorkerReport};
 use crate::state::TrainState;
 use crate::{Error, Result};
 use candle_core::Device;
 use mobula_core::checkpoint::{Checkpoint, CheckpointStore};
-use mobula_core::{Batch, BatchStream, BoxError, Flow, Member, Shard};
+use mobula_core::{Batch, BatchSource, BatchStream, BoxError, Flow, Member, Shard};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -22,13 +23,24 @@ pub(crate) struct Setup {
     pub(crate) resume_from: Option<Checkpoint>,
     #[serde(default)]
     pub(crate) sync_batch_norm: bool,
+    /// Of each worker.
+    #[serde(default)]
+    pub(crate) gpus: f64,
+}
+
+impl Setup {
+    /// The first GPU that this process sees is the worker's own.
+    fn device(&self) -> Result<Device> {
+        if self.gpus > 0.0 { Ok(Device::new_cuda(0)?) } else { Ok(Device::Cpu) }
+    }
 }
 
 /// The training function's view of its group, or of a world of one.
 pub struct WorkerContext<'a> {
     place: Place<'a>,
-    pub(crate) collective: Arc<Collective>,
+    pub(crate) collective: Arc<dyn Collective>,
     pub(crate) setup: Setup,
+    device: Device,
     files: BTreeMap<String, Vec<u8>>,
     pub(crate) meter: Meter,
 }
@@ -50,9 +62,9 @@ impl std::fmt::Debug for WorkerContext<'_> {
 impl WorkerContext<'static> {
     /// The context of a member of a [`Trainer`](crate::Trainer)'s group.
     pub fn join(member: Member) -> Result<Self> {
-        let (setup, member) = (member.context()?, Arc::new(member));
-        let collective = Collective::of(&member);
-        Ok(Self::new(Place::Member(member), collective, setup))
+        let (setup, member): (Setup, _) = (member.context()?, Arc::new(member));
+        let (collective, device) = (collective::connect(&member)?, setup.device()?);
+        Ok(Self { device, ..Self::new(Place::Member(member), collective, setup) })
     }
 }
 
@@ -60,12 +72,12 @@ impl<'a> WorkerContext<'a> {
     /// A world of one without checkpoints, for trials and tests. `on_epoch` hears of each epoch
     /// and may stop the training.
     pub fn alone(on_epoch: impl FnMut(&EpochReport) -> Result<Flow, BoxError> + 'a) -> Self {
-        Self::new(Place::Alone(Box::new(on_epoch)), Collective::Alone, Setup::default())
+        Self::new(Place::Alone(Box::new(on_epoch)), Arc::new(Alone), Setup::default())
     }
 
-    fn new(place: Place<'a>, collective: Collective, setup: Setup) -> Self {
-        let (collective, files, meter) = (Arc::new(collective), BTreeMap::new(), Meter::default());
-        Self { place, collective, setup, files, meter }
+    fn new(place: Place<'a>, collective: Arc<dyn Collective>, setup: Setup) -> Self {
+        let (files, meter) = (BTreeMap::new(), Meter::default());
+        Self { place, collective, setup, device: Device::Cpu, files, meter }
     }
 
     /// This worker's share of a stream.
@@ -73,9 +85,25 @@ impl<'a> WorkerContext<'a> {
         self.collective.shard()
     }
 
-    /// The device to compute on.
-    pub fn device(&self) -> Device {
-        Device::Cpu
+    /// The device to compute on: the first GPU that the worker was given, or the CPU if it was given
+    /// none. The model has to be there; batches of [`batches`](Self::batches) are.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// This worker's share of a source, on its device.
+    pub fn batches(&self, source: &dyn BatchSource) -> Result<Box<dyn BatchStream>> {
+        let stream = source.open(self.shard())?;
+        match &self.device {
+            Device::Cpu => Ok(stream),
+            device => Ok(Box::new(OnDevice { stream, device: device.clone() })),
+        }
+    }
+
+    /// Computes on this device, in a world of one: a [`Trainer`](crate::Trainer)'s workers have that
+    /// of their resources.
+    pub fn on_device(self, device: &Device) -> Self {
+        Self { device: device.clone(), ..self }
     }
 
     /// Has every checkpoint hold one more file, such as the fitted preprocessor that goes with
@@ -120,10 +148,15 @@ impl<'a> WorkerContext<'a> {
         Ok(sums[0] / sums[1])
     }
 
+    /// What the ranks can do together beside steps.
+    pub fn collective(&self) -> &dyn Collective {
+        self.collective.as_ref()
+    }
+
     /// Replaces the values on every rank by their sums over all ranks. All ranks must call it
     /// alike.
     pub fn all_reduce_sum<T: Element>(&mut self, values: &mut [T]) -> Result<()> {
-        self.collective.all_reduce(values)
+        self.collective.all_reduce(values, ReduceOp::Sum)
     }
 
     /// Ends an epoch: counts it, commits a checkpoint when one is due, reports the metrics and
@@ -153,7 +186,7 @@ impl<'a> WorkerContext<'a> {
             metrics,
         };
         let mut stop = [f64::from(u8::from(self.tell_epoch(report)?.is_stop()))];
-        self.collective.all_reduce(&mut stop)?;
+        self.collective.all_reduce(&mut stop, ReduceOp::Max)?;
         self.meter.restart_clock();
         if stop[0] > 0.0 {
             state.stop();
@@ -166,8 +199,8 @@ impl<'a> WorkerContext<'a> {
         let Some(metric) = state.updater.plateau_metric(metrics)? else {
             return Ok(());
         };
-        let mut shared = [if self.shard().rank == 0 { metric } else { 0.0 }];
-        self.collective.all_reduce(&mut shared)?;
+        let mut shared = [metric];
+        self.collective.broadcast(&mut shared, 0)?;
         state.updater.observe(shared[0]);
         Ok(())
     }
@@ -207,7 +240,7 @@ impl<'a> WorkerContext<'a> {
                 Ok(())
             })?;
         }
-        self.collective.all_reduce(&mut [0.0f32])
+        self.collective.barrier()
     }
 
     pub(crate) fn report_progress(&mut self, state: &TrainState) -> Result<()> {

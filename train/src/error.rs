@@ -55,6 +55,14 @@ pub enum Error {
         /// The global step.
         step: u64,
     },
+    /// Workers cannot have GPUs here.
+    #[error("workers that hold {gpus} GPU need {missing}")]
+    Gpus {
+        /// Of each worker.
+        gpus: f64,
+        /// What they need.
+        missing: &'static str,
+    },
     /// A mean over a stream that has no rows on any rank.
     #[error("cannot take a mean over a stream without rows")]
     NoRows,
@@ -85,7 +93,7 @@ pub enum Error {
     },
     /// Ranks called a collective with buffers of different lengths.
     #[error(
-        "rank {rank} reduces {len} {unit}, rank {other} {other_len}: do all ranks build the same model?"
+        "rank {rank} brings {len} values to a collective operation, rank {other} {other_len}: do all ranks build the same model?"
     )]
     CollectiveLength {
         /// Who noticed.
@@ -96,8 +104,18 @@ pub enum Error {
         other: usize,
         /// How much that one brings.
         other_len: usize,
-        /// Of what.
-        unit: &'static str,
+    },
+    /// Members of a group call different collective operations.
+    #[error(
+        "rank {rank} calls {operation}, rank {other} another operation or with another type or root: do all ranks take the same steps?"
+    )]
+    CollectiveMismatch {
+        /// Who noticed.
+        rank: usize,
+        /// What it calls.
+        operation: &'static str,
+        /// Who calls something else.
+        other: usize,
     },
     /// Shared memory could not be made or opened.
     #[error("cannot {action} {bytes} bytes of shared memory: {source}")]

@@ -34,8 +34,9 @@
 //! It knows nothing of data sets (batches come through `mobula_core::BatchStream`) and nothing
 //! of hyperparameter search. CUDA and worlds of several hosts are not here yet.
 
-mod collective;
+pub mod collective;
 mod context;
+mod device;
 mod error;
 pub mod optim;
 mod report;
@@ -44,7 +45,7 @@ mod step;
 mod sync;
 mod trainer;
 
-pub use collective::Element;
+pub use collective::{Collective, Element, ReduceOp};
 pub use context::WorkerContext;
 pub use error::{Error, Result};
 pub use mobula_nn::Gradients;

@@ -1,6 +1,7 @@
 //! One step of all ranks: loss and gradients of each one's rows, their sum, the same update
 //! everywhere.
 
+use crate::collective::ReduceOp;
 use crate::sync::{BatchSum, average_buffers};
 use crate::{Error, Result, TrainState, WorkerContext};
 use candle_core::{DType, Tensor};
@@ -87,7 +88,7 @@ impl WorkerContext<'_> {
                 sum.end()?;
             }
         }
-        average_buffers(state.model.params(), part.rows, &self.collective)
+        average_buffers(state.model.params(), part.rows, self.collective.as_ref())
     }
 
     /// What sums over the ranks within the passes of one batch, if that is asked for.
@@ -98,7 +99,7 @@ impl WorkerContext<'_> {
 
     /// What all ranks do alike once each has the gradients of its rows.
     fn finish_step(&mut self, state: &mut TrainState, global_rows: usize) -> Result<f64> {
-        self.collective.all_reduce(state.gradients_mut().as_reduced_mut())?;
+        self.collective.all_reduce(state.gradients_mut().as_reduced_mut(), ReduceOp::Sum)?;
         let loss = finite_loss(state)?;
         state.update()?;
         state.count_step();

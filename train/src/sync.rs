@@ -5,7 +5,7 @@
 //! first tell each other their rows. Where one has none, the others announce each sum by its
 //! length, 0 when their pass is over, and that rank follows them with zeros.
 
-use crate::collective::Collective;
+use crate::collective::{Collective, ReduceOp};
 use crate::{Error, Result};
 use candle_core::{DType, Tensor, Var};
 use mobula_core::BoxError;
@@ -15,7 +15,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 /// Sums over the ranks in the passes of one batch.
 #[derive(Debug)]
 pub(crate) struct BatchSum {
-    collective: Arc<Collective>,
+    collective: Arc<dyn Collective>,
     /// The ranks that have rows.
     leaders: Vec<usize>,
     /// Whether there are others.
@@ -25,8 +25,8 @@ pub(crate) struct BatchSum {
 
 impl BatchSum {
     /// All ranks begin a batch, with so many rows on this one.
-    pub(crate) fn begin(collective: &Arc<Collective>, rows: usize) -> Result<Self> {
-        let rows = collective.all_gather(rows as f64)?;
+    pub(crate) fn begin(collective: &Arc<dyn Collective>, rows: usize) -> Result<Self> {
+        let rows = collective.gather_one(rows as f64)?;
         let leaders: Vec<usize> = (0..rows.len()).filter(|rank| rows[*rank] > 0.0).collect();
         Ok(Self {
             collective: Arc::clone(collective),
@@ -41,7 +41,7 @@ impl BatchSum {
         loop {
             match self.announce(0)? {
                 0 => return Ok(()),
-                len => self.collective.all_reduce(&mut vec![0.0f64; len])?,
+                len => self.collective.all_reduce(&mut vec![0.0f64; len], ReduceOp::Sum)?,
             }
         }
     }
@@ -63,18 +63,18 @@ impl BatchSum {
         if self.has_followers {
             self.announce(values.len())?;
         }
-        self.collective.all_reduce(values)
+        self.collective.all_reduce(values, ReduceOp::Sum)
     }
 
     /// How many values the ranks with rows sum next. Errors when they do not agree.
     fn announce(&self, len: usize) -> Result<usize> {
-        let all = self.collective.all_gather(len as f64)?;
+        let all = self.collective.gather_one(len as f64)?;
         let mut said = self.leaders.iter().map(|rank| (*rank, all[*rank] as usize));
         let (rank, len) = said.next().unwrap_or_default();
         match said.find(|(_, other_len)| *other_len != len) {
             None => Ok(len),
             Some((other, other_len)) => {
-                Err(Error::CollectiveLength { rank, len, other, other_len, unit: "elements" })
+                Err(Error::CollectiveLength { rank, len, other, other_len })
             }
         }
     }
@@ -93,9 +93,13 @@ impl SyncSum for BatchSum {
 
 /// Gives all ranks the same buffers: the means over the ranks, weighted by the rows that each has
 /// just seen. In `f64`, so that what is the same on all ranks stays as it is.
-pub(crate) fn average_buffers(params: &Params, rows: usize, collective: &Collective) -> Result<()> {
+pub(crate) fn average_buffers(
+    params: &Params,
+    rows: usize,
+    collective: &dyn Collective,
+) -> Result<()> {
     let buffers = params.buffers();
-    if buffers.is_empty() || matches!(collective, Collective::Alone) {
+    if buffers.is_empty() || collective.shard().world == 1 {
         return Ok(());
     }
     let rows = rows as f64;
@@ -104,7 +108,7 @@ pub(crate) fn average_buffers(params: &Params, rows: usize, collective: &Collect
         let values = buffer.to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>()?;
         sums.extend(values.into_iter().map(|value| value * rows));
     }
-    collective.all_reduce(&mut sums)?;
+    collective.all_reduce(&mut sums, ReduceOp::Sum)?;
     let (all_rows, mut sums) = (sums[0], &sums[1..]);
     if all_rows == 0.0 {
         return Ok(());

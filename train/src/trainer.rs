@@ -20,7 +20,7 @@ use std::time::Duration;
 pub struct ScalingConfig {
     /// Workers. Default: 1.
     pub num_workers: usize,
-    /// What each worker holds. Default: 1 CPU.
+    /// What each worker holds. One that holds a GPU, or a part of one, computes there. Default: 1 CPU.
     pub resources_per_worker: Resources,
     /// Where workers run. Default: each in a process of its own.
     pub placement: Placement,
@@ -46,6 +46,17 @@ impl ScalingConfig {
     /// So many worker processes with 1 CPU each.
     pub fn workers(num_workers: usize) -> Self {
         Self { num_workers, ..Self::default() }
+    }
+
+    fn check_gpus(&self) -> Result<()> {
+        let gpus = self.resources_per_worker.gpus;
+        let missing = match self.placement {
+            _ if gpus == 0.0 => return Ok(()),
+            _ if !cfg!(feature = "cuda") => "to be built with the feature `cuda`",
+            Placement::Thread => "`placement` to be `Placement::Process`",
+            Placement::Process => return Ok(()),
+        };
+        Err(Error::Gpus { gpus, missing })
     }
 }
 
@@ -161,6 +172,7 @@ impl<T> Trainer<T> {
             let (option, got) = ("num_workers", "0".to_owned());
             return Err(Error::Option { option, got, expected: "at least 1" });
         }
+        self.scaling.check_gpus()?;
         self.run.as_ref().map_or(Ok(()), RunDir::claim)?;
         let run = self.run.clone();
         let _interrupted = mobula_core::on_interrupt(move || {
@@ -233,6 +245,7 @@ impl<T> Trainer<T> {
             every_epochs: self.checkpoint.every_epochs,
             resume_from,
             sync_batch_norm: self.scaling.sync_batch_norm,
+            gpus: self.scaling.resources_per_worker.gpus,
         })
     }
 

@@ -64,10 +64,10 @@ fn points(batch: &Batch) -> anyhow::Result<Tensor> {
 /// The training loop: the same on every worker, and in the test below.
 fn learn(context: &mut WorkerContext<'_>, config: &Config) -> anyhow::Result<()> {
     let Args { lr, width, epochs, .. } = config.args;
-    let mut batches = config.train.open(context.shard())?;
-    let mut test = config.test.open(context.shard())?;
+    let mut batches = context.batches(&config.train)?;
+    let mut test = context.batches(&config.test)?;
     let spec = ModelSpec::new("mlp", &MlpOptions::new(2, [width, width], 2))?;
-    let model = Model::build(&spec, SEED, &context.device())?;
+    let model = Model::build(&spec, SEED, context.device())?;
     let optimizer = AdamW::new(AdamWOptions { lr, ..AdamWOptions::default() })?;
     let mut state = TrainState::new(model, optimizer, SEED, epochs);
     context.restore(&mut state, batches.as_mut())?;

@@ -1,130 +1,180 @@
-//! All-reduce through shared memory: give, meet, add one's own chunk, meet, take.
+//! Exchanges through shared memory, a piece at a time.
 //!
-//! Each byte is copied in once, read once per rank by one adder, and copied out once: 2·P·n bytes
-//! of traffic for P ranks, where a ring over sockets moves each byte through the kernel 2·(P−1)/P
-//! times more.
+//! Each rank has its part of the values. In each turn it gives the next piece of every other part
+//! to the rank whose part it is, reduces what it was given for the next piece of its own, and takes
+//! the results of the turn before. One piece is small enough to stay in the caches, so that of the
+//! values themselves each number is read once and written once; a ring over sockets would move
+//! each through the kernel 2·(P−1)/P times more.
 
-use super::region::Region;
-use super::{Element, TIMEOUT, barrier};
+use super::element::reduce;
+use super::region::{Cell, Region};
+use super::{Element, Exchange, TIMEOUT, barrier};
 use crate::{Error, Result};
 use mobula_core::Member;
-use std::path::Path;
+use std::ops::Range;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-/// Index of the counter that holds how many values a rank brought.
-const LENGTH: usize = 1;
+/// Counter of the turns in which a rank has given.
+const GIVEN: usize = 0;
+/// Counter of the turns whose result a rank has ready.
+const READY: usize = 1;
+/// How many values a rank brought, and what it wants of them.
+const LENGTH: usize = 2;
+const WANTED: usize = 3;
 
-/// One rank's view of the shared region, which grows to the largest sum asked for.
+/// One rank's view of the shared region.
 #[derive(Debug)]
-pub(crate) struct SharedMemory {
-    rank: usize,
-    world: usize,
-    region: Option<Region>,
-    /// Regions made so far: the same number on every rank.
-    regions: u64,
-    /// Barriers passed in this region.
+pub(super) struct SharedMemory {
+    member: Arc<Member>,
+    /// The ranks that share it, the lowest first.
+    ranks: Vec<usize>,
+    /// This one's place among them.
+    me: usize,
+    region: Region,
+    /// Turns done.
     turn: u64,
 }
 
-impl SharedMemory {
-    pub(crate) fn new(rank: usize, world: usize) -> Self {
-        Self { rank, world, region: None, regions: 0, turn: 0 }
+/// One exchange under way.
+struct Job<'a, T> {
+    exchange: &'a Exchange,
+    values: &'a mut [T],
+    parts: Vec<Range<usize>>,
+    /// Elements of a piece.
+    piece: usize,
+}
+
+impl<T> Job<'_, T> {
+    /// The next piece of a rank's part.
+    fn piece(&self, rank: usize, at: usize) -> Range<usize> {
+        let part = &self.parts[rank];
+        let start = (part.start + at * self.piece).min(part.end);
+        start..(start + self.piece).min(part.end)
     }
 
-    pub(crate) fn all_reduce<T: Element>(
+    /// Turns, one at least: in that the ranks compare what they want.
+    fn turns(&self) -> usize {
+        let longest = self.parts.iter().map(Range::len).max().unwrap_or(0);
+        longest.div_ceil(self.piece).max(1)
+    }
+}
+
+impl SharedMemory {
+    pub(super) fn new(member: &Arc<Member>, ranks: Vec<usize>, region: Region) -> Self {
+        let me = ranks.iter().position(|rank| *rank == member.rank()).unwrap_or(0);
+        Self { member: Arc::clone(member), ranks, me, region, turn: 0 }
+    }
+
+    pub(super) fn exchange<T: Element>(
         &mut self,
-        member: &Member,
         values: &mut [T],
+        exchange: &Exchange,
     ) -> Result<()> {
-        self.reserve(member, size_of_val(values))?;
-        self.publish(values.len() as u64)?;
-        self.region()?.give(self.rank, values);
-        self.meet(member, "all_reduce")?;
-        self.check_lengths(values.len() as u64)?;
-        self.region()?.reduce::<T>(self.chunk(values.len()), values.len());
-        self.meet(member, "all_reduce")?;
-        self.region()?.take(values);
-        // No third barrier: a rank can give again only into its own slot, which nobody reads
-        // any more, and can touch the sum only after the next barrier.
+        let world = self.ranks.len();
+        let parts = (0..world).map(|rank| exchange.parts.of(rank, world, values.len())).collect();
+        let piece = Region::cell_bytes(world) / size_of::<T>();
+        let mut job = Job { exchange, values, parts, piece };
+        self.store(LENGTH, job.values.len() as u64);
+        self.store(WANTED, exchange.code::<T>());
+        let turns = job.turns();
+        for at in 0..turns {
+            self.turn(&mut job, at)?;
+            if at == 0 {
+                self.check(&job)?;
+            }
+        }
+        self.take(&mut job, turns - 1)?;
+        self.turn += turns as u64;
         Ok(())
     }
 
-    /// Makes sure of a region with slots of so many bytes. Whether ranks that differ in length
-    /// come here together or not, each finds out: by what the others say here, by the lengths
-    /// that they publish, or by the deadline.
-    fn reserve(&mut self, member: &Member, bytes: usize) -> Result<()> {
-        if self.region.as_ref().is_some_and(|region| region.capacity() >= bytes) {
+    /// Cells are written again two turns later. Who was given something has reduced it by then,
+    /// because its result of that turn was waited for in the next one; who takes a result has taken
+    /// it by then, because it gives again only afterwards.
+    fn turn<T: Element>(&self, job: &mut Job<'_, T>, at: usize) -> Result<()> {
+        let turn = self.turn + at as u64;
+        if job.exchange.reduce.is_some() {
+            self.give(job, at, turn);
+        }
+        self.counter(GIVEN, turn + 1);
+        self.wait(job.exchange, GIVEN, turn + 1)?;
+        if at > 0 {
+            self.take(job, at - 1)?;
+        }
+        self.reduce(job, at, turn);
+        self.counter(READY, turn + 1);
+        Ok(())
+    }
+
+    fn give<T: Element>(&self, job: &Job<'_, T>, at: usize, turn: u64) {
+        for index in (0..self.ranks.len()).filter(|rank| *rank != self.me) {
+            let cell = Cell { owner: self.me, turn, index };
+            self.region.write(cell, 0, &job.values[job.piece(index, at)]);
+        }
+    }
+
+    /// The next piece of this rank's part, reduced or as it is, for itself and the others.
+    fn reduce<T: Element>(&self, job: &mut Job<'_, T>, at: usize, turn: u64) {
+        let (world, own) = (self.ranks.len(), job.piece(self.me, at));
+        let result = Cell { owner: self.me, turn, index: world };
+        let Some(op) = job.exchange.reduce else {
+            return self.region.write(result, 0, &job.values[own]);
+        };
+        let others = |rank| {
+            let given = Cell { owner: rank, turn, index: self.me };
+            self.region.read(given, own.len())
+        };
+        reduce(op, &mut job.values[own.clone()], (self.me, world), others, |first, block| {
+            if job.exchange.gather {
+                self.region.write(result, first, block);
+            }
+        });
+    }
+
+    /// The other ranks' results of a turn.
+    fn take<T: Element>(&self, job: &mut Job<'_, T>, at: usize) -> Result<()> {
+        let turn = self.turn + at as u64;
+        self.wait(job.exchange, READY, turn + 1)?;
+        if !job.exchange.gather {
             return Ok(());
         }
-        self.regions += 1;
-        let made = match self.rank {
-            0 => Some(Region::create(self.world, bytes)?),
-            _ => None,
-        };
-        let path = self.agree(member, bytes, made.as_ref().map_or("", |(_, path)| path))?;
-        self.region = Some(match made {
-            Some((region, _)) => region,
-            None => Region::open(Path::new(&path), self.world, bytes)?,
-        });
-        self.turn = 0;
-        Ok(())
-    }
-
-    /// Compares the sizes that all ranks ask for; gives the path of rank 0's region.
-    fn agree(&self, member: &Member, bytes: usize, path: &str) -> Result<String> {
-        let key = format!("shared-memory-{}", self.regions);
-        let all = member.all_gather(&key, format!("{bytes} {path}").as_bytes(), TIMEOUT)?;
-        let mut paths = Vec::with_capacity(all.len());
-        for (other, said) in all.iter().enumerate() {
-            let said = String::from_utf8_lossy(said).into_owned();
-            let (size, path) = said.split_once(' ').unwrap_or((&said, ""));
-            let other_len = size.parse().unwrap_or(0);
-            if other_len != bytes {
-                let (rank, len) = (self.rank, bytes);
-                return Err(Error::CollectiveLength { rank, len, other, other_len, unit: "bytes" });
-            }
-            paths.push(path.to_owned());
+        let world = self.ranks.len();
+        for owner in (0..world).filter(|rank| *rank != self.me) {
+            let piece = job.piece(owner, at);
+            let result = self.region.read(Cell { owner, turn, index: world }, piece.len());
+            job.values[piece].copy_from_slice(result);
         }
-        Ok(paths.swap_remove(0))
-    }
-
-    fn publish(&self, len: u64) -> Result<()> {
-        self.region()?.counter(self.rank, LENGTH).store(len, Ordering::Relaxed);
         Ok(())
     }
 
-    fn check_lengths(&self, len: u64) -> Result<()> {
-        let region = self.region()?;
-        for other in 0..self.world {
-            let other_len = region.counter(other, LENGTH).load(Ordering::Relaxed);
+    fn check<T: Element>(&self, job: &Job<'_, T>) -> Result<()> {
+        let counter = |rank, index| self.region.counter(rank, index).load(Ordering::Relaxed);
+        let (len, wanted) = (job.values.len() as u64, job.exchange.code::<T>());
+        for (at, other) in self.ranks.iter().copied().enumerate() {
+            let (rank, other_len) = (self.member.rank(), counter(at, LENGTH));
             if other_len != len {
                 let (len, other_len) = (len as usize, other_len as usize);
-                let rank = self.rank;
-                return Err(Error::CollectiveLength {
-                    rank,
-                    len,
-                    other,
-                    other_len,
-                    unit: "elements",
-                });
+                return Err(Error::CollectiveLength { rank, len, other, other_len });
+            }
+            if counter(at, WANTED) != wanted {
+                let operation = job.exchange.operation;
+                return Err(Error::CollectiveMismatch { rank, operation, other });
             }
         }
         Ok(())
     }
 
-    fn meet(&mut self, member: &Member, operation: &'static str) -> Result<()> {
-        self.turn += 1;
-        barrier::wait(self.region()?, member, self.turn, operation, TIMEOUT)
+    fn store(&self, index: usize, value: u64) {
+        self.region.counter(self.me, index).store(value, Ordering::Relaxed);
     }
 
-    /// The part of the sum that this rank adds up.
-    fn chunk(&self, len: usize) -> std::ops::Range<usize> {
-        len * self.rank / self.world..len * (self.rank + 1) / self.world
+    fn counter(&self, index: usize, turn: u64) {
+        self.region.counter(self.me, index).store(turn, Ordering::Release);
     }
 
-    fn region(&self) -> Result<&Region> {
-        self.region.as_ref().ok_or_else(|| {
-            mobula_core::Error::Internal("a collective without its shared memory".to_owned()).into()
-        })
+    fn wait(&self, exchange: &Exchange, counter: usize, turn: u64) -> Result<()> {
+        let (region, member) = (&self.region, &self.member);
+        barrier::wait(region, member, &self.ranks, counter, turn, exchange.operation, TIMEOUT)
     }
 }

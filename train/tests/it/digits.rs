@@ -2,7 +2,9 @@
 
 use candle_core::{DType, Device, Tensor};
 use mobula_core::random::Stream;
-use mobula_core::{Batch, BatchStream, BoxError, Error, Member, Shard, StreamState, remote};
+use mobula_core::{
+    Batch, BatchSource, BatchStream, BoxError, Error, Member, Shard, StreamState, remote,
+};
 use mobula_nn::loss::cross_entropy;
 use mobula_nn::models::{MlpOptions, ResNetOptions};
 use mobula_nn::{Model, ModelSpec, Pass, metrics};
@@ -85,6 +87,12 @@ impl Rows {
     }
 }
 
+impl BatchSource for Config {
+    fn open(&self, shard: Shard) -> Result<Box<dyn BatchStream>, Error> {
+        Ok(Box::new(Rows::open(shard, self.batch_size)))
+    }
+}
+
 impl BatchStream for Rows {
     fn next_batch(&mut self) -> Result<Option<Batch>, Error> {
         let first = self.step as usize * self.batch_size;
@@ -129,6 +137,7 @@ pub(crate) struct Outcome {
     pub(crate) began_at: u64,
     /// The generation in which its process was started.
     pub(crate) process: u64,
+    pub(crate) is_on_gpu: bool,
 }
 
 /// Of this process.
@@ -157,10 +166,10 @@ pub(crate) fn learn_with(
     config: &Config,
     updater: Updater,
 ) -> Result<Outcome, BoxError> {
-    let mut stream = Rows::open(context.shard(), config.batch_size);
-    let model = Model::build(&model(config.resnet)?, 5, &Device::Cpu)?;
+    let mut stream = context.batches(config)?;
+    let model = Model::build(&model(config.resnet)?, 5, context.device())?;
     let mut state = TrainState::new(model, updater, 5, config.epochs);
-    let restored = context.restore(&mut state, &mut stream)?;
+    let restored = context.restore(&mut state, stream.as_mut())?;
     let began_at = state.step();
     assert_eq!(restored, began_at > 0);
     let mut accuracy = f64::NAN;
@@ -183,12 +192,12 @@ pub(crate) fn learn_with(
                 }
             })?;
         }
-        let mut test = Rows::open(context.shard(), config.batch_size);
-        accuracy = context.mean_over(&mut test, |batch| -> Result<f64, BoxError> {
+        let mut test = context.batches(config)?;
+        accuracy = context.mean_over(test.as_mut(), |batch| -> Result<f64, BoxError> {
             let logits = state.model.forward(batch.get("x")?, &Pass::eval())?;
             Ok(metrics::correct(&logits, batch.get("y")?)? as f64)
         })?;
-        context.end_epoch(&mut state, &stream, &[("accuracy", accuracy)])?;
+        context.end_epoch(&mut state, stream.as_ref(), &[("accuracy", accuracy)])?;
     }
     let mut weights = Vec::new();
     for (_, var) in state.model.params().vars() {
@@ -196,7 +205,8 @@ pub(crate) fn learn_with(
     }
     let buffers = buffers(&state.model)?;
     let process = FIRST_GENERATION.get().copied().unwrap_or(0);
-    Ok(Outcome { weights, buffers, accuracy, began_at, process })
+    let is_on_gpu = context.device().is_cuda();
+    Ok(Outcome { weights, buffers, accuracy, began_at, process, is_on_gpu })
 }
 
 fn model(resnet: bool) -> Result<ModelSpec, BoxError> {

@@ -2,6 +2,7 @@
 //! harness is libtest-mimic.
 
 mod collectives;
+mod devices;
 mod digits;
 mod faults;
 mod loss_scale;
@@ -16,11 +17,13 @@ use libtest_mimic::{Arguments, Trial};
 use mobula_core::{Resources, Runtime};
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let runtime = mobula_core::init_with(Resources::cpus(4.0))?;
+    let gpus = Resources::of_this_machine().gpus;
+    let runtime = mobula_core::init_with(Resources::cpus(4.0).with_gpus(gpus))?;
     let mut arguments = Arguments::from_args();
     arguments.test_threads.get_or_insert(2);
     let tests = [
         collectives::TESTS,
+        devices::TESTS,
         faults::TESTS,
         loss_scale::TESTS,
         models::TESTS,

@@ -1,0 +1,155 @@
+//! Our side of data-parallel training.
+//!
+//! ```text
+//! bench-train fixture MODEL PATH                      write initial weights and batches
+//! bench-train train MODEL FIXTURE WORKERS [cpu|cuda]  answer requests on standard input
+//! ```
+//!
+//! The requests are described in xtask/src/bench/worker.rs.
+#![forbid(unsafe_code)]
+
+use anyhow::{Context, Result, bail, ensure};
+use mobula_bench::{Fixture, SEED, case, optimizer};
+use mobula_core::{Batch, Member, Resources, Runtime, Shard};
+use mobula_nn::loss;
+use mobula_train::{ScalingConfig, TrainState, Trainer, WorkerContext};
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+use std::io::{BufRead, Write};
+use std::path::PathBuf;
+use std::time::{Instant, SystemTime};
+
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+fn main() -> Result<()> {
+    let runtime = mobula_core::init()?;
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    match arguments[..] {
+        ["fixture", model, path] => case(model)?.write_fixture(path.as_ref()),
+        ["train", model, fixture, workers] => serve(&runtime, &[model, fixture, workers, "cpu"]),
+        ["train", model, fixture, workers, device] => {
+            serve(&runtime, &[model, fixture, workers, device])
+        }
+        _ => bail!(
+            "usage: bench-train fixture MODEL PATH | bench-train train MODEL FIXTURE WORKERS [cpu|cuda]"
+        ),
+    }
+}
+
+/// What each worker is to do.
+#[derive(Clone, Serialize, Deserialize)]
+struct Job {
+    model: String,
+    fixture: PathBuf,
+    steps: usize,
+    /// Where rank 0 leaves the weights.
+    weights: PathBuf,
+}
+
+/// What a worker has done.
+#[derive(Serialize, Deserialize)]
+struct Ran {
+    /// The time of each step.
+    seconds: Vec<f64>,
+    loss: f64,
+    /// Seconds since 1970 at which the first step began.
+    began: f64,
+}
+
+#[mobula_core::remote(crate = mobula_core)]
+fn train(member: Member, job: Job) -> Result<Ran> {
+    let mut context = WorkerContext::join(member)?;
+    let case = case(&job.model)?;
+    let Fixture { weights, batches } = case.read_fixture(&job.fixture)?;
+    let mine = |batch: &Batch| Ok(share(batch, context.shard())?.to_device(context.device())?);
+    let batches = batches.iter().map(mine).collect::<Result<Vec<_>>>()?;
+    let model = case.model(context.device())?;
+    model.params().load_tensors("the fixture", &weights)?;
+    let mut state = TrainState::new(model, optimizer()?, SEED, 1);
+    let began = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH)?.as_secs_f64();
+    let (mut seconds, mut last) = (Vec::with_capacity(job.steps), f64::NAN);
+    for step in 0..job.steps {
+        let batch = &batches[step % batches.len()];
+        let start = Instant::now();
+        last = context.step(&mut state, batch, |model, pass| {
+            loss::cross_entropy(&model.forward(batch.get("x")?, pass)?, batch.get("y")?)
+        })?;
+        seconds.push(start.elapsed().as_secs_f64());
+    }
+    if context.shard().rank == 0 {
+        state.model.params().save(&job.weights)?;
+    }
+    Ok(Ran { seconds, loss: last, began })
+}
+
+/// The rows of one rank, one after the other.
+fn share(batch: &Batch, Shard { rank, world }: Shard) -> Result<Batch> {
+    let rows = batch.rows();
+    let (first, end) = (rows * rank / world, rows * (rank + 1) / world);
+    Ok(batch.slice(first, end - first)?.with_global_rows(rows))
+}
+
+struct Training<'a> {
+    runtime: &'a Runtime,
+    scaling: ScalingConfig,
+    job: Job,
+}
+
+impl Training<'_> {
+    fn run(&self, steps: usize) -> Result<(Ran, f64)> {
+        let job = Job { steps, ..self.job.clone() };
+        let start = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH)?.as_secs_f64();
+        let trainer = Trainer::new(train::remote(job)).with_logs_shown(false);
+        let fit = trainer.with_scaling(self.scaling.clone()).fit(self.runtime)?;
+        let first = fit.values.into_iter().next().context("a rank 0")?;
+        let startup = first.began - start;
+        Ok((first, startup))
+    }
+}
+
+/// Answers the lines of standard input until it ends.
+fn serve(runtime: &Runtime, arguments: &[&str; 4]) -> Result<()> {
+    let [model, fixture, workers, device] = *arguments;
+    ensure!(["cpu", "cuda"].contains(&device), "expected cpu or cuda, got {device:?}");
+    let workers: usize = workers.parse()?;
+    let gpus = if device == "cuda" { 1.0 / workers as f64 } else { 0.0 };
+    let scratch = tempfile::tempdir()?;
+    let training = Training {
+        runtime,
+        scaling: ScalingConfig {
+            resources_per_worker: Resources::cpus(1.0).with_gpus(gpus),
+            ..ScalingConfig::workers(workers)
+        },
+        job: Job {
+            model: model.to_owned(),
+            fixture: fixture.into(),
+            steps: 0,
+            weights: scratch.path().join("weights.safetensors"),
+        },
+    };
+    training.run(2)?;
+    answer(json!({ "ready": format!("Mobula, {workers} workers, {device}") }))?;
+    for line in std::io::stdin().lock().lines() {
+        let line = line?;
+        match line.split_once(' ') {
+            Some(("run", steps)) => {
+                let (Ran { seconds, loss, .. }, startup) = training.run(steps.parse()?)?;
+                answer(json!({ "seconds": seconds, "loss": loss, "startup": startup }))?;
+            }
+            Some(("save", path)) => {
+                std::fs::copy(&training.job.weights, path)?;
+                answer(json!({ "saved": true }))?;
+            }
+            _ => bail!("expected `run` or `save`, got {line:?}"),
+        }
+    }
+    Ok(())
+}
+
+fn answer(value: serde_json::Value) -> Result<()> {
+    let mut output = std::io::stdout().lock();
+    writeln!(output, "{value}")?;
+    Ok(output.flush()?)
+}

@@ -1,0 +1,149 @@
+//! Workers with GPUs. What needs one runs with the feature `cuda` where there is one.
+
+use crate::Test;
+use crate::digits::{Config, train};
+use mobula_core::{Resources, Runtime};
+use mobula_train::{ScalingConfig, Trainer};
+
+#[cfg(not(feature = "cuda"))]
+pub(crate) const TESTS: &[Test] = &[("devices::gpus_need_a_feature", refused)];
+
+#[cfg(feature = "cuda")]
+pub(crate) const TESTS: &[Test] = &[
+    ("devices::threads_have_no_gpus", refused),
+    ("devices::workers_on_one_gpu_train_like_one_on_the_cpu", cuda::worlds_agree),
+    ("devices::so_do_batch_norms", cuda::batch_norms),
+    ("devices::half_precision_is_scaled", cuda::half),
+    ("devices::a_run_on_a_gpu_resumes_to_the_same_bits", cuda::resumes),
+    ("devices::a_run_moves_between_devices", cuda::moves),
+];
+
+fn refused(runtime: &Runtime) {
+    let one = ScalingConfig {
+        resources_per_worker: Resources::cpus(1.0).with_gpus(0.5),
+        placement: mobula_core::Placement::Thread,
+        ..ScalingConfig::default()
+    };
+    let trainer = Trainer::new(train::remote(Config::new(1))).with_scaling(one);
+    let error = trainer.fit(runtime).expect_err("no GPUs").to_string();
+    let expected = match cfg!(feature = "cuda") {
+        true => "workers that hold 0.5 GPU need `placement` to be `Placement::Process`",
+        false => "workers that hold 0.5 GPU need to be built with the feature `cuda`",
+    };
+    assert_eq!(error, expected);
+}
+
+#[cfg(feature = "cuda")]
+mod cuda {
+    use super::*;
+    use crate::digits::{Harm, Outcome};
+    use mobula_core::RunDir;
+    use mobula_train::TrainingResult;
+    use mobula_train::optim::{LossScaleOptions, UpdaterOptions};
+
+    fn is_missing() -> bool {
+        let is_missing = Resources::of_this_machine().gpus == 0.0;
+        if is_missing {
+            eprintln!("SKIPPED: this machine has no CUDA device, so nothing ran on one");
+        }
+        is_missing
+    }
+
+    fn fit(
+        runtime: &Runtime,
+        workers: usize,
+        gpus: f64,
+        config: Config,
+        run: Option<&RunDir>,
+    ) -> TrainingResult<Outcome> {
+        let trainer = Trainer::new(train::remote(config)).with_logs_shown(false);
+        let trainer = run.into_iter().fold(trainer, Trainer::with_run);
+        let scaling = ScalingConfig {
+            resources_per_worker: Resources::cpus(1.0).with_gpus(gpus),
+            ..ScalingConfig::workers(workers)
+        };
+        let fit = trainer.with_scaling(scaling).fit(runtime).expect("fit");
+        assert!(fit.values.iter().all(|rank| rank.is_on_gpu == (gpus > 0.0)));
+        assert!(fit.values.iter().all(|rank| rank.weights == fit.values[0].weights));
+        fit
+    }
+
+    fn assert_near(a: &[f32], b: &[f32]) {
+        assert_eq!(a.len(), b.len());
+        let difference = a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        assert!(difference < 1e-4, "they differ by {difference}");
+    }
+
+    fn assert_agreement(runtime: &Runtime, config: impl Fn() -> Config) {
+        let here = fit(runtime, 1, 0.0, config(), None);
+        for (workers, gpus) in [(1, 1.0), (2, 0.5)] {
+            let there = fit(runtime, workers, gpus, config(), None);
+            assert_near(&there.values[0].weights, &here.values[0].weights);
+            assert_eq!(there.values[0].accuracy, here.values[0].accuracy);
+            assert!(there.values[0].accuracy > 0.9);
+        }
+    }
+
+    pub(super) fn worlds_agree(runtime: &Runtime) {
+        if !is_missing() {
+            // 89 of 90 rows: one rank has none in the last step.
+            assert_agreement(runtime, || Config { batch_size: 89, ..Config::new(20) });
+        }
+    }
+
+    pub(super) fn batch_norms(runtime: &Runtime) {
+        if is_missing() {
+            return;
+        }
+        let config = || Config { resnet: true, batch_size: 45, ..Config::new(2) };
+        let here = fit(runtime, 1, 0.0, config(), None);
+        let there = fit(runtime, 1, 1.0, config(), None);
+        assert_near(&here.values[0].weights, &there.values[0].weights);
+        for (name, buffer) in &here.values[0].buffers {
+            assert_near(buffer, &there.values[0].buffers[name]);
+        }
+    }
+
+    /// Gradients of logits in `f16` on one of two ranks, with a scale that overflows at first.
+    pub(super) fn half(runtime: &Runtime) {
+        if is_missing() {
+            return;
+        }
+        let options = LossScaleOptions { init_scale: 16_777_216.0, ..Default::default() };
+        let updater = UpdaterOptions { loss_scale: Some(options), ..Default::default() };
+        let updater = Some(updater);
+        let config = Config { updater, harm: Harm::Half, ..Config::new(12) };
+        let fit = fit(runtime, 2, 0.5, config, None);
+        assert!(fit.metrics["skipped_steps"] >= 3.0, "{:?}", fit.metrics);
+        assert!(fit.metrics["accuracy"] > 0.5, "{:?}", fit.metrics);
+    }
+
+    pub(super) fn resumes(runtime: &Runtime) {
+        if is_missing() {
+            return;
+        }
+        let whole = fit(runtime, 2, 0.5, Config::new(4), None);
+        let root = tempfile::tempdir().expect("temporary folder");
+        let run = RunDir::create(root.path(), "stopped", 5, &()).expect("run");
+        fit(runtime, 2, 0.5, Config::new(2), Some(&run));
+        let resumed = fit(runtime, 2, 0.5, Config::new(4), Some(&run));
+        assert!(resumed.values[0].began_at > 0);
+        assert_eq!(resumed.values[0].weights, whole.values[0].weights);
+    }
+
+    /// A checkpoint of a GPU goes on on the CPU, and the other way round.
+    pub(super) fn moves(runtime: &Runtime) {
+        if is_missing() {
+            return;
+        }
+        let whole = fit(runtime, 1, 0.0, Config::new(4), None);
+        for gpus in [0.0, 1.0] {
+            let root = tempfile::tempdir().expect("temporary folder");
+            let run = RunDir::create(root.path(), "moved", 5, &()).expect("run");
+            fit(runtime, 1, gpus, Config::new(2), Some(&run));
+            let moved = fit(runtime, 1, 1.0 - gpus, Config::new(4), Some(&run));
+            assert!(moved.values[0].began_at > 0);
+            assert_near(&moved.values[0].weights, &whole.values[0].weights);
+        }
+    }
+}
