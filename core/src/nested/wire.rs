@@ -19,7 +19,7 @@ pub(crate) struct Submission {
     pub(crate) wanted: Wanted,
 }
 
-/// Functions and methods are known by their registered names, actors by their tickets.
+/// Functions and methods are known by their registered names, actors and groups by their tickets.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) enum Wanted {
     Task {
