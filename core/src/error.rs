@@ -108,11 +108,6 @@ pub enum Error {
         "no task, actor or group member runs on this thread; pass the Runtime of mobula::init() on instead"
     )]
     NoCurrentRuntime,
-    /// A group in processes was asked for in a worker process.
-    #[error(
-        "a worker process can submit tasks and spawn actors; groups in processes are started by the driver, or by a task on one of its threads"
-    )]
-    OnlyInDriver,
     /// A function that no `#[mobula::remote]` registered.
     #[error("no remote function is named {name:?}; registered: {}", registered.join(", "))]
     NotRegistered {

@@ -168,8 +168,8 @@ impl Runtime {
 
     /// The runtime of the task, the actor or the group's member that runs on this thread: the
     /// driver's; or that of the worker process, which has its driver run what is placed in
-    /// processes, and runs threads on its own CPUs. Groups in processes, and what is known of other
-    /// machines, are the driver's only.
+    /// processes, and runs threads on its own CPUs. What is known of other machines is the
+    /// driver's only.
     ///
     /// Errors where no such thing runs.
     ///
@@ -303,11 +303,7 @@ impl Runtime {
 
     /// The host of worker processes, or why there is none.
     pub(crate) fn host(&self) -> Result<&ProcessHost, Error> {
-        let missing = || match self.inner.nested {
-            Some(_) => Error::OnlyInDriver,
-            None => Error::InitMissing,
-        };
-        self.inner.host.as_ref().ok_or_else(missing)
+        self.inner.host.as_ref().ok_or(Error::InitMissing)
     }
 
     /// Whether tasks can run in processes, or why they cannot.

@@ -1,11 +1,10 @@
 //! Starting members: where they run, and the driver's way to each.
 
+use super::gang::{Gang, Notice};
 use super::member::{Inbox, Member};
-use super::reform::Reform;
 use super::room::bring;
-use super::{Group, GroupOptions, GroupTask, Notice};
+use super::{GroupOptions, GroupTask};
 use crate::current::{self, Current};
-use crate::object::block_until_ready;
 use crate::parcel::{Parcel, open_all, pack_all};
 use crate::process::wire::{FromWorker, MemberSpec, Outcome, ToWorker};
 use crate::process::{EVENTS, Environment, LogTarget, Sink, WorkerEvent, WorkerLink, child, lost};
@@ -13,9 +12,9 @@ use crate::runtime::{Lease, Request, Runtime};
 use crate::scheduler::NodeId;
 use crate::task::Placement;
 use crate::{Error, Node, store, threads};
-use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
-use std::sync::mpsc::{SyncSender, sync_channel};
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::SyncSender;
 use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
 
@@ -135,42 +134,26 @@ impl Port {
 }
 
 impl Runtime {
-    /// Starts a group, all members or none. Waits for its arguments and its resources; errors at once when they can
-    /// never be had, or when processes are asked for in a program without `init()`.
-    pub fn group<T>(&self, options: &GroupOptions, task: &GroupTask<T>) -> Result<Group<T>, Error> {
-        block_until_ready(&task.inputs.0);
-        let args = (task.encode)()?;
-        args.iter().filter(|parcel| parcel.is_gone()).try_for_each(Parcel::bring)?;
+    /// Starts the members in this process's hands, as long as they are wanted.
+    pub(crate) fn gang<T>(
+        &self,
+        options: &GroupOptions,
+        task: &GroupTask<T>,
+        args: Vec<Parcel>,
+        is_wanted: &dyn Fn() -> bool,
+    ) -> Result<Gang<T>, Error> {
         if options.placement == Placement::Process {
             self.host()?;
         }
-        // A task that watches over a group needs no CPU of its own, and the group may need it.
-        let lent = current::lend();
-        let lease = self.lease(options.request(options.size), options.placement_timeout)?;
-        let (notify, notices) = sync_channel(EVENTS);
-        let (on_loss, restart) = (options.on_loss, options.restart);
-        let mut group = Group {
-            runtime: self.inside(),
-            options: options.clone(),
-            task: task.clone(),
-            args,
-            notices,
-            notify,
-            members: Vec::with_capacity(options.size),
-            gathering: HashMap::new(),
-            reform: Reform::new(on_loss, restart, options.generation, options.size),
-            cause: None,
-            failures: VecDeque::new(),
-            is_stopping: false,
-            wanted: Arc::new(()),
-            _lent: lent,
-        };
-        // An error half-way drops the group, which ends the members that have started.
+        let request = options.request(options.size);
+        let lease = self.lease_while(request, options.placement_timeout, is_wanted)?;
+        let mut gang = Gang::new(self.inside(), options, task, args);
+        // An error half-way drops the gang, which ends the members that have started.
         for (rank, lease) in lease.split().into_iter().enumerate() {
-            let port = group.start(rank, lease)?;
-            group.members.push(port);
+            let port = gang.start(rank, lease)?;
+            gang.members.push(port);
         }
-        Ok(group)
+        Ok(gang)
     }
 }
 
@@ -188,7 +171,7 @@ impl GroupOptions {
     }
 }
 
-impl<T> Group<T> {
+impl<T> Gang<T> {
     /// Who the member is in the newest generation.
     pub(super) fn spec(&self, rank: usize) -> MemberSpec {
         MemberSpec {
@@ -268,8 +251,9 @@ impl<T> Group<T> {
     }
 }
 
-impl<T> Drop for Group<T> {
+impl<T> Drop for Gang<T> {
     fn drop(&mut self) {
+        self.is_wanted.store(false, Ordering::Release);
         self.members.iter().for_each(Port::end);
         let deadline = Instant::now() + GOODBYE;
         self.members.iter().for_each(|member| member.wait_until(deadline));

@@ -6,10 +6,11 @@
 
 use crate::actor::RestartPolicy;
 use crate::actor::supervisor::Supervisor;
+use serde::{Deserialize, Serialize};
 use std::time::{Duration, Instant};
 
 /// Who gets a new process when members of a group are lost.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum OnLoss {
     /// Every member. The default.
     #[default]

@@ -1,12 +1,13 @@
 //! Where members run: what they hold, and new room for those whose machine is gone.
 
+use super::gang::{Gang, Notice};
 use super::launch::{GOODBYE, Port};
-use super::{Group, Notice};
 use crate::parcel::Parcel;
 use crate::runtime::{Lease, Runtime};
 use crate::scheduler::NodeId;
 use crate::{Error, PlacementStrategy, panics, threads};
-use std::sync::{Arc, Weak};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 /// What new members hold whose machine is gone.
@@ -23,10 +24,10 @@ struct Search {
     nodes: Vec<NodeId>,
     /// What finished members have lent.
     lent: Vec<Arc<Lease>>,
-    wanted: Weak<()>,
+    is_wanted: Arc<AtomicBool>,
 }
 
-impl<T> Group<T> {
+impl<T> Gang<T> {
     /// Whether a machine with members is gone, and new places must be found for all of them: those of
     /// a strict strategy depend on each other.
     pub(super) fn must_move(&self) -> bool {
@@ -58,7 +59,7 @@ impl<T> Group<T> {
             nodes: replaced.iter().filter_map(lease).map(|lease| lease.node()).collect(),
             homeless,
             lent,
-            wanted: Arc::downgrade(&self.wanted),
+            is_wanted: Arc::clone(&self.is_wanted),
         };
         let (notify, name) = (self.notify.clone(), self.options.name.clone());
         let find = move || {
@@ -110,7 +111,7 @@ impl Search {
         let leases = match self.homeless.is_empty() {
             true => Vec::new(),
             false => {
-                let is_wanted = || self.wanted.strong_count() > 0;
+                let is_wanted = || self.is_wanted.load(Ordering::Acquire);
                 self.runtime.lease_while(self.request, self.patience, &is_wanted)?.split()
             }
         };

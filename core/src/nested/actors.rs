@@ -28,7 +28,12 @@ impl Nested {
 
     /// Waits for the driver's answer, which comes however long it takes, or this process ends with
     /// its driver.
-    fn ask(&self, name: &str, args: &[Parcel], wanted: Wanted) -> Result<Arc<Up>, Error> {
+    pub(super) fn ask(
+        &self,
+        name: &str,
+        args: &[Parcel],
+        wanted: Wanted,
+    ) -> Result<Arc<Up>, Error> {
         let (args, kept) = pack_all(args, NodeId::HERE)?;
         let (answer, is_there) = sync_channel(1);
         let submission = Submission { by: current::call(), name: name.to_owned(), args, wanted };

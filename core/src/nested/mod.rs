@@ -7,16 +7,19 @@
 //!
 //! An actor's ticket stands for a handle, which the driver holds for the worker, and a call of the
 //! actor is one more thing that can be wanted. The values of a stream are sent on to the worker as
-//! they come; its window is the consumer's.
+//! they come; its window is the consumer's. A group's ticket stands for the group: the driver watches
+//! over it, and the worker asks what has happened.
 
 mod actors;
 mod door;
+mod groups;
 mod held;
 mod relay;
 mod tickets;
+mod watched;
 mod wire;
 mod worker;
 
 pub(crate) use tickets::{Tickets, set_driver};
-pub(crate) use wire::{Condition, Failure, Submission, Wanted};
+pub(crate) use wire::{Ask, Condition, Failure, Said, Submission, Wanted};
 pub(crate) use worker::{Nested, Up, nested, open};

@@ -2,6 +2,7 @@
 
 use super::held::Held;
 use super::relay::{Inlet, Relay, Reply};
+use super::watched::Watched;
 use super::wire::{Failure, Submission, Wanted};
 use crate::object::when_ready;
 use crate::parcel::{Packed, Parcel};
@@ -58,6 +59,7 @@ enum Thing {
     /// A call of the actor under this ticket.
     CallOf(u64),
     Stream(Arc<Relay>),
+    Group(Arc<Watched>),
 }
 
 impl Ticket {
@@ -107,6 +109,9 @@ impl Tickets {
             (std::mem::take(&mut state.tickets), std::mem::take(&mut state.lent))
         };
         for (number, ticket) in &tickets {
+            if let Thing::Group(watched) = &ticket.stands_for {
+                watched.let_go();
+            }
             if let Thing::Actor(held) = &ticket.stands_for {
                 let is_under_way = |other: &&Ticket| {
                     matches!(other.stands_for, Thing::CallOf(actor) if actor == *number)
@@ -183,6 +188,12 @@ impl Tickets {
             Wanted::Condition { actor } => {
                 Ticket::new(self.actor(actor)?.condition()?, Thing::Nothing)
             }
+            Wanted::Group { function, options } => {
+                let watched = Arc::new(Watched::default());
+                let object = watched.start(runtime, &function, &options, args)?;
+                Ticket::new(object, Thing::Group(watched))
+            }
+            Wanted::Ask { group, ask } => Ticket::new(self.group(group)?.ask(ask), Thing::Nothing),
         })
     }
 
@@ -198,6 +209,13 @@ impl Tickets {
         match self.state().tickets.get(&ticket).map(|ticket| &ticket.stands_for) {
             Some(Thing::Actor(held)) => Ok(Arc::clone(held)),
             _ => Err(Error::Internal(format!("ticket {ticket} is no actor's"))),
+        }
+    }
+
+    fn group(&self, ticket: u64) -> Result<Arc<Watched>, Error> {
+        match self.state().tickets.get(&ticket).map(|ticket| &ticket.stands_for) {
+            Some(Thing::Group(watched)) => Ok(Arc::clone(watched)),
+            _ => Err(Error::Internal(format!("ticket {ticket} is no group's"))),
         }
     }
 
@@ -284,6 +302,9 @@ impl Tickets {
     /// What the worker does not even wait for is not needed at all.
     fn release(&self, ticket: u64) {
         let known = self.state().tickets.remove(&ticket);
+        if let Some(Thing::Group(watched)) = known.as_ref().map(|ticket| &ticket.stands_for) {
+            watched.let_go();
+        }
         let unwanted = known.filter(|ticket| !ticket.object.is_ready());
         unwanted.into_iter().for_each(|ticket| ticket.object.cancel());
     }

@@ -5,6 +5,7 @@ use crate::actor::lanes::Class;
 use crate::parcel::Packed;
 use crate::task::TaskOptions;
 use crate::{Error, Resources};
+use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use std::time::Duration;
 
@@ -18,7 +19,7 @@ pub(crate) struct Submission {
     pub(crate) wanted: Wanted,
 }
 
-/// Functions and methods are known by their registered names, actors by their tickets.
+/// Functions and methods are known by their registered names, actors and groups by their tickets.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) enum Wanted {
     Task {
@@ -46,6 +47,59 @@ pub(crate) enum Wanted {
     /// How an actor is.
     Condition {
         actor: u64,
+    },
+    /// A group, once its members have been started.
+    Group {
+        function: String,
+        /// Its encoded options.
+        options: Bytes,
+    },
+    /// Something of a group.
+    Ask {
+        group: u64,
+        ask: Ask,
+    },
+}
+
+/// What is asked of a group by its maker, who waits for the answer.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) enum Ask {
+    /// What has happened, waiting at most so long.
+    Events {
+        timeout: Duration,
+    },
+    /// What the member has given that has finished last.
+    Value,
+    /// The processes of its members.
+    Pids,
+    SetContext {
+        context: Bytes,
+    },
+    Tell {
+        message: Bytes,
+    },
+    Stop,
+}
+
+/// What has happened in a group.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) enum Said {
+    Report {
+        rank: usize,
+        payload: Bytes,
+    },
+    /// Its value is asked for.
+    Finished {
+        rank: usize,
+    },
+    Failed {
+        rank: usize,
+        error: Failure,
+    },
+    Restarting {
+        generation: u64,
+        replaced: Vec<usize>,
+        error: Failure,
     },
 }
 

@@ -10,6 +10,7 @@ mod graphs;
 mod groups;
 mod hygiene;
 mod nested;
+mod nested_groups;
 mod nodes;
 mod placement;
 mod regroup;
@@ -57,6 +58,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         groups::TESTS,
         hygiene::TESTS,
         nested::TESTS,
+        nested_groups::TESTS,
         nodes::TESTS,
         placement::TESTS,
         regroup::TESTS,

@@ -23,7 +23,6 @@ pub(crate) const TESTS: &[Test] = &[
     ("nested::threads_of_a_worker_may_wait_for_its_driver", threads_that_wait),
     ("nested::concurrent_calls_lend_and_take_back", concurrent_calls),
     ("nested::async_code_may_submit", async_code),
-    ("nested::only_the_driver_starts_groups_in_processes", groups),
     ("nested::there_is_no_runtime_outside_of_tasks", outside),
 ];
 
@@ -256,18 +255,6 @@ fn submit_from_async_code() -> Result<u64, Error> {
 fn async_code(runtime: &Runtime) {
     let task = submit_from_async_code::remote().on(Placement::Process);
     assert_eq!(*runtime.submit(task).get_timeout(LONG).expect("arrives"), 2);
-}
-
-#[remote(crate = mobula_core)]
-fn start_a_group() -> Result<String, Error> {
-    let group = Runtime::current()?.group(&GroupOptions::new("never", 1), &member::remote(0));
-    Ok(group.err().map_or_else(|| "it starts".to_owned(), |error| error.to_string()))
-}
-
-fn groups(runtime: &Runtime) {
-    let said = runtime.submit(start_a_group::remote().on(Placement::Process));
-    let said = said.get_timeout(LONG).expect("says");
-    assert!(said.contains("groups in processes are started by the driver"), "{said}");
 }
 
 fn outside(_: &Runtime) {

@@ -65,6 +65,8 @@ pub(crate) fn run() -> Result<(), Box<dyn std::error::Error>> {
         "groups lose a machine" => scenarios::groups_lose_a_machine,
         "saved actor" => scenarios::saved_actor,
         "workers have actors" => scenarios::workers_have_actors,
+        "groups of tasks" => crate::nested_groups::on_two_cpus,
+        "groups of tasks elsewhere" => crate::nested_groups::on_two_machines,
         "long task" => scenarios::long_task,
         "count" => scenarios::count,
         "silent machine" => scenarios::silent_machine,
@@ -408,7 +410,7 @@ fn tell(name: &str, text: &str) {
 }
 
 /// The agent, or the driver, whose worker runs this: the fork server is between them.
-fn machine() -> u32 {
+pub(crate) fn machine() -> u32 {
     std::env::var("MOBULA_DRIVER_PID").ok().and_then(|pid| pid.parse().ok()).unwrap_or(0)
 }
 

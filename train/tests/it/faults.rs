@@ -3,11 +3,14 @@
 
 use crate::Test;
 use crate::digits::{Config, Harm, Outcome, train};
-use mobula_core::{OnLoss, Resources, RunDir, Runtime};
+use mobula_core::{BoxError, OnLoss, Placement, Resources, RunDir, Runtime, remote};
 use mobula_train::{Error, FailureConfig, ScalingConfig, Trainer, TrainingResult};
+use std::path::PathBuf;
+use std::time::Duration;
 
 pub(crate) const TESTS: &[Test] = &[
     ("faults::a_killed_worker_costs_nothing_but_time", killed_once),
+    ("faults::a_trial_in_a_process_recovers_like_any_training", trials),
     ("faults::a_worker_that_always_dies_ends_the_training", killed_always),
     ("faults::a_damaged_checkpoint_falls_back_to_the_one_before", damaged_checkpoint),
     ("faults::a_nan_loss_is_named", nan),
@@ -48,6 +51,33 @@ fn killed_once(runtime: &Runtime) {
         assert_eq!(processes, [of_rank_0, 1], "{on_loss:?}");
         let log = std::fs::read_to_string(run.log_path(0)).expect("log");
         assert_eq!(log, "generation 0\ngeneration 1\n");
+    }
+}
+
+/// A training that is a task in a process, and whose workers are others.
+#[remote(crate = mobula_core)]
+fn trial(root: PathBuf) -> Result<(u32, Vec<Outcome>), BoxError> {
+    let run = RunDir::create(&root, "r", 5, &())?;
+    let harm = Harm::KillOnce { at_step: 15, marker: root.join("marker") };
+    let config = Config { harm, ..Config::new(5) };
+    let trained = fit_on_loss(OnLoss::ReplaceLost, &Runtime::current()?, config, Some(&run))?;
+    Ok((trained.restarts, trained.values))
+}
+
+fn trials(runtime: &Runtime) {
+    let undisturbed = fit(runtime, Config::new(5), None).expect("fit");
+    let roots = [(); 3].map(|()| tempfile::tempdir().expect("temporary folder"));
+    // Six workers of one CPU each, and three tasks that watch over them, on four CPUs.
+    let trials = roots.each_ref().map(|root| {
+        let task = trial::remote(root.path().to_owned()).on(Placement::Process);
+        runtime.submit(task)
+    });
+    for trial in trials {
+        let trained = trial.get_timeout(Duration::from_secs(120)).expect("no deadlock");
+        let (restarts, values) = &*trained;
+        assert_eq!(*restarts, 1);
+        assert!(values.iter().all(|rank| rank.began_at == 12), "restored, not begun anew");
+        assert_eq!(values[0].weights, undisturbed.values[0].weights);
     }
 }
 
