@@ -1,29 +1,50 @@
 //! Whole models against PyTorch's, from files that `bench/fixtures/models.py` writes: what comes
-//! out, every gradient, and the weights after 1, 10 and 100 steps on batches of unequal size.
+//! out, every gradient, and the weights after 1, 10 and 100 steps on batches of unequal size, with
+//! what they then predict.
 
 use crate::Test;
-use candle_core::{DType, Device, Tensor};
+use candle_core::{Device, Tensor};
 use mobula_core::{Batch, Flow, Runtime};
-use mobula_nn::{Gradients, Model, ModelSpec, Pass, loss::cross_entropy};
-use mobula_train::{AdamW, AdamWOptions, TrainState, WorkerContext};
+use mobula_nn::loss::{CrossEntropyOptions, cross_entropy_with};
+use mobula_nn::{Gradients, Model, ModelSpec, Pass};
+use mobula_train::optim::{Now, ParamState, Slot};
+use mobula_train::{AdamW, AdamWOptions, Optimizer, TrainState, WorkerContext};
+use serde_json::{Value, json};
 use std::collections::HashMap;
 use std::path::PathBuf;
 
 pub(crate) const TESTS: &[Test] = &[
     ("models::outputs_and_gradients_are_pytorchs", outputs),
     ("models::weights_are_pytorchs_after_1_10_and_100_steps", weights),
+    ("models::predictions_are_pytorchs_after_100_steps", predictions),
     ("models::a_small_mistake_shows", mistakes),
+    ("models::a_missing_bias_correction_shows", corrections_matter),
+    ("models::another_option_shows", options_matter),
 ];
 
-const NAMES: [&str; 6] = ["mlp", "mlp-silu", "cnn", "encoder", "decoder", "resnet"];
-const LOGITS: f32 = 2e-5;
+const NAMES: [&str; 11] = [
+    "mlp",
+    "mlp-silu",
+    "cnn",
+    "encoder",
+    "decoder",
+    "resnet",
+    "language-model",
+    "language-model-rotary",
+    "bag-of-words",
+    "tabular",
+    "tabular-categories",
+];
+const LOGITS: f32 = 2e-6;
+const ONE_STEP: f32 = 1e-5;
+const TEN_STEPS: f32 = 2e-5;
 
-/// The bias of the keys has a gradient of 0, of which Adam divides the rounding by its ε.
-const ONE_STEP: f32 = 1e-4;
+/// The label of padding: PyTorch's default.
+const IGNORED: i64 = -100;
 
 /// The settings of the script.
 fn settings() -> AdamWOptions {
-    AdamWOptions { lr: 1e-2, beta1: 0.9, beta2: 0.99, eps: 1e-6, weight_decay: 0.1 }
+    AdamWOptions { lr: 1e-2, beta1: 0.9, beta2: 0.99, eps: 1e-3, weight_decay: 0.1 }
 }
 
 struct Fixture {
@@ -58,25 +79,34 @@ impl Fixture {
     }
 
     fn batch(&self, index: usize) -> Batch {
-        let labels = self.tensors[&format!("y.{index}")].to_dtype(DType::U32).expect("labels");
-        let x = self.tensors[&format!("x.{index}")].clone();
-        Batch::new(vec![("x".to_owned(), x), ("y".to_owned(), labels)]).expect("batch")
+        let tensor = |name: &str| self.tensors[&format!("{name}.{index}")].clone();
+        let tensors = ["x", "y"].map(|name| (name.to_owned(), tensor(name)));
+        Batch::new(tensors.into()).expect("batch")
     }
 
     /// The weights after some steps.
-    fn train(&self, options: AdamWOptions, steps: usize) -> Model {
-        let optimizer = AdamW::new(options).expect("options");
+    fn train(&self, optimizer: impl Optimizer + 'static, steps: usize) -> Model {
         let mut state = TrainState::new(self.model(), optimizer, 1, 1);
         let mut context = WorkerContext::alone(|_| Ok(Flow::Continue));
         for step in 0..steps {
             let batch = self.batch(step % 5);
             let step = context.step(&mut state, &batch, |model, pass| {
-                cross_entropy(&model.forward(batch.get("x")?, pass)?, batch.get("y")?)
+                cost(&model.forward(batch.get("x")?, pass)?, batch.get("y")?)
             });
             step.expect("step");
         }
         state.model
     }
+}
+
+/// The mean over the labels that count.
+fn cost(logits: &Tensor, labels: &Tensor) -> mobula_nn::Result<Tensor> {
+    let options = CrossEntropyOptions { ignored_label: Some(IGNORED), ..Default::default() };
+    cross_entropy_with(logits, labels, None, &options)?.mean()
+}
+
+fn adamw(options: AdamWOptions) -> AdamW {
+    AdamW::new(options).expect("options")
 }
 
 fn values(tensor: &Tensor) -> Vec<f32> {
@@ -112,7 +142,7 @@ fn outputs(_: &Runtime) {
         let logits = model.forward(x, &Pass::train(1, 0)).expect("forward");
         let off = distance(&values(&logits), &fixture.tensors["logits"]);
         assert!(off < LOGITS, "{name}: logits off by {off}");
-        let loss = cross_entropy(&logits, batch.get("y").expect("y")).expect("loss");
+        let loss = cost(&logits, batch.get("y").expect("y")).expect("loss");
         let off = distance(&values(&loss), &fixture.tensors["loss"]);
         assert!(off < 1e-6, "{name}: loss off by {off}");
         let mut gradients = Gradients::zeros(model.params());
@@ -129,10 +159,26 @@ fn outputs(_: &Runtime) {
 fn weights(_: &Runtime) {
     for name in NAMES {
         let fixture = Fixture::read(name);
-        for (steps, most) in [(1, ONE_STEP), (10, 1e-3), (100, 1e-2)] {
-            let model = fixture.train(settings(), steps);
+        for (steps, most) in [(1, ONE_STEP), (10, TEN_STEPS), (100, 1e-3)] {
+            let model = fixture.train(adamw(settings()), steps);
             let (parameter, off) = furthest(&model, &fixture.under(&format!("{steps}.")));
             assert!(off < most, "{name}, {steps} steps: {parameter} is off by {off}");
+        }
+    }
+}
+
+/// In evaluation, where batch norms take the running statistics; the control takes the batch's.
+fn predictions(_: &Runtime) {
+    for name in NAMES {
+        let fixture = Fixture::read(name);
+        let (model, batch) = (fixture.train(adamw(settings()), 100), fixture.batch(0));
+        let off = |pass: &Pass| {
+            let y = model.forward(batch.get("x").expect("x"), pass).expect("forward");
+            distance(&values(&y), &fixture.tensors["predicted"])
+        };
+        assert!(off(&Pass::eval()) < 1e-3, "{name}: off by {}", off(&Pass::eval()));
+        if !model.params().buffers().is_empty() {
+            assert!(off(&Pass::train(1, 100)) > 1e-2, "{name}");
         }
     }
 }
@@ -142,10 +188,79 @@ fn mistakes(_: &Runtime) {
     for name in NAMES {
         let fixture = Fixture::read(name);
         let no_decay = AdamWOptions { weight_decay: 0.0, ..settings() };
-        let large_eps = AdamWOptions { eps: 1e-4, ..settings() };
-        for options in [no_decay, large_eps] {
-            let (_, off) = furthest(&fixture.train(options, 1), &fixture.under("1."));
+        let other_eps = AdamWOptions { eps: 1.1e-3, ..settings() };
+        for options in [no_decay, other_eps] {
+            let (_, off) = furthest(&fixture.train(adamw(options), 1), &fixture.under("1."));
             assert!(off > 3.0 * ONE_STEP, "{name}: {options:?} is off by {off} only");
         }
+    }
+}
+
+/// Moments after very many steps are not corrected any more.
+#[derive(Debug)]
+struct Uncorrected(AdamW);
+
+impl Optimizer for Uncorrected {
+    fn name(&self) -> &str {
+        "uncorrected"
+    }
+
+    fn options(&self) -> Value {
+        self.0.options()
+    }
+
+    fn lr(&self) -> f64 {
+        self.0.lr()
+    }
+
+    fn weight_decay(&self) -> f64 {
+        self.0.weight_decay()
+    }
+
+    fn slots(&self, shape: &[usize]) -> Vec<Slot> {
+        self.0.slots(shape)
+    }
+
+    fn update_param(
+        &self,
+        now: Now,
+        values: &mut [f32],
+        gradient: &[f32],
+        state: &mut ParamState,
+    ) -> mobula_train::Result<()> {
+        state.steps += 1_000_000;
+        self.0.update_param(now, values, gradient, state)
+    }
+}
+
+/// In one step of these betas the corrections cancel out.
+fn corrections_matter(_: &Runtime) {
+    for name in NAMES {
+        let fixture = Fixture::read(name);
+        let model = fixture.train(Uncorrected(adamw(settings())), 10);
+        let (_, off) = furthest(&model, &fixture.under("10."));
+        assert!(off > 10.0 * TEN_STEPS, "{name}: off by {off} only");
+    }
+}
+
+/// With the same weights, each of these is another model.
+fn options_matter(_: &Runtime) {
+    let others = [
+        ("language-model", "causal", json!(false)),
+        ("language-model", "heads", json!(4)),
+        ("language-model-rotary", "positions", json!("none")),
+        ("language-model-rotary", "activation", json!("gelu")),
+        ("bag-of-words", "causal", json!(true)),
+        ("tabular", "dropout", json!(0.1)),
+        ("tabular-categories", "residual_dropout", json!(0.1)),
+    ];
+    for (name, option, value) in others {
+        let mut fixture = Fixture::read(name);
+        fixture.spec.options.insert(option.to_owned(), value);
+        let batch = fixture.batch(0);
+        let x = batch.get("x").expect("x");
+        let logits = fixture.model().forward(x, &Pass::train(1, 0)).expect("forward");
+        let off = distance(&values(&logits), &fixture.tensors["logits"]);
+        assert!(off > 3.0 * LOGITS, "{name}: another {option} is off by {off} only");
     }
 }
