@@ -5,10 +5,13 @@
 
 use super::Real;
 #[cfg(target_arch = "x86_64")]
-use super::avx512;
+use super::avx512::{self, Pairs, Singles};
+use crate::Precision;
 use gemm::Parallelism;
+#[cfg(target_arch = "x86_64")]
+use std::ops::Range;
 
-/// A view of a matrix.
+/// A view of a matrix, of whose strides one is 1.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Mat<'a, T> {
     data: &'a [T],
@@ -68,6 +71,13 @@ impl<'a, T> Mat<'a, T> {
         (self.row_stride, self.column_stride)
     }
 
+    /// Some of the rows.
+    #[cfg(target_arch = "x86_64")]
+    pub(super) fn some_rows(self, rows: Range<usize>) -> Self {
+        let first = (rows.start * self.row_stride).min(self.data.len());
+        Self { data: &self.data[first..], rows: rows.len(), ..self }
+    }
+
     /// A row whose columns are together.
     #[cfg(target_arch = "x86_64")]
     pub(super) fn row(&self, row: usize) -> &'a [T] {
@@ -112,15 +122,22 @@ pub(crate) fn gemm<T: Real>(
     a: Mat<'_, T>,
     b: Mat<'_, T>,
     threads: Threads,
+    precision: Precision,
 ) {
     let out = Out { rows: out, first: 0, stride: b.columns };
-    product(out, false, alpha, a, b, threads);
+    product(out, false, alpha, a, b, threads, precision);
 }
 
 /// `out += a · b`.
-pub(crate) fn gemm_add<T: Real>(out: &mut [T], a: Mat<'_, T>, b: Mat<'_, T>, threads: Threads) {
+pub(crate) fn gemm_add<T: Real>(
+    out: &mut [T],
+    a: Mat<'_, T>,
+    b: Mat<'_, T>,
+    threads: Threads,
+    precision: Precision,
+) {
     let out = Out { rows: out, first: 0, stride: b.columns };
-    product(out, true, T::one(), a, b, threads);
+    product(out, true, T::one(), a, b, threads, precision);
 }
 
 /// `out = alpha · a · b`, or that added. Panics when the shapes do not fit.
@@ -131,6 +148,7 @@ pub(crate) fn product<T: Real>(
     a: Mat<'_, T>,
     b: Mat<'_, T>,
     threads: Threads,
+    precision: Precision,
 ) {
     assert_eq!(a.columns, b.rows, "the inner dimensions of a matrix product");
     assert!(a.reach() <= a.data.len() && b.reach() <= b.data.len(), "views within their data");
@@ -144,10 +162,13 @@ pub(crate) fn product<T: Real>(
     if let (Some(out), Some(a), Some(b)) = (T::f32s_mut(out), a.f32s(), b.f32s())
         && avx512::is_available()
     {
-        let is_parallel = threads == Threads::All;
-        // SAFETY: the asserts above; it is available.
-        unsafe { avx512::product(out, stride, is_added, alpha.to_f64() as f32, a, b, is_parallel) };
-        return;
+        let (alpha, is_parallel) = (alpha.to_f64() as f32, threads == Threads::All);
+        let product = match is_rounded(precision) {
+            true => avx512::product::<Pairs>,
+            false => avx512::product::<Singles>,
+        };
+        // SAFETY: the asserts above; the form is available.
+        return unsafe { product(out, stride, is_added, alpha, a, b, is_parallel) };
     }
     let parallelism = match threads {
         Threads::One => Parallelism::None,
@@ -181,22 +202,29 @@ pub(crate) fn product<T: Real>(
     }
 }
 
+/// Whether numbers are rounded to `bf16` here, if they may be.
+#[cfg(target_arch = "x86_64")]
+fn is_rounded(precision: Precision) -> bool {
+    precision == Precision::Bf16 && avx512::has_pairs()
+}
+
 /// A matrix laid out for many products that it is the right side of, with few rows each.
 pub(crate) struct Packed<T> {
     values: Vec<T>,
     depth: usize,
     columns: usize,
+    precision: Precision,
 }
 
 impl<T: Real> Packed<T> {
-    pub(crate) fn new(b: Mat<'_, T>) -> Self {
+    pub(crate) fn new(b: Mat<'_, T>, precision: Precision) -> Self {
         let (depth, columns) = b.shape();
-        Self { values: packed(b), depth, columns }
+        Self { values: packed(b, precision), depth, columns, precision }
     }
 
     /// `out = a · self`, or that added, on this thread. Panics when the shapes do not fit.
     pub(crate) fn product(&self, out: &mut [T], is_added: bool, a: Mat<'_, T>) {
-        let Self { values, depth, columns } = self;
+        let Self { values, depth, columns, precision } = self;
         assert_eq!(a.columns, *depth, "the inner dimensions of a matrix product");
         assert!(a.reach() <= a.data.len(), "a view within its data");
         assert_eq!(out.len(), a.rows * columns, "room for the product");
@@ -210,25 +238,27 @@ impl<T: Real> Packed<T> {
         if let (Some(out), Some(a), Some(panels)) = (T::f32s_mut(out), a.f32s(), T::f32s(values))
             && avx512::is_available()
         {
-            // SAFETY: the asserts above; it is available, and was when the panels were packed.
-            unsafe { avx512::product_of_packed(out, *columns, is_added, a, panels, *columns) };
-            return;
+            let product = match is_rounded(*precision) {
+                true => avx512::product_of_packed::<Pairs>,
+                false => avx512::product_of_packed::<Singles>,
+            };
+            // SAFETY: the asserts above; the form is available, and the panels were packed in it.
+            return unsafe { product(out, *columns, is_added, a, panels, *columns) };
         }
         let out = Out { rows: out, first: 0, stride: *columns };
-        product(out, is_added, T::one(), a, Mat::new(values, *depth, *columns), Threads::One);
+        let values = Mat::new(values, *depth, *columns);
+        product(out, is_added, T::one(), a, values, Threads::One, *precision);
     }
 }
 
 /// In panels where those are multiplied, else with its columns together.
-fn packed<T: Real>(b: Mat<'_, T>) -> Vec<T> {
+fn packed<T: Real>(b: Mat<'_, T>, precision: Precision) -> Vec<T> {
     #[cfg(target_arch = "x86_64")]
     if let (Some(b), true) = (b.f32s(), avx512::is_available()) {
-        let mut panels = vec![T::zero(); avx512::packed_len(b.rows, b.columns)];
-        if let Some(panels) = T::f32s_mut(&mut panels) {
-            // SAFETY: it is available.
-            unsafe { avx512::pack_all(b, panels) };
-        }
-        return panels;
+        return match is_rounded(precision) {
+            true => panels::<Pairs, T>(b),
+            false => panels::<Singles, T>(b),
+        };
     }
     let mut values = vec![T::zero(); b.rows * b.columns];
     match b.column_stride {
@@ -238,6 +268,17 @@ fn packed<T: Real>(b: Mat<'_, T>) -> Vec<T> {
         _ => transpose(b.t(), &mut values),
     }
     values
+}
+
+/// The panels of a right side, in a form that is available.
+#[cfg(target_arch = "x86_64")]
+fn panels<F: avx512::Form, T: Real>(b: Mat<'_, f32>) -> Vec<T> {
+    let mut panels = vec![T::zero(); avx512::packed_len::<F>(b.rows, b.columns)];
+    if let Some(panels) = T::f32s_mut(&mut panels) {
+        // SAFETY: the form is available.
+        unsafe { avx512::pack_all::<F>(b, panels) };
+    }
+    panels
 }
 
 /// Writes the columns of `from` as rows of `to`, which are as long as `from` has rows.
@@ -273,6 +314,8 @@ pub(crate) fn transpose<T: Real>(from: Mat<'_, T>, to: &mut [T]) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use candle_core::{DType, Device, Tensor};
+    use std::ops::Range;
 
     #[test]
     fn transposes_are_right() {
@@ -298,9 +341,15 @@ mod tests {
         let a: Vec<f64> = (0..6).map(f64::from).collect(); // [[0 1 2] [3 4 5]]
         let b: Vec<f64> = (0..12).map(f64::from).collect();
         let mut out = vec![f64::NAN; 8];
-        gemm(&mut out, 2.0, Mat::new(&a, 2, 3), Mat::new(&b, 3, 4), Threads::All);
+        gemm(&mut out, 2.0, Mat::new(&a, 2, 3), Mat::new(&b, 3, 4), Threads::All, Precision::F32);
         assert_eq!(out, [40.0, 46.0, 52.0, 58.0, 112.0, 136.0, 160.0, 184.0]);
-        gemm_add(&mut out[..4], Mat::new(&a, 3, 2).t(), Mat::strided(&b, 3, 2, 5), Threads::One);
+        gemm_add(
+            &mut out[..4],
+            Mat::new(&a, 3, 2).t(),
+            Mat::strided(&b, 3, 2, 5),
+            Threads::One,
+            Precision::F32,
+        );
         // [[0 2 4] [1 3 5]] · [[0 1] [5 6] [10 11]]
         assert_eq!(out[..4], [40.0 + 50.0, 46.0 + 56.0, 52.0 + 65.0, 58.0 + 74.0]);
     }
@@ -316,9 +365,16 @@ mod tests {
                 // Many rows, for few have another order of sums.
                 let many: Vec<f32> = a.data.repeat(17);
                 let mut all = vec![1.0; 17 * rows * columns];
-                gemm(&mut all, 1.0, Mat::new(&many, 17 * rows, depth), b, Threads::All);
+                gemm(
+                    &mut all,
+                    1.0,
+                    Mat::new(&many, 17 * rows, depth),
+                    b,
+                    Threads::All,
+                    Precision::F32,
+                );
                 let mut out = vec![f32::NAN; rows * columns];
-                let packed = Packed::new(b);
+                let packed = Packed::new(b, Precision::F32);
                 packed.product(&mut out, false, a);
                 let are_close = out.iter().zip(&all).all(|(a, b)| (a - b).abs() < 1e-4);
                 assert!(are_close, "{rows}×{depth}×{columns}");
@@ -329,7 +385,7 @@ mod tests {
             }
         }
         let mut out = [0.0; 2];
-        Packed::new(Mat::new(&[1.0, 2.0, 3.0, 4.0], 2, 2).t()).product(
+        Packed::new(Mat::new(&[1.0, 2.0, 3.0, 4.0], 2, 2).t(), Precision::F32).product(
             &mut out,
             false,
             Mat::new(&[5.0, 6.0], 1, 2),
@@ -340,7 +396,7 @@ mod tests {
     #[test]
     fn empty_inner_dimensions_give_zeros() {
         let mut out = [f32::NAN; 4];
-        gemm(&mut out, 1.0, Mat::new(&[], 2, 0), Mat::new(&[], 0, 2), Threads::All);
+        gemm(&mut out, 1.0, Mat::new(&[], 2, 0), Mat::new(&[], 0, 2), Threads::All, Precision::F32);
         assert_eq!(out, [0.0; 4]);
     }
 
@@ -353,6 +409,7 @@ mod tests {
             Mat::new(&[0.0; 4], 2, 2),
             Mat::new(&[0.0; 4], 2, 2),
             Threads::One,
+            Precision::F32,
         );
     }
 
@@ -394,7 +451,7 @@ mod tests {
         let before = numbers(rows * stride + 3, 3);
         let mut out = before.clone();
         let to = Out { rows: &mut out, first: 2, stride };
-        product(to, is_added, 0.5, a, b, Threads::All);
+        product(to, is_added, 0.5, a, b, Threads::All, Precision::F32);
         for (at, (got, before)) in out.iter().zip(&before).enumerate() {
             let place = at.checked_sub(2).map(|at| (at / stride, at % stride));
             let Some((row, column)) =
@@ -424,10 +481,17 @@ mod tests {
         let (a, b) = (numbers(200 * 700, 1), numbers(700 * 90, 2));
         let b = Mat::new(&b, 90, 700).t();
         let mut all = vec![0f32; 200 * 90];
-        gemm(&mut all, 1.0, Mat::new(&a, 200, 700), b, Threads::All);
+        gemm(&mut all, 1.0, Mat::new(&a, 200, 700), b, Threads::All, Precision::F32);
         for rows in [17, 40, 64] {
             let mut some = vec![0f32; rows * 90];
-            gemm(&mut some, 1.0, Mat::new(&a[..rows * 700], rows, 700), b, Threads::All);
+            gemm(
+                &mut some,
+                1.0,
+                Mat::new(&a[..rows * 700], rows, 700),
+                b,
+                Threads::All,
+                Precision::F32,
+            );
             assert_eq!(some, all[..rows * 90], "{rows}");
         }
     }
@@ -445,16 +509,128 @@ mod tests {
         let (a, b) = (numbers(200 * 700, 1), numbers(700 * 90, 2));
         let b = Mat::new(&b, 700, 90);
         let mut all = vec![0f32; 200 * 90];
-        gemm(&mut all, 1.0, Mat::new(&a, 200, 700), b, Threads::All);
+        gemm(&mut all, 1.0, Mat::new(&a, 200, 700), b, Threads::All, Precision::F32);
         let mut alone = vec![0f32; 200 * 90];
-        gemm(&mut alone, 1.0, Mat::new(&a, 200, 700), b, Threads::One);
+        gemm(&mut alone, 1.0, Mat::new(&a, 200, 700), b, Threads::One, Precision::F32);
         assert_eq!(all, alone);
         if has_own_kernels() {
             // A few rows of a transposed right side have another order of sums: see there.
             for (row, all) in all.chunks(90).enumerate() {
                 let mut one = vec![0f32; 90];
-                gemm(&mut one, 1.0, Mat::new(&a[row * 700..][..700], 1, 700), b, Threads::One);
+                gemm(
+                    &mut one,
+                    1.0,
+                    Mat::new(&a[row * 700..][..700], 1, 700),
+                    b,
+                    Threads::One,
+                    Precision::F32,
+                );
                 assert_eq!(one, all);
+            }
+        }
+    }
+
+    /// What [`Precision::Bf16`] makes of a number here.
+    fn rounded(numbers: &[f32]) -> Vec<f32> {
+        #[cfg(target_arch = "x86_64")]
+        if avx512::has_pairs() {
+            let numbers = Tensor::from_slice(numbers, numbers.len(), &Device::Cpu);
+            let numbers = numbers.and_then(|n| n.to_dtype(DType::BF16)?.to_dtype(DType::F32));
+            return numbers.and_then(|n| n.to_vec1()).expect("rounded");
+        }
+        numbers.to_vec()
+    }
+
+    /// The order of sums is all that differs.
+    #[test]
+    fn rounded_products_are_those_of_rounded_numbers() {
+        for (rows, depth, columns) in [(17, 33, 70), (40, 600, 90), (130, 1101, 65), (9, 7, 20)] {
+            let (a, b) = (numbers(rows * depth, 1), numbers(depth * columns, 2));
+            let [a_rounded, b_rounded] = [&a, &b].map(|numbers| rounded(numbers));
+            for layout in 0..4 {
+                let left = |a| match layout & 1 {
+                    0 => Mat::new(a, rows, depth),
+                    _ => Mat::new(a, depth, rows).t(),
+                };
+                let right = |b| match layout & 2 {
+                    0 => Mat::new(b, depth, columns),
+                    _ => Mat::new(b, columns, depth).t(),
+                };
+                let of = |a, b, precision| {
+                    let mut out = vec![0.25f32; rows * columns];
+                    let to = Out { rows: &mut out, first: 0, stride: columns };
+                    product(to, true, 0.5, left(a), right(b), Threads::All, precision);
+                    out
+                };
+                if layout == 2 && rows <= 16 {
+                    continue; // of numbers as they are: see `avx512`
+                }
+                let ours = of(&a, &b, Precision::Bf16);
+                let theirs = of(&a_rounded, &b_rounded, Precision::F32);
+                let exact = of(&a, &b, Precision::F32);
+                let off = |other: &[f32]| {
+                    let pairs = ours.iter().zip(other);
+                    pairs.map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
+                };
+                let least = 1e-6 * (depth as f32).sqrt();
+                assert!(
+                    off(&theirs) < least,
+                    "{rows}×{depth}×{columns} {layout}: {}",
+                    off(&theirs)
+                );
+                assert!(off(&exact) > 10.0 * least || a == a_rounded, "nothing was rounded");
+                assert!(off(&exact) < 0.02 * (depth as f32).sqrt(), "{}", off(&exact));
+            }
+        }
+    }
+
+    /// Ties go to the even number, denormal ones to 0; what is no number, or none that is finite,
+    /// stays so.
+    #[test]
+    fn rounding_is_to_the_nearest() {
+        let cases = [
+            (1.0 + 1.0 / 256.0, 1.0),
+            (1.0 + 3.0 / 256.0, 1.0 + 2.0 / 128.0),
+            (-1.0 - 1.1 / 256.0, -1.0 - 1.0 / 128.0),
+            (f32::MAX, f32::INFINITY),
+            (f32::NEG_INFINITY, f32::NEG_INFINITY),
+            (f32::NAN, f32::NAN),
+            (1e-40, 0.0),
+        ];
+        for (number, wanted) in cases {
+            // Alone in its row, on either side.
+            let mut a = vec![0.0; 20 * 3];
+            a[4 * 3 + 2] = number;
+            let ones = [1.0; 3 * 20];
+            let mut out = [vec![0.0; 400], vec![0.0; 400]];
+            let (a, ones) = (Mat::new(&a, 20, 3), Mat::new(&ones, 3, 20));
+            let [left, right] = out.each_mut();
+            gemm(left, 1.0, a, ones, Threads::One, Precision::Bf16);
+            gemm(right, 1.0, ones.t(), a.t(), Threads::One, Precision::Bf16);
+            let wanted = if rounded(&[1.001]) == [1.001] { number } else { wanted };
+            for got in [left[4 * 20], right[4]] {
+                let is_same = got == wanted || got.is_nan() && wanted.is_nan();
+                assert!(is_same, "{number:e} became {got:e}");
+            }
+        }
+    }
+
+    #[test]
+    fn rounded_rows_are_independent() {
+        let (a, b) = (numbers(200 * 700, 1), numbers(700 * 90, 2));
+        let b = Mat::new(&b, 90, 700).t();
+        let of = |rows: Range<usize>, threads| {
+            let mut out = vec![0f32; rows.len() * 90];
+            let a = Mat::new(&a[rows.start * 700..rows.end * 700], rows.len(), 700);
+            gemm(&mut out, 1.0, a, b, threads, Precision::Bf16);
+            out
+        };
+        let all = of(0..200, Threads::All);
+        assert_eq!(all, of(0..200, Threads::One));
+        if has_own_kernels() {
+            for rows in [0..40, 3..100, 130..200] {
+                let wanted = &all[rows.start * 90..rows.end * 90];
+                assert_eq!(of(rows, Threads::All), wanted);
             }
         }
     }

@@ -1,59 +1,56 @@
 //! Right sides in panels, and transposes.
 
 use super::super::gemm::Mat;
+use super::form::{Form, Singles, first_lanes};
 use super::{LANES, WIDTH};
 use std::arch::x86_64::{
     __m512, __mmask16, _mm512_castpd_ps, _mm512_castps_pd, _mm512_mask_storeu_ps,
-    _mm512_maskz_loadu_ps, _mm512_setzero_ps, _mm512_shuffle_f32x4, _mm512_unpackhi_pd,
-    _mm512_unpackhi_ps, _mm512_unpacklo_pd, _mm512_unpacklo_ps,
+    _mm512_shuffle_f32x4, _mm512_unpackhi_pd, _mm512_unpackhi_ps, _mm512_unpacklo_pd,
+    _mm512_unpacklo_ps,
 };
 use std::ops::Range;
 
-/// Numbers of all panels of a right side.
-pub(in super::super) fn packed_len(depth: usize, columns: usize) -> usize {
-    columns.div_ceil(WIDTH) * depth * WIDTH
+/// Slots of all panels of a right side.
+pub(in super::super) fn packed_len<F: Form>(depth: usize, columns: usize) -> usize {
+    columns.div_ceil(WIDTH) * F::slots(depth) * WIDTH
 }
 
 /// Writes the panels of `b` one after the other.
 ///
 /// # Safety
 ///
-/// AVX-512F must be available.
-pub(in super::super) unsafe fn pack_all(b: Mat<'_, f32>, panels: &mut [f32]) {
+/// The form must be available.
+pub(in super::super) unsafe fn pack_all<F: Form>(b: Mat<'_, f32>, panels: &mut [f32]) {
     let (depth, columns) = b.shape();
-    for (at, panel) in panels.chunks_exact_mut((depth * WIDTH).max(1)).enumerate() {
+    let slots = F::slots(depth);
+    for (at, panel) in panels.chunks_exact_mut((slots * WIDTH).max(1)).enumerate() {
         // SAFETY: this function's contract.
-        unsafe { pack(b, 0..depth, at * WIDTH..((at + 1) * WIDTH).min(columns), panel) };
+        unsafe { pack::<F>(b, 0..slots, at * WIDTH..((at + 1) * WIDTH).min(columns), panel) };
     }
 }
 
-/// Copies some columns of some rows, the columns of a row together, up to the next whole vector.
+/// Copies some columns of some rows of slots, the columns of a row together, up to the next whole
+/// vector.
 ///
 /// # Safety
 ///
-/// AVX-512F must be available.
-pub(super) unsafe fn pack(
+/// The form must be available.
+pub(super) unsafe fn pack<F: Form>(
     b: Mat<'_, f32>,
     inner: Range<usize>,
     columns: Range<usize>,
     panel: &mut [f32],
 ) {
-    let width = columns.len();
-    if inner.is_empty() || width == 0 {
+    if inner.is_empty() || columns.is_empty() {
         return;
     }
-    let rows = panel.chunks_exact_mut(WIDTH).zip(inner.clone());
-    match b.strides() {
-        (_, 1) => rows.for_each(|(to, row)| {
-            to[..width].copy_from_slice(&b.row(row)[columns.clone()]);
-            to[width..].fill(0.0);
-        }),
+    if b.strides().1 != 1 {
         // SAFETY: this function's contract.
-        (1, _) => unsafe { pack_transposed(b, inner, columns, panel) },
-        _ => rows.for_each(|(to, row)| {
-            to.fill(0.0);
-            to.iter_mut().zip(columns.clone()).for_each(|(to, column)| *to = b.at(row, column));
-        }),
+        return unsafe { pack_transposed::<F>(b, inner, columns, panel) };
+    }
+    for (to, slot) in panel.chunks_exact_mut(WIDTH).zip(inner) {
+        // SAFETY: this function's contract.
+        unsafe { F::put_row(b, slot, columns.clone(), to) };
     }
 }
 
@@ -61,27 +58,31 @@ pub(super) unsafe fn pack(
 ///
 /// # Safety
 ///
-/// AVX-512F must be available.
-unsafe fn pack_transposed(
+/// The form must be available.
+unsafe fn pack_transposed<F: Form>(
     b: Mat<'_, f32>,
     inner: Range<usize>,
     columns: Range<usize>,
     panel: &mut [f32],
 ) {
     let b = b.t();
+    let numbers = F::numbers(&inner, b.shape().1);
     for (at, column) in columns.clone().step_by(LANES).enumerate() {
         let width = LANES.min(columns.end - column);
         let rows: [&[f32]; LANES] = std::array::from_fn(|row| match row < width {
-            true => &b.row(column + row)[inner.clone()],
+            true => &b.row(column + row)[numbers.clone()],
             false => &[],
         });
         for first in (0..inner.len()).step_by(LANES) {
             let height = LANES.min(inner.len() - first);
             let to = &mut panel[first * WIDTH + at * LANES..];
             assert!(to.len() >= (height - 1) * WIDTH + LANES, "room in the panel");
-            // SAFETY: this function's contract; the rows are empty or reach to `inner`'s end, and
-            // `to` has the rows of the block.
-            unsafe { transpose_block(&rows, width, first, height, to, WIDTH, !0) };
+            // SAFETY: this function's contract; `first` is within the rows, and `to` has the rows of
+            // the block.
+            unsafe {
+                let block = F::load(&rows, width, first, height);
+                store_transposed(block, height, to, WIDTH, !0);
+            }
         }
     }
 }
@@ -98,7 +99,7 @@ pub(in super::super) unsafe fn transpose(from: Mat<'_, f32>, to: &mut [f32]) {
     assert_eq!(to.len(), rows * columns, "room for the transpose");
     for row in (0..rows).step_by(LANES) {
         let width = LANES.min(rows - row);
-        let mask = ((1u32 << width) - 1) as __mmask16;
+        let stored = first_lanes(width);
         let block: [&[f32]; LANES] =
             std::array::from_fn(|at| if at < width { from.row(row + at) } else { &[] });
         for first in (0..columns).step_by(LANES) {
@@ -107,34 +108,28 @@ pub(in super::super) unsafe fn transpose(from: Mat<'_, f32>, to: &mut [f32]) {
             assert!(to.len() >= (height - 1) * rows + width, "room in the transpose");
             // SAFETY: `width` rows are `columns` long, and `to` has a place for each of them in
             // each of `height` rows.
-            unsafe { transpose_block(&block, width, first, height, to, rows, mask) };
+            unsafe {
+                let block = Singles::load(&block, width, first, height);
+                store_transposed(block, height, to, rows, stored);
+            }
         }
     }
 }
 
-/// Writes the columns from `first` on of `width` rows as rows of `to`, `stride` apart, and zeros
-/// for the rows that there are not; of these, what `stored` says.
+/// Writes the first `height` columns of a block as rows of `to`, `stride` apart; of these, what
+/// `stored` says.
 ///
 /// # Safety
 ///
-/// `width` rows must have `first + height` elements, and `to` must have room for `height` rows of
-/// what is stored. Both are at most [`LANES`], and AVX-512F must be available.
+/// `to` must have room for `height` rows of what is stored. AVX-512F must be available.
 #[target_feature(enable = "avx512f")]
-unsafe fn transpose_block(
-    rows: &[&[f32]; LANES],
-    width: usize,
-    first: usize,
+unsafe fn store_transposed(
+    r: [__m512; LANES],
     height: usize,
     to: &mut [f32],
     stride: usize,
     stored: __mmask16,
 ) {
-    let mask = ((1u32 << height) - 1) as __mmask16;
-    let r: [__m512; LANES] = std::array::from_fn(|row| match row < width {
-        // SAFETY: the lanes of the mask are within the row.
-        true => unsafe { _mm512_maskz_loadu_ps(mask, rows[row].as_ptr().add(first)) },
-        false => _mm512_setzero_ps(),
-    });
     // Pairs of numbers, then of pairs, within the four parts of each vector; then whole parts.
     let t: [__m512; LANES] = std::array::from_fn(|at| {
         let (a, b) = (r[at / 2 * 2], r[at / 2 * 2 + 1]);
