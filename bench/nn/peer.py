@@ -2,7 +2,8 @@
 
     python peer.py MODE MODEL FIXTURE THREADS
 
-MODE is eager, compile, channels-last, or double: eager in f64, to compare with. Speaks the same
+MODE is eager, compile, channels-last, double: eager in f64, to compare with, or bf16 and
+bf16-compile: eager and compile under autocast. Speaks the same
 lines as ours (see xtask/src/bench/worker.rs).
 """
 
@@ -175,12 +176,14 @@ class Training:
         if mode == "channels-last":
             self.model = self.model.to(memory_format=torch.channels_last)
             batches[:] = [(x.to(memory_format=torch.channels_last), y) for x, y in batches]
-        is_compiled = mode == "compile"
+        is_compiled = mode in ("compile", "bf16-compile")
+        self.autocast = torch.autocast("cpu", torch.bfloat16, enabled=mode.startswith("bf16"))
         self.loss = torch.compile(self.loss_of) if is_compiled else self.loss_of
         self.forward = torch.compile(self.model) if is_compiled else self.model
 
     def loss_of(self, x, y):
-        return F.cross_entropy(self.model(x).flatten(0, -2), y.flatten())
+        with self.autocast:
+            return F.cross_entropy(self.model(x).flatten(0, -2), y.flatten())
 
     def load(self):
         counts = {k: v for k, v in self.model.state_dict().items() if k.endswith(COUNTS)}
@@ -220,7 +223,7 @@ class Training:
         self.model.eval()
         x = self.batches[0][0][:rows]
         seconds = []
-        with torch.inference_mode():
+        with torch.inference_mode(), self.autocast:
             self.forward(x)
             for _ in range(steps):
                 start = time.perf_counter()

@@ -4,10 +4,11 @@
 //! On other devices all of them are composed of candle's operations. That is checked on the CPU
 //! always, and on the first CUDA device with the feature `cuda`.
 
+mod precision;
 mod table;
 
 use crate::layers::{BatchNorm, BatchNormOptions};
-use crate::{Gradients, Model, Module, Params, Pass, Registry, Result, SyncSum, loss};
+use crate::{Gradients, Model, Module, Params, Pass, Precision, Registry, Result, SyncSum, loss};
 use candle_core::{DType, Device, Tensor, Var};
 use mobula_core::BoxError;
 use std::cell::Cell;
@@ -140,12 +141,20 @@ fn evaluate(build: Build, device: &Device) -> Result<Numbers> {
 }
 
 /// The gradients of a step, what it makes of the parameters, and what they then predict.
-fn train(Sample { name, options, shape }: &Sample, device: &Device) -> Result<Numbers> {
+fn train(sample: &Sample, device: &Device) -> Result<Numbers> {
+    train_in(Precision::F32, sample, device)
+}
+
+fn train_in(
+    precision: Precision,
+    Sample { name, options, shape }: &Sample,
+    device: &Device,
+) -> Result<Numbers> {
     let spec = format!(r#"{{"architecture": {name:?}, "options": {options}}}"#);
     let model = Model::build(&serde_json::from_str(&spec).expect("a spec"), 7, device)?;
     let x = table::normal(shape)?.to_dtype(DType::F32)?.to_device(device)?;
     let labels: Vec<u32> = (0..shape[0] as u32).map(|row| row % 3).collect();
-    let logits = model.forward(&x, &Pass::train(7, 0))?;
+    let logits = model.forward(&x, &Pass::train(7, 0).with_precision(precision))?;
     let loss = loss::cross_entropy(&logits, &Tensor::new(labels, device)?)?;
     let mut gradients = Gradients::zeros(model.params());
     gradients.backward(&loss, 1.0)?;

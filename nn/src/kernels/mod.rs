@@ -12,6 +12,8 @@ mod math;
 mod output;
 mod sums;
 
+#[cfg(test)]
+pub(crate) use gemm::is_rounded;
 pub(crate) use gemm::{Mat, Out, Packed, Threads, gemm, gemm_add, product, transpose};
 pub(crate) use math::Real;
 pub(crate) use output::output;

@@ -7,6 +7,7 @@ mod faults;
 mod loss_scale;
 mod models;
 mod optim;
+mod precision;
 mod pytorch;
 mod sync;
 mod training;
@@ -25,6 +26,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         loss_scale::TESTS,
         models::TESTS,
         optim::TESTS,
+        precision::TESTS,
         pytorch::TESTS,
         sync::TESTS,
         training::TESTS,

@@ -2,15 +2,14 @@
 
 use super::super::gemm::Mat;
 use super::LANES;
+use super::pack::{Block, transpose_block};
 use super::tile::Kernels;
-use std::arch::x86_64::{
-    __m512, __mmask16, _mm512_fmadd_ps, _mm512_maskz_loadu_ps, _mm512_setzero_ps,
-};
+use std::arch::x86_64::{__m512, __mmask16, _mm512_fmadd_ps, _mm512_maskz_loadu_ps};
 use std::ops::Range;
 
 /// How the numbers of both sides lie in slots of 32 bits along the inner dimension: what a lane of
 /// a vector has, and what is one step of the inner loop. Slots are moved as `f32` whatever they hold.
-pub(in super::super) trait Form: 'static {
+pub(in super::super) trait Form: Sized + 'static {
     /// Numbers of a slot.
     const NUMBERS: usize;
     /// By rows and vectors of a tile.
@@ -33,16 +32,11 @@ pub(in super::super) trait Form: 'static {
     /// Writes a row of slots, of some columns of a right side whose columns are together.
     unsafe fn put_row(b: Mat<'_, f32>, slot: usize, columns: Range<usize>, to: &mut [f32]);
 
-    /// Slots of the first `width` rows, `count` of them from `first` on. The others are zeros.
-    ///
-    /// `first` must be within the rows; what they do not reach to is zeros. Both numbers are at
-    /// most [`LANES`].
-    unsafe fn load(
-        rows: &[&[f32]; LANES],
-        width: usize,
-        first: usize,
-        count: usize,
-    ) -> [__m512; LANES];
+    /// The slots of numbers that follow each other, at most [`LANES`]; zeros in the other lanes.
+    unsafe fn load(numbers: &[f32]) -> __m512;
+
+    /// [`transpose_block`] for the machines that have the form.
+    unsafe fn transpose(from: Block<'_>, to: &mut [f32], stride: usize, stored: __mmask16);
 
     /// How many slots so many numbers have.
     fn slots(numbers: usize) -> usize {
@@ -50,7 +44,7 @@ pub(in super::super) trait Form: 'static {
     }
 
     /// The numbers of some of the slots of `len` numbers.
-    fn numbers(slots: &Range<usize>, len: usize) -> Range<usize> {
+    fn numbers(slots: Range<usize>, len: usize) -> Range<usize> {
         slots.start * Self::NUMBERS..(slots.end * Self::NUMBERS).min(len)
     }
 }
@@ -77,26 +71,22 @@ impl Form for Singles {
         f(a)
     }
 
+    #[inline(always)]
     unsafe fn put_row(b: Mat<'_, f32>, slot: usize, columns: Range<usize>, to: &mut [f32]) {
         let width = columns.len();
         to[..width].copy_from_slice(&b.row(slot)[columns]);
         to[width..].fill(0.0);
     }
 
+    #[inline(always)]
+    unsafe fn load(numbers: &[f32]) -> __m512 {
+        // SAFETY: the lanes of the mask are within the numbers; the trait's contract.
+        unsafe { _mm512_maskz_loadu_ps(first_lanes(numbers.len()), numbers.as_ptr()) }
+    }
+
     #[target_feature(enable = "avx512f")]
-    unsafe fn load(
-        rows: &[&[f32]; LANES],
-        width: usize,
-        first: usize,
-        count: usize,
-    ) -> [__m512; LANES] {
-        std::array::from_fn(|row| match row < width {
-            true => {
-                let from = &rows[row][first..];
-                // SAFETY: the lanes of the mask are within the row.
-                unsafe { _mm512_maskz_loadu_ps(first_lanes(count.min(from.len())), from.as_ptr()) }
-            }
-            false => _mm512_setzero_ps(),
-        })
+    unsafe fn transpose(from: Block<'_>, to: &mut [f32], stride: usize, stored: __mmask16) {
+        // SAFETY: this function's contract.
+        unsafe { transpose_block::<Self>(from, to, stride, stored) }
     }
 }

@@ -5,8 +5,8 @@ use super::form::{Form, Singles, first_lanes};
 use super::{LANES, WIDTH};
 use std::arch::x86_64::{
     __m512, __mmask16, _mm512_castpd_ps, _mm512_castps_pd, _mm512_mask_storeu_ps,
-    _mm512_shuffle_f32x4, _mm512_unpackhi_pd, _mm512_unpackhi_ps, _mm512_unpacklo_pd,
-    _mm512_unpacklo_ps,
+    _mm512_setzero_ps, _mm512_shuffle_f32x4, _mm512_unpackhi_pd, _mm512_unpackhi_ps,
+    _mm512_unpacklo_pd, _mm512_unpacklo_ps,
 };
 use std::ops::Range;
 
@@ -66,23 +66,19 @@ unsafe fn pack_transposed<F: Form>(
     panel: &mut [f32],
 ) {
     let b = b.t();
-    let numbers = F::numbers(&inner, b.shape().1);
     for (at, column) in columns.clone().step_by(LANES).enumerate() {
         let width = LANES.min(columns.end - column);
-        let rows: [&[f32]; LANES] = std::array::from_fn(|row| match row < width {
-            true => &b.row(column + row)[numbers.clone()],
-            false => &[],
-        });
+        let rows: [&[f32]; LANES] =
+            std::array::from_fn(|row| if row < width { b.row(column + row) } else { &[] });
         for first in (0..inner.len()).step_by(LANES) {
             let height = LANES.min(inner.len() - first);
+            let slots = inner.start + first..inner.start + first + height;
+            let numbers = F::numbers(slots, b.shape().1);
             let to = &mut panel[first * WIDTH + at * LANES..];
             assert!(to.len() >= (height - 1) * WIDTH + LANES, "room in the panel");
-            // SAFETY: this function's contract; `first` is within the rows, and `to` has the rows of
-            // the block.
-            unsafe {
-                let block = F::load(&rows, width, first, height);
-                store_transposed(block, height, to, WIDTH, !0);
-            }
+            let from = Block { rows: &rows, width, numbers, height };
+            // SAFETY: this function's contract; `to` has the rows of the block.
+            unsafe { F::transpose(from, to, WIDTH, !0) };
         }
     }
 }
@@ -106,54 +102,85 @@ pub(in super::super) unsafe fn transpose(from: Mat<'_, f32>, to: &mut [f32]) {
             let height = LANES.min(columns - first);
             let to = &mut to[first * rows + row..];
             assert!(to.len() >= (height - 1) * rows + width, "room in the transpose");
-            // SAFETY: `width` rows are `columns` long, and `to` has a place for each of them in
-            // each of `height` rows.
-            unsafe {
-                let block = Singles::load(&block, width, first, height);
-                store_transposed(block, height, to, rows, stored);
-            }
+            let from = Block { rows: &block, width, numbers: first..first + height, height };
+            // SAFETY: `to` has a place for each of `width` rows in each of `height` rows.
+            unsafe { Singles::transpose(from, to, rows, stored) };
         }
     }
 }
 
-/// Writes the first `height` columns of a block as rows of `to`, `stride` apart; of these, what
-/// `stored` says.
+/// Some numbers of up to [`LANES`] rows.
+pub(in super::super) struct Block<'a> {
+    rows: &'a [&'a [f32]; LANES],
+    /// How many rows there are.
+    width: usize,
+    numbers: Range<usize>,
+    /// How many slots those are, at most [`LANES`].
+    height: usize,
+}
+
+/// Writes the columns of a block as rows of `to`, `stride` apart, and zeros for the rows that there
+/// are not; of these, what `stored` says.
+///
+/// Inlined into functions for what the form needs, and so is all that it calls.
 ///
 /// # Safety
 ///
-/// `to` must have room for `height` rows of what is stored. AVX-512F must be available.
-#[target_feature(enable = "avx512f")]
-unsafe fn store_transposed(
-    r: [__m512; LANES],
-    height: usize,
+/// `to` must have room for `height` rows of what is stored. The form must be available.
+#[inline(always)]
+pub(super) unsafe fn transpose_block<F: Form>(
+    Block { rows, width, numbers, height }: Block<'_>,
     to: &mut [f32],
     stride: usize,
     stored: __mmask16,
 ) {
-    // Pairs of numbers, then of pairs, within the four parts of each vector; then whole parts.
-    let t: [__m512; LANES] = std::array::from_fn(|at| {
-        let (a, b) = (r[at / 2 * 2], r[at / 2 * 2 + 1]);
-        if at % 2 == 0 { _mm512_unpacklo_ps(a, b) } else { _mm512_unpackhi_ps(a, b) }
-    });
-    let r: [__m512; LANES] = std::array::from_fn(|at| {
-        let (a, b) = (at / 4 * 4 + at % 4 / 2, at / 4 * 4 + at % 4 / 2 + 2);
-        let (a, b) = (_mm512_castps_pd(t[a]), _mm512_castps_pd(t[b]));
-        _mm512_castpd_ps(match at % 2 {
-            0 => _mm512_unpacklo_pd(a, b),
-            _ => _mm512_unpackhi_pd(a, b),
-        })
-    });
-    let parts = |a: __m512, b: __m512, odd: bool| match odd {
-        false => _mm512_shuffle_f32x4::<0x88>(a, b),
-        true => _mm512_shuffle_f32x4::<0xdd>(a, b),
-    };
-    let t: [__m512; LANES] = std::array::from_fn(|at| {
-        let a = at / 8 * 8 + at % 4;
-        parts(r[a], r[a + 4], at % 8 >= 4)
-    });
-    let r: [__m512; LANES] = std::array::from_fn(|at| parts(t[at % 8], t[at % 8 + 8], at >= 8));
-    for (row, values) in r.into_iter().take(height).enumerate() {
-        // SAFETY: what is stored of the row is within `to`.
-        unsafe { _mm512_mask_storeu_ps(to.as_mut_ptr().add(row * stride), stored, values) };
+    // SAFETY: this function's contract.
+    unsafe {
+        let mut r = [_mm512_setzero_ps(); LANES];
+        for (at, r) in r.iter_mut().enumerate() {
+            if at < width {
+                *r = F::load(&rows[at][numbers.clone()]);
+            }
+        }
+        // Pairs of numbers, then of pairs, within the four parts of each vector; then whole parts.
+        let mut t = r;
+        for (at, t) in t.iter_mut().enumerate() {
+            let (a, b) = (r[at / 2 * 2], r[at / 2 * 2 + 1]);
+            *t = if at % 2 == 0 { _mm512_unpacklo_ps(a, b) } else { _mm512_unpackhi_ps(a, b) };
+        }
+        for (at, r) in r.iter_mut().enumerate() {
+            let (a, b) = (at / 4 * 4 + at % 4 / 2, at / 4 * 4 + at % 4 / 2 + 2);
+            let (a, b) = (_mm512_castps_pd(t[a]), _mm512_castps_pd(t[b]));
+            *r = _mm512_castpd_ps(match at % 2 {
+                0 => _mm512_unpacklo_pd(a, b),
+                _ => _mm512_unpackhi_pd(a, b),
+            });
+        }
+        for (at, t) in t.iter_mut().enumerate() {
+            let (a, b) = (r[at / 8 * 8 + at % 4], r[at / 8 * 8 + at % 4 + 4]);
+            *t = parts(a, b, at % 8 >= 4);
+        }
+        for (at, r) in r.iter_mut().enumerate() {
+            *r = parts(t[at % 8], t[at % 8 + 8], at >= 8);
+        }
+        for (row, values) in r.into_iter().enumerate().take(height) {
+            _mm512_mask_storeu_ps(to.as_mut_ptr().add(row * stride), stored, values);
+        }
+    }
+}
+
+/// The even parts of two vectors, or the odd ones.
+///
+/// # Safety
+///
+/// AVX-512F must be available.
+#[inline(always)]
+unsafe fn parts(a: __m512, b: __m512, are_odd: bool) -> __m512 {
+    // SAFETY: this function's contract.
+    unsafe {
+        match are_odd {
+            false => _mm512_shuffle_f32x4::<0x88>(a, b),
+            true => _mm512_shuffle_f32x4::<0xdd>(a, b),
+        }
     }
 }

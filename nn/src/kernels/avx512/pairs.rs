@@ -2,12 +2,12 @@
 
 use super::super::gemm::Mat;
 use super::form::{Form, first_lanes};
+use super::pack::{Block, transpose_block};
 use super::tile::Kernels;
 use super::{LANES, run};
 use std::arch::x86_64::{
-    __m512, __m512i, _mm512_castsi512_ps, _mm512_cvtne2ps_pbh, _mm512_dpbf16_ps,
+    __m512, __m512i, __mmask16, _mm512_castsi512_ps, _mm512_cvtne2ps_pbh, _mm512_dpbf16_ps,
     _mm512_loadu_si512, _mm512_mask_storeu_ps, _mm512_maskz_loadu_ps, _mm512_permutexvar_epi16,
-    _mm512_setzero_ps,
 };
 use std::cell::Cell;
 use std::mem::transmute;
@@ -90,21 +90,22 @@ impl Form for Pairs {
         to[width..].fill(0.0);
     }
 
+    #[inline(always)]
+    unsafe fn load(numbers: &[f32]) -> __m512 {
+        let rest = numbers.len().saturating_sub(LANES);
+        // SAFETY: the lanes of the masks are within the numbers; the trait's contract.
+        unsafe {
+            let low = _mm512_maskz_loadu_ps(first_lanes(numbers.len()), numbers.as_ptr());
+            let high =
+                _mm512_maskz_loadu_ps(first_lanes(rest), numbers.as_ptr().wrapping_add(LANES));
+            transmute(_mm512_cvtne2ps_pbh(high, low))
+        }
+    }
+
     #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-    unsafe fn load(
-        rows: &[&[f32]; LANES],
-        width: usize,
-        first: usize,
-        count: usize,
-    ) -> [__m512; LANES] {
-        std::array::from_fn(|row| match row < width {
-            true => {
-                let from = &rows[row][2 * first..];
-                // SAFETY: this function's contract.
-                unsafe { pairs(&from[..from.len().min(2 * count)]) }
-            }
-            false => _mm512_setzero_ps(),
-        })
+    unsafe fn transpose(from: Block<'_>, to: &mut [f32], stride: usize, stored: __mmask16) {
+        // SAFETY: this function's contract.
+        unsafe { transpose_block::<Self>(from, to, stride, stored) }
     }
 }
 
@@ -133,22 +134,6 @@ fn rows_of(b: Mat<'_, f32>, slot: usize, columns: Range<usize>) -> (&[f32], &[f3
     (&b.row(2 * slot)[columns.clone()], second.get(columns).unwrap_or_default())
 }
 
-/// Up to two vectors of numbers as pairs.
-///
-/// # Safety
-///
-/// There must be at most `2 · LANES`, and what [`Pairs`] needs.
-#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-unsafe fn pairs(numbers: &[f32]) -> __m512 {
-    let rest = numbers.len().saturating_sub(LANES);
-    // SAFETY: the lanes of the masks are within the numbers.
-    unsafe {
-        let low = _mm512_maskz_loadu_ps(first_lanes(numbers.len()), numbers.as_ptr());
-        let high = _mm512_maskz_loadu_ps(first_lanes(rest), numbers.as_ptr().wrapping_add(LANES));
-        transmute(_mm512_cvtne2ps_pbh(high, low))
-    }
-}
-
 /// Writes the pairs of neighbours in a row.
 ///
 /// # Safety
@@ -158,7 +143,10 @@ unsafe fn pairs(numbers: &[f32]) -> __m512 {
 unsafe fn pair_along(row: &[f32], to: &mut [f32]) {
     for (numbers, to) in row.chunks(2 * LANES).zip(to.chunks_mut(LANES)) {
         // SAFETY: as many numbers as a chunk has; the lanes of the mask are within `to`.
-        unsafe { _mm512_mask_storeu_ps(to.as_mut_ptr(), first_lanes(to.len()), pairs(numbers)) };
+        unsafe {
+            let slots = Pairs::load(numbers);
+            _mm512_mask_storeu_ps(to.as_mut_ptr(), first_lanes(to.len()), slots);
+        }
     }
 }
 

@@ -173,7 +173,7 @@ unsafe fn kernel<F: Form, const ROWS: usize, const VECTORS: usize>(job: Job) {
 /// # Safety
 ///
 /// As for [`kernel`].
-#[target_feature(enable = "avx512f")]
+#[inline(always)]
 unsafe fn store_turned<const ROWS: usize, const VECTORS: usize>(
     sums: &[[__m512; VECTORS]; ROWS],
     job: &Job,
