@@ -2,9 +2,8 @@
 
     python peer.py MODE MODEL FIXTURE THREADS
 
-MODE is eager, compile, channels-last, double: eager in f64, to compare with, or bf16 and
-bf16-compile: eager and compile under autocast. Speaks the same
-lines as ours (see xtask/src/bench/worker.rs).
+MODE is eager, compile, channels-last, or double: eager in f64, to compare with. With bf16- before it
+it is under autocast. Speaks the same lines as ours (see xtask/src/bench/worker.rs).
 """
 
 import json
@@ -167,6 +166,8 @@ class Training:
 
     def __init__(self, mode, model, weights, batches):
         self.name = f"{mode}, fused AdamW"
+        self.autocast = torch.autocast("cpu", torch.bfloat16, enabled=mode.startswith("bf16-"))
+        mode = mode.removeprefix("bf16-")
         if mode == "double":
             torch.set_default_dtype(torch.float64)
             weights = {name: t.double() for name, t in weights.items()}
@@ -176,8 +177,7 @@ class Training:
         if mode == "channels-last":
             self.model = self.model.to(memory_format=torch.channels_last)
             batches[:] = [(x.to(memory_format=torch.channels_last), y) for x, y in batches]
-        is_compiled = mode in ("compile", "bf16-compile")
-        self.autocast = torch.autocast("cpu", torch.bfloat16, enabled=mode.startswith("bf16"))
+        is_compiled = mode == "compile"
         self.loss = torch.compile(self.loss_of) if is_compiled else self.loss_of
         self.forward = torch.compile(self.model) if is_compiled else self.model
 

@@ -41,7 +41,9 @@ pub enum Precision {
     /// Numbers rounded to `bf16`, 8 bits of them, where a product begins; products and sums in `f32`.
     ///
     /// On the CPU that needs AVX-512 with BF16 (AMD since Zen 4, Intel since Cooper Lake); products
-    /// stay `f32` without, so they are never less exact than asked. Denormal numbers become 0.
+    /// stay `f32` without, so they are never less exact than asked. So do those of up to 16 rows that
+    /// take longer to read than to compute, such as a linear layer's. Denormal numbers become 0, and
+    /// numbers beyond 3.39 · 10³⁸ infinite; what is infinite or no number stays so.
     Bf16,
 }
 
