@@ -10,6 +10,8 @@ mod gemm;
 mod guarded;
 mod math;
 mod output;
+#[cfg(test)]
+mod rounding;
 mod sums;
 
 #[cfg(test)]

@@ -6,8 +6,9 @@ use super::pack::{Block, transpose_block};
 use super::tile::Kernels;
 use super::{LANES, run};
 use std::arch::x86_64::{
-    __m512, __m512i, __mmask16, _mm512_castsi512_ps, _mm512_cvtne2ps_pbh, _mm512_dpbf16_ps,
-    _mm512_loadu_si512, _mm512_mask_storeu_ps, _mm512_maskz_loadu_ps, _mm512_permutexvar_epi16,
+    __m512, __m512bh, __m512i, __mmask16, _mm512_castsi512_ps, _mm512_cvtne2ps_pbh,
+    _mm512_dpbf16_ps, _mm512_loadu_si512, _mm512_mask_storeu_ps, _mm512_maskz_loadu_ps,
+    _mm512_permutexvar_epi16,
 };
 use std::cell::Cell;
 use std::mem::transmute;
@@ -43,7 +44,10 @@ impl Form for Pairs {
     #[inline(always)]
     unsafe fn add(sum: __m512, left: __m512, right: __m512) -> __m512 {
         // SAFETY: the trait's contract; vectors of the same size, valid whatever their bits.
-        unsafe { _mm512_dpbf16_ps(sum, transmute(left), transmute(right)) }
+        unsafe {
+            let [left, right] = transmute::<[__m512; 2], [__m512bh; 2]>([left, right]);
+            _mm512_dpbf16_ps(sum, left, right)
+        }
     }
 
     unsafe fn with_left<R>(
