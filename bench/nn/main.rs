@@ -5,6 +5,7 @@
 //! bench-nn bandwidth                      the best rate of a sum of large vectors, in GB/s
 //! bench-nn fixture MODEL PATH             write initial weights and batches for both sides
 //! bench-nn train MODEL FIXTURE THREADS    answer requests on standard input
+//! bench-nn bf16 MODEL FIXTURE THREADS     the same with products of `bf16`
 //! ```
 //!
 //! The requests are described in xtask/src/bench/worker.rs.
@@ -14,7 +15,7 @@ use anyhow::{Context, Result, bail};
 use candle_core::{DType, Device, Tensor};
 use mobula_bench::{Case, Fixture, SEED, case, optimizer};
 use mobula_core::{Batch, Flow};
-use mobula_nn::{Model, loss};
+use mobula_nn::{Model, Pass, Precision, loss, no_grad};
 use mobula_train::{Gradients, TrainState, Updater, WorkerContext};
 use rayon::prelude::*;
 use serde_json::json;
@@ -44,8 +45,12 @@ fn main() -> Result<()> {
         ["train", model, fixture, threads] => {
             serve(&mut Training::new(case(model)?, fixture.as_ref())?, threads)
         }
+        ["bf16", model, fixture, threads] => {
+            let training = Training::new(case(model)?, fixture.as_ref())?;
+            serve(&mut Training { precision: Precision::Bf16, ..training }, threads)
+        }
         _ => bail!(
-            "usage: bench-nn peak | bench-nn bandwidth | bench-nn fixture MODEL PATH | bench-nn train MODEL FIXTURE THREADS"
+            "usage: bench-nn peak | bench-nn bandwidth | bench-nn fixture MODEL PATH | bench-nn train|bf16 MODEL FIXTURE THREADS"
         ),
     }
 }
@@ -53,6 +58,7 @@ fn main() -> Result<()> {
 /// What a program does that trains by itself: no group, so nothing to sum over.
 struct Training {
     case: Case,
+    precision: Precision,
     weights: HashMap<String, Tensor>,
     batches: Vec<Batch>,
     /// The last run's, for `save`.
@@ -62,14 +68,15 @@ struct Training {
 impl Training {
     fn new(case: Case, fixture: &Path) -> Result<Self> {
         let Fixture { weights, batches } = case.read_fixture(fixture)?;
-        Ok(Self { case, weights, batches, trained: None })
+        Ok(Self { case, precision: Precision::F32, weights, batches, trained: None })
     }
 
     /// Trains from the initial weights with a fresh optimizer: the time of each step, the last loss.
     fn run(&mut self, steps: usize, rows: Option<usize>) -> Result<(Vec<f64>, f64)> {
         let model = self.case.model(&Device::Cpu)?;
         model.params().load_tensors("the fixture", &self.weights)?;
-        let mut state = TrainState::new(model, optimizer()?, SEED, 1);
+        let state = TrainState::new(model, optimizer()?, SEED, 1);
+        let mut state = state.with_precision(self.precision);
         let mut context = WorkerContext::alone(|_| Ok(Flow::Continue));
         let (mut seconds, mut last) = (Vec::with_capacity(steps), f64::NAN);
         for step in 0..steps {
@@ -105,10 +112,12 @@ impl Training {
         model.params().load_tensors("the fixture", &self.weights)?;
         let x = self.batches[0].get("x")?.narrow(0, 0, rows)?;
         let mut seconds = Vec::with_capacity(steps);
-        let mut y = model.predict(&x)?;
+        let pass = Pass::eval().with_precision(self.precision);
+        let predict = || no_grad(|| model.forward(&x, &pass));
+        let mut y = predict()?;
         for _ in 0..steps {
             let start = Instant::now();
-            y = model.predict(&x)?;
+            y = predict()?;
             seconds.push(start.elapsed().as_secs_f64());
         }
         Ok((seconds, y.sum_all()?.to_dtype(DType::F64)?.to_scalar()?))

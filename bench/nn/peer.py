@@ -2,8 +2,8 @@
 
     python peer.py MODE MODEL FIXTURE THREADS
 
-MODE is eager, compile, channels-last, or double: eager in f64, to compare with. Speaks the same
-lines as ours (see xtask/src/bench/worker.rs).
+MODE is eager, compile, channels-last, or double: eager in f64, to compare with. With bf16- before it
+it is under autocast. Speaks the same lines as ours (see xtask/src/bench/worker.rs).
 """
 
 import json
@@ -167,6 +167,8 @@ class Training:
 
     def __init__(self, mode, model, weights, batches):
         self.name = f"{mode}, fused AdamW"
+        self.autocast = torch.autocast("cpu", torch.bfloat16, enabled=mode.startswith("bf16-"))
+        mode = mode.removeprefix("bf16-")
         if mode == "double":
             torch.set_default_dtype(torch.float64)
             weights = {name: t.double() for name, t in weights.items()}
@@ -181,7 +183,8 @@ class Training:
         self.forward = torch.compile(self.model) if is_compiled else self.model
 
     def loss_of(self, x, y):
-        return F.cross_entropy(self.model(x).flatten(0, -2), y.flatten())
+        with self.autocast:
+            return F.cross_entropy(self.model(x).flatten(0, -2), y.flatten())
 
     def load(self):
         counts = {k: v for k, v in self.model.state_dict().items() if k.endswith(COUNTS)}
@@ -221,7 +224,7 @@ class Training:
         self.model.eval()
         x = self.batches[0][0][:rows]
         seconds = []
-        with torch.inference_mode():
+        with torch.inference_mode(), self.autocast:
             self.forward(x)
             for _ in range(steps):
                 start = time.perf_counter()

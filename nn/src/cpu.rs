@@ -1,5 +1,6 @@
 //! What the CPU operations of this crate share: how they meet candle.
 
+use crate::Precision;
 use crate::kernels::Real;
 use candle_core::{DType, Device, Error, Layout, Result, Shape, Storage, Tensor};
 
@@ -45,6 +46,27 @@ pub(crate) fn with_values<T: Real, const N: usize, R>(
 /// A tensor on the CPU.
 pub(crate) fn tensor<T: Real>(values: Vec<T>, shape: impl Into<Shape>) -> Result<Tensor> {
     Tensor::from_vec(values, shape.into(), &Device::Cpu)
+}
+
+/// `a · b` in candle's own operations.
+pub(crate) fn matmul(a: &Tensor, b: &Tensor, precision: Precision) -> Result<Tensor> {
+    lowered(a, b, precision, Tensor::matmul)
+}
+
+/// Candle's `product` of two tensors, which are rounded before it where the precision says so.
+pub(crate) fn lowered(
+    a: &Tensor,
+    b: &Tensor,
+    precision: Precision,
+    product: impl Fn(&Tensor, &Tensor) -> Result<Tensor>,
+) -> Result<Tensor> {
+    if precision == Precision::F32 || a.dtype() != DType::F32 {
+        return product(a, b);
+    }
+    // Candle has no products of `bf16` on the CPU; those of rounded numbers are the same in `f32`.
+    let dtype = if a.device().is_cpu() { DType::F32 } else { DType::BF16 };
+    let [a, b] = [a, b].map(|x| x.to_dtype(DType::BF16)?.to_dtype(dtype));
+    product(&a?, &b?)?.to_dtype(DType::F32)
 }
 
 pub(crate) fn unsupported(dtype: DType, op: &'static str) -> Error {

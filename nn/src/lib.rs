@@ -62,5 +62,5 @@ pub use link::no_grad;
 pub use model::Model;
 pub use module::Module;
 pub use params::Params;
-pub use pass::{Pass, SyncSum, Training};
+pub use pass::{Pass, Precision, SyncSum, Training};
 pub use registry::{Architecture, ModelSpec, Registry};

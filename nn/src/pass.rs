@@ -1,6 +1,7 @@
 //! The context of one forward pass: evaluation, or a training step.
 
 use mobula_core::BoxError;
+use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 
 /// What a layer must know about the pass that it takes part in.
@@ -21,7 +22,29 @@ use std::sync::Arc;
 #[derive(Clone, Debug, Default)]
 pub struct Pass {
     training: Option<Training>,
+    precision: Precision,
     sync: Option<Arc<dyn SyncSum>>,
+}
+
+/// What the matrix products of `f32` models are computed in, forwards and backwards.
+///
+/// A layer takes it from the [`Pass`] of its forward pass and keeps to it in its backward pass.
+/// Everything else is `f32`: parameters, gradients, what layers give, norms, losses. `f64` models
+/// take no notice.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+#[non_exhaustive]
+pub enum Precision {
+    /// Numbers as they are.
+    #[default]
+    F32,
+    /// Numbers rounded to `bf16`, 8 bits of them, where a product begins; products and sums in `f32`.
+    ///
+    /// On the CPU that needs AVX-512 with BF16 (AMD since Zen 4, Intel since Cooper Lake); products
+    /// stay `f32` without, so they are never less exact than asked. So do those of up to 16 rows that
+    /// take longer to read than to compute, such as a linear layer's. Denormal numbers become 0, and
+    /// numbers beyond 3.39 · 10³⁸ infinite; what is infinite or no number stays so.
+    Bf16,
 }
 
 /// Sums over the workers that train together, for statistics of the whole batch.
@@ -51,7 +74,7 @@ impl Pass {
     /// The training step `step` of a run seeded with `seed`.
     pub fn train(seed: u64, step: u64) -> Self {
         let training = Training { seed, step, row_offset: 0 };
-        Self { training: Some(training), sync: None }
+        Self { training: Some(training), ..Self::default() }
     }
 
     /// Says that the first row of this pass is row `rows` of the step's global batch. No effect
@@ -65,6 +88,23 @@ impl Pass {
     /// take them over the rows of all workers. No effect in evaluation.
     pub fn with_sync(self, sync: Arc<dyn SyncSum>) -> Self {
         Self { sync: Some(sync), ..self }
+    }
+
+    /// Computes matrix products in `precision`. Default [`Precision::F32`].
+    ///
+    /// ```
+    /// use mobula_nn::{Pass, Precision};
+    ///
+    /// let pass = Pass::train(7, 12).with_precision(Precision::Bf16);
+    /// assert_eq!(pass.precision(), Precision::Bf16);
+    /// ```
+    pub fn with_precision(self, precision: Precision) -> Self {
+        Self { precision, ..self }
+    }
+
+    /// What matrix products are computed in.
+    pub fn precision(&self) -> Precision {
+        self.precision
     }
 
     /// What sums over the workers, if asked for.

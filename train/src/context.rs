@@ -1,7 +1,7 @@
 //! What a training function gets: its share of the work, and the steps that all ranks take
 //! together.
 
-use crate::collective::{self, Alone, Collective, Element, ReduceOp};
+use crate::collective::{self, Alone, Collective, Element, ReduceOp, Transport};
 use crate::device::OnDevice;
 use crate::report::{EpochReport, Meter, WorkerReport};
 use crate::state::TrainState;
@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 /// What the trainer tells its workers.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
@@ -26,6 +27,10 @@ pub(crate) struct Setup {
     /// Of each worker.
     #[serde(default)]
     pub(crate) gpus: f64,
+    #[serde(default)]
+    pub(crate) transport: Transport,
+    #[serde(default = "collective::default_timeout")]
+    pub(crate) timeout: Duration,
 }
 
 impl Setup {
@@ -63,7 +68,8 @@ impl WorkerContext<'static> {
     /// The context of a member of a [`Trainer`](crate::Trainer)'s group.
     pub fn join(member: Member) -> Result<Self> {
         let (setup, member): (Setup, _) = (member.context()?, Arc::new(member));
-        let (collective, device) = (collective::connect(&member)?, setup.device()?);
+        let (collective, device) =
+            (collective::connect(&member, setup.transport, setup.timeout)?, setup.device()?);
         Ok(Self { device, ..Self::new(Place::Member(member), collective, setup) })
     }
 }

@@ -117,6 +117,24 @@ pub enum Error {
         /// Who calls something else.
         other: usize,
     },
+    /// A connection between ranks of two hosts cannot be made.
+    #[error("cannot {action} {address} to exchange gradients: {source}")]
+    Connection {
+        /// What was tried.
+        action: &'static str,
+        /// Where.
+        address: std::net::SocketAddr,
+        /// Why not.
+        source: std::io::Error,
+    },
+    /// The connection to a rank broke, and the driver knows of no loss.
+    #[error("the connection to rank {rank} broke: {source}")]
+    PeerLost {
+        /// Of whom.
+        rank: usize,
+        /// How.
+        source: std::io::Error,
+    },
     /// Shared memory could not be made or opened.
     #[error("cannot {action} {bytes} bytes of shared memory: {source}")]
     SharedMemory {

@@ -45,7 +45,7 @@ mod step;
 mod sync;
 mod trainer;
 
-pub use collective::{Collective, Element, ReduceOp};
+pub use collective::{Collective, Element, ReduceOp, Transport};
 pub use context::WorkerContext;
 pub use error::{Error, Result};
 pub use mobula_nn::Gradients;

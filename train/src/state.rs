@@ -5,7 +5,7 @@ use crate::{Error, Result};
 use candle_core::Device;
 use mobula_core::checkpoint::Checkpoint;
 use mobula_core::{BatchStream, StreamState};
-use mobula_nn::{Gradients, Model};
+use mobula_nn::{Gradients, Model, Precision};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -22,6 +22,7 @@ pub struct TrainState {
     /// The optimizer, its state, and what goes with it.
     pub updater: Updater,
     gradients: Gradients,
+    precision: Precision,
     seed: u64,
     step: u64,
     epoch: u64,
@@ -51,7 +52,31 @@ impl TrainState {
     /// A run at its start, to go on for so many epochs. An optimizer is an updater.
     pub fn new(model: Model, updater: impl Into<Updater>, seed: u64, epochs: u64) -> Self {
         let (updater, gradients) = (updater.into(), Gradients::zeros(model.params()));
-        Self { model, updater, gradients, seed, step: 0, epoch: 0, epochs, stopped: false }
+        Self {
+            model,
+            updater,
+            gradients,
+            precision: Precision::default(),
+            seed,
+            step: 0,
+            epoch: 0,
+            epochs,
+            stopped: false,
+        }
+    }
+
+    /// Computes the matrix products of steps in `precision`. Default [`Precision::F32`].
+    ///
+    /// A setting of the program, like the rows of a batch: no checkpoint has it. Weights, gradients
+    /// and the optimizer's state are `f32` in any case.
+    #[must_use]
+    pub fn with_precision(self, precision: Precision) -> Self {
+        Self { precision, ..self }
+    }
+
+    /// What the matrix products of steps are computed in.
+    pub fn precision(&self) -> Precision {
+        self.precision
     }
 
     /// Global steps done.

@@ -116,7 +116,9 @@ fn add_part<E: Into<BoxError>>(
     sum: Option<&Arc<BatchSum>>,
     loss: impl FnOnce(&Model, &Pass) -> Result<Tensor, E>,
 ) -> Result<()> {
-    let pass = Pass::train(state.seed(), state.step()).with_row_offset(part.first_row);
+    let pass = Pass::train(state.seed(), state.step())
+        .with_row_offset(part.first_row)
+        .with_precision(state.precision());
     let pass = match sum {
         Some(sum) => pass.with_sync(Arc::clone(sum) as _),
         None => pass,

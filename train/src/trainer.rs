@@ -1,5 +1,6 @@
 //! The trainer: runs a training function on a group of workers, and again when one is lost.
 
+use crate::collective::{self, Transport};
 use crate::context::Setup;
 use crate::report::{EpochReport, Progress, WorkerReport};
 use crate::state::{STATE, SavedState};
@@ -29,6 +30,11 @@ pub struct ScalingConfig {
     /// for any number of workers, but for rounding and dropout, at the price of three sums over them in each of these layers
     /// in each step. Default: no.
     pub sync_batch_norm: bool,
+    /// How workers reach each other. Default: by the fastest way that there is.
+    pub transport: Transport,
+    /// How long a worker waits in a step for the others before it gives up and says who is late.
+    /// Lost workers are noticed sooner, by their heartbeats. Default: 60 seconds.
+    pub timeout: Duration,
 }
 
 impl Default for ScalingConfig {
@@ -38,6 +44,8 @@ impl Default for ScalingConfig {
             resources_per_worker: Resources::cpus(1.0),
             placement: Placement::Process,
             sync_batch_norm: false,
+            transport: Transport::Auto,
+            timeout: collective::default_timeout(),
         }
     }
 }
@@ -246,6 +254,8 @@ impl<T> Trainer<T> {
             resume_from,
             sync_batch_norm: self.scaling.sync_batch_norm,
             gpus: self.scaling.resources_per_worker.gpus,
+            transport: self.scaling.transport,
+            timeout: self.scaling.timeout,
         })
     }
 

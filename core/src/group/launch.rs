@@ -3,7 +3,7 @@
 use super::gang::{Gang, Notice};
 use super::member::{Inbox, Member};
 use super::room::bring;
-use super::{GroupOptions, GroupTask};
+use super::{GroupOptions, GroupTask, Host};
 use crate::current::{self, Current};
 use crate::parcel::{Parcel, open_all, pack_all};
 use crate::process::wire::{FromWorker, MemberSpec, Outcome, ToWorker};
@@ -173,19 +173,21 @@ impl GroupOptions {
 
 impl<T> Gang<T> {
     /// Who the member is in the newest generation.
-    pub(super) fn spec(&self, rank: usize) -> MemberSpec {
+    pub(super) fn spec(&self, rank: usize, lease: Option<&Lease>) -> MemberSpec {
+        let node = lease.map_or(NodeId::HERE, Lease::node);
         MemberSpec {
             group: self.options.name.clone(),
             rank,
             world: self.options.size,
             generation: self.reform.generation(),
             threads: self.options.resources.threads(),
+            host: Host { node: node.0, address: crate::nodes::address_of(node) },
             context: self.options.context.clone(),
         }
     }
 
     pub(super) fn start(&self, rank: usize, lease: Arc<Lease>) -> Result<Port, Error> {
-        let spec = self.spec(rank);
+        let spec = self.spec(rank, Some(&lease));
         let process = spec.generation;
         let (route, args) = match self.options.placement {
             Placement::Thread => (self.start_thread(spec, &lease)?, Vec::new()),

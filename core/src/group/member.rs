@@ -4,9 +4,10 @@ use crate::process::wire::{FromWorker, MemberSpec};
 use crate::remote::{decode, encode};
 use crate::{Error, store};
 use bytes::Bytes;
-use serde::Serialize;
 use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
 use std::collections::{HashMap, VecDeque};
+use std::net::IpAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -40,6 +41,15 @@ impl Life {
     pub(crate) fn generation(&self) -> u64 {
         self.spec.generation
     }
+}
+
+/// Where a member of a group runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Host {
+    /// The machine's number in the program: the same for members that can share memory.
+    pub node: u64,
+    /// By which the program's other machines reach it; loopback where there are none.
+    pub address: IpAddr,
 }
 
 /// All members of a generation have met.
@@ -98,6 +108,11 @@ impl Member {
     /// Threads that this member may compute on.
     pub fn threads(&self) -> usize {
         self.spec.threads
+    }
+
+    /// Where this member runs.
+    pub fn host(&self) -> Host {
+        self.spec.host
     }
 
     /// Sends a value to the driver. Waits when the driver is far behind.

@@ -11,8 +11,8 @@ mod remote;
 mod room;
 
 pub(crate) use gang::{Gang, HangUp};
+pub use member::{Host, Member, Rendezvous};
 pub(crate) use member::{Inbox, Line};
-pub use member::{Member, Rendezvous};
 pub use reform::OnLoss;
 
 use crate::object::block_until_ready;

@@ -89,7 +89,7 @@ impl<T> Gang<T> {
         }
         let goes_on = |rank: &usize| !replaced.contains(rank) && !self.members[*rank].is_doomed();
         for rank in (0..self.members.len()).filter(goes_on).collect::<Vec<_>>() {
-            let member = self.spec(rank);
+            let member = self.spec(rank, self.members[rank].lease.as_deref());
             self.members[rank].go_on(member);
         }
         if self.is_stopping {

@@ -17,7 +17,7 @@ use crate::store::ObjectId;
 use crate::world::World;
 use crate::{Error, Runtime, console, interrupt};
 use std::collections::{BTreeMap, HashMap};
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
@@ -54,6 +54,8 @@ pub(crate) struct Hub {
     changed: Condvar,
     workers: AtomicU64,
     lines: Lines,
+    /// Where the others have found this machine.
+    master: SocketAddr,
     /// Gone when the driver is.
     secret_file: Mutex<Option<SecretFile>>,
 }
@@ -115,6 +117,7 @@ pub(super) fn open(door: Door, runtime: &Runtime) -> Result<(), Error> {
         changed: Condvar::new(),
         workers: AtomicU64::new(0),
         lines: Lines::start()?,
+        master,
         secret_file: Mutex::new(file),
     });
     let hub = HUB.get_or_init(|| hub);
@@ -278,6 +281,14 @@ impl Hub {
     /// Where other machines get values of this one.
     pub(crate) fn objects_of(&self, node: NodeId) -> Option<SocketAddr> {
         self.members().nodes.get(&node).map(|node| node.objects)
+    }
+
+    /// By which machines reach each other.
+    pub(super) fn address_of(&self, node: NodeId) -> Option<IpAddr> {
+        match node {
+            NodeId::HERE => Some(self.master.ip()),
+            node => self.objects_of(node).map(|address| address.ip()),
+        }
     }
 
     /// Those that have joined and are not lost, the first one first.

@@ -50,7 +50,9 @@ pub(crate) use object::{Far, FarPlace, Owned};
 pub(crate) use role::{Role, role};
 pub(crate) use transfer::forget_everywhere;
 
+use crate::scheduler::NodeId;
 use crate::{Error, Resources, Runtime};
+use std::net::{IpAddr, Ipv4Addr};
 
 /// Becomes an agent, or a copy that only waits; gives the exit code.
 pub(crate) fn serve(join: role::Join, total: &Resources) -> i32 {
@@ -60,6 +62,12 @@ pub(crate) fn serve(join: role::Join, total: &Resources) -> i32 {
 /// Opens the driver's door, and waits for the others to come in.
 pub(crate) fn open(door: role::Door, runtime: &Runtime) -> Result<(), Error> {
     hub::open(door, runtime)
+}
+
+/// By which the program's machines reach one of them; loopback where there is no other.
+pub(crate) fn address_of(node: NodeId) -> IpAddr {
+    let address = hub().ok().and_then(|hub| hub.address_of(node));
+    address.unwrap_or(Ipv4Addr::LOCALHOST.into())
 }
 
 /// This machine's name.

@@ -3,6 +3,7 @@
 
 use crate::actor::checkpoint::Saves;
 use crate::actor::lanes::Class;
+use crate::group::Host;
 use crate::nested::{Failure, Submission};
 use crate::parcel::Packed;
 use crate::remote::decode;
@@ -186,6 +187,7 @@ pub(crate) struct MemberSpec {
     pub(crate) world: usize,
     pub(crate) generation: u64,
     pub(crate) threads: usize,
+    pub(crate) host: Host,
     pub(crate) context: Bytes,
 }
 

@@ -34,7 +34,7 @@ pub(super) const LAYERS: &[(&str, Build)] = &[
     ("embedding", |p| Embedding::new(p, 5, 3)?.forward(&indices(p)?)),
     ("embedding with padding", |p| Embedding::new(p, 5, 3)?.with_padding(1)?.forward(&indices(p)?)),
     ("products with an embedding", |p| {
-        Embedding::new(p, 5, 3)?.attend(&input(p, "x", &[2, 4, 3])?)
+        Embedding::new(p, 5, 3)?.attend(&input(p, "x", &[2, 4, 3])?, &Pass::eval())
     }),
     ("layer norm", |p| run(LayerNorm::new(p, 6)?, p, &[4, 6])),
     ("layer norm with another ε", |p| run(LayerNorm::new(p, 6)?.with_eps(0.1), p, &[4, 6])),

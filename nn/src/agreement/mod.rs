@@ -7,9 +7,10 @@
 mod layers;
 mod losses;
 mod models;
+mod precision;
 
 use crate::layers::{BatchNorm, BatchNormOptions};
-use crate::{Gradients, Model, Module, Params, Pass, Registry, Result, SyncSum, loss};
+use crate::{Gradients, Model, Module, Params, Pass, Precision, Registry, Result, SyncSum, loss};
 use candle_core::{DType, Device, Tensor, Var};
 use layers::{Build, LAYERS};
 use losses::LOSSES;
@@ -147,11 +148,15 @@ fn evaluate(build: Build, device: &Device) -> Result<Numbers> {
 
 /// The gradients of a step, what it makes of the parameters, and what they then predict.
 fn train(sample: &Sample, device: &Device) -> Result<Numbers> {
+    train_in(Precision::F32, sample, device)
+}
+
+fn train_in(precision: Precision, sample: &Sample, device: &Device) -> Result<Numbers> {
     let Sample { name, options, .. } = sample;
     let spec = format!(r#"{{"architecture": {name:?}, "options": {options}}}"#);
     let model = Model::build(&serde_json::from_str(&spec).expect("a spec"), 7, device)?;
     let x = sample.input()?.to_dtype(DType::F32)?.to_device(device)?;
-    let logits = model.forward(&x, &Pass::train(7, 0))?;
+    let logits = model.forward(&x, &Pass::train(7, 0).with_precision(precision))?;
     let shape = &logits.dims()[..logits.rank() - 1];
     let labels = (0..shape.iter().product::<usize>() as u32).map(|at| at % 3).collect();
     let loss = loss::cross_entropy(&logits, &Tensor::from_vec(labels, shape, device)?)?;

@@ -1,5 +1,6 @@
 //! Random matrices with orthonormal rows or columns.
 
+use crate::Precision;
 use crate::kernels::{Mat, Threads, gemm, gemm_add, output};
 
 /// Vectors that are made orthogonal one by one; what came before is removed from all of them by
@@ -42,9 +43,9 @@ fn remove(before: &[f64], panel: &mut [f64], len: usize) {
     let (directions, count) = (before.len() / len, panel.len() / len);
     let before = Mat::new(before, directions, len);
     let shares = output(count * directions, |shares: &mut [f64]| {
-        gemm(shares, -1.0, Mat::new(panel, count, len), before.t(), Threads::All);
+        gemm(shares, -1.0, Mat::new(panel, count, len), before.t(), Threads::All, Precision::F32);
     });
-    gemm_add(panel, Mat::new(&shares, count, directions), before, Threads::All);
+    gemm_add(panel, Mat::new(&shares, count, directions), before, Threads::All, Precision::F32);
 }
 
 fn gram_schmidt(panel: &mut [f64], len: usize) {

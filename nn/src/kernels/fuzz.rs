@@ -2,6 +2,7 @@
 
 use super::gemm::{Mat, Out, Packed, Threads, product, transpose};
 use super::guarded::{Guard, Guarded};
+use crate::Precision;
 use proptest::prelude::*;
 
 /// How a matrix lies in memory.
@@ -26,6 +27,7 @@ struct Case {
     /// Between rows of the result, beyond their length.
     gap: usize,
     threads: Threads,
+    precision: Precision,
 }
 
 fn layout() -> impl Strategy<Value = Layout> {
@@ -53,16 +55,17 @@ fn depth() -> impl Strategy<Value = usize> {
 fn case() -> impl Strategy<Value = Case> {
     let shape = (size(), depth(), size(), 0usize..5);
     let layouts = [layout(), layout()];
-    let how = (any::<bool>(), any::<bool>());
+    let precision = prop_oneof![Just(Precision::F32), Just(Precision::Bf16)];
+    let how = (any::<bool>(), any::<bool>(), precision);
     (shape, layouts, [guard(), guard(), guard()], how).prop_map(
-        |((rows, depth, columns, gap), layouts, guards, (is_added, is_parallel))| {
+        |((rows, depth, columns, gap), layouts, guards, (is_added, is_parallel, precision))| {
             let threads = if is_parallel { Threads::All } else { Threads::One };
-            Case { rows, depth, columns, layouts, guards, is_added, gap, threads }
+            Case { rows, depth, columns, layouts, guards, is_added, gap, threads, precision }
         },
     )
 }
 
-/// Whole numbers, whose products and sums are exact.
+/// Whole numbers, whose products and sums are exact, rounded to `bf16` or not.
 fn numbers(len: usize, seed: usize) -> Vec<f32> {
     (0..len).map(|at| ((at * 7 + seed * 5 + at * at % 11) % 13) as f32 - 6.0).collect()
 }
@@ -98,7 +101,7 @@ fn at(data: &[f32], [rows, columns]: [usize; 2], layout: Layout, row: usize, col
 proptest! {
     #[test]
     fn products_are_exact_and_touch_nothing_else(case in case()) {
-        let Case { rows, depth, columns, layouts, guards, is_added, gap, threads } = case;
+        let Case { rows, depth, columns, layouts, guards, is_added, gap, threads, precision } = case;
         let a = matrix(rows, depth, layouts[0], guards[0], 1);
         let b = matrix(depth, columns, layouts[1], guards[1], 2);
         let stride = columns + gap;
@@ -107,7 +110,8 @@ proptest! {
         let mut out = Guarded::new(&before, guards[2]);
         let (left, right) =
             (view(&a, rows, depth, layouts[0]), view(&b, depth, columns, layouts[1]));
-        product(Out { rows: &mut out, first: 0, stride }, is_added, 1.0, left, right, threads);
+        let to = Out { rows: &mut out, first: 0, stride };
+        product(to, is_added, 1.0, left, right, threads, precision);
         let sum = |row: usize, column: usize| -> f32 {
             let terms = (0..depth).map(|k| {
                 at(&a, [rows, depth], layouts[0], row, k)
@@ -124,11 +128,11 @@ proptest! {
             prop_assert_eq!(*got, wanted, "at {}, {}", row, column);
         }
         let mut packed = Guarded::new(&numbers(rows * columns, 3), guards[2]);
-        Packed::new(right).product(&mut packed, false, left);
+        Packed::new(right, precision).product(&mut packed, false, left);
         for (at, got) in packed.iter().enumerate() {
             prop_assert_eq!(*got, sum(at / columns, at % columns));
         }
-        Packed::new(right).product(&mut packed, true, left);
+        Packed::new(right, precision).product(&mut packed, true, left);
         for (at, got) in packed.iter().enumerate() {
             prop_assert_eq!(*got, 2.0 * sum(at / columns, at % columns));
         }

@@ -5,10 +5,13 @@
 
 use super::Real;
 #[cfg(target_arch = "x86_64")]
-use super::avx512;
+use super::avx512::{self, Pairs, Singles};
+use crate::Precision;
 use gemm::Parallelism;
+#[cfg(target_arch = "x86_64")]
+use std::ops::Range;
 
-/// A view of a matrix.
+/// A view of a matrix, of whose strides one is 1.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Mat<'a, T> {
     data: &'a [T],
@@ -68,18 +71,17 @@ impl<'a, T> Mat<'a, T> {
         (self.row_stride, self.column_stride)
     }
 
+    /// Some of the rows.
+    #[cfg(target_arch = "x86_64")]
+    pub(super) fn some_rows(self, rows: Range<usize>) -> Self {
+        let first = (rows.start * self.row_stride).min(self.data.len());
+        Self { data: &self.data[first..], rows: rows.len(), ..self }
+    }
+
     /// A row whose columns are together.
     #[cfg(target_arch = "x86_64")]
     pub(super) fn row(&self, row: usize) -> &'a [T] {
         &self.data[row * self.row_stride..][..self.columns]
-    }
-
-    #[cfg(target_arch = "x86_64")]
-    pub(super) fn at(&self, row: usize, column: usize) -> T
-    where
-        T: Copy,
-    {
-        self.data[row * self.row_stride + column * self.column_stride]
     }
 
     /// Elements up to the last one of the matrix.
@@ -112,15 +114,22 @@ pub(crate) fn gemm<T: Real>(
     a: Mat<'_, T>,
     b: Mat<'_, T>,
     threads: Threads,
+    precision: Precision,
 ) {
     let out = Out { rows: out, first: 0, stride: b.columns };
-    product(out, false, alpha, a, b, threads);
+    product(out, false, alpha, a, b, threads, precision);
 }
 
 /// `out += a · b`.
-pub(crate) fn gemm_add<T: Real>(out: &mut [T], a: Mat<'_, T>, b: Mat<'_, T>, threads: Threads) {
+pub(crate) fn gemm_add<T: Real>(
+    out: &mut [T],
+    a: Mat<'_, T>,
+    b: Mat<'_, T>,
+    threads: Threads,
+    precision: Precision,
+) {
     let out = Out { rows: out, first: 0, stride: b.columns };
-    product(out, true, T::one(), a, b, threads);
+    product(out, true, T::one(), a, b, threads, precision);
 }
 
 /// `out = alpha · a · b`, or that added. Panics when the shapes do not fit.
@@ -131,6 +140,7 @@ pub(crate) fn product<T: Real>(
     a: Mat<'_, T>,
     b: Mat<'_, T>,
     threads: Threads,
+    precision: Precision,
 ) {
     assert_eq!(a.columns, b.rows, "the inner dimensions of a matrix product");
     assert!(a.reach() <= a.data.len() && b.reach() <= b.data.len(), "views within their data");
@@ -144,11 +154,16 @@ pub(crate) fn product<T: Real>(
     if let (Some(out), Some(a), Some(b)) = (T::f32s_mut(out), a.f32s(), b.f32s())
         && avx512::is_available()
     {
-        let is_parallel = threads == Threads::All;
-        // SAFETY: the asserts above; it is available.
-        unsafe { avx512::product(out, stride, is_added, alpha.to_f64() as f32, a, b, is_parallel) };
-        return;
+        let (alpha, is_parallel) = (alpha.to_f64() as f32, threads == Threads::All);
+        let product = match is_rounded(precision) {
+            true => avx512::product::<Pairs>,
+            false => avx512::product::<Singles>,
+        };
+        // SAFETY: the asserts above; the form is available.
+        return unsafe { product(out, stride, is_added, alpha, a, b, is_parallel) };
     }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = precision;
     let parallelism = match threads {
         Threads::One => Parallelism::None,
         Threads::All => Parallelism::Rayon(rayon::current_num_threads()),
@@ -181,22 +196,32 @@ pub(crate) fn product<T: Real>(
     }
 }
 
+/// Whether numbers are rounded to `bf16` here, if they may be.
+#[cfg(any(test, target_arch = "x86_64"))]
+pub(crate) fn is_rounded(precision: Precision) -> bool {
+    #[cfg(target_arch = "x86_64")]
+    return precision == Precision::Bf16 && avx512::has_pairs();
+    #[cfg(not(target_arch = "x86_64"))]
+    false
+}
+
 /// A matrix laid out for many products that it is the right side of, with few rows each.
 pub(crate) struct Packed<T> {
     values: Vec<T>,
     depth: usize,
     columns: usize,
+    precision: Precision,
 }
 
 impl<T: Real> Packed<T> {
-    pub(crate) fn new(b: Mat<'_, T>) -> Self {
+    pub(crate) fn new(b: Mat<'_, T>, precision: Precision) -> Self {
         let (depth, columns) = b.shape();
-        Self { values: packed(b), depth, columns }
+        Self { values: packed(b, precision), depth, columns, precision }
     }
 
     /// `out = a · self`, or that added, on this thread. Panics when the shapes do not fit.
     pub(crate) fn product(&self, out: &mut [T], is_added: bool, a: Mat<'_, T>) {
-        let Self { values, depth, columns } = self;
+        let Self { values, depth, columns, precision } = self;
         assert_eq!(a.columns, *depth, "the inner dimensions of a matrix product");
         assert!(a.reach() <= a.data.len(), "a view within its data");
         assert_eq!(out.len(), a.rows * columns, "room for the product");
@@ -210,26 +235,30 @@ impl<T: Real> Packed<T> {
         if let (Some(out), Some(a), Some(panels)) = (T::f32s_mut(out), a.f32s(), T::f32s(values))
             && avx512::is_available()
         {
-            // SAFETY: the asserts above; it is available, and was when the panels were packed.
-            unsafe { avx512::product_of_packed(out, *columns, is_added, a, panels, *columns) };
-            return;
+            let product = match is_rounded(*precision) {
+                true => avx512::product_of_packed::<Pairs>,
+                false => avx512::product_of_packed::<Singles>,
+            };
+            // SAFETY: the asserts above; the form is available, and the panels were packed in it.
+            return unsafe { product(out, *columns, is_added, a, panels, *columns) };
         }
         let out = Out { rows: out, first: 0, stride: *columns };
-        product(out, is_added, T::one(), a, Mat::new(values, *depth, *columns), Threads::One);
+        let values = Mat::new(values, *depth, *columns);
+        product(out, is_added, T::one(), a, values, Threads::One, *precision);
     }
 }
 
 /// In panels where those are multiplied, else with its columns together.
-fn packed<T: Real>(b: Mat<'_, T>) -> Vec<T> {
+fn packed<T: Real>(b: Mat<'_, T>, precision: Precision) -> Vec<T> {
     #[cfg(target_arch = "x86_64")]
     if let (Some(b), true) = (b.f32s(), avx512::is_available()) {
-        let mut panels = vec![T::zero(); avx512::packed_len(b.rows, b.columns)];
-        if let Some(panels) = T::f32s_mut(&mut panels) {
-            // SAFETY: it is available.
-            unsafe { avx512::pack_all(b, panels) };
-        }
-        return panels;
+        return match is_rounded(precision) {
+            true => panels::<Pairs, T>(b),
+            false => panels::<Singles, T>(b),
+        };
     }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = precision;
     let mut values = vec![T::zero(); b.rows * b.columns];
     match b.column_stride {
         1 => values.chunks_exact_mut(b.columns.max(1)).enumerate().for_each(|(row, to)| {
@@ -238,6 +267,17 @@ fn packed<T: Real>(b: Mat<'_, T>) -> Vec<T> {
         _ => transpose(b.t(), &mut values),
     }
     values
+}
+
+/// The panels of a right side, in a form that is available.
+#[cfg(target_arch = "x86_64")]
+fn panels<F: avx512::Form, T: Real>(b: Mat<'_, f32>) -> Vec<T> {
+    let mut panels = vec![T::zero(); avx512::packed_len::<F>(b.rows, b.columns)];
+    if let Some(panels) = T::f32s_mut(&mut panels) {
+        // SAFETY: the form is available.
+        unsafe { avx512::pack_all::<F>(b, panels) };
+    }
+    panels
 }
 
 /// Writes the columns of `from` as rows of `to`, which are as long as `from` has rows.
@@ -271,7 +311,7 @@ pub(crate) fn transpose<T: Real>(from: Mat<'_, T>, to: &mut [T]) {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
 
     #[test]
@@ -298,9 +338,15 @@ mod tests {
         let a: Vec<f64> = (0..6).map(f64::from).collect(); // [[0 1 2] [3 4 5]]
         let b: Vec<f64> = (0..12).map(f64::from).collect();
         let mut out = vec![f64::NAN; 8];
-        gemm(&mut out, 2.0, Mat::new(&a, 2, 3), Mat::new(&b, 3, 4), Threads::All);
+        gemm(&mut out, 2.0, Mat::new(&a, 2, 3), Mat::new(&b, 3, 4), Threads::All, Precision::F32);
         assert_eq!(out, [40.0, 46.0, 52.0, 58.0, 112.0, 136.0, 160.0, 184.0]);
-        gemm_add(&mut out[..4], Mat::new(&a, 3, 2).t(), Mat::strided(&b, 3, 2, 5), Threads::One);
+        gemm_add(
+            &mut out[..4],
+            Mat::new(&a, 3, 2).t(),
+            Mat::strided(&b, 3, 2, 5),
+            Threads::One,
+            Precision::F32,
+        );
         // [[0 2 4] [1 3 5]] · [[0 1] [5 6] [10 11]]
         assert_eq!(out[..4], [40.0 + 50.0, 46.0 + 56.0, 52.0 + 65.0, 58.0 + 74.0]);
     }
@@ -316,9 +362,16 @@ mod tests {
                 // Many rows, for few have another order of sums.
                 let many: Vec<f32> = a.data.repeat(17);
                 let mut all = vec![1.0; 17 * rows * columns];
-                gemm(&mut all, 1.0, Mat::new(&many, 17 * rows, depth), b, Threads::All);
+                gemm(
+                    &mut all,
+                    1.0,
+                    Mat::new(&many, 17 * rows, depth),
+                    b,
+                    Threads::All,
+                    Precision::F32,
+                );
                 let mut out = vec![f32::NAN; rows * columns];
-                let packed = Packed::new(b);
+                let packed = Packed::new(b, Precision::F32);
                 packed.product(&mut out, false, a);
                 let are_close = out.iter().zip(&all).all(|(a, b)| (a - b).abs() < 1e-4);
                 assert!(are_close, "{rows}×{depth}×{columns}");
@@ -329,7 +382,7 @@ mod tests {
             }
         }
         let mut out = [0.0; 2];
-        Packed::new(Mat::new(&[1.0, 2.0, 3.0, 4.0], 2, 2).t()).product(
+        Packed::new(Mat::new(&[1.0, 2.0, 3.0, 4.0], 2, 2).t(), Precision::F32).product(
             &mut out,
             false,
             Mat::new(&[5.0, 6.0], 1, 2),
@@ -340,7 +393,7 @@ mod tests {
     #[test]
     fn empty_inner_dimensions_give_zeros() {
         let mut out = [f32::NAN; 4];
-        gemm(&mut out, 1.0, Mat::new(&[], 2, 0), Mat::new(&[], 0, 2), Threads::All);
+        gemm(&mut out, 1.0, Mat::new(&[], 2, 0), Mat::new(&[], 0, 2), Threads::All, Precision::F32);
         assert_eq!(out, [0.0; 4]);
     }
 
@@ -353,11 +406,12 @@ mod tests {
             Mat::new(&[0.0; 4], 2, 2),
             Mat::new(&[0.0; 4], 2, 2),
             Threads::One,
+            Precision::F32,
         );
     }
 
     /// Numbers in ±1, the same every time.
-    fn numbers(len: usize, seed: u32) -> Vec<f32> {
+    pub(in super::super) fn numbers(len: usize, seed: u32) -> Vec<f32> {
         let mut state = seed;
         let mut next = || {
             state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
@@ -394,7 +448,7 @@ mod tests {
         let before = numbers(rows * stride + 3, 3);
         let mut out = before.clone();
         let to = Out { rows: &mut out, first: 2, stride };
-        product(to, is_added, 0.5, a, b, Threads::All);
+        product(to, is_added, 0.5, a, b, Threads::All, Precision::F32);
         for (at, (got, before)) in out.iter().zip(&before).enumerate() {
             let place = at.checked_sub(2).map(|at| (at / stride, at % stride));
             let Some((row, column)) =
@@ -424,15 +478,22 @@ mod tests {
         let (a, b) = (numbers(200 * 700, 1), numbers(700 * 90, 2));
         let b = Mat::new(&b, 90, 700).t();
         let mut all = vec![0f32; 200 * 90];
-        gemm(&mut all, 1.0, Mat::new(&a, 200, 700), b, Threads::All);
+        gemm(&mut all, 1.0, Mat::new(&a, 200, 700), b, Threads::All, Precision::F32);
         for rows in [17, 40, 64] {
             let mut some = vec![0f32; rows * 90];
-            gemm(&mut some, 1.0, Mat::new(&a[..rows * 700], rows, 700), b, Threads::All);
+            gemm(
+                &mut some,
+                1.0,
+                Mat::new(&a[..rows * 700], rows, 700),
+                b,
+                Threads::All,
+                Precision::F32,
+            );
             assert_eq!(some, all[..rows * 90], "{rows}");
         }
     }
 
-    fn has_own_kernels() -> bool {
+    pub(in super::super) fn has_own_kernels() -> bool {
         #[cfg(target_arch = "x86_64")]
         return avx512::is_available();
         #[cfg(not(target_arch = "x86_64"))]
@@ -445,15 +506,22 @@ mod tests {
         let (a, b) = (numbers(200 * 700, 1), numbers(700 * 90, 2));
         let b = Mat::new(&b, 700, 90);
         let mut all = vec![0f32; 200 * 90];
-        gemm(&mut all, 1.0, Mat::new(&a, 200, 700), b, Threads::All);
+        gemm(&mut all, 1.0, Mat::new(&a, 200, 700), b, Threads::All, Precision::F32);
         let mut alone = vec![0f32; 200 * 90];
-        gemm(&mut alone, 1.0, Mat::new(&a, 200, 700), b, Threads::One);
+        gemm(&mut alone, 1.0, Mat::new(&a, 200, 700), b, Threads::One, Precision::F32);
         assert_eq!(all, alone);
         if has_own_kernels() {
             // A few rows of a transposed right side have another order of sums: see there.
             for (row, all) in all.chunks(90).enumerate() {
                 let mut one = vec![0f32; 90];
-                gemm(&mut one, 1.0, Mat::new(&a[row * 700..][..700], 1, 700), b, Threads::One);
+                gemm(
+                    &mut one,
+                    1.0,
+                    Mat::new(&a[row * 700..][..700], 1, 700),
+                    b,
+                    Threads::One,
+                    Precision::F32,
+                );
                 assert_eq!(one, all);
             }
         }

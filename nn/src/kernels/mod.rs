@@ -10,8 +10,12 @@ mod gemm;
 mod guarded;
 mod math;
 mod output;
+#[cfg(test)]
+mod rounding;
 mod sums;
 
+#[cfg(test)]
+pub(crate) use gemm::is_rounded;
 pub(crate) use gemm::{Mat, Out, Packed, Threads, gemm, gemm_add, product, transpose};
 pub(crate) use math::Real;
 pub(crate) use output::output;

@@ -3,10 +3,10 @@
 use super::Activation;
 use super::linear_op::affine;
 use crate::backward::parameter_gradient;
-use crate::cpu::{TASK_ELEMENTS, unsupported, with_values};
+use crate::cpu::{TASK_ELEMENTS, matmul, unsupported, with_values};
 use crate::kernels::{Real, output, vectorized};
 use crate::link::{Source, result};
-use crate::{Error, Init, Params, Result};
+use crate::{Error, Init, Params, Pass, Result};
 use candle_core::{D, DType, Device, Tensor};
 use rayon::prelude::*;
 
@@ -81,7 +81,7 @@ impl Embedding {
 
     /// The products of `x [.., features]` with each row of the table, `[.., count]`: the logits of a
     /// head that shares its weight with the embedding (Press and Wolf, 2017; Flax's `attend`).
-    pub fn attend(&self, x: &Tensor) -> Result<Tensor> {
+    pub fn attend(&self, x: &Tensor, pass: &Pass) -> Result<Tensor> {
         let (count, features) = self.weight.dims2()?;
         if x.rank() < 2 || x.dim(D::Minus1)? != features {
             let what = "what is compared with an embedding";
@@ -89,10 +89,11 @@ impl Embedding {
         }
         if crate::cpu::has_kernels(x) {
             let no_bias = Tensor::zeros(count, self.weight.dtype(), &Device::Cpu)?;
-            return Ok(affine(x, &self.weight, &no_bias, Activation::Identity)?);
+            return Ok(affine(x, &self.weight, &no_bias, Activation::Identity, pass.precision())?);
         }
         let shape = [&x.dims()[..x.rank() - 1], &[count]].concat();
-        Ok(x.reshape(((), features))?.matmul(&self.weight.t()?)?.reshape(shape)?)
+        let y = matmul(&x.reshape(((), features))?, &self.weight.t()?, pass.precision())?;
+        Ok(y.reshape(shape)?)
     }
 
     fn fused<T: Real>(

@@ -2,7 +2,8 @@
 
 use super::Activation;
 use super::linear_op::affine;
-use crate::{Error, Init, Module, Params, Pass, Result};
+use crate::cpu::matmul;
+use crate::{Error, Init, Module, Params, Pass, Precision, Result};
 use candle_core::{D, Tensor};
 
 /// `y = activation(x Wᵀ + b)`: `[.., inputs]` to `[.., outputs]`, in one operation.
@@ -50,26 +51,26 @@ impl Linear {
     }
 
     /// In candle's own operations, for devices that this crate has no kernel for.
-    fn composed(&self, x: &Tensor, shape: &[usize]) -> Result<Tensor> {
+    fn composed(&self, x: &Tensor, shape: &[usize], precision: Precision) -> Result<Tensor> {
         let (_, inputs) = self.weight.dims2()?;
-        let y = x.reshape(((), inputs))?.matmul(&self.weight.t()?)?;
+        let y = matmul(&x.reshape(((), inputs))?, &self.weight.t()?, precision)?;
         let y = y.broadcast_add(&self.bias)?;
         Ok(self.activation.composed(&y)?.reshape(shape)?)
     }
 }
 
 impl Module for Linear {
-    fn forward(&self, x: &Tensor, _pass: &Pass) -> Result<Tensor> {
+    fn forward(&self, x: &Tensor, pass: &Pass) -> Result<Tensor> {
         let (outputs, inputs) = self.weight.dims2()?;
         if x.rank() < 2 || x.dim(D::Minus1)? != inputs {
             let what = format!("the input of linear layer {:?}", self.name);
             return Err(Error::shape(what, format!("[.., {inputs}]"), x.dims()));
         }
         if crate::cpu::has_kernels(x) {
-            return Ok(affine(x, &self.weight, &self.bias, self.activation)?);
+            return Ok(affine(x, &self.weight, &self.bias, self.activation, pass.precision())?);
         }
         let mut shape = x.dims().to_vec();
         shape[x.rank() - 1] = outputs;
-        self.composed(x, &shape)
+        self.composed(x, &shape, pass.precision())
     }
 }

@@ -1,6 +1,7 @@
 //! A matrix product, a bias and an activation as one operation.
 
 use super::activation::{Activation, Scalar, Slopes, Visitor};
+use crate::Precision;
 use crate::backward::parameter_gradient;
 use crate::cpu::{TASK_ELEMENTS, unsupported, with_values};
 use crate::kernels::{Mat, Real, Threads, column_sums, gemm, gemm_add, output, vectorized};
@@ -15,11 +16,12 @@ pub(super) fn affine(
     weight: &Tensor,
     bias: &Tensor,
     activation: Activation,
+    precision: Precision,
 ) -> Result<Tensor> {
     let x = &x.contiguous()?;
     match x.dtype() {
-        DType::F32 => affine_as::<f32>(x, weight, bias, activation),
-        DType::F64 => affine_as::<f64>(x, weight, bias, activation),
+        DType::F32 => affine_as::<f32>(x, weight, bias, activation, precision),
+        DType::F64 => affine_as::<f64>(x, weight, bias, activation, precision),
         other => Err(unsupported(other, "linear")),
     }
 }
@@ -32,6 +34,7 @@ struct Saved<T> {
     bias: Tensor,
     /// What the activation was applied to, where its slope needs that.
     inner: Option<Vec<T>>,
+    precision: Precision,
 }
 
 fn affine_as<T: Real>(
@@ -39,15 +42,16 @@ fn affine_as<T: Real>(
     weight: &Tensor,
     bias: &Tensor,
     activation: Activation,
+    precision: Precision,
 ) -> Result<Tensor> {
     let sources = [x, weight, bias].map(Source::of);
     let keeps_inner = activation.needs_input() && sources.iter().any(Source::is_tracked);
     let (y, inner) = with_values([x, weight, bias], |values| {
-        Ok(forward::<T>(values, rows(x.dims()), activation, keeps_inner))
+        Ok(forward::<T>(values, rows(x.dims()), activation, keeps_inner, precision))
     })?;
     let (x, weight, bias) = (x.detach(), weight.clone(), bias.clone());
     let shape = [&x.dims()[..x.rank() - 1], bias.dims()].concat();
-    let saved = Saved { sources: sources.clone(), x, weight, bias, inner };
+    let saved = Saved { sources: sources.clone(), x, weight, bias, inner, precision };
     let [x, weight, bias] = &sources;
     if activation == Activation::Identity {
         return result(y, shape, &[x, weight, bias], move |gradient| {
@@ -71,10 +75,13 @@ fn forward<T: Real>(
     rows: usize,
     activation: Activation,
     keeps_inner: bool,
+    precision: Precision,
 ) -> (Vec<T>, Option<Vec<T>>) {
     let (outputs, inputs) = (bias.len(), weight.len() / bias.len().max(1));
     let (x, weight) = (Mat::new(x, rows, inputs), Mat::new(weight, outputs, inputs));
-    let mut inner = output(rows * outputs, |y| gemm(y, T::one(), x, weight.t(), Threads::All));
+    let mut inner = output(rows * outputs, |y| {
+        gemm(y, T::one(), x, weight.t(), Threads::All, precision);
+    });
     if !keeps_inner {
         activation.visit(Finish { inner: &mut inner, bias, y: None });
         return (inner, None);
@@ -87,7 +94,7 @@ fn forward<T: Real>(
 impl<T: Real> Saved<T> {
     /// From the gradient of what the activation was applied to.
     fn backward(&self, gradient: Vec<T>) -> Result<Vec<Told>> {
-        let Self { x, weight, bias, .. } = self;
+        let Self { x, weight, bias, precision, .. } = self;
         let (outputs, inputs) = weight.dims2()?;
         let rows = rows(x.dims());
         let gradient = Mat::new(&gradient, rows, outputs);
@@ -97,8 +104,8 @@ impl<T: Real> Saved<T> {
             let tracked = self.sources.each_ref().map(Source::is_tracked);
             let dw = match tracked[1] {
                 true => parameter_gradient(weight, |dw, is_added| match is_added {
-                    true => gemm_add(dw, gradient.t(), x, Threads::All),
-                    false => gemm(dw, T::one(), gradient.t(), x, Threads::All),
+                    true => gemm_add(dw, gradient.t(), x, Threads::All, *precision),
+                    false => gemm(dw, T::one(), gradient.t(), x, Threads::All, *precision),
                 })?,
                 false => None,
             };
@@ -111,7 +118,7 @@ impl<T: Real> Saved<T> {
             let dx = match tracked[0] {
                 true => self.sources[0].give(output(rows * inputs, |dx| {
                     let weight = Mat::new(weight_values, outputs, inputs);
-                    gemm(dx, T::one(), gradient, weight, Threads::All)
+                    gemm(dx, T::one(), gradient, weight, Threads::All, *precision)
                 }))?,
                 false => None,
             };

@@ -260,7 +260,7 @@ impl Head {
     fn forward(&self, x: &Tensor, pass: &Pass) -> Result<Tensor> {
         match self {
             Self::Own(linear) => linear.forward(x, pass),
-            Self::Tied(table) => table.attend(x),
+            Self::Tied(table) => table.attend(x, pass),
         }
     }
 }

@@ -6,7 +6,7 @@
 use crate::{bits, normal_f32};
 use candle_core::Tensor;
 use mobula_nn::models::{CnnOptions, MlpOptions};
-use mobula_nn::{Model, ModelSpec, Pass, loss};
+use mobula_nn::{Model, ModelSpec, Pass, Precision, loss};
 use std::process::Command;
 
 const CHILD: &str = "MOBULA_NN_TEST_DIGEST";
@@ -34,24 +34,27 @@ fn digest_with(threads: &str) -> String {
     digest.unwrap_or_else(|| panic!("no digest in {text:?}")).to_owned()
 }
 
-/// Over the outputs, the loss and every gradient of both models, at sizes that get split.
+/// Over the outputs, the loss and every gradient of both models in both precisions, at sizes that
+/// get split.
 fn digest() -> u64 {
     let mlp =
         ModelSpec::new("mlp", &MlpOptions { dropout: 0.2, ..MlpOptions::new(784, [300, 200], 10) });
     let cnn = ModelSpec::new("cnn", &CnnOptions { dropout: 0.2, ..CnnOptions::default() });
     let (mlp, cnn) = (mlp.expect("mlp"), cnn.expect("cnn"));
-    let all = [step(&mlp, 1), step(&mlp, 33), step(&mlp, 256), step(&cnn, 20)].concat();
+    let [f32, bf16] = [Precision::F32, Precision::Bf16]
+        .map(|p| [step(&mlp, 1, p), step(&mlp, 33, p), step(&mlp, 256, p), step(&cnn, 20, p)]);
+    let all = [f32, bf16].concat().concat();
     all.iter().fold(0xcbf2_9ce4_8422_2325, |hash: u64, bits| {
         (hash ^ u64::from(*bits)).wrapping_mul(0x0000_0100_0000_01b3)
     })
 }
 
-fn step(spec: &ModelSpec, rows: usize) -> Vec<u32> {
+fn step(spec: &ModelSpec, rows: usize, precision: Precision) -> Vec<u32> {
     let model = Model::build(spec, 5, &crate::CPU).expect("model");
     let x = normal_f32("x", &[rows, 784]);
     let labels: Vec<u32> = (0..rows as u32).map(|row| row % 10).collect();
     let labels = Tensor::new(labels, &crate::CPU).expect("labels");
-    let logits = model.forward(&x, &Pass::train(5, 1)).expect("forward");
+    let logits = model.forward(&x, &Pass::train(5, 1).with_precision(precision)).expect("forward");
     let loss = loss::cross_entropy(&logits, &labels).expect("loss");
     let gradients = loss.backward().expect("backward");
     let mut all = [bits(&logits), bits(&loss)].concat();

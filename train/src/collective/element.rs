@@ -33,7 +33,7 @@ pub(super) mod sealed {
     use super::{ReduceOp, Values};
 
     /// A plain number without padding, for which every bit pattern is a value.
-    pub trait Number: Copy + Default + Send + Sync + 'static {
+    pub trait Number: bytemuck::Pod + Default + Send + Sync {
         /// What is added up; rounded once at the end.
         type Sum: Copy + Default;
         /// Below 4, and of no other type.
@@ -115,6 +115,11 @@ pub(super) fn reduce<'a, T: Element>(
         }
         wrote(first, values);
     }
+}
+
+/// Makes means of sums over so many ranks.
+pub(super) fn divide<T: Element>(values: &mut [T], ranks: usize) {
+    values.iter_mut().for_each(|value| *value = T::narrow(T::divide(value.widen(), ranks)));
 }
 
 fn add<T: Element>(op: ReduceOp, is_first: bool, sums: &mut [T::Sum], values: &[T]) {

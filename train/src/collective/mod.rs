@@ -1,27 +1,45 @@
 //! Collective operations of a training group.
 
 mod barrier;
+mod connect;
 mod element;
+mod hosts;
+mod links;
 mod region;
 mod shared;
+mod tcp;
 
 pub use element::{Element, ReduceOp, Values};
 
+pub(crate) use connect::connect;
+
 use crate::Result;
-use mobula_core::{Member, Shard};
-use region::Region;
+use mobula_core::Shard;
+use serde::{Deserialize, Serialize};
 use shared::SharedMemory;
 use std::ops::Range;
-use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-/// How long a rank waits for the others before it names who is late.
-pub(crate) const TIMEOUT: Duration = Duration::from_secs(60);
+/// How long a rank waits for the others before it names who is late, unless told otherwise.
+pub(crate) fn default_timeout() -> Duration {
+    Duration::from_secs(60)
+}
+
+/// How ranks reach each other.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Transport {
+    /// Through shared memory on one host, and over sockets between hosts.
+    #[default]
+    Auto,
+    /// Over sockets also on one host: to measure and to test what happens between hosts.
+    Tcp,
+}
 
 /// What the ranks of a group do with values that each of them has as many of. All ranks must call
 /// the same, in the same order; who calls something else is an error on all of them, and so is who
-/// does not come within a minute. All results are in place, have the same bits on all ranks that
+/// does not come in time. All results are in place, have the same bits on all ranks that
 /// have them, and do not depend on who came first.
 pub trait Collective: std::fmt::Debug + Send + Sync {
     /// Who this is among how many.
@@ -98,7 +116,7 @@ impl dyn Collective + '_ {
 
     /// Returns when all ranks have come here.
     pub fn barrier(&self) -> Result<()> {
-        self.run("barrier", &mut [0f32; 0], Parts::Equal, None, true)
+        self.run("barrier", &mut [0f32], Parts::Equal, Some(ReduceOp::Max), true)
     }
 
     /// The part of `len` values that belongs to this rank.
@@ -110,9 +128,10 @@ impl dyn Collective + '_ {
     /// Every rank's number, by rank.
     pub(crate) fn gather_one(&self, value: f64) -> Result<Vec<f64>> {
         let Shard { rank, world } = self.shard();
+        // A sum with zeros is one operation, also between hosts.
         let mut values = vec![0.0; world];
         values[rank] = value;
-        self.all_gather(&mut values)?;
+        self.all_reduce(&mut values, ReduceOp::Sum)?;
         Ok(values)
     }
 
@@ -163,23 +182,4 @@ impl Collective for OneHost {
             Values::F16(values) => memory.exchange(values, exchange),
         }
     }
-}
-
-/// Of a member of a group whose members are all on this host. Waits for all of them.
-pub(crate) fn connect(member: &Arc<Member>) -> Result<Arc<dyn Collective>> {
-    let shard = Shard { rank: member.rank(), world: member.world_size() };
-    if shard.world == 1 {
-        return Ok(Arc::new(Alone));
-    }
-    let made = if shard.rank == 0 { Some(Region::create(shard.world)?) } else { None };
-    let path = made.as_ref().map_or("", |(_, path)| path);
-    let paths = member.all_gather("shared-memory", path.as_bytes(), TIMEOUT)?;
-    let path = String::from_utf8_lossy(&paths[0]).into_owned();
-    let region = match made {
-        Some((region, _)) => region,
-        None => Region::open(Path::new(&path), shard.world)?,
-    };
-    let ranks = (0..shard.world).collect();
-    let memory = Mutex::new(SharedMemory::new(member, ranks, region));
-    Ok(Arc::new(OneHost { shard, memory }))
 }

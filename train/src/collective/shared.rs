@@ -8,12 +8,13 @@
 
 use super::element::reduce;
 use super::region::{Cell, Region};
-use super::{Element, Exchange, TIMEOUT, barrier};
+use super::{Element, Exchange, barrier};
 use crate::{Error, Result};
 use mobula_core::Member;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 /// Counter of the turns in which a rank has given.
 const GIVEN: usize = 0;
@@ -32,6 +33,7 @@ pub(super) struct SharedMemory {
     /// This one's place among them.
     me: usize,
     region: Region,
+    timeout: Duration,
     /// Turns done.
     turn: u64,
 }
@@ -61,9 +63,14 @@ impl<T> Job<'_, T> {
 }
 
 impl SharedMemory {
-    pub(super) fn new(member: &Arc<Member>, ranks: Vec<usize>, region: Region) -> Self {
+    pub(super) fn new(
+        member: &Arc<Member>,
+        ranks: Vec<usize>,
+        region: Region,
+        timeout: Duration,
+    ) -> Self {
         let me = ranks.iter().position(|rank| *rank == member.rank()).unwrap_or(0);
-        Self { member: Arc::clone(member), ranks, me, region, turn: 0 }
+        Self { member: Arc::clone(member), ranks, me, region, timeout, turn: 0 }
     }
 
     pub(super) fn exchange<T: Element>(
@@ -80,9 +87,6 @@ impl SharedMemory {
         let turns = job.turns();
         for at in 0..turns {
             self.turn(&mut job, at)?;
-            if at == 0 {
-                self.check(&job)?;
-            }
         }
         self.take(&mut job, turns - 1)?;
         self.turn += turns as u64;
@@ -99,8 +103,10 @@ impl SharedMemory {
         }
         self.counter(GIVEN, turn + 1);
         self.wait(job.exchange, GIVEN, turn + 1)?;
-        if at > 0 {
-            self.take(job, at - 1)?;
+        match at.checked_sub(1) {
+            // Nobody says what it wants next before this rank is ready.
+            None => self.check(job)?,
+            Some(before) => self.take(job, before)?,
         }
         self.reduce(job, at, turn);
         self.counter(READY, turn + 1);
@@ -175,6 +181,6 @@ impl SharedMemory {
 
     fn wait(&self, exchange: &Exchange, counter: usize, turn: u64) -> Result<()> {
         let (region, member) = (&self.region, &self.member);
-        barrier::wait(region, member, &self.ranks, counter, turn, exchange.operation, TIMEOUT)
+        barrier::wait(region, member, &self.ranks, counter, turn, exchange.operation, self.timeout)
     }
 }

@@ -7,7 +7,7 @@ use mobula_core::{
 };
 use mobula_nn::loss::cross_entropy;
 use mobula_nn::models::{MlpOptions, ResNetOptions};
-use mobula_nn::{Model, ModelSpec, Pass, metrics};
+use mobula_nn::{Model, ModelSpec, Pass, Precision, metrics};
 use mobula_train::{AdamW, AdamWOptions, TrainState, Updater, UpdaterOptions, WorkerContext};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -29,6 +29,7 @@ pub(crate) struct Config {
     pub(crate) updater: Option<UpdaterOptions>,
     /// Instead of a multilayer perceptron: a network with batch norms.
     pub(crate) resnet: bool,
+    pub(crate) precision: Precision,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -59,7 +60,15 @@ pub(crate) enum Harm {
 
 impl Config {
     pub(crate) fn new(epochs: u64) -> Self {
-        Self { epochs, batch_size: 16, lr: 0.02, harm: Harm::None, updater: None, resnet: false }
+        Self {
+            epochs,
+            batch_size: 16,
+            lr: 0.02,
+            harm: Harm::None,
+            updater: None,
+            resnet: false,
+            precision: Precision::F32,
+        }
     }
 }
 
@@ -168,7 +177,8 @@ pub(crate) fn learn_with(
 ) -> Result<Outcome, BoxError> {
     let mut stream = context.batches(config)?;
     let model = Model::build(&model(config.resnet)?, 5, context.device())?;
-    let mut state = TrainState::new(model, updater, 5, config.epochs);
+    let state = TrainState::new(model, updater, 5, config.epochs);
+    let mut state = state.with_precision(config.precision);
     let restored = context.restore(&mut state, stream.as_mut())?;
     let began_at = state.step();
     assert_eq!(restored, began_at > 0);

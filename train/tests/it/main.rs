@@ -5,9 +5,11 @@ mod collectives;
 mod devices;
 mod digits;
 mod faults;
+mod hosts;
 mod loss_scale;
 mod models;
 mod optim;
+mod precision;
 mod pytorch;
 mod sync;
 mod training;
@@ -17,6 +19,9 @@ use libtest_mimic::{Arguments, Trial};
 use mobula_core::{Resources, Runtime};
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
+    if let Some(folder) = hosts::folder() {
+        return hosts::run(&folder);
+    }
     let gpus = Resources::of_this_machine().gpus;
     let runtime = mobula_core::init_with(Resources::cpus(4.0).with_gpus(gpus))?;
     let mut arguments = Arguments::from_args();
@@ -25,9 +30,11 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         collectives::TESTS,
         devices::TESTS,
         faults::TESTS,
+        hosts::TESTS,
         loss_scale::TESTS,
         models::TESTS,
         optim::TESTS,
+        precision::TESTS,
         pytorch::TESTS,
         sync::TESTS,
         training::TESTS,

@@ -18,6 +18,10 @@ const IN_F64: &str = "double";
 
 /// By the end of a round, rounding has grown (see `agreement`); this says that all still train.
 const ROUND_LOSS: f64 = 0.05;
+/// The same where products are of `bf16`.
+const ROUNDED_LOSS: f64 = 0.2;
+/// What losses may differ by from those in `f64`, after few steps with products of `bf16`.
+const FEW_ROUNDED_LOSS: f64 = 0.02;
 
 /// A model, as `bench-nn` and the peer know it.
 struct Model {
@@ -76,6 +80,15 @@ const MODELS: &[Model] = &[
     },
 ];
 
+/// Who takes steps.
+#[derive(Clone, Copy)]
+enum Who<'a> {
+    /// In a mode of `bench-nn`.
+    Ours(&'a str),
+    /// In a mode of PyTorch's.
+    Peer(&'a str),
+}
+
 /// 10 million parameters, whose optimizer alone is measured.
 const WIDE: Model = Model {
     name: "wide",
@@ -113,6 +126,7 @@ pub(super) fn run(quick: bool, only: &str) -> Result<Vec<Case>> {
         for model in MODELS.iter().filter(|model| model.label.contains(only)) {
             eprintln!("{}, {threads}t", model.label);
             cases.extend(bench.compare(model, threads, peak)?);
+            cases.push(bench.compare_rounded(model, threads)?);
         }
         if WIDE.label.contains(only) {
             eprintln!("{}, {threads}t", WIDE.label);
@@ -134,7 +148,7 @@ impl Bench {
         Ok(command::output(limit)?.trim().parse()?)
     }
 
-    fn start(&self, mode: Option<&str>, model: &Model, threads: usize) -> Result<Side> {
+    fn start(&self, who: Who<'_>, model: &Model, threads: usize) -> Result<Side> {
         let fixture = self.scratch.0.join(format!("{}.safetensors", model.name));
         if !fixture.exists() {
             let mut write = Command::new(&self.ours);
@@ -143,13 +157,13 @@ impl Bench {
                 write
             })?;
         }
-        let mut command = match mode {
-            None => {
+        let mut command = match who {
+            Who::Ours(mode) => {
                 let mut ours = Command::new(&self.ours);
-                ours.arg("train");
+                ours.arg(mode);
                 ours
             }
-            Some(mode) => {
+            Who::Peer(mode) => {
                 let mut python = Command::new(&self.python);
                 python.args([&self.peer, mode]);
                 python
@@ -162,23 +176,40 @@ impl Bench {
 
     /// Ours, and the peers that work here.
     fn contest<'a>(&self, model: &'a Model, threads: usize) -> Result<Contest<'a>> {
-        let mut contest =
-            Contest { model, ours: self.start(None, model, threads)?, peers: Vec::new() };
-        for mode in model.modes {
-            match self.start(Some(mode), model, threads) {
+        let ours = self.start(Who::Ours("train"), model, threads)?;
+        Ok(self.with_peers(model, ours, threads, |mode| mode.to_owned()))
+    }
+
+    /// The same with products of `bf16`.
+    fn rounded<'a>(&self, model: &'a Model, threads: usize) -> Result<Contest<'a>> {
+        let ours = self.start(Who::Ours("bf16"), model, threads)?;
+        Ok(self.with_peers(model, ours, threads, |mode| format!("bf16-{mode}")))
+    }
+
+    fn with_peers<'a>(
+        &self,
+        model: &'a Model,
+        ours: Side,
+        threads: usize,
+        mode: impl Fn(&str) -> String,
+    ) -> Contest<'a> {
+        let mut contest = Contest { model, ours, peers: Vec::new() };
+        for mode in model.modes.iter().map(|name| mode(name)) {
+            match self.start(Who::Peer(&mode), model, threads) {
                 Ok(peer) => contest.peers.push(peer),
                 Err(error) => eprintln!("{mode} does not work here, left out: {error:#}"),
             }
         }
-        Ok(contest)
+        contest
     }
 
     fn compare(&self, model: &Model, threads: usize, peak: f64) -> Result<Vec<Case>> {
         let mut contest = self.contest(model, threads)?;
         let memory = contest.memory(threads);
-        contest.check_agreement(&self.scratch.0, self.start(Some(IN_F64), model, threads)?)?;
-        let rounds = if self.quick { 3 } else { 10 };
-        contest.measure(rounds)?;
+        let reference = self.start(Who::Peer(IN_F64), model, threads)?;
+        contest.check_agreement(&self.scratch.0, reference)?;
+        let rounds = self.rounds();
+        contest.measure(rounds, ROUND_LOSS)?;
         let mut cases = contest.steps(threads, peak);
         cases.extend(memory);
         for rows in model.rows {
@@ -187,11 +218,32 @@ impl Bench {
         Ok(cases)
     }
 
+    /// Steps with products of `bf16`. Rounding makes the weights too different to compare: the losses
+    /// of a few steps have to be those in `f64`, about.
+    fn compare_rounded(&self, model: &Model, threads: usize) -> Result<Case> {
+        let mut contest = self.rounded(model, threads)?;
+        let mut reference = self.start(Who::Peer(IN_F64), model, threads)?;
+        let truth = reference.loss()?;
+        for side in contest.sides() {
+            same_loss(side.loss()?, truth, FEW_ROUNDED_LOSS)
+                .with_context(|| format!("{} and the same in f64", side.worker.name))?;
+        }
+        contest.measure(self.rounds(), ROUNDED_LOSS)?;
+        contest.sides().for_each(|side| side.report("bf16 step"));
+        let (ours, best) = (contest.ours.milliseconds(), contest.best());
+        Ok(contest.case("step in bf16", "ms", threads, ours, best, None))
+    }
+
+    fn rounds(&self) -> usize {
+        if self.quick { 3 } else { 10 }
+    }
+
     fn compare_updates(&self, threads: usize) -> Result<Vec<Case>> {
         let bandwidth = self.limit("bandwidth", threads)?;
         let mut contest = self.contest(&WIDE, threads)?;
-        contest.check_agreement(&self.scratch.0, self.start(Some(IN_F64), &WIDE, threads)?)?;
-        for _ in 0..if self.quick { 3 } else { 10 } {
+        let reference = self.start(Who::Peer(IN_F64), &WIDE, threads)?;
+        contest.check_agreement(&self.scratch.0, reference)?;
+        for _ in 0..self.rounds() {
             contest.sides().try_for_each(Side::update)?;
         }
         contest.sides().for_each(|side| side.report("update"));
@@ -238,8 +290,12 @@ impl Side {
         self.worker.save(&path)?;
         let weights =
             std::fs::read(&path).with_context(|| format!("reading {}", path.display()))?;
-        let loss = self.worker.run(LOSS_STEPS)?.loss.context("a side that trains has a loss")?;
-        Ok(Answer { weights, loss })
+        Ok(Answer { weights, loss: self.loss()? })
+    }
+
+    /// What some unmeasured steps come to.
+    fn loss(&mut self) -> Result<f64> {
+        self.worker.run(LOSS_STEPS)?.loss.context("a side that trains has a loss")
     }
 
     /// One measured round of the optimizer alone.
@@ -302,12 +358,12 @@ impl Contest<'_> {
     }
 
     /// Alternates between the sides, so that a change of the machine's mood meets all of them.
-    fn measure(&mut self, rounds: usize) -> Result<()> {
+    fn measure(&mut self, rounds: usize, tolerance: f64) -> Result<()> {
         for _ in 0..rounds {
             let ours = self.ours.round(self.model.steps)?;
             for peer in &mut self.peers {
                 let theirs = peer.round(self.model.steps)?;
-                same_loss(ours, theirs, ROUND_LOSS)
+                same_loss(ours, theirs, tolerance)
                     .with_context(|| format!("ours and {}", peer.worker.name))?;
             }
         }

@@ -1,19 +1,21 @@
-//! Products of `f32` matrices with AVX-512.
+//! Products of `f32` matrices with AVX-512, of the numbers as they are or [rounded](Pairs) to `bf16`.
 //!
 //! Goto and van de Geijn: *Anatomy of High-Performance Matrix Multiplication* (2008), with less
 //! packing: only the right side is copied, a panel of [`WIDTH`] columns at a time, which is what
 //! the vectors run along; of the left side a kernel reads one number at a time, wherever it is.
 //!
-//! Each number of the result is summed along the inner dimension in blocks of [`DEPTH`], one
+//! Each number of the result is summed along the inner dimension in blocks of [`DEPTH`] slots, one
 //! after the other, whatever the outer dimensions and the number of threads: it does not depend on
 //! how many rows are computed with it. The exception are products of up to [`FEW`] rows with a
 //! right side whose columns are together, such as the transposed weight of a linear layer: there
-//! packing would cost more than the product, and vectors run along the inner dimension. For some
-//! more rows the sides change places, and with them rows and columns of the result, for the right
-//! one is the larger.
+//! packing would cost more than the product, and vectors run along the inner dimension, of numbers
+//! that are not rounded. For some more rows the sides change places, and with them rows and columns
+//! of the result, for the right one is the larger.
 
 mod dots;
+mod form;
 mod pack;
+mod pairs;
 mod tile;
 
 use super::gemm::Mat;
@@ -25,11 +27,13 @@ use std::ops::Range;
 use std::sync::LazyLock;
 use tile::{HEIGHT, tiles};
 
+pub(super) use form::{Form, Singles};
 pub(super) use pack::{pack_all, packed_len, transpose};
+pub(super) use pairs::Pairs;
 
 /// Columns of a panel: four vectors.
 const WIDTH: usize = 64;
-/// Inner dimension of a block: a panel of it is 128 KiB, within an L2 cache.
+/// Inner dimension of a block, in slots: a panel of it is 128 KiB, within an L2 cache.
 const DEPTH: usize = 512;
 /// Rows that are worth packing a panel for.
 const ROWS: usize = 96;
@@ -55,6 +59,16 @@ pub(super) fn is_available() -> bool {
     *AVAILABLE
 }
 
+/// The same for [`Pairs`].
+pub(super) fn has_pairs() -> bool {
+    static AVAILABLE: LazyLock<bool> = LazyLock::new(|| {
+        is_available()
+            && std::is_x86_feature_detected!("avx512bw")
+            && std::is_x86_feature_detected!("avx512bf16")
+    });
+    *AVAILABLE
+}
+
 /// Where the result goes.
 #[derive(Clone, Copy)]
 struct Target {
@@ -64,6 +78,18 @@ struct Target {
     alpha: f32,
     /// Rows and columns of a tile change places.
     is_turned: bool,
+}
+
+impl Target {
+    /// From so many numbers further on.
+    ///
+    /// # Safety
+    ///
+    /// That must be within the result.
+    unsafe fn from(self, numbers: usize) -> Self {
+        // SAFETY: this function's contract.
+        Self { out: unsafe { self.out.add(numbers) }, ..self }
+    }
 }
 
 // SAFETY: tasks write tiles that do not overlap, of a slice that `product` borrows mutably until
@@ -76,9 +102,9 @@ unsafe impl Sync for Target {}
 ///
 /// # Safety
 ///
-/// AVX-512F must be [available](is_available), `a` and `b` must lie within their slices and fit
-/// each other, and `out` must hold the rows of the result.
-pub(super) unsafe fn product(
+/// The form must be available ([`is_available`], [`has_pairs`]), `a` and `b` must lie within their
+/// slices and fit each other, and `out` must hold the rows of the result.
+pub(super) unsafe fn product<F: Form>(
     out: &mut [f32],
     stride: usize,
     is_added: bool,
@@ -95,22 +121,26 @@ pub(super) unsafe fn product(
         match rows {
             ..=FEW => return unsafe { dot_products(target, a, b.t(), is_parallel) },
             _ if columns > rows && depth >= TURNED * rows => {
-                return unsafe { turned(target, a, b.t(), is_parallel) };
+                return unsafe { turned::<F>(target, a, b.t(), is_parallel) };
             }
             _ => {}
         }
     }
     let panels = columns.div_ceil(WIDTH);
     let height = task_rows(rows, depth, panels);
-    let task = |at: usize| {
-        let (block, panel) = (at / panels, at % panels);
-        let rows = block * height..((block + 1) * height).min(rows);
-        let columns = panel * WIDTH..((panel + 1) * WIDTH).min(columns);
-        // SAFETY: the ranges are within the shapes, and each task has a tile of its own; the rest
-        // is this function's contract.
-        unsafe { tile_task(target, a, b, rows, columns) };
+    let tasks = rows.div_ceil(height) * panels;
+    let multiply = |a: Mat<'_, f32>| {
+        run(tasks, is_parallel, |at| {
+            let (block, panel) = (at / panels, at % panels);
+            let rows = block * height..((block + 1) * height).min(rows);
+            let columns = panel * WIDTH..((panel + 1) * WIDTH).min(columns);
+            // SAFETY: the ranges are within the shapes, and each task has a tile of its own; the
+            // rest is this function's contract.
+            unsafe { tile_task::<F>(target, a, b, rows, columns) };
+        });
     };
-    run(rows.div_ceil(height) * panels, is_parallel, task);
+    // SAFETY: this function's contract.
+    unsafe { F::with_left(a, is_parallel, multiply) };
 }
 
 /// Products of the rows of `a` and of `b`, as `(b · aᵀ)ᵀ`: packs the smaller one of them.
@@ -118,46 +148,50 @@ pub(super) unsafe fn product(
 /// # Safety
 ///
 /// As for [`product`] of `a` and the transposed `b`.
-unsafe fn turned(target: Target, a: Mat<'_, f32>, b: Mat<'_, f32>, is_parallel: bool) {
+unsafe fn turned<F: Form>(target: Target, a: Mat<'_, f32>, b: Mat<'_, f32>, is_parallel: bool) {
     let ((rows, depth), (columns, _)) = (a.shape(), b.shape());
-    let mut panels = vec![0.0; packed_len(depth, rows)];
+    let mut panels = vec![0.0; packed_len::<F>(depth, rows)];
     // SAFETY: this function's contract.
-    unsafe { pack_all(a.t(), &mut panels) };
+    unsafe { pack_all::<F>(a.t(), &mut panels) };
     let target = Target { is_turned: true, ..target };
     let height = TASK.div_ceil(depth * WIDTH).next_multiple_of(HEIGHT);
     let task = |at: usize| {
         let some = at * height..((at + 1) * height).min(columns);
+        // SAFETY: within the result, in which rows of `b` are columns.
+        let target = unsafe { target.from(some.start) };
         // SAFETY: this function's contract; each task has columns of its own.
-        unsafe { packed_task(target, b, some, &panels, rows) };
+        unsafe { packed_task::<F>(target, b.some_rows(some), &panels, rows) };
     };
     run(columns.div_ceil(height), is_parallel, task);
 }
 
+/// Of a left side in slots.
+///
 /// # Safety
 ///
 /// As for [`product`], and no other task may have a place of these rows and columns.
-unsafe fn tile_task(
+unsafe fn tile_task<F: Form>(
     target: Target,
     a: Mat<'_, f32>,
     b: Mat<'_, f32>,
     rows: Range<usize>,
     columns: Range<usize>,
 ) {
-    let (_, depth) = a.shape();
+    let (_, slots) = a.shape();
     PANEL.with_borrow_mut(|panel| {
         panel.resize(DEPTH * WIDTH, 0.0);
         let mut first = 0;
         // Once for an inner dimension of 0 too, which gives zeros.
         loop {
-            let inner = first..(first + DEPTH).min(depth);
+            let inner = first..(first + DEPTH).min(slots);
             // SAFETY: this function's contract.
-            unsafe { pack(b, inner.clone(), columns.clone(), panel) };
+            unsafe { pack::<F>(b, inner.clone(), columns.clone(), panel) };
             let target = Target { is_added: target.is_added || first > 0, ..target };
             // SAFETY: the tiles are within the result and the rows within `a`, as the contract says;
             // the panel has `inner.len()` rows of `WIDTH`.
-            unsafe { tiles(target, a, inner.clone(), panel, rows.clone(), columns.clone()) };
+            unsafe { tiles::<F>(target, a, inner.clone(), panel, rows.clone(), columns.clone()) };
             first = inner.end;
-            if first >= depth {
+            if first >= slots {
                 break;
             }
         }
@@ -185,7 +219,7 @@ fn task_rows(rows: usize, depth: usize, panels: usize) -> usize {
 /// # Safety
 ///
 /// As for [`product`].
-pub(super) unsafe fn product_of_packed(
+pub(super) unsafe fn product_of_packed<F: Form>(
     out: &mut [f32],
     stride: usize,
     is_added: bool,
@@ -196,29 +230,28 @@ pub(super) unsafe fn product_of_packed(
     let (out, alpha) = (out.as_mut_ptr(), 1.0);
     let target = Target { out, stride, is_added, alpha, is_turned: false };
     // SAFETY: this function's contract.
-    unsafe { packed_task(target, a, 0..a.shape().0, panels, columns) };
+    unsafe { packed_task::<F>(target, a, panels, columns) };
 }
 
 /// # Safety
 ///
 /// As for [`product`], and no other task may have a place of these rows.
-unsafe fn packed_task(
-    target: Target,
-    a: Mat<'_, f32>,
-    rows: Range<usize>,
-    panels: &[f32],
-    columns: usize,
-) {
-    let (_, depth) = a.shape();
-    for (at, panel) in panels.chunks_exact((depth * WIDTH).max(1)).enumerate() {
-        let columns = at * WIDTH..((at + 1) * WIDTH).min(columns);
-        for first in (0..depth).step_by(DEPTH) {
-            let inner = first..(first + DEPTH).min(depth);
-            let panel = &panel[first * WIDTH..inner.end * WIDTH];
-            let target = Target { is_added: target.is_added || first > 0, ..target };
-            // SAFETY: the tiles are within the result and the rows within `a`, as the contract says;
-            // the panel has `inner.len()` rows of `WIDTH`.
-            unsafe { tiles(target, a, inner, panel, rows.clone(), columns.clone()) };
+unsafe fn packed_task<F: Form>(target: Target, a: Mat<'_, f32>, panels: &[f32], columns: usize) {
+    let (rows, depth) = a.shape();
+    let slots = F::slots(depth);
+    let multiply = |a: Mat<'_, f32>| {
+        for (at, panel) in panels.chunks_exact((slots * WIDTH).max(1)).enumerate() {
+            let columns = at * WIDTH..((at + 1) * WIDTH).min(columns);
+            for first in (0..slots).step_by(DEPTH) {
+                let inner = first..(first + DEPTH).min(slots);
+                let panel = &panel[first * WIDTH..inner.end * WIDTH];
+                let target = Target { is_added: target.is_added || first > 0, ..target };
+                // SAFETY: the tiles are within the result and the rows within `a`, as the contract
+                // says; the panel has `inner.len()` rows of `WIDTH`.
+                unsafe { tiles::<F>(target, a, inner, panel, 0..rows, columns.clone()) };
+            }
         }
-    }
+    };
+    // SAFETY: this function's contract.
+    unsafe { F::with_left(a, false, multiply) };
 }

@@ -1,6 +1,8 @@
 //! The inner loop.
 
 use super::super::gemm::Mat;
+use super::form::{Form, Singles, first_lanes};
+use super::pairs::Pairs;
 use super::{LANES, Target, WIDTH};
 use std::arch::x86_64::{
     __m512, __mmask16, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_mask_storeu_ps,
@@ -11,13 +13,13 @@ use std::ops::Range;
 /// Rows of a tile. With four vectors each they fill 24 of the 32 registers.
 pub(super) const HEIGHT: usize = 6;
 
-/// Some columns of some rows, a tile at a time.
+/// Some columns of some rows, a tile at a time. The left side is in slots.
 ///
 /// # Safety
 ///
 /// They must be within the result, the rows and `inner` within `a`, and `panel` must have a row of
-/// [`WIDTH`] for each of `inner`. AVX-512F must be available.
-pub(super) unsafe fn tiles(
+/// [`WIDTH`] for each of `inner`. The form must be available.
+pub(super) unsafe fn tiles<F: Form>(
     target: Target,
     a: Mat<'_, f32>,
     inner: Range<usize>,
@@ -28,7 +30,7 @@ pub(super) unsafe fn tiles(
     for row in rows.clone().step_by(HEIGHT) {
         let height = HEIGHT.min(rows.end - row);
         // SAFETY: this function's contract.
-        unsafe { tile(target, a, inner.clone(), panel, row, height, columns.clone()) };
+        unsafe { tile::<F>(target, a, inner.clone(), panel, row, height, columns.clone()) };
     }
 }
 
@@ -37,7 +39,7 @@ pub(super) unsafe fn tiles(
 /// # Safety
 ///
 /// As for [`tiles`].
-unsafe fn tile(
+unsafe fn tile<F: Form>(
     target: Target,
     a: Mat<'_, f32>,
     inner: Range<usize>,
@@ -47,7 +49,7 @@ unsafe fn tile(
     columns: Range<usize>,
 ) {
     let vectors = columns.len().div_ceil(LANES);
-    let kernel = KERNELS[height - 1][vectors - 1];
+    let kernel = F::KERNELS[height - 1][vectors - 1];
     let (row_stride, column_stride) = a.strides();
     let last = (columns.len() - 1) % LANES + 1;
     let job = Job {
@@ -62,7 +64,7 @@ unsafe fn tile(
             false => unsafe { target.out.add(row * target.stride + columns.start) },
             true => unsafe { target.out.add(columns.start * target.stride + row) },
         },
-        last: ((1u32 << last) - 1) as __mmask16,
+        last: first_lanes(last),
         target,
     };
     // SAFETY: this function's contract.
@@ -70,7 +72,7 @@ unsafe fn tile(
 }
 
 /// What a kernel computes.
-struct Job {
+pub(in super::super) struct Job {
     depth: usize,
     a: *const f32,
     row_stride: usize,
@@ -82,35 +84,62 @@ struct Job {
     target: Target,
 }
 
-type Kernel = unsafe fn(Job);
+/// By rows and vectors of a tile.
+pub(in super::super) type Kernels = [[unsafe fn(Job); 4]; HEIGHT];
 
-/// By rows and vectors.
-const KERNELS: [[Kernel; 4]; HEIGHT] = [
-    [kernel::<1, 1>, kernel::<1, 2>, kernel::<1, 3>, kernel::<1, 4>],
-    [kernel::<2, 1>, kernel::<2, 2>, kernel::<2, 3>, kernel::<2, 4>],
-    [kernel::<3, 1>, kernel::<3, 2>, kernel::<3, 3>, kernel::<3, 4>],
-    [kernel::<4, 1>, kernel::<4, 2>, kernel::<4, 3>, kernel::<4, 4>],
-    [kernel::<5, 1>, kernel::<5, 2>, kernel::<5, 3>, kernel::<5, 4>],
-    [kernel::<6, 1>, kernel::<6, 2>, kernel::<6, 3>, kernel::<6, 4>],
-];
+/// The [`Kernels`] of a function of rows and vectors.
+macro_rules! kernels {
+    ($of:path) => {
+        super::tile::kernels!($of, 1 2 3 4 5 6)
+    };
+    ($of:path, $($rows:literal)*) => {{
+        use $of as of;
+        [$([of::<$rows, 1>, of::<$rows, 2>, of::<$rows, 3>, of::<$rows, 4>]),*]
+    }};
+}
+pub(super) use kernels;
 
 /// # Safety
 ///
-/// `job` must describe a tile of `ROWS` rows and `VECTORS` vectors, the last of them in part, as
-/// [`tile`] does.
+/// As for [`kernel`], of [`Singles`].
 #[target_feature(enable = "avx512f")]
-unsafe fn kernel<const ROWS: usize, const VECTORS: usize>(job: Job) {
-    let mut sums: [[__m512; VECTORS]; ROWS] = [[_mm512_setzero_ps(); VECTORS]; ROWS];
+pub(super) unsafe fn kernel_of_singles<const ROWS: usize, const VECTORS: usize>(job: Job) {
+    // SAFETY: this function's contract.
+    unsafe { kernel::<Singles, ROWS, VECTORS>(job) }
+}
+
+/// # Safety
+///
+/// As for [`kernel`], of [`Pairs`].
+#[target_feature(enable = "avx512f,avx512bf16")]
+pub(super) unsafe fn kernel_of_pairs<const ROWS: usize, const VECTORS: usize>(job: Job) {
+    // SAFETY: this function's contract.
+    unsafe { kernel::<Pairs, ROWS, VECTORS>(job) }
+}
+
+/// Inlined into functions for what the form needs, and so is all that it calls in its loop.
+///
+/// # Safety
+///
+/// `job` must describe a tile of `ROWS` rows and `VECTORS` vectors, the last of them in part, as
+/// [`tile`] does. The form must be available.
+#[inline(always)]
+unsafe fn kernel<F: Form, const ROWS: usize, const VECTORS: usize>(job: Job) {
+    // SAFETY: zeros.
+    let zero = unsafe { _mm512_setzero_ps() };
+    let mut sums: [[__m512; VECTORS]; ROWS] = [[zero; VECTORS]; ROWS];
     let (mut a, mut panel) = (job.a, job.panel);
     for _ in 0..job.depth {
         // SAFETY: `panel` and `a` are at one of `depth` steps within their slices.
         unsafe {
-            let right: [__m512; VECTORS] =
-                std::array::from_fn(|vector| _mm512_loadu_ps(panel.add(vector * LANES)));
+            let mut right = [zero; VECTORS];
+            for (vector, right) in right.iter_mut().enumerate() {
+                *right = _mm512_loadu_ps(panel.add(vector * LANES));
+            }
             for (row, sums) in sums.iter_mut().enumerate() {
                 let left = _mm512_set1_ps(*a.add(row * job.row_stride));
                 for (sum, right) in sums.iter_mut().zip(right) {
-                    *sum = _mm512_fmadd_ps(left, right, *sum);
+                    *sum = F::add(*sum, left, right);
                 }
             }
         }
@@ -121,7 +150,8 @@ unsafe fn kernel<const ROWS: usize, const VECTORS: usize>(job: Job) {
         // SAFETY: this function's contract.
         return unsafe { store_turned(&sums, &job) };
     }
-    let alpha = _mm512_set1_ps(job.target.alpha);
+    // SAFETY: the same number in each lane.
+    let alpha = unsafe { _mm512_set1_ps(job.target.alpha) };
     for (row, sums) in sums.iter().enumerate() {
         for (vector, sum) in sums.iter().enumerate() {
             let mask = if vector + 1 == VECTORS { job.last } else { !0 };
@@ -143,7 +173,7 @@ unsafe fn kernel<const ROWS: usize, const VECTORS: usize>(job: Job) {
 /// # Safety
 ///
 /// As for [`kernel`].
-#[target_feature(enable = "avx512f")]
+#[inline(always)]
 unsafe fn store_turned<const ROWS: usize, const VECTORS: usize>(
     sums: &[[__m512; VECTORS]; ROWS],
     job: &Job,

@@ -1,8 +1,9 @@
 //! Attention in candle's own operations.
 
 use super::{AttentionMask, Bias, Sizes};
-use crate::Result;
+use crate::cpu::matmul;
 use crate::layers::dropout::Mask;
+use crate::{Precision, Result};
 use candle_core::{D, Tensor};
 
 impl Sizes {
@@ -14,6 +15,7 @@ impl Sizes {
         v: &Tensor,
         mask: &AttentionMask,
         dropout: Option<Mask>,
+        precision: Precision,
     ) -> Result<Tensor> {
         self.check(mask)?;
         let Self { rows, queries, keys, heads, kv_heads, size } = *self;
@@ -25,7 +27,7 @@ impl Sizes {
         };
         let (q, k, v) =
             (split(q, queries, heads)?, split(k, keys, kv_heads)?, split(v, keys, kv_heads)?);
-        let scores = (q.matmul(&k.t()?)? / (size as f64).sqrt())?;
+        let scores = (matmul(&q, &k.t()?, precision)? / (size as f64).sqrt())?;
         let scores = scores.reshape((rows, heads, queries, keys))?;
         let scores = scores.broadcast_add(&self.constant(mask, &scores)?)?;
         // Where a query sees nothing, −∞ less −∞ and 0 by 0 must not be; else the sum is at least 1.
@@ -36,7 +38,7 @@ impl Sizes {
             Some(dropout) => ((&weights * self.kept(&dropout, &weights)?)? * dropout.scale())?,
             None => weights,
         };
-        let y = weights.reshape((rows * heads, queries, keys))?.matmul(&v)?;
+        let y = matmul(&weights.reshape((rows * heads, queries, keys))?, &v, precision)?;
         let y = y.reshape((rows, heads, queries, size))?.transpose(1, 2)?;
         Ok(y.contiguous()?.reshape((rows, queries, heads * size))?)
     }

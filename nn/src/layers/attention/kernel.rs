@@ -6,6 +6,7 @@
 //! *FlashAttention*, 2022, without its tiles of keys: here a row of scores is in the cache anyway).
 
 use super::parts::{Columns, Inputs, Part, Parts, with_all};
+use crate::Precision;
 use crate::kernels::{
     Mat, Out, Real, Threads, gemm, gemm_add, lane_max, lane_sum, output, product, vectorized,
 };
@@ -40,6 +41,7 @@ pub(super) struct Attention {
     pub(super) bias: Option<Arc<[f64]>>,
     /// What is dropped of the weights.
     pub(super) dropout: Option<Mask>,
+    pub(super) precision: Precision,
 }
 
 impl Attention {
@@ -95,7 +97,7 @@ impl Attention {
                     let weights = Mat::new(&scores, queries.len(), keys.len());
                     let values = parts.v.head(row, head / self.group(), keys);
                     let out = Out { rows: y, first: head * self.size, stride: width };
-                    product(out, false, T::one(), weights, values, Threads::One);
+                    product(out, false, T::one(), weights, values, Threads::One, self.precision);
                 }
             });
         });
@@ -138,7 +140,7 @@ impl Attention {
             parts.k.head(row, head / self.group(), keys.clone()),
         );
         let out = Out { rows: scores, first: 0, stride: keys.len() };
-        product(out, false, scale, q, k.t(), Threads::One);
+        product(out, false, scale, q, k.t(), Threads::One, self.precision);
         for (query, scores) in queries.zip(scores.chunks_exact_mut(keys.len())) {
             let seen = self.seen(row, &(query..query + 1)).len();
             if let Some(bias) = &self.bias {
@@ -242,14 +244,15 @@ impl Attention {
         let v = parts.v.head(row, kv_head, keys);
         let q = parts.q.head(row, head, queries.clone());
         slopes.resize(scores.len(), T::zero());
-        gemm(slopes, T::one(), dy, v.t(), Threads::One);
+        gemm(slopes, T::one(), dy, v.t(), Threads::One, self.precision);
         let mut weights = &*scores;
         if self.draw(row, head, queries, width, factors) {
             multiply(slopes, factors);
             multiply(factors, scores);
             weights = factors;
         }
-        gemm_add(dv, Mat::new(weights, height, width).t(), dy, Threads::One);
+        let weights = Mat::new(weights, height, width);
+        gemm_add(dv, weights.t(), dy, Threads::One, self.precision);
         for (weights, slopes) in scores.chunks_exact(width).zip(slopes.chunks_exact_mut(width)) {
             vectorized(
                 #[inline(always)]
@@ -258,9 +261,9 @@ impl Attention {
         }
         let scale = T::from_f64(1.0 / (self.size as f64).sqrt());
         let slopes = Mat::new(slopes, height, width);
-        gemm(dq, scale, slopes, k, Threads::One);
+        gemm(dq, scale, slopes, k, Threads::One, self.precision);
         let dk = Out { rows: dk, first: 0, stride: self.size };
-        product(dk, true, scale, slopes.t(), q, Threads::One);
+        product(dk, true, scale, slopes.t(), q, Threads::One, self.precision);
     }
 }
 

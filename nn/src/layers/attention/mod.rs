@@ -10,8 +10,8 @@ pub use rotary::Rotary;
 use super::dropout::Mask;
 use super::linear_op::affine;
 use super::{Activation, Dropout, Linear};
-use crate::cpu::unsupported;
-use crate::{Error, Init, Module, Params, Pass, Result};
+use crate::cpu::{matmul, unsupported};
+use crate::{Error, Init, Module, Params, Pass, Precision, Result};
 use candle_core::{DType, Tensor};
 use kernel::Attention;
 use parts::{Columns, Inputs};
@@ -58,7 +58,8 @@ impl AttentionMask {
 /// `k` and `v` `[rows, keys, kv_heads · size]`, to the shape of `q` (Vaswani et al., 2017; with
 /// fewer heads of keys than of queries, Ainslie et al., 2023).
 ///
-/// Memory grows with the length, not with its square, on the CPU. Errors where the shapes do not
+/// Memory grows with the length, not with its square, on the CPU. Its products are of
+/// [`Precision::F32`]. Errors where the shapes do not
 /// fit each other or the mask.
 pub fn attention(
     q: &Tensor,
@@ -106,9 +107,9 @@ pub fn attention(
     let widths = (heads * size, kv_heads * size);
     let at = [(0, whole(widths.0)), (1, whole(widths.1)), (2, whole(widths.1))];
     if !crate::cpu::has_kernels(&q) {
-        return sizes.composed(&q, &k, &v, mask, None);
+        return sizes.composed(&q, &k, &v, mask, None, Precision::F32);
     }
-    sizes.kernel(&Inputs { tensors: vec![&q, &k, &v], at }, mask, None)
+    sizes.kernel(&Inputs { tensors: vec![&q, &k, &v], at }, mask, None, Precision::F32)
 }
 
 #[derive(Clone, Copy)]
@@ -144,6 +145,7 @@ impl Sizes {
         inputs: &Inputs<'_>,
         mask: &AttentionMask,
         dropout: Option<Mask>,
+        precision: Precision,
     ) -> Result<Tensor> {
         self.check(mask)?;
         let Self { rows, queries, keys, heads, kv_heads, size } = *self;
@@ -160,6 +162,7 @@ impl Sizes {
             lengths,
             bias,
             dropout,
+            precision,
         };
         Ok(match inputs.tensors[0].dtype() {
             DType::F32 => kernel.apply::<f32>(inputs)?,
@@ -239,7 +242,8 @@ impl MultiHeadAttention {
             kv_heads: self.heads,
             size,
         };
-        let mut qkv = self.project(x, features)?;
+        let precision = pass.precision();
+        let mut qkv = self.project(x, features, precision)?;
         if let Some(rotary) = &self.rotary {
             qkv = rotary.turn(&qkv, 2 * self.heads, size, 0)?;
         }
@@ -247,19 +251,20 @@ impl MultiHeadAttention {
         let y = if crate::cpu::has_kernels(x) {
             let at =
                 [0, 1, 2].map(|part| (0, Columns { first: part * features, stride: 3 * features }));
-            sizes.kernel(&Inputs { tensors: vec![&qkv], at }, mask, dropout)?
+            sizes.kernel(&Inputs { tensors: vec![&qkv], at }, mask, dropout, precision)?
         } else {
             let [q, k, v] = [0, 1, 2].map(|part| qkv.narrow(2, part * features, features));
-            sizes.composed(&q?, &k?, &v?, mask, dropout)?
+            sizes.composed(&q?, &k?, &v?, mask, dropout, precision)?
         };
         self.out.forward(&y, pass)
     }
 
-    fn project(&self, x: &Tensor, features: usize) -> Result<Tensor> {
+    fn project(&self, x: &Tensor, features: usize, precision: Precision) -> Result<Tensor> {
         if crate::cpu::has_kernels(x) {
-            return Ok(affine(x, &self.weight, &self.bias, Activation::Identity)?);
+            return Ok(affine(x, &self.weight, &self.bias, Activation::Identity, precision)?);
         }
-        let y = x.reshape(((), features))?.matmul(&self.weight.t()?)?.broadcast_add(&self.bias)?;
+        let y = matmul(&x.reshape(((), features))?, &self.weight.t()?, precision)?;
+        let y = y.broadcast_add(&self.bias)?;
         Ok(y.reshape((x.dim(0)?, x.dim(1)?, 3 * features))?)
     }
 
@@ -315,8 +320,9 @@ mod tests {
             let dropout = dropout.mask(&pass).expect("mask");
             assert!(dropout.is_some());
             for dropout in [None, dropout] {
-                let ours = sizes.kernel(&inputs, &mask, dropout).expect("kernel");
-                let theirs = sizes.composed(&q, &k, &v, &mask, dropout).expect("composed");
+                let f32 = Precision::F32;
+                let ours = sizes.kernel(&inputs, &mask, dropout, f32).expect("kernel");
+                let theirs = sizes.composed(&q, &k, &v, &mask, dropout, f32).expect("composed");
                 assert_close(&ours, &theirs);
                 let weights = (theirs.detach() + 0.5).expect("weights");
                 let gradients =

@@ -19,7 +19,7 @@ pub(super) fn forward<T: Real>(
     scratch: &mut Vec<T>,
 ) {
     let columns = unfold(group, x, product.len(), scratch);
-    gemm(product, T::one(), weights(group), columns, group.threads);
+    gemm(product, T::one(), weights(group), columns, group.threads, group.precision);
 }
 
 /// See [`Method::backward`](super::method::Method::backward).
@@ -34,12 +34,12 @@ pub(super) fn backward<T: Real>(
     let gradient = Mat::new(product, outputs, product.len() / outputs);
     if let Some((x, sums)) = sums {
         let columns = unfold(group, x, product.len(), scratch);
-        gemm_add(sums, gradient, columns.t(), group.threads);
+        gemm_add(sums, gradient, columns.t(), group.threads, group.precision);
     }
     if let Some(dx) = dx {
         let len = group.geometry.taps() * product.len() / outputs;
         let columns = sized(scratch, len);
-        gemm(columns, T::one(), weights(group).t(), gradient, group.threads);
+        gemm(columns, T::one(), weights(group).t(), gradient, group.threads, group.precision);
         fold(group, columns, dx);
     }
 }

@@ -53,11 +53,13 @@ impl Conv1d {
 }
 
 impl Module for Conv1d {
-    fn forward(&self, x: &Tensor, _pass: &Pass) -> Result<Tensor> {
+    fn forward(&self, x: &Tensor, pass: &Pass) -> Result<Tensor> {
         let [rows, channels, length] = self.check(x.dims())?;
         let x = reshape(&x.contiguous()?, (rows, channels, 1, length))?;
-        let y =
-            if crate::cpu::has_kernels(&x) { self.0.kernel(&x)? } else { self.0.composed(&x)? };
+        let y = match crate::cpu::has_kernels(&x) {
+            true => self.0.kernel(&x, pass.precision())?,
+            false => self.0.composed(&x, pass.precision())?,
+        };
         let (rows, outputs, _, length) = y.dims4()?;
         Ok(reshape(&y, (rows, outputs, length))?)
     }

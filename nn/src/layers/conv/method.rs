@@ -4,6 +4,7 @@ use super::columns;
 use super::geometry::Geometry;
 use super::plan::Plan;
 use super::winograd::{self, Tiles};
+use crate::Precision;
 use crate::kernels::{Real, Threads, put};
 use std::borrow::Cow;
 
@@ -22,6 +23,7 @@ pub(super) struct Group<'a, T> {
     pub(super) group: usize,
     pub(super) weights: &'a [T],
     pub(super) threads: Threads,
+    pub(super) precision: Precision,
 }
 
 /// Memory to work in.

@@ -13,8 +13,8 @@ mod transpose_op;
 mod winograd;
 
 use super::Activation;
-use crate::cpu::unsupported;
-use crate::{Error, Init, Module, Params, Pass, Result};
+use crate::cpu::{lowered, unsupported};
+use crate::{Error, Init, Module, Params, Pass, Precision, Result};
 use candle_core::{DType, Tensor};
 use geometry::{Axis, Geometry};
 use op::Convolution;
@@ -121,7 +121,7 @@ impl Conv2d {
     ///
     /// Candle's backward pass assumes that both axes leave the same remainder after the last
     /// window (it fails for 5×6 pixels, kernel 3, stride 2), so the remainders are cut off first.
-    fn composed(&self, x: &Tensor) -> Result<Tensor> {
+    fn composed(&self, x: &Tensor, precision: Precision) -> Result<Tensor> {
         let Conv2dOptions { stride, dilation, groups, .. } = self.options;
         let geometry = self.geometry(x.dim(2)?, x.dim(3)?)?;
         let mut x = x.clone();
@@ -131,7 +131,9 @@ impl Conv2d {
         }
         let kernel = (geometry.height.kernel, geometry.width.kernel);
         let weight = self.weight.reshape(((), geometry.channels, kernel.0, kernel.1))?;
-        let mut y = x.contiguous()?.conv2d(&weight, 0, stride, dilation, groups)?;
+        let mut y = lowered(&x.contiguous()?, &weight, precision, |x, weight| {
+            x.conv2d(weight, 0, stride, dilation, groups)
+        })?;
         if let Some(bias) = &self.bias {
             y = y.broadcast_add(&bias.reshape((1, (), 1, 1))?)?;
         }
@@ -183,7 +185,7 @@ impl Conv2d {
     }
 
     /// With this crate's kernel, for checked contiguous images on the CPU.
-    fn kernel(&self, x: &Tensor) -> Result<Tensor> {
+    fn kernel(&self, x: &Tensor, precision: Precision) -> Result<Tensor> {
         let (rows, _, height, width) = x.dims4()?;
         let geometry = self.geometry(height, width)?;
         let pooling =
@@ -192,7 +194,7 @@ impl Conv2d {
         let is_fused = !self.activation.needs_input() && (self.pool == 1 || can_pool);
         let activation = if is_fused { self.activation } else { Activation::Identity };
         let pooling = Some(pooling).filter(|_| is_fused && can_pool);
-        let convolution = Convolution { geometry, activation, pooling };
+        let convolution = Convolution { geometry, activation, pooling, precision };
         let outputs = self.weight.dim(0)?;
         let (height, width) = match pooling {
             Some(Pooling { kernel, height, width }) => (height / kernel, width / kernel),
@@ -232,9 +234,12 @@ fn bias_or_zeros(bias: Option<&Tensor>, outputs: usize, x: &Tensor) -> Result<Te
 }
 
 impl Module for Conv2d {
-    fn forward(&self, x: &Tensor, _pass: &Pass) -> Result<Tensor> {
+    fn forward(&self, x: &Tensor, pass: &Pass) -> Result<Tensor> {
         self.check(x.dims())?;
-        if crate::cpu::has_kernels(x) { self.kernel(&x.contiguous()?) } else { self.composed(x) }
+        match crate::cpu::has_kernels(x) {
+            true => self.kernel(&x.contiguous()?, pass.precision()),
+            false => self.composed(x, pass.precision()),
+        }
     }
 }
 
@@ -279,7 +284,7 @@ mod tests {
             let layer = layer.with_activation(activation).with_max_pool(pool);
             let init = Init::Normal { mean: 0.0, std: 1.0 };
             let x = params.get((rows, channels, height, width), "x", init).expect("input");
-            let theirs = layer.composed(&x).expect("composed");
+            let theirs = layer.composed(&x, Precision::F32).expect("composed");
             assert_agree(&params, layer.forward(&x, &Pass::eval()).expect("kernel"), theirs);
         }
     }
@@ -294,8 +299,8 @@ mod tests {
             let layer = Conv2d::with_kernel(&params, 4, 8, &[kernel], options).expect("layer");
             let init = Init::Normal { mean: 0.0, std: 1.0 };
             let x = params.get((rows, 4, 1, length), "x", init).expect("input");
-            let theirs = layer.composed(&x).expect("composed");
-            assert_agree(&params, layer.kernel(&x).expect("kernel"), theirs);
+            let theirs = layer.composed(&x, Precision::F32).expect("composed");
+            assert_agree(&params, layer.kernel(&x, Precision::F32).expect("kernel"), theirs);
         }
     }
 
@@ -325,10 +330,11 @@ mod tests {
             let method = layer.method(height, width, rows);
             assert!(matches!(method, Method::Tiles(_)));
             assert_eq!(method.plan(rows).threads == Threads::One, rows == 33);
-            let theirs = layer.composed(&x).expect("composed");
+            let theirs = layer.composed(&x, Precision::F32).expect("composed");
             assert_agree(&params, layer.forward(&x, &Pass::eval()).expect("kernel"), theirs);
             // Without a gradient of the images.
-            let (x, theirs) = (x.detach(), layer.composed(&x.detach()).expect("composed"));
+            let (x, theirs) =
+                (x.detach(), layer.composed(&x.detach(), Precision::F32).expect("composed"));
             let ours = layer.forward(&x, &Pass::eval()).expect("kernel");
             let of_weight = |y: Tensor| y.sqr()?.sum_all()?.backward();
             let [ours, theirs] = [ours, theirs].map(|y| of_weight(y).expect("backward"));
@@ -348,7 +354,7 @@ mod tests {
         let method = layer.method(40, 40, 67);
         assert!(matches!(method, Method::Columns(_)));
         assert_eq!(method.plan(67).threads, Threads::One);
-        let theirs = layer.composed(&x).expect("composed");
+        let theirs = layer.composed(&x, Precision::F32).expect("composed");
         assert_agree(&params, layer.forward(&x, &Pass::eval()).expect("kernel"), theirs);
     }
 

@@ -8,6 +8,7 @@ use super::geometry::Geometry;
 use super::method::{self, Group, Method};
 use super::plan::{Plan, sized};
 use super::pooling::Pooling;
+use crate::Precision;
 use crate::backward::parameter_gradient;
 use crate::cpu::with_values;
 use crate::kernels::{Real, add_assign, lane_sum, output, put, vectorized};
@@ -24,6 +25,7 @@ pub(super) struct Convolution {
     pub(super) geometry: Geometry,
     pub(super) activation: Activation,
     pub(super) pooling: Option<Pooling>,
+    pub(super) precision: Precision,
 }
 
 /// What stays the same while a convolution goes through its images.
@@ -198,9 +200,10 @@ impl<'a, T: Real> Pass<'a, T> {
     }
 
     fn group(&self, group: usize) -> Group<'_, T> {
-        let len = self.weights.len() / self.of.geometry.groups;
+        let Convolution { geometry, precision, .. } = self.of;
+        let len = self.weights.len() / geometry.groups;
         let weights = &self.weights[group * len..][..len];
-        Group { geometry: self.of.geometry, group, weights, threads: self.plan.threads }
+        Group { geometry, group, weights, threads: self.plan.threads, precision }
     }
 
     /// Adds the bias, applies the activation and pools.

@@ -3,10 +3,10 @@
 use super::geometry::{Axis, Geometry};
 use super::op::Convolution;
 use super::{at_least_one, bias_or_zeros, check_groups};
-use crate::cpu::unsupported;
+use crate::cpu::{lowered, unsupported};
 use crate::layers::Activation;
 use crate::link::reshape;
-use crate::{Error, Init, Module, Params, Pass, Result};
+use crate::{Error, Init, Module, Params, Pass, Precision, Result};
 use candle_core::{DType, Tensor};
 
 /// How a transposed convolution spreads its input, on all axes alike.
@@ -88,10 +88,10 @@ impl ConvTranspose1d {
 }
 
 impl Module for ConvTranspose2d {
-    fn forward(&self, x: &Tensor, _pass: &Pass) -> Result<Tensor> {
+    fn forward(&self, x: &Tensor, pass: &Pass) -> Result<Tensor> {
         match *x.dims() {
             [_, channels, height, width] if self.0.takes(channels, height.min(width)) => {
-                self.0.forward(x)
+                self.0.forward(x, pass.precision())
             }
             _ => Err(self.0.shape_error(&["height", "width"], x)),
         }
@@ -99,11 +99,11 @@ impl Module for ConvTranspose2d {
 }
 
 impl Module for ConvTranspose1d {
-    fn forward(&self, x: &Tensor, _pass: &Pass) -> Result<Tensor> {
+    fn forward(&self, x: &Tensor, pass: &Pass) -> Result<Tensor> {
         match *x.dims() {
             [rows, channels, length] if self.0.takes(channels, length) => {
                 let x = reshape(&x.contiguous()?, (rows, channels, 1, length))?;
-                let y = self.0.forward(&x)?;
+                let y = self.0.forward(&x, pass.precision())?;
                 let (rows, outputs, _, length) = y.dims4()?;
                 Ok(reshape(&y, (rows, outputs, length))?)
             }
@@ -199,15 +199,16 @@ impl Transposed {
     }
 
     /// Of checked images `[rows, inputs, height, width]`.
-    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+    fn forward(&self, x: &Tensor, precision: Precision) -> Result<Tensor> {
         let (rows, _, height, width) = x.dims4()?;
         let geometry = self.geometry(height, width)?;
         if !crate::cpu::has_kernels(x) {
-            return self.activation.forward(&self.composed(x, &geometry)?);
+            return self.activation.forward(&self.composed(x, &geometry, precision)?);
         }
         let outputs = geometry.channels * geometry.groups;
         let shape = [rows, outputs, geometry.height.size, geometry.width.size];
-        let convolution = Convolution { geometry, activation: Activation::Identity, pooling: None };
+        let (activation, pooling) = (Activation::Identity, None);
+        let convolution = Convolution { geometry, activation, pooling, precision };
         let (x, bias) = (&x.contiguous()?, bias_or_zeros(self.bias.as_ref(), outputs, x)?);
         let y = match x.dtype() {
             DType::F32 => convolution.apply_transposed::<f32>(x, &self.weight, &bias, shape)?,
@@ -220,7 +221,12 @@ impl Transposed {
     /// In candle's own operations, for devices that this crate has no kernel for. Candle's own
     /// transposed convolutions have no groups, or no gradient; this is a convolution, with the
     /// kernel turned around, of an image with zeros between its pixels.
-    fn composed(&self, x: &Tensor, geometry: &Geometry) -> candle_core::Result<Tensor> {
+    fn composed(
+        &self,
+        x: &Tensor,
+        geometry: &Geometry,
+        precision: Precision,
+    ) -> candle_core::Result<Tensor> {
         let ConvTransposeOptions { dilation, groups, output_padding, .. } = self.options;
         let axes = [(2, geometry.height), (3, geometry.width)];
         let mut x = x.clone();
@@ -229,7 +235,9 @@ impl Transposed {
             x = with_gaps(&x, dim, axis.stride)?.pad_with_zeros(dim, border, border)?;
         }
         let weight = self.turned(geometry)?;
-        let mut y = x.contiguous()?.conv2d(&weight, 0, 1, dilation, groups)?;
+        let mut y = lowered(&x.contiguous()?, &weight, precision, |x, weight| {
+            x.conv2d(weight, 0, 1, dilation, groups)
+        })?;
         for (dim, axis) in axes {
             y = y.pad_with_zeros(dim, 0, output_padding)?.narrow(dim, axis.padding, axis.size)?;
         }
@@ -298,8 +306,8 @@ mod tests {
             let init = Init::Normal { mean: 0.0, std: 1.0 };
             let x = params.get((rows, inputs, height, width), "x", init).expect("input");
             let geometry = layer.geometry(height, width).expect("geometry");
-            let theirs = layer.composed(&x, &geometry).expect("composed");
-            assert_agree(&params, layer.forward(&x).expect("kernel"), theirs);
+            let theirs = layer.composed(&x, &geometry, Precision::F32).expect("composed");
+            assert_agree(&params, layer.forward(&x, Precision::F32).expect("kernel"), theirs);
         }
     }
 }

@@ -195,7 +195,8 @@ impl<T: Real> Job<'_, T> {
             let jobs = products.chunks_mut(tiles * outputs).collect();
             each(self.group.threads, jobs, |(k, product)| {
                 let points = point(points, k, tiles, channels);
-                gemm(product, T::one(), points, self.weights(k), self.group.threads);
+                let Group { threads, precision, .. } = self.group;
+                gemm(product, T::one(), points, self.weights(k), threads, precision);
             });
             self.results(products, rows, results);
         }
@@ -233,19 +234,17 @@ impl<T: Real> Job<'_, T> {
                 let jobs = sums.chunks_mut(channels * outputs).collect();
                 each(self.group.threads, jobs, |(k, sums)| {
                     let slopes = point(slopes, k, tiles, outputs);
-                    gemm_add(
-                        sums,
-                        point(points, k, tiles, channels).t(),
-                        slopes,
-                        self.group.threads,
-                    );
+                    let points = point(points, k, tiles, channels);
+                    let Group { threads, precision, .. } = self.group;
+                    gemm_add(sums, points.t(), slopes, threads, precision);
                 });
             }
             if let Some(turned) = &mut turned {
                 let jobs = points.chunks_mut(tiles * channels).collect();
                 each(self.group.threads, jobs, |(k, points)| {
                     let slopes = point(slopes, k, tiles, outputs);
-                    gemm(points, T::one(), slopes, self.weights(k).t(), self.group.threads);
+                    let Group { threads, precision, .. } = self.group;
+                    gemm(points, T::one(), slopes, self.weights(k).t(), threads, precision);
                 });
                 self.scatter(points, rows, turned);
             }

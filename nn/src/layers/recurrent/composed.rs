@@ -2,6 +2,8 @@
 
 use super::op::{Direction, Input, Outputs};
 use super::{Kind, Weights};
+use crate::Precision;
+use crate::cpu::matmul;
 use crate::layers::Activation;
 use candle_core::{Result, Tensor};
 
@@ -21,7 +23,7 @@ pub(super) fn layer(
 
 fn direction(
     kind: Kind,
-    Input { x, lengths, .. }: &Input<'_>,
+    Input { x, lengths, precision, .. }: &Input<'_>,
     Direction { weights, initial }: &Direction<'_>,
     is_reverse: bool,
 ) -> Result<(Tensor, Vec<Tensor>)> {
@@ -31,12 +33,14 @@ fn direction(
     while state.len() < kind.states() {
         state.push(zeros()?);
     }
-    let projected = x.reshape((rows * length, inputs))?.matmul(&weights.weight_ih.t()?)?;
+    let x = x.reshape((rows * length, inputs))?;
+    let projected = matmul(&x, &weights.weight_ih.t()?, *precision)?;
     let projected = projected.broadcast_add(&weights.bias_ih)?.reshape((rows, length, ()))?;
     let mut outputs = vec![zeros()?; length];
     for step in 0..length {
         let place = if is_reverse { length - 1 - step } else { step };
-        let next = next(kind, &projected.narrow(1, place, 1)?.squeeze(1)?, &state, weights)?;
+        let x = projected.narrow(1, place, 1)?.squeeze(1)?;
+        let next = next(kind, &x, &state, weights, *precision)?;
         (outputs[place], state) = match lengths {
             None => (next[0].clone(), next),
             Some(lengths) => {
@@ -64,8 +68,15 @@ fn stopped(live: &Tensor, before: &[Tensor], next: Vec<Tensor>) -> Result<(Tenso
 }
 
 /// The state after a step whose input gives `x` to the gates.
-fn next(kind: Kind, x: &Tensor, state: &[Tensor], weights: &Weights) -> Result<Vec<Tensor>> {
-    let hidden = state[0].matmul(&weights.weight_hh.t()?)?.broadcast_add(&weights.bias_hh)?;
+fn next(
+    kind: Kind,
+    x: &Tensor,
+    state: &[Tensor],
+    weights: &Weights,
+    precision: Precision,
+) -> Result<Vec<Tensor>> {
+    let hidden = matmul(&state[0], &weights.weight_hh.t()?, precision)?;
+    let hidden = hidden.broadcast_add(&weights.bias_hh)?;
     let sigmoid = |x: &Tensor| Activation::Sigmoid.composed(x);
     match kind {
         Kind::Lstm => {

@@ -7,6 +7,7 @@
 use super::Weights;
 use super::cell::Cell;
 use super::steps::{self, Geometry, Given, Strips, Tape};
+use crate::Precision;
 use crate::backward::parameter_gradient;
 use crate::cpu::{tensor, with_values};
 use crate::kernels::{Mat, Real, Threads, column_sums, gemm, gemm_add, output, put};
@@ -21,6 +22,7 @@ pub(super) struct Input<'a> {
     pub(super) lengths: Option<&'a Arc<[usize]>>,
     /// Whether the outputs of all steps are wanted, or the final state alone.
     pub(super) wants_outputs: bool,
+    pub(super) precision: Precision,
 }
 
 /// The weights of a direction, and hidden state and memory before its first step, if not zeros.
@@ -46,7 +48,8 @@ pub(super) fn layer<C: Cell, T: Real>(
     let (rows, length, inputs) = x.dims3()?;
     let (input, hidden) = (Input { x: &x, ..*input }, directions[0].weights.hidden());
     let lengths = input.lengths.cloned();
-    let geometry = Geometry { rows, length, inputs, hidden, is_reverse: false, lengths };
+    let (is_reverse, precision) = (false, input.precision);
+    let geometry = Geometry { rows, length, inputs, hidden, is_reverse, precision, lengths };
     let turned = with_values([&x], |[x]| Ok(geometry.turned::<T>(x, inputs, false)))?;
     let turned = Arc::new(turned);
     let width = directions.len() * hidden;
@@ -171,7 +174,7 @@ impl<T: Real> Done<T> {
         let turned = with_values([&self.weights.weight_ih], |[weight]| {
             let weight = Mat::new(weight, C::GATES * hidden, inputs);
             Ok(output(rows * length * inputs, |dx| {
-                gemm(dx, T::one(), gates, weight, Threads::All);
+                gemm(dx, T::one(), gates, weight, Threads::All, self.geometry.precision);
             }))
         })?;
         self.sources[0].give(self.geometry.turned(&turned, inputs, true))
@@ -179,7 +182,7 @@ impl<T: Real> Done<T> {
 
     /// Over all steps at once.
     fn weight_gradients<C: Cell>(&self, gradients: &[T]) -> Result<[Told; 4]> {
-        let Geometry { rows, length, inputs, hidden, .. } = self.geometry;
+        let Geometry { rows, length, inputs, hidden, precision, .. } = self.geometry;
         let x = Mat::new(&self.turned, rows * length, inputs);
         let before = Mat::new(&self.tape.hidden, rows * length, hidden);
         let [weight_ih, weight_hh, bias_ih, bias_hh] = self.weights.all();
@@ -188,8 +191,8 @@ impl<T: Real> Done<T> {
         });
         let bias = |start: usize| &sums[start * hidden..][..C::GATES * hidden];
         Ok([
-            product(weight_ih, self.gates::<C>(gradients, 0), x)?,
-            product(weight_hh, self.gates::<C>(gradients, C::RECURRENT), before)?,
+            product(weight_ih, self.gates::<C>(gradients, 0), x, precision)?,
+            product(weight_hh, self.gates::<C>(gradients, C::RECURRENT), before, precision)?,
             parameter_gradient(bias_ih, |to, is_added| put(bias(0), to, is_added))?,
             parameter_gradient(bias_hh, |to, is_added| put(bias(C::RECURRENT), to, is_added))?,
         ])
@@ -197,10 +200,15 @@ impl<T: Real> Done<T> {
 }
 
 /// The gradient of a weight: `gatesᵀ · x`.
-fn product<T: Real>(weight: &Tensor, gates: Mat<'_, T>, x: Mat<'_, T>) -> Result<Told> {
+fn product<T: Real>(
+    weight: &Tensor,
+    gates: Mat<'_, T>,
+    x: Mat<'_, T>,
+    precision: Precision,
+) -> Result<Told> {
     parameter_gradient(weight, |to, is_added| match is_added {
-        true => gemm_add(to, gates.t(), x, Threads::All),
-        false => gemm(to, T::one(), gates.t(), x, Threads::All),
+        true => gemm_add(to, gates.t(), x, Threads::All, precision),
+        false => gemm(to, T::one(), gates.t(), x, Threads::All, precision),
     })
 }
 

@@ -146,7 +146,8 @@ impl Stack {
                 x = dropout.forward(&x, pass)?;
             }
             let wants_outputs = wants_outputs || index + 1 < self.layers.len();
-            let input = Input { x: &x, lengths: lengths.as_ref(), wants_outputs };
+            let precision = pass.precision();
+            let input = Input { x: &x, lengths: lengths.as_ref(), wants_outputs, precision };
             let direction = |(at, weights)| {
                 let place = index * self.directions() + at;
                 let initial = state.iter().map(|state| state.get(place));

@@ -6,6 +6,7 @@
 //! those chunks of rows, then by step, then by row.
 
 use super::cell::{Backward, Cell, Forward};
+use crate::Precision;
 use crate::kernels::{Mat, Packed, Real, Threads, gemm, output, vectorized};
 use rayon::prelude::*;
 use std::sync::Arc;
@@ -22,6 +23,7 @@ pub(super) struct Geometry {
     pub(super) inputs: usize,
     pub(super) hidden: usize,
     pub(super) is_reverse: bool,
+    pub(super) precision: Precision,
     /// How many steps each row has; all of them without.
     pub(super) lengths: Option<Arc<[usize]>>,
 }
@@ -121,14 +123,14 @@ pub(super) fn forward<C: Cell, T: Real>(
     let (width, size) = (C::GATES * hidden, rows * hidden);
     let mut gates = output(length * rows * width, |gates| {
         let (x, input) = (Mat::new(x, length * rows, inputs), Mat::new(input, width, inputs));
-        gemm(gates, T::one(), x, input.t(), Threads::All);
+        gemm(gates, T::one(), x, input.t(), Threads::All, geometry.precision);
     });
     let mut last = initial.map(|state| state.map_or_else(|| vec![T::zero(); size], <[T]>::to_vec));
     let first_memory = last[1].clone();
     let kept = || vec![T::zero(); if keeps { length * size } else { 0 }];
     let (mut before, mut after) = (kept(), kept());
 
-    let recurrent = Packed::new(Mat::new(recurrent, width, hidden).t());
+    let recurrent = Packed::new(Mat::new(recurrent, width, hidden).t(), geometry.precision);
     let [h, m] = last.each_mut();
     let mut gates_of = gates.chunks_mut(geometry.chunk(width));
     let mut before_of = before.chunks_mut(geometry.chunk(hidden));
@@ -239,7 +241,8 @@ pub(super) fn backward<C: Cell, T: Real>(
 ) -> Gradients<T> {
     let Geometry { rows, length, hidden, .. } = *geometry;
     let stride = C::GRADIENTS * hidden;
-    let recurrent = Packed::new(Mat::new(recurrent, C::GATES * hidden, hidden));
+    let recurrent = Mat::new(recurrent, C::GATES * hidden, hidden);
+    let recurrent = Packed::new(recurrent, geometry.precision);
     let start =
         |given: Option<&[T]>| given.map_or_else(|| vec![T::zero(); rows * hidden], <[T]>::to_vec);
     let (mut h, mut m) = (start(given.hidden), start(given.memory));

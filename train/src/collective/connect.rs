@@ -1,0 +1,140 @@
+//! How ranks find each other.
+
+use super::hosts::{Hosts, Ways};
+use super::links::{Door, Links};
+use super::region::Region;
+use super::shared::SharedMemory;
+use super::tcp::Tcp;
+use super::{Alone, Collective, OneHost, Transport};
+use crate::{Error, Result};
+use mobula_core::{Member, Shard};
+use std::collections::BTreeMap;
+use std::net::TcpListener;
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+/// How long members may take to start.
+const TIMEOUT: Duration = Duration::from_secs(60);
+
+/// Connects a member with all others of its group, and waits for them.
+pub(crate) fn connect(
+    member: &Arc<Member>,
+    transport: Transport,
+    timeout: Duration,
+) -> Result<Arc<dyn Collective>> {
+    let shard = Shard { rank: member.rank(), world: member.world_size() };
+    if shard.world == 1 {
+        return Ok(Arc::new(Alone));
+    }
+    let mut meeting = Meeting::hold(member, transport)?;
+    let local = meeting.shared_memory(member, timeout)?;
+    match (meeting.leaders.len(), local) {
+        (1, Some(memory)) => Ok(Arc::new(OneHost { shard, memory: Mutex::new(memory) })),
+        (_, local) => {
+            let far = meeting.links(member, timeout)?;
+            let ways = Mutex::new(Ways { hosts: meeting.hosts, local, far });
+            Ok(Arc::new(Hosts { shard, ways }))
+        }
+    }
+}
+
+/// What the ranks have told each other.
+struct Meeting {
+    /// The host of each rank, in the order of their first ranks.
+    hosts: Vec<usize>,
+    /// The first rank of each host.
+    leaders: Vec<usize>,
+    /// The ranks of this host.
+    neighbours: Vec<usize>,
+    /// What this rank has made for others.
+    region: Option<Region>,
+    listener: Option<TcpListener>,
+    /// Where each leader's region is, and where it listens.
+    regions: BTreeMap<usize, String>,
+    doors: BTreeMap<usize, Door>,
+}
+
+impl Meeting {
+    fn hold(member: &Arc<Member>, transport: Transport) -> Result<Self> {
+        let host = match transport {
+            Transport::Auto => member.host().node,
+            Transport::Tcp => member.rank() as u64,
+        };
+        let names = member.all_gather("collective: hosts", &host.to_le_bytes(), TIMEOUT)?;
+        let mut leaders: Vec<usize> = Vec::new();
+        let mut hosts = Vec::with_capacity(names.len());
+        for rank in 0..names.len() {
+            let known = leaders.iter().position(|leader| names[*leader] == names[rank]);
+            hosts.push(known.unwrap_or(leaders.len()));
+            if known.is_none() {
+                leaders.push(rank);
+            }
+        }
+        let me = member.rank();
+        let neighbours = (0..hosts.len()).filter(|rank| hosts[*rank] == hosts[me]).collect();
+        let (region, listener) = (None, None);
+        let (regions, doors) = (BTreeMap::new(), BTreeMap::new());
+        let meeting = Self { hosts, leaders, neighbours, region, listener, regions, doors };
+        meeting.exchange_addresses(member)
+    }
+
+    /// Leaders make what the others open.
+    fn exchange_addresses(mut self, member: &Arc<Member>) -> Result<Self> {
+        let is_leader = self.leaders.contains(&member.rank());
+        let (mut path, mut address) = (String::new(), String::new());
+        if is_leader && self.neighbours.len() > 1 {
+            let (region, at) = Region::create(self.neighbours.len())?;
+            (self.region, path) = (Some(region), at);
+        }
+        if is_leader && self.leaders.len() > 1 {
+            let (listener, door) = Door::open(member)?;
+            (self.listener, address) = (Some(listener), door.encode());
+        }
+        let said = format!("{path}\n{address}");
+        let all = member.all_gather("collective: addresses", said.as_bytes(), TIMEOUT)?;
+        for leader in &self.leaders {
+            let said = String::from_utf8_lossy(&all[*leader]).into_owned();
+            let (path, address) = said.split_once('\n').unwrap_or_default();
+            self.regions.insert(*leader, path.to_owned());
+            self.doors.extend(Door::decode(address).map(|door| (*leader, door)));
+        }
+        Ok(self)
+    }
+
+    /// With the other ranks of this host, if there are any.
+    fn shared_memory(
+        &mut self,
+        member: &Arc<Member>,
+        timeout: Duration,
+    ) -> Result<Option<SharedMemory>> {
+        let (neighbours, leader) = (self.neighbours.clone(), self.neighbours[0]);
+        if neighbours.len() == 1 {
+            return Ok(None);
+        }
+        let region = match self.region.take() {
+            Some(region) => region,
+            None => Region::open(Path::new(&self.regions[&leader]), neighbours.len())?,
+        };
+        Ok(Some(SharedMemory::new(member, neighbours, region, timeout)))
+    }
+
+    /// With the leaders of the other hosts, if this is one.
+    fn links(&self, member: &Arc<Member>, timeout: Duration) -> Result<Option<Tcp>> {
+        let Some(listener) = &self.listener else {
+            return Ok(None);
+        };
+        let me = self.hosts[member.rank()];
+        if let Some(missing) = self.leaders.iter().find(|leader| !self.doors.contains_key(leader)) {
+            return Err(internal(&format!("rank {missing} has not told its address")));
+        }
+        let peers = Tcp::peers(me, self.leaders.len());
+        let peers: Vec<usize> = peers.into_iter().map(|place| self.leaders[place]).collect();
+        let links = Links::connect(member, listener, &self.doors, &peers, timeout)?;
+        Ok(Some(Tcp::new(self.leaders.clone(), me, links)))
+    }
+}
+
+fn internal(text: &str) -> Error {
+    mobula_core::Error::Internal(text.to_owned()).into()
+}

@@ -1,0 +1,233 @@
+//! Exchanges between hosts, over sockets of their own.
+//!
+//! Thakur, Rabenseifner and Gropp: *Optimization of Collective Communication Operations in MPICH*
+//! (2005). Of P ranks and n bytes, the ring moves 2(P−1)/P·n a rank, in 2(P−1) messages, in which
+//! only neighbours talk; halving and doubling moves as much in 2·log₂P messages, to ranks further
+//! and further away, and is for what is small. Which one it is, and so the order of additions,
+//! depends on the size alone.
+
+use super::links::{Links, SEGMENT, Transfer, Wanted};
+use super::{Element, ReduceOp};
+use crate::Result;
+use std::ops::Range;
+
+/// Bytes from which on a ring is faster.
+const RING: usize = 1 << 20;
+
+/// What one rank of several hosts does.
+#[derive(Debug)]
+pub(super) struct Tcp {
+    /// The ranks that take part, the lowest first.
+    ranks: Vec<usize>,
+    /// This one's place among them.
+    me: usize,
+    links: Links,
+}
+
+impl Tcp {
+    /// The places that `me` of `world` talks to.
+    pub(super) fn peers(me: usize, world: usize) -> Vec<usize> {
+        let core = largest_power(world);
+        let mut peers = vec![(me + 1) % world, (me + world - 1) % world];
+        match me < core {
+            true => {
+                peers.extend((0..core.ilog2()).map(|bit| me ^ (1 << bit)));
+                peers.extend((me + core < world).then_some(me + core));
+            }
+            false => peers.push(me - core),
+        }
+        peers.sort_unstable();
+        peers.dedup();
+        peers.retain(|peer| *peer != me);
+        peers
+    }
+
+    pub(super) fn new(ranks: Vec<usize>, me: usize, links: Links) -> Self {
+        Self { ranks, me, links }
+    }
+
+    /// Replaces the values on all ranks by their reduction, but for the division of a mean.
+    pub(super) fn all_reduce<T: Element>(
+        &mut self,
+        wanted: &Wanted,
+        values: &mut [T],
+        op: ReduceOp,
+    ) -> Result<()> {
+        match size_of_val(values) < RING {
+            true => self.halve_and_double(wanted, values, op),
+            false => self.ring(wanted, values, op),
+        }
+    }
+
+    /// Replaces the values on all ranks by those of `root`: along a chain, segment by segment.
+    pub(super) fn broadcast<T: Element>(
+        &mut self,
+        wanted: &Wanted,
+        values: &mut [T],
+        root: usize,
+    ) -> Result<()> {
+        let (me, world) = (self.me, self.ranks.len());
+        let (next, before) = ((me + 1) % world, (me + world - 1) % world);
+        let (is_first, is_last) = (me == root, next == root);
+        let size = SEGMENT / size_of::<T>();
+        let segments = values.len().div_ceil(size);
+        let segment = |at: usize, is_wanted: bool| match is_wanted && at < segments {
+            true => at * size..((at + 1) * size).min(values.len()),
+            false => 0..0,
+        };
+        let steps: Vec<_> = (0..=segments)
+            .map(|at| (segment(at.wrapping_sub(1), !is_last), segment(at, !is_first)))
+            .collect();
+        for (send, receive) in steps {
+            self.replace(wanted, values, next, send, before, receive)?;
+        }
+        Ok(())
+    }
+
+    fn ring<T: Element>(&mut self, wanted: &Wanted, values: &mut [T], op: ReduceOp) -> Result<()> {
+        let (me, world, len) = (self.me, self.ranks.len(), values.len());
+        let (next, before) = ((me + 1) % world, (me + world - 1) % world);
+        let part = |rank: usize| len * rank / world..len * (rank + 1) / world;
+        for step in 0..world - 1 {
+            let (send, receive) = ((me + world - step) % world, (me + world - step - 1) % world);
+            self.combine(wanted, values, op, next, part(send), before, part(receive))?;
+        }
+        for step in 0..world - 1 {
+            let (send, receive) = ((me + world + 1 - step) % world, (me + world - step) % world);
+            self.replace(wanted, values, next, part(send), before, part(receive))?;
+        }
+        Ok(())
+    }
+
+    fn halve_and_double<T: Element>(
+        &mut self,
+        wanted: &Wanted,
+        values: &mut [T],
+        op: ReduceOp,
+    ) -> Result<()> {
+        let (me, world, all) = (self.me, self.ranks.len(), 0..values.len());
+        let core = largest_power(world);
+        let none = || 0..0;
+        if me >= core {
+            // Too many for a power of two: another one works for this one.
+            let other = me - core;
+            self.combine(wanted, values, op, other, all.clone(), other, none())?;
+            return self.replace(wanted, values, other, none(), other, all);
+        }
+        let extra = (me + core < world).then_some(me + core);
+        if let Some(extra) = extra {
+            self.combine(wanted, values, op, extra, none(), extra, all.clone())?;
+        }
+        let (mut own, mut halves) = (all.clone(), Vec::new());
+        for bit in (0..core.ilog2()).rev() {
+            let other = me ^ (1 << bit);
+            let middle = own.start + own.len() / 2;
+            let (low, high) = (own.start..middle, middle..own.end);
+            let (kept, given) = if me < other { (low, high) } else { (high, low) };
+            self.combine(wanted, values, op, other, given.clone(), other, kept.clone())?;
+            halves.push((other, given));
+            own = kept;
+        }
+        for (other, given) in halves.into_iter().rev() {
+            self.replace(wanted, values, other, own.clone(), other, given.clone())?;
+            own = own.start.min(given.start)..own.end.max(given.end);
+        }
+        match extra {
+            Some(extra) => self.replace(wanted, values, extra, all, extra, none()),
+            None => Ok(()),
+        }
+    }
+
+    /// Sends a part of the values, and adds what comes to another.
+    #[allow(clippy::too_many_arguments)]
+    fn combine<T: Element>(
+        &mut self,
+        wanted: &Wanted,
+        values: &mut [T],
+        op: ReduceOp,
+        to: usize,
+        send: Range<usize>,
+        from: usize,
+        receive: Range<usize>,
+    ) -> Result<()> {
+        self.exchange(wanted, values, to, send, from, receive, |old, new| {
+            *old = T::narrow(T::combine(op, old.widen(), new.widen()));
+        })
+    }
+
+    /// Sends a part of the values, and replaces another by what comes.
+    fn replace<T: Element>(
+        &mut self,
+        wanted: &Wanted,
+        values: &mut [T],
+        to: usize,
+        send: Range<usize>,
+        from: usize,
+        receive: Range<usize>,
+    ) -> Result<()> {
+        self.exchange(wanted, values, to, send, from, receive, |old, new| *old = new)
+    }
+
+    #[allow(clippy::too_many_arguments)]
+    fn exchange<T: Element>(
+        &mut self,
+        wanted: &Wanted,
+        values: &mut [T],
+        to: usize,
+        send: Range<usize>,
+        from: usize,
+        receive: Range<usize>,
+        put: impl Fn(&mut T, T),
+    ) -> Result<()> {
+        let (send, place) = split(values, send, receive);
+        let job = Transfer {
+            wanted,
+            to: self.ranks[to],
+            send: bytemuck::cast_slice(send),
+            from: self.ranks[from],
+            receive: size_of_val(place),
+            grain: size_of::<T>(),
+        };
+        self.links.transfer(&job, |at, bytes| {
+            let (first, came) = (at / size_of::<T>(), bytemuck::cast_slice::<_, T>(bytes));
+            place[first..].iter_mut().zip(came).for_each(|(old, new)| put(old, *new));
+        })
+    }
+}
+
+/// Two parts that do not overlap: one to read and one to write.
+fn split<T>(values: &mut [T], read: Range<usize>, write: Range<usize>) -> (&[T], &mut [T]) {
+    match (read.is_empty(), write.is_empty()) {
+        (true, _) => (&[], &mut values[write]),
+        (_, true) => (&values[read], &mut []),
+        _ if read.start < write.start => {
+            let (low, high) = values.split_at_mut(write.start);
+            (&low[read], &mut high[..write.len()])
+        }
+        _ => {
+            let (low, high) = values.split_at_mut(read.start);
+            (&high[..read.len()], &mut low[write])
+        }
+    }
+}
+
+fn largest_power(world: usize) -> usize {
+    1 << world.max(1).ilog2()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_talks_to_whom_is_mutual() {
+        for world in 2..40 {
+            for me in 0..world {
+                let peers = Tcp::peers(me, world);
+                assert!(peers.iter().all(|peer| Tcp::peers(*peer, world).contains(&me)));
+            }
+        }
+        assert_eq!(Tcp::peers(0, 8), [1, 2, 4, 7]);
+        assert_eq!(Tcp::peers(0, 2), [1]);
+    }
+}
