@@ -2,17 +2,18 @@
 //!
 //! ```text
 //! bench-train fixture MODEL PATH                      write initial weights and batches
-//! bench-train train MODEL FIXTURE WORKERS [cpu|cuda]  answer requests on standard input
+//! bench-train train MODEL FIXTURE WORKERS [cpu|tcp|cuda]  answer requests on standard input
 //! ```
 //!
-//! The requests are described in xtask/src/bench/worker.rs.
+//! The requests are described in xtask/src/bench/worker.rs. With `tcp`, workers exchange gradients
+//! over sockets, as those of different hosts do.
 #![forbid(unsafe_code)]
 
 use anyhow::{Context, Result, bail, ensure};
 use mobula_bench::{Fixture, SEED, case, optimizer};
 use mobula_core::{Batch, Member, Resources, Runtime, Shard};
 use mobula_nn::loss;
-use mobula_train::{ScalingConfig, TrainState, Trainer, WorkerContext};
+use mobula_train::{ReduceOp, ScalingConfig, TrainState, Trainer, Transport, WorkerContext};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 use std::io::{BufRead, Write};
@@ -23,8 +24,12 @@ use std::time::{Instant, SystemTime};
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> Result<()> {
-    let runtime = mobula_core::init()?;
     let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let workers = arguments.get(3).and_then(|workers| workers.parse().ok()).unwrap_or(1.0);
+    let here = Resources::of_this_machine();
+    // Also more workers than there are CPUs, to see what that costs.
+    let runtime =
+        mobula_core::init_with(Resources { cpus: here.cpus.max(workers), ..here.clone() })?;
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     match arguments[..] {
         ["fixture", model, path] => case(model)?.write_fixture(path.as_ref()),
@@ -33,7 +38,7 @@ fn main() -> Result<()> {
             serve(&runtime, &[model, fixture, workers, device])
         }
         _ => bail!(
-            "usage: bench-train fixture MODEL PATH | bench-train train MODEL FIXTURE WORKERS [cpu|cuda]"
+            "usage: bench-train fixture MODEL PATH | bench-train train MODEL FIXTURE WORKERS [cpu|tcp|cuda]"
         ),
     }
 }
@@ -84,6 +89,22 @@ fn train(member: Member, job: Job) -> Result<Ran> {
     Ok(Ran { seconds, loss: last, began })
 }
 
+/// The time of each sum of `len` numbers over all ranks, which begin together.
+#[mobula_core::remote(crate = mobula_core)]
+fn reduce(member: Member, len: usize, steps: usize) -> Result<Vec<f64>> {
+    let context = WorkerContext::join(member)?;
+    let all = context.collective();
+    let mut values = vec![1e-20f32; len];
+    let mut seconds = Vec::with_capacity(steps);
+    for _ in 0..steps {
+        all.barrier()?;
+        let start = Instant::now();
+        all.all_reduce(&mut values, ReduceOp::Sum)?;
+        seconds.push(start.elapsed().as_secs_f64());
+    }
+    Ok(seconds)
+}
+
 /// The rows of one rank, one after the other.
 fn share(batch: &Batch, Shard { rank, world }: Shard) -> Result<Batch> {
     let rows = batch.rows();
@@ -109,10 +130,18 @@ impl Training<'_> {
     }
 }
 
+impl Training<'_> {
+    fn reduce(&self, len: usize, steps: usize) -> Result<Vec<f64>> {
+        let trainer = Trainer::new(reduce::remote(len, steps)).with_logs_shown(false);
+        let fit = trainer.with_scaling(self.scaling.clone()).fit(self.runtime)?;
+        fit.values.into_iter().next().context("a rank 0")
+    }
+}
+
 /// Answers the lines of standard input until it ends.
 fn serve(runtime: &Runtime, arguments: &[&str; 4]) -> Result<()> {
     let [model, fixture, workers, device] = *arguments;
-    ensure!(["cpu", "cuda"].contains(&device), "expected cpu or cuda, got {device:?}");
+    ensure!(["cpu", "tcp", "cuda"].contains(&device), "expected cpu, tcp or cuda, got {device:?}");
     let workers: usize = workers.parse()?;
     let gpus = if device == "cuda" { 1.0 / workers as f64 } else { 0.0 };
     let scratch = tempfile::tempdir()?;
@@ -120,6 +149,7 @@ fn serve(runtime: &Runtime, arguments: &[&str; 4]) -> Result<()> {
         runtime,
         scaling: ScalingConfig {
             resources_per_worker: Resources::cpus(1.0).with_gpus(gpus),
+            transport: if device == "tcp" { Transport::Tcp } else { Transport::Auto },
             ..ScalingConfig::workers(workers)
         },
         job: Job {
@@ -138,11 +168,16 @@ fn serve(runtime: &Runtime, arguments: &[&str; 4]) -> Result<()> {
                 let (Ran { seconds, loss, .. }, startup) = training.run(steps.parse()?)?;
                 answer(json!({ "seconds": seconds, "loss": loss, "startup": startup }))?;
             }
+            Some(("reduce", arguments)) => {
+                let (len, steps) = arguments.split_once(' ').context("reduce LEN STEPS")?;
+                let seconds = training.reduce(len.parse()?, steps.parse()?)?;
+                answer(json!({ "seconds": seconds }))?;
+            }
             Some(("save", path)) => {
                 std::fs::copy(&training.job.weights, path)?;
                 answer(json!({ "saved": true }))?;
             }
-            _ => bail!("expected `run` or `save`, got {line:?}"),
+            _ => bail!("expected `run`, `reduce` or `save`, got {line:?}"),
         }
     }
     Ok(())

@@ -50,10 +50,26 @@ def worker(rank, store, mode, model, fixture, workers, device="cpu"):
             seconds, loss, began = side.run(int(arguments[0]))
             if rank == 0:
                 answer(seconds=seconds, loss=loss, startup=began - start)
+        elif command == "reduce":
+            seconds = reduce(*map(int, arguments))
+            if rank == 0:
+                answer(seconds=seconds)
         elif rank == 0:
             side.save(arguments[0])
             answer(saved=True)
     dist.destroy_process_group()
+
+
+def reduce(length, steps):
+    """The time of each sum over all ranks, which begin together."""
+    values = torch.full((length,), 1e-20)
+    seconds = []
+    for _ in range(steps):
+        dist.barrier()
+        start = time.perf_counter()
+        dist.all_reduce(values)
+        seconds.append(time.perf_counter() - start)
+    return seconds
 
 
 class Ddp(Training):

@@ -32,7 +32,7 @@
 //! ```
 //!
 //! It knows nothing of data sets (batches come through `mobula_core::BatchStream`) and nothing
-//! of hyperparameter search. CUDA and worlds of several hosts are not here yet.
+//! of hyperparameter search.
 
 pub mod collective;
 mod context;

@@ -1,6 +1,7 @@
 //! The numbers that are reduced.
 
 use half::{bf16, f16};
+use pulp::NullaryFnOnce;
 
 /// What can be reduced: `f32`, `f64`, `bf16` and `f16`. Sealed: shared memory relies on every bit
 /// pattern being a value.
@@ -89,7 +90,7 @@ number!(bf16, f32, 2, Bf16, bf16::to_f32, bf16::from_f32);
 number!(f16, f32, 3, F16, f16::to_f32, f16::from_f32);
 
 /// Elements that are reduced together: their sums stay in the nearest cache.
-const BLOCK: usize = 512;
+const BLOCK: usize = 1024;
 
 /// Reduces the values of all ranks in their order into those of rank `me`, and tells `wrote` each
 /// piece of the result with its place.
@@ -100,6 +101,7 @@ pub(super) fn reduce<'a, T: Element>(
     others: impl Fn(usize) -> &'a [T],
     mut wrote: impl FnMut(usize, &[T]),
 ) {
+    let arch = pulp::Arch::new();
     let mut sums = [T::Sum::default(); BLOCK];
     for (at, values) in values.chunks_mut(BLOCK).enumerate() {
         let (first, sums) = (at * BLOCK, &mut sums[..values.len()]);
@@ -108,29 +110,64 @@ pub(super) fn reduce<'a, T: Element>(
                 true => &*values,
                 false => &others(rank)[first..first + values.len()],
             };
-            add(op, rank == 0, sums, given);
+            arch.dispatch(Add { op, is_first: rank == 0, sums, values: given });
         }
-        for (to, sum) in values.iter_mut().zip(sums) {
-            *to = T::narrow(if op == ReduceOp::Mean { T::divide(*sum, world) } else { *sum });
-        }
+        arch.dispatch(Round { op, world, sums, values });
         wrote(first, values);
+    }
+}
+
+/// Vector code for the processor that it is dispatched to, and so inlined.
+struct Add<'a, T: Element> {
+    op: ReduceOp,
+    is_first: bool,
+    sums: &'a mut [T::Sum],
+    values: &'a [T],
+}
+
+impl<T: Element> NullaryFnOnce for Add<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn call(self) {
+        let pairs = self.sums.iter_mut().zip(self.values);
+        match (self.is_first, self.op) {
+            (true, _) => pairs.for_each(|(sum, value)| *sum = value.widen()),
+            (false, ReduceOp::Max) => {
+                pairs
+                    .for_each(|(sum, value)| *sum = T::combine(ReduceOp::Max, *sum, value.widen()));
+            }
+            (false, _) => {
+                pairs
+                    .for_each(|(sum, value)| *sum = T::combine(ReduceOp::Sum, *sum, value.widen()));
+            }
+        }
+    }
+}
+
+struct Round<'a, T: Element> {
+    op: ReduceOp,
+    world: usize,
+    sums: &'a [T::Sum],
+    values: &'a mut [T],
+}
+
+impl<T: Element> NullaryFnOnce for Round<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn call(self) {
+        let pairs = self.values.iter_mut().zip(self.sums);
+        match self.op {
+            ReduceOp::Mean => {
+                pairs.for_each(|(to, sum)| *to = T::narrow(T::divide(*sum, self.world)));
+            }
+            _ => pairs.for_each(|(to, sum)| *to = T::narrow(*sum)),
+        }
     }
 }
 
 /// Makes means of sums over so many ranks.
 pub(super) fn divide<T: Element>(values: &mut [T], ranks: usize) {
     values.iter_mut().for_each(|value| *value = T::narrow(T::divide(value.widen(), ranks)));
-}
-
-fn add<T: Element>(op: ReduceOp, is_first: bool, sums: &mut [T::Sum], values: &[T]) {
-    let pairs = sums.iter_mut().zip(values);
-    match (is_first, op) {
-        (true, _) => pairs.for_each(|(sum, value)| *sum = value.widen()),
-        (false, ReduceOp::Max) => {
-            pairs.for_each(|(sum, value)| *sum = T::combine(ReduceOp::Max, *sum, value.widen()));
-        }
-        (false, _) => {
-            pairs.for_each(|(sum, value)| *sum = T::combine(ReduceOp::Sum, *sum, value.widen()));
-        }
-    }
 }

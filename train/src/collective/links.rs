@@ -11,6 +11,8 @@ use std::time::{Duration, Instant};
 
 /// How long a wait goes on without asking whether a member was lost.
 const LOOK: Duration = Duration::from_millis(100);
+/// How often a rank looks again before it sleeps: to be woken takes longer than most waits.
+const LOOKS: u32 = 100;
 /// Bytes that are read at a time, and worked on while they are in a cache.
 pub(super) const SEGMENT: usize = 256 << 10;
 /// Bytes of the secret that a connection begins with.
@@ -173,16 +175,20 @@ impl Links {
         take: &mut impl FnMut(usize, &[u8]),
     ) -> Result<()> {
         let (mut outgoing, mut incoming) = (Outgoing::of(job), Incoming::of(job));
-        let mut last = Instant::now();
+        let (mut looks, mut last) = (0, Instant::now());
         while !outgoing.is_done() || !incoming.is_done() {
             let sent = outgoing.go_on(&self.peers[&job.to]);
             let sent = sent.or_else(|error| self.lost(job.to, error))?;
             let received = incoming.go_on(&self.peers[&job.from], scratch, take);
             let received = received.or_else(|error| self.lost(job.from, error))?;
             self.check(job, &incoming)?;
-            match sent || received {
-                true => last = Instant::now(),
-                false => self.pause(job, !outgoing.is_done(), !incoming.is_done(), last)?,
+            if sent || received {
+                (looks, last) = (0, Instant::now());
+            } else if looks < LOOKS {
+                looks += 1;
+                std::thread::yield_now();
+            } else {
+                self.pause(job, !outgoing.is_done(), !incoming.is_done(), last)?;
             }
         }
         Ok(())

@@ -1,6 +1,6 @@
 //! A piece of memory that the ranks on one host share.
 //!
-//! Layout: one cache line of counters for each rank, then for each rank two sets of cells, used in
+//! Layout: one cache line of counters for each rank, then for each rank some sets of cells, used in
 //! turns. A set has one cell for each rank, for what is given to that one, and one for the result
 //! of this rank.
 //!
@@ -23,8 +23,10 @@ use std::sync::atomic::AtomicU64;
 /// A cache line, so that waiting for one rank does not disturb another; also the alignment of
 /// every cell.
 const LINE: usize = 64;
+/// Sets of cells of a rank.
+pub(super) const SETS: usize = 4;
 /// Bytes of a set of cells of two ranks: what two of them have in hand stays in their caches.
-const SET: usize = 128 << 10;
+const SET: usize = 256 << 10;
 /// Bytes of a cell at least.
 const LEAST: usize = 4 << 10;
 
@@ -42,7 +44,7 @@ pub(crate) struct Region {
 pub(crate) struct Cell {
     /// Whose it is.
     pub(crate) owner: usize,
-    /// Which turn: even and odd ones have different cells.
+    /// Which turn; those that follow each other have different cells.
     pub(crate) turn: u64,
     /// Which rank it is for; `world` for the result.
     pub(crate) index: usize,
@@ -55,7 +57,7 @@ impl Region {
     }
 
     fn bytes(world: usize) -> usize {
-        world * (LINE + 2 * (world + 1) * Self::cell_bytes(world))
+        world * (LINE + SETS * (world + 1) * Self::cell_bytes(world))
     }
 
     /// Makes a region; gives it and the path by which the other ranks open it.
@@ -117,7 +119,7 @@ impl Region {
         let bytes = Self::cell_bytes(self.world);
         let fits = owner < self.world && index <= self.world && len * size_of::<T>() <= bytes;
         assert!(fits, "{len} values in cell {index} of rank {owner}");
-        let set = owner * 2 + (turn % 2) as usize;
+        let set = owner * SETS + (turn % SETS as u64) as usize;
         let at = self.world * LINE + (set * (self.world + 1) + index) * bytes;
         // SAFETY: inside the mapping, by the assertion and the layout.
         unsafe { self.map.as_mut_ptr().add(at).cast() }

@@ -1,10 +1,19 @@
 //! Exchanges through shared memory, a piece at a time.
 //!
-//! Each rank has its part of the values. In each turn it gives the next piece of every other part
-//! to the rank whose part it is, reduces what it was given for the next piece of its own, and takes
-//! the results of the turn before. One piece is small enough to stay in the caches, so that of the
-//! values themselves each number is read once and written once; a ring over sockets would move
-//! each through the kernel 2·(P−1)/P times more.
+//! Each rank has its part of the values. In each turn it gives the piece after the next of every
+//! other part to the rank whose part it is, reduces what it was given for the next piece of its own,
+//! and takes the results of two turns before. So ranks need not keep in step, and what they have in
+//! hand stays in the caches: of the values themselves each number is read once and written once.
+//! A ring over sockets would move each through the kernel 2·(P−1)/P times more.
+//!
+//! Invariant, for cells that are used again after [`SETS`] turns (SHM-2). In turn t a rank gives for
+//! t+1, waits until all have given for t, reduces, and takes t−2.
+//! * It gives where it gave for t−3, which all have reduced: it has waited for their results of t−3
+//!   in turn t−1.
+//! * Its result goes where that of t−4 was, which all have taken: they did in their turn t−2, and
+//!   gave for t, which it has waited for, in their turn t−1.
+//! * At the end of an exchange it has waited for all results of all turns, and the others give for
+//!   the next one when they have taken all of this one.
 
 use super::element::reduce;
 use super::region::{Cell, Region};
@@ -16,7 +25,9 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-/// Counter of the turns in which a rank has given.
+/// Turns between a result and the taking of it.
+const BEHIND: usize = 2;
+/// Counter of the turns for which a rank has given.
 const GIVEN: usize = 0;
 /// Counter of the turns whose result a rank has ready.
 const READY: usize = 1;
@@ -85,43 +96,47 @@ impl SharedMemory {
         self.store(LENGTH, job.values.len() as u64);
         self.store(WANTED, exchange.code::<T>());
         let turns = job.turns();
-        for at in 0..turns {
-            self.turn(&mut job, at)?;
+        self.give(&job, 0);
+        for at in 0..turns + BEHIND {
+            if at + 1 < turns {
+                self.give(&job, at + 1);
+            }
+            if at < turns {
+                self.reduce(&mut job, at)?;
+            }
+            if at >= BEHIND {
+                self.take(&mut job, at - BEHIND)?;
+            }
         }
-        self.take(&mut job, turns - 1)?;
         self.turn += turns as u64;
         Ok(())
     }
 
-    /// Cells are written again two turns later. Who was given something has reduced it by then,
-    /// because its result of that turn was waited for in the next one; who takes a result has taken
-    /// it by then, because it gives again only afterwards.
-    fn turn<T: Element>(&self, job: &mut Job<'_, T>, at: usize) -> Result<()> {
+    fn give<T: Element>(&self, job: &Job<'_, T>, at: usize) {
         let turn = self.turn + at as u64;
-        if job.exchange.reduce.is_some() {
-            self.give(job, at, turn);
-        }
-        self.counter(GIVEN, turn + 1);
-        self.wait(job.exchange, GIVEN, turn + 1)?;
-        match at.checked_sub(1) {
-            // Nobody says what it wants next before this rank is ready.
-            None => self.check(job)?,
-            Some(before) => self.take(job, before)?,
-        }
-        self.reduce(job, at, turn);
-        self.counter(READY, turn + 1);
-        Ok(())
-    }
-
-    fn give<T: Element>(&self, job: &Job<'_, T>, at: usize, turn: u64) {
         for index in (0..self.ranks.len()).filter(|rank| *rank != self.me) {
-            let cell = Cell { owner: self.me, turn, index };
-            self.region.write(cell, 0, &job.values[job.piece(index, at)]);
+            if job.exchange.reduce.is_some() {
+                let cell = Cell { owner: self.me, turn, index };
+                self.region.write(cell, 0, &job.values[job.piece(index, at)]);
+            }
         }
+        self.count(GIVEN, turn);
     }
 
     /// The next piece of this rank's part, reduced or as it is, for itself and the others.
-    fn reduce<T: Element>(&self, job: &mut Job<'_, T>, at: usize, turn: u64) {
+    fn reduce<T: Element>(&self, job: &mut Job<'_, T>, at: usize) -> Result<()> {
+        let turn = self.turn + at as u64;
+        self.wait(job.exchange, GIVEN, turn)?;
+        if at == 0 {
+            // Nobody says what it wants next before this rank is ready.
+            self.check(job)?;
+        }
+        self.reduce_given(job, at, turn);
+        self.count(READY, turn);
+        Ok(())
+    }
+
+    fn reduce_given<T: Element>(&self, job: &mut Job<'_, T>, at: usize, turn: u64) {
         let (world, own) = (self.ranks.len(), job.piece(self.me, at));
         let result = Cell { owner: self.me, turn, index: world };
         let Some(op) = job.exchange.reduce else {
@@ -141,7 +156,7 @@ impl SharedMemory {
     /// The other ranks' results of a turn.
     fn take<T: Element>(&self, job: &mut Job<'_, T>, at: usize) -> Result<()> {
         let turn = self.turn + at as u64;
-        self.wait(job.exchange, READY, turn + 1)?;
+        self.wait(job.exchange, READY, turn)?;
         if !job.exchange.gather {
             return Ok(());
         }
@@ -175,12 +190,14 @@ impl SharedMemory {
         self.region.counter(self.me, index).store(value, Ordering::Relaxed);
     }
 
-    fn counter(&self, index: usize, turn: u64) {
-        self.region.counter(self.me, index).store(turn, Ordering::Release);
+    /// This turn is done.
+    fn count(&self, index: usize, turn: u64) {
+        self.region.counter(self.me, index).store(turn + 1, Ordering::Release);
     }
 
     fn wait(&self, exchange: &Exchange, counter: usize, turn: u64) -> Result<()> {
         let (region, member) = (&self.region, &self.member);
-        barrier::wait(region, member, &self.ranks, counter, turn, exchange.operation, self.timeout)
+        let (operation, timeout) = (exchange.operation, self.timeout);
+        barrier::wait(region, member, &self.ranks, counter, turn + 1, operation, timeout)
     }
 }
