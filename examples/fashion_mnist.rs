@@ -7,7 +7,7 @@ use clap::Parser;
 use mobula::data::{Dataset, MinMaxScaler, Preprocessor, StreamOptions, TensorSource};
 use mobula::nn::{Model, ModelSpec, loss, metrics, models::CnnOptions};
 use mobula::train::{AdamW, AdamWOptions, ScalingConfig, TrainState, Trainer, WorkerContext};
-use mobula::{BatchSource, Member, RunDir, console, models};
+use mobula::{Member, RunDir, console, models};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 

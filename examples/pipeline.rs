@@ -11,7 +11,7 @@ use mobula::train::{
     AdamW, AdamWOptions, EpochReport, ScalingConfig, TrainState, Trainer, WorkerContext,
 };
 use mobula::tune::{AshaScheduler, Metric, Params, SearchSpace, TpeSampler, Tuner};
-use mobula::{BatchSource, Member, RunDir, models};
+use mobula::{Member, RunDir, models};
 use serde::{Deserialize, Serialize};
 
 #[global_allocator]

@@ -10,7 +10,7 @@ use mobula::data::{
 };
 use mobula::nn::{Model, ModelSpec, loss, metrics, models::MlpOptions};
 use mobula::train::{AdamW, AdamWOptions, ScalingConfig, TrainState, Trainer, WorkerContext};
-use mobula::{BatchSource, Member, RunDir, models};
+use mobula::{Member, RunDir, models};
 use serde::{Deserialize, Serialize};
 
 #[global_allocator]

@@ -4,10 +4,14 @@ mod agreement;
 mod core;
 mod nn;
 mod peers;
+mod train;
 mod worker;
 
-use anyhow::Result;
+use crate::command;
+use anyhow::{Context, Result};
+use cargo_metadata::MetadataCommand;
 use serde::Serialize;
+use std::path::{Path, PathBuf};
 
 #[derive(clap::Args)]
 pub(crate) struct Options {
@@ -28,6 +32,7 @@ pub(crate) struct Options {
 enum Layer {
     Core,
     Nn,
+    Train,
 }
 
 /// One measured case. Ours and the peer's figure are medians in `unit`.
@@ -50,6 +55,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     let cases = match options.layer {
         Layer::Core => core::run(options.quick)?,
         Layer::Nn => nn::run(options.quick, &options.only)?,
+        Layer::Train => train::run(options.quick, &options.only)?,
     };
     if options.json {
         return print_json(&cases);
@@ -92,6 +98,34 @@ fn print_table(cases: &[Case]) {
         );
     }
     println!("ratio > 1: ours is better");
+}
+
+/// Builds one of our sides in release, and says where it is.
+fn build(binary: &str) -> Result<PathBuf> {
+    command::cargo(&format!("build --release --package mobula-bench --bin {binary}"))?;
+    let metadata = MetadataCommand::new().current_dir(command::root()).no_deps().exec()?;
+    Ok(metadata.target_directory.join("release").join(binary).into())
+}
+
+/// A temporary folder, removed at the end.
+struct Scratch(PathBuf);
+
+impl Scratch {
+    fn new() -> Result<Self> {
+        let path = std::env::temp_dir().join(format!("mobula-bench-{}", std::process::id()));
+        std::fs::create_dir_all(&path).with_context(|| format!("creating {}", path.display()))?;
+        Ok(Self(path))
+    }
+
+    fn path(&self) -> &Path {
+        &self.0
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
 }
 
 /// The middle of the sorted values, or the mean of the two in the middle.

@@ -7,7 +7,7 @@ use clap::Parser;
 use mobula::data::{CsvOptions, Dataset, StreamOptions, TensorSource};
 use mobula::nn::{Model, ModelSpec, loss, metrics, models::MlpOptions};
 use mobula::train::{AdamW, AdamWOptions, ScalingConfig, TrainState, Trainer, WorkerContext};
-use mobula::{Batch, BatchSource, Member, RunDir, models};
+use mobula::{Batch, Member, RunDir, models};
 use serde::{Deserialize, Serialize};
 
 #[global_allocator]

@@ -2,10 +2,9 @@
 
 use super::agreement::{Answer, LOSS_STEPS, STRICT_STEPS, same_loss};
 use super::worker::Worker;
-use super::{Case, median, peers};
+use super::{Case, Scratch, median, peers};
 use crate::command;
 use anyhow::{Context, Result};
-use cargo_metadata::MetadataCommand;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
@@ -115,7 +114,7 @@ pub(super) fn run(quick: bool, only: &str) -> Result<Vec<Case>> {
     let folder = command::root().join("bench/nn");
     let bench = Bench {
         scratch: Scratch::new()?,
-        ours: build()?,
+        ours: super::build("bench-nn")?,
         python: peers::python(&folder.join("requirements.txt"))?,
         peer: folder.join("peer.py").display().to_string(),
         quick,
@@ -149,7 +148,7 @@ impl Bench {
     }
 
     fn start(&self, who: Who<'_>, model: &Model, threads: usize) -> Result<Side> {
-        let fixture = self.scratch.0.join(format!("{}.safetensors", model.name));
+        let fixture = self.scratch.path().join(format!("{}.safetensors", model.name));
         if !fixture.exists() {
             let mut write = Command::new(&self.ours);
             command::run({
@@ -207,7 +206,7 @@ impl Bench {
         let mut contest = self.contest(model, threads)?;
         let memory = contest.memory(threads);
         let reference = self.start(Who::Peer(IN_F64), model, threads)?;
-        contest.check_agreement(&self.scratch.0, reference)?;
+        contest.check_agreement(self.scratch.path(), reference)?;
         let rounds = self.rounds();
         contest.measure(rounds, ROUND_LOSS)?;
         let mut cases = contest.steps(threads, peak);
@@ -242,7 +241,7 @@ impl Bench {
         let bandwidth = self.limit("bandwidth", threads)?;
         let mut contest = self.contest(&WIDE, threads)?;
         let reference = self.start(Who::Peer(IN_F64), &WIDE, threads)?;
-        contest.check_agreement(&self.scratch.0, reference)?;
+        contest.check_agreement(self.scratch.path(), reference)?;
         for _ in 0..self.rounds() {
             contest.sides().try_for_each(Side::update)?;
         }
@@ -261,13 +260,6 @@ fn set_threads(command: &mut Command, threads: usize) {
     for variable in ["RAYON_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"] {
         command.env(variable, threads.to_string());
     }
-}
-
-/// Builds ours in release, and says where it is.
-fn build() -> Result<PathBuf> {
-    command::cargo("build --release --package mobula-bench --bin bench-nn")?;
-    let metadata = MetadataCommand::new().current_dir(command::root()).no_deps().exec()?;
-    Ok(metadata.target_directory.join("release/bench-nn").into())
 }
 
 /// Ours and the peers, on the same initial weights and batches.
@@ -447,22 +439,5 @@ impl Contest<'_> {
             ratio: peer.map(|peer| peer / ours),
             limit,
         }
-    }
-}
-
-/// A temporary folder, removed at the end.
-struct Scratch(PathBuf);
-
-impl Scratch {
-    fn new() -> Result<Self> {
-        let path = std::env::temp_dir().join(format!("mobula-bench-{}", std::process::id()));
-        std::fs::create_dir_all(&path).with_context(|| format!("creating {}", path.display()))?;
-        Ok(Self(path))
-    }
-}
-
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.0);
     }
 }

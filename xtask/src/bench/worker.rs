@@ -9,6 +9,8 @@
 //!   sum of what came out for the loss;
 //! * `update STEPS` has the optimizer alone move the weights, by gradients that stay the same: the
 //!   same, without a loss;
+//! * `reduce LEN STEPS` sums as many numbers over all workers of this side, again and again: the same,
+//!   without a loss;
 //! * `save PATH` writes the weights it has now: `{"saved": true}`.
 //!
 //! It ends with its input.
@@ -43,6 +45,8 @@ pub(super) struct Round {
     pub(super) seconds: Vec<f64>,
     /// The loss of the last step; missing where nothing is trained.
     pub(super) loss: Option<f64>,
+    /// Seconds before the first step, where workers are started for it.
+    pub(super) startup: Option<f64>,
 }
 
 #[derive(Deserialize)]
@@ -87,6 +91,11 @@ impl Worker {
     /// `steps` updates by the same gradients.
     pub(super) fn update(&mut self, steps: usize) -> Result<Round> {
         self.ask(&format!("update {steps}"))
+    }
+
+    /// `steps` sums of `len` numbers.
+    pub(super) fn reduce(&mut self, len: usize, steps: usize) -> Result<Round> {
+        self.ask(&format!("reduce {len} {steps}"))
     }
 
     /// Writes the weights as they are now.
