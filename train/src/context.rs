@@ -31,9 +31,16 @@ pub(crate) struct Setup {
     pub(crate) transport: Transport,
     #[serde(default = "collective::default_timeout")]
     pub(crate) timeout: Duration,
+    /// The host that each rank is said to be on, for tests.
+    #[serde(default)]
+    pub(crate) hosts: Option<Vec<u64>>,
 }
 
 impl Setup {
+    fn connect(&self, member: &Arc<Member>) -> Result<Arc<dyn Collective>> {
+        collective::connect(member, self.transport, self.timeout, self.hosts.as_deref())
+    }
+
     /// The first GPU that this process sees is the worker's own.
     fn device(&self) -> Result<Device> {
         if self.gpus > 0.0 { Ok(Device::new_cuda(0)?) } else { Ok(Device::Cpu) }
@@ -68,8 +75,7 @@ impl WorkerContext<'static> {
     /// The context of a member of a [`Trainer`](crate::Trainer)'s group.
     pub fn join(member: Member) -> Result<Self> {
         let (setup, member): (Setup, _) = (member.context()?, Arc::new(member));
-        let (collective, device) =
-            (collective::connect(&member, setup.transport, setup.timeout)?, setup.device()?);
+        let (collective, device) = (setup.connect(&member)?, setup.device()?);
         Ok(Self { device, ..Self::new(Place::Member(member), collective, setup) })
     }
 }
@@ -246,7 +252,7 @@ impl<'a> WorkerContext<'a> {
                 Ok(())
             })?;
         }
-        self.collective.barrier()
+        self.collective.patient_barrier()
     }
 
     pub(crate) fn report_progress(&mut self, state: &TrainState) -> Result<()> {

@@ -117,6 +117,22 @@ pub enum Error {
         /// Who calls something else.
         other: usize,
     },
+    /// An operation after one that failed.
+    #[error("{operation} after a collective operation that failed: {first}")]
+    CollectiveBroken {
+        /// What was called.
+        operation: &'static str,
+        /// How the first one failed.
+        first: String,
+    },
+    /// No rank has this number.
+    #[error("broadcast from rank {root}, expected one of {world} ranks: the first is 0")]
+    CollectiveRoot {
+        /// What was given.
+        root: usize,
+        /// How many ranks there are.
+        world: usize,
+    },
     /// A connection between ranks of two hosts cannot be made.
     #[error("cannot {action} {address} to exchange gradients: {source}")]
     Connection {

@@ -33,7 +33,8 @@ pub struct ScalingConfig {
     /// How workers reach each other. Default: by the fastest way that there is.
     pub transport: Transport,
     /// How long a worker waits in a step for the others before it gives up and says who is late.
-    /// Lost workers are noticed sooner, by their heartbeats. Default: 60 seconds.
+    /// Lost workers are noticed sooner, by their heartbeats, and a checkpoint may take longer.
+    /// Default: 60 seconds.
     pub timeout: Duration,
 }
 
@@ -256,6 +257,7 @@ impl<T> Trainer<T> {
             gpus: self.scaling.resources_per_worker.gpus,
             transport: self.scaling.transport,
             timeout: self.scaling.timeout,
+            hosts: None,
         })
     }
 

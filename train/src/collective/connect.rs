@@ -1,17 +1,17 @@
 //! How ranks find each other.
 
-use super::hosts::{Hosts, Ways};
+use super::hosts::Ways;
 use super::links::{Door, Links};
 use super::region::Region;
 use super::shared::SharedMemory;
 use super::tcp::Tcp;
-use super::{Alone, Collective, OneHost, Transport};
+use super::{Alone, Collective, Connected, Transport};
 use crate::{Error, Result};
 use mobula_core::{Member, Shard};
 use std::collections::BTreeMap;
-use std::net::TcpListener;
+use std::net::{IpAddr, TcpListener};
 use std::path::Path;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Duration;
 
 /// How long members may take to start.
@@ -22,21 +22,24 @@ pub(crate) fn connect(
     member: &Arc<Member>,
     transport: Transport,
     timeout: Duration,
+    hosts: Option<&[u64]>,
 ) -> Result<Arc<dyn Collective>> {
     let shard = Shard { rank: member.rank(), world: member.world_size() };
     if shard.world == 1 {
         return Ok(Arc::new(Alone));
     }
-    let mut meeting = Meeting::hold(member, transport)?;
+    let mut meeting = Meeting::hold(member, transport, hosts)?;
     let local = meeting.shared_memory(member, timeout)?;
-    match (meeting.leaders.len(), local) {
-        (1, Some(memory)) => Ok(Arc::new(OneHost { shard, memory: Mutex::new(memory) })),
+    let collective: Arc<dyn Collective> = match (meeting.leaders.len(), local) {
+        (1, Some(memory)) => Arc::new(Connected::new(shard, memory)),
         (_, local) => {
             let far = meeting.links(member, timeout)?;
-            let ways = Mutex::new(Ways { hosts: meeting.hosts, local, far });
-            Ok(Arc::new(Hosts { shard, ways }))
+            Arc::new(Connected::new(shard, Ways { shard, hosts: meeting.hosts, local, far }))
         }
-    }
+    };
+    // Who leaves before others have opened what it has made would take that along.
+    member.all_gather("collective: connected", b"", TIMEOUT)?;
+    Ok(collective)
 }
 
 /// What the ranks have told each other.
@@ -56,12 +59,19 @@ struct Meeting {
 }
 
 impl Meeting {
-    fn hold(member: &Arc<Member>, transport: Transport) -> Result<Self> {
-        let host = match transport {
-            Transport::Auto => member.host().node,
-            Transport::Tcp => member.rank() as u64,
+    fn hold(member: &Arc<Member>, transport: Transport, hosts: Option<&[u64]>) -> Result<Self> {
+        let host = match (hosts, transport) {
+            (Some(hosts), _) => hosts[member.rank()],
+            (None, Transport::Auto) => member.host().node,
+            (None, Transport::Tcp) => member.rank() as u64,
         };
-        let names = member.all_gather("collective: hosts", &host.to_le_bytes(), TIMEOUT)?;
+        let said = format!("{host} {}", member.host().address);
+        let said = member.all_gather("collective: hosts", said.as_bytes(), TIMEOUT)?;
+        let said: Vec<_> = said.iter().map(|said| String::from_utf8_lossy(said)).collect();
+        let said: Vec<_> = said.iter().map(|s| s.split_once(' ').unwrap_or_default()).collect();
+        let names: Vec<&str> = said.iter().map(|said| said.0).collect();
+        let others = said.iter().filter(|said| said.0 != host.to_string());
+        let others: Vec<IpAddr> = others.filter_map(|said| said.1.parse().ok()).collect();
         let mut leaders: Vec<usize> = Vec::new();
         let mut hosts = Vec::with_capacity(names.len());
         for rank in 0..names.len() {
@@ -76,11 +86,11 @@ impl Meeting {
         let (region, listener) = (None, None);
         let (regions, doors) = (BTreeMap::new(), BTreeMap::new());
         let meeting = Self { hosts, leaders, neighbours, region, listener, regions, doors };
-        meeting.exchange_addresses(member)
+        meeting.exchange_addresses(member, &others)
     }
 
     /// Leaders make what the others open.
-    fn exchange_addresses(mut self, member: &Arc<Member>) -> Result<Self> {
+    fn exchange_addresses(mut self, member: &Arc<Member>, others: &[IpAddr]) -> Result<Self> {
         let is_leader = self.leaders.contains(&member.rank());
         let (mut path, mut address) = (String::new(), String::new());
         if is_leader && self.neighbours.len() > 1 {
@@ -88,7 +98,7 @@ impl Meeting {
             (self.region, path) = (Some(region), at);
         }
         if is_leader && self.leaders.len() > 1 {
-            let (listener, door) = Door::open(member)?;
+            let (listener, door) = Door::open(member.host().address, others)?;
             (self.listener, address) = (Some(listener), door.encode());
         }
         let said = format!("{path}\n{address}");

@@ -36,7 +36,7 @@ pub(super) mod sealed {
     /// A plain number without padding, for which every bit pattern is a value.
     pub trait Number: bytemuck::Pod + Default + Send + Sync {
         /// What is added up; rounded once at the end.
-        type Sum: Copy + Default;
+        type Sum: super::Element;
         /// Below 4, and of no other type.
         const KIND: u64;
         fn widen(self) -> Self::Sum;

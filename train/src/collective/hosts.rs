@@ -5,21 +5,14 @@ use super::element::divide;
 use super::links::Wanted;
 use super::shared::SharedMemory;
 use super::tcp::Tcp;
-use super::{Collective, Element, Exchange, Parts, ReduceOp, Values};
+use super::{Element, Exchange, LONG, Parts, ReduceOp, Way};
 use crate::Result;
 use mobula_core::Shard;
-use std::sync::{Mutex, PoisonError};
-
-/// Locked by nobody but the one thread of this rank that takes part.
-#[derive(Debug)]
-pub(super) struct Hosts {
-    pub(super) shard: Shard,
-    pub(super) ways: Mutex<Ways>,
-}
 
 /// How this rank reaches the others.
 #[derive(Debug)]
 pub(super) struct Ways {
+    pub(super) shard: Shard,
     /// The host of each rank, in the order of their first ranks.
     pub(super) hosts: Vec<usize>,
     /// The other ranks of this host, if there are any.
@@ -28,66 +21,52 @@ pub(super) struct Ways {
     pub(super) far: Option<Tcp>,
 }
 
-impl Collective for Hosts {
-    fn shard(&self) -> Shard {
-        self.shard
-    }
-
-    fn exchange(&self, values: Values<'_>, exchange: &Exchange) -> Result<()> {
-        let mut ways = self.ways.lock().unwrap_or_else(PoisonError::into_inner);
-        match values {
-            Values::F32(values) => ways.exchange(self.shard, values, exchange),
-            Values::F64(values) => ways.exchange(self.shard, values, exchange),
-            Values::Bf16(values) => ways.exchange(self.shard, values, exchange),
-            Values::F16(values) => ways.exchange(self.shard, values, exchange),
+impl Way for Ways {
+    fn exchange<T: Element>(&mut self, values: &mut [T], exchange: &Exchange) -> Result<()> {
+        let (operation, patience) = (exchange.operation, exchange.patience);
+        let (code, len) = (exchange.code::<T>(), values.len());
+        let wanted = Wanted { operation, code, len, patience };
+        match exchange.reduce {
+            Some(op) if size_of::<T>() < size_of::<T::Sum>() => {
+                let mut sums: Vec<T::Sum> = values.iter().map(|value| value.widen()).collect();
+                self.reduce(&mut sums, exchange, op, &wanted)?;
+                values.iter_mut().zip(sums).for_each(|(to, sum)| *to = T::narrow(sum));
+                Ok(())
+            }
+            Some(op) => self.reduce(values, exchange, op, &wanted),
+            None => self.gather(values, exchange, &wanted),
         }
     }
 }
 
 impl Ways {
-    fn exchange<T: Element>(
-        &mut self,
-        shard: Shard,
-        values: &mut [T],
-        exchange: &Exchange,
-    ) -> Result<()> {
-        let wanted =
-            Wanted { operation: exchange.operation, code: exchange.code::<T>(), len: values.len() };
-        match exchange.reduce {
-            Some(op) => self.reduce(shard, values, exchange, op, &wanted),
-            None => self.gather(shard, values, exchange, &wanted),
-        }
-    }
-
     /// All ranks get the whole result: that of each host goes to all others in any case.
     fn reduce<T: Element>(
         &mut self,
-        Shard { world, .. }: Shard,
         values: &mut [T],
         exchange: &Exchange,
         op: ReduceOp,
         wanted: &Wanted,
     ) -> Result<()> {
         let sum = if op == ReduceOp::Mean { ReduceOp::Sum } else { op };
-        self.locally(values, exchange, Some(sum), 0)?;
+        self.locally(values, exchange, wanted, Some(sum), 0)?;
         if let Some(far) = &mut self.far {
             far.all_reduce(wanted, values, sum)?;
             if op == ReduceOp::Mean {
-                divide(values, world);
+                divide(values, self.shard.world);
             }
         }
-        self.locally(values, exchange, None, 0)
+        self.locally(values, exchange, wanted, None, 0)
     }
 
     /// One rank's part after the other.
     fn gather<T: Element>(
         &mut self,
-        Shard { rank: me, world }: Shard,
         values: &mut [T],
         exchange: &Exchange,
         wanted: &Wanted,
     ) -> Result<()> {
-        let len = values.len();
+        let (len, Shard { rank: me, world }) = (values.len(), self.shard);
         for rank in 0..world {
             let part = &mut values[exchange.parts.of(rank, world, len)];
             if part.is_empty() {
@@ -96,13 +75,13 @@ impl Ways {
             let host = self.hosts[rank];
             if host == self.hosts[me] {
                 let place = self.hosts[..rank].iter().filter(|other| **other == host).count();
-                self.locally(part, exchange, None, place)?;
+                self.locally(part, exchange, wanted, None, place)?;
             }
             if let Some(far) = &mut self.far {
                 far.broadcast(wanted, part, host)?;
             }
             if host != self.hosts[me] {
-                self.locally(part, exchange, None, 0)?;
+                self.locally(part, exchange, wanted, None, 0)?;
             }
         }
         Ok(())
@@ -113,6 +92,7 @@ impl Ways {
         &mut self,
         values: &mut [T],
         whole: &Exchange,
+        wanted: &Wanted,
         reduce: Option<ReduceOp>,
         root: usize,
     ) -> Result<()> {
@@ -120,6 +100,9 @@ impl Ways {
             return Ok(());
         };
         let (parts, gather) = (Parts::Root(root), reduce.is_none());
-        local.exchange(values, &Exchange { parts, reduce, gather, ..whole.clone() })
+        // What the others wait for may be an exchange between hosts, which has deadlines of its own.
+        let patience = if gather { LONG } else { whole.patience };
+        let exchange = Exchange { parts, reduce, gather, patience, ..whole.clone() };
+        local.exchange_as(values, &exchange, wanted.code)
     }
 }

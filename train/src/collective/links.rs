@@ -5,7 +5,7 @@ use mobula_core::Member;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::collections::BTreeMap;
 use std::io::{ErrorKind, IoSlice, Read, Write};
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -25,7 +25,7 @@ const TIMEOUT: Duration = Duration::from_secs(60);
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Where a rank listens, and what who connects has to know.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub(super) struct Door {
     pub(super) address: SocketAddr,
     pub(super) secret: [u8; SECRET],
@@ -33,14 +33,16 @@ pub(super) struct Door {
 
 impl Door {
     /// Opens one at the address by which the other hosts know this one.
-    pub(super) fn open(member: &Member) -> Result<(TcpListener, Self)> {
-        let wanted = SocketAddr::new(member.host().address, 0);
+    pub(super) fn open(own: IpAddr, others: &[IpAddr]) -> Result<(TcpListener, Self)> {
+        let own = if own.is_unspecified() { towards(others).unwrap_or(own) } else { own };
+        let wanted = SocketAddr::new(own, 0);
         let listener = TcpListener::bind(wanted).map_err(|source| Error::Connection {
             action: "listen at",
             address: wanted,
             source,
         })?;
-        let address = listener.local_addr().unwrap_or(wanted);
+        let port = listener.local_addr().map_or(0, |address| address.port());
+        let address = SocketAddr::new(own, port);
         let secret = secret().map_err(|source| Error::Connection {
             action: "listen at",
             address,
@@ -73,11 +75,12 @@ pub(super) struct Links {
 }
 
 /// What all ranks must want alike.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug)]
 pub(super) struct Wanted {
     pub(super) operation: &'static str,
     pub(super) code: u64,
     pub(super) len: usize,
+    pub(super) patience: Duration,
 }
 
 /// What goes to one rank while something comes from one.
@@ -108,12 +111,12 @@ impl Links {
             peers: BTreeMap::new(),
             scratch: vec![0; SEGMENT / 8],
         };
+        let deadline = Instant::now() + TIMEOUT;
         for peer in peers.iter().filter(|peer| **peer < me) {
-            let stream = call(&doors[peer], me)?;
+            let stream = call(member, &doors[peer], deadline)?;
             links.peers.insert(*peer, stream);
         }
         let expected = peers.iter().filter(|peer| **peer > me).count();
-        let deadline = Instant::now() + TIMEOUT;
         while links.peers.len() < peers.len() {
             let (peer, stream) = links.answer(listener, &doors[&me], deadline, expected)?;
             if peers.contains(&peer) && peer > me {
@@ -150,7 +153,7 @@ impl Links {
                         return Ok((peer, stream));
                     }
                 }
-                Err(error) if error.kind() == ErrorKind::WouldBlock => {}
+                Err(error) if is_passing(&error) => {}
                 Err(error) => return Err(failed(error)),
             }
         }
@@ -177,11 +180,13 @@ impl Links {
         let (mut outgoing, mut incoming) = (Outgoing::of(job), Incoming::of(job));
         let (mut looks, mut last) = (0, Instant::now());
         while !outgoing.is_done() || !incoming.is_done() {
+            // First: whoever differs is to hear of it before this rank finds out and leaves.
             let sent = outgoing.go_on(&self.peers[&job.to]);
-            let sent = sent.or_else(|error| self.lost(job.to, error))?;
             let received = incoming.go_on(&self.peers[&job.from], scratch, take);
-            let received = received.or_else(|error| self.lost(job.from, error))?;
+            // What has come may say why nobody takes what is sent.
             self.check(job, &incoming)?;
+            let sent = sent.or_else(|error| self.lost(job.to, error))?;
+            let received = received.or_else(|error| self.lost(job.from, error))?;
             if sent || received {
                 (looks, last) = (0, Instant::now());
             } else if looks < LOOKS {
@@ -232,14 +237,15 @@ impl Links {
         }
         wait(&mut sockets).or_else(|error| self.lost(job.from, error))?;
         self.member.check_generation()?;
-        if last.elapsed() < self.timeout {
+        let timeout = self.timeout.max(job.wanted.patience);
+        if last.elapsed() < timeout {
             return Ok(());
         }
         let late = [(sends, job.to), (receives, job.from)];
         let mut late: Vec<usize> = late.iter().filter(|late| late.0).map(|late| late.1).collect();
         late.dedup();
         let (rank, operation) = (self.member.rank(), job.wanted.operation);
-        Err(Error::Straggler { operation, rank, late, after: self.timeout })
+        Err(Error::Straggler { operation, rank, late, after: timeout })
     }
 }
 
@@ -336,10 +342,29 @@ fn secret() -> std::io::Result<[u8; SECRET]> {
     Ok(secret)
 }
 
-fn call(door: &Door, me: usize) -> Result<TcpStream> {
-    let address = door.address;
+/// This host's address on the way to others. Nothing is sent.
+fn towards(others: &[IpAddr]) -> Option<IpAddr> {
+    let other = others.iter().find(|other| !other.is_unspecified())?;
+    let own = match other {
+        IpAddr::V4(_) => IpAddr::from(Ipv4Addr::UNSPECIFIED),
+        IpAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
+    };
+    let socket = UdpSocket::bind((own, 0)).ok()?;
+    socket.connect((*other, 9)).ok()?;
+    socket.local_addr().ok().map(|address| address.ip())
+}
+
+fn call(member: &Member, door: &Door, deadline: Instant) -> Result<TcpStream> {
+    let (address, me) = (door.address, member.rank());
     let failed = |source| Error::Connection { action: "connect to", address, source };
-    let stream = TcpStream::connect_timeout(&address, TIMEOUT).map_err(failed)?;
+    let stream = loop {
+        member.check_generation()?;
+        match TcpStream::connect_timeout(&address, Duration::from_secs(1)) {
+            Ok(stream) => break stream,
+            Err(error) if error.kind() == ErrorKind::TimedOut && Instant::now() < deadline => {}
+            Err(error) => return Err(failed(error)),
+        }
+    };
     stream.set_nodelay(true).map_err(failed)?;
     let mut greeting = door.secret.to_vec();
     greeting.extend((me as u32).to_le_bytes());
@@ -347,14 +372,24 @@ fn call(door: &Door, me: usize) -> Result<TcpStream> {
     Ok(stream)
 }
 
+/// Nothing that a rank did.
+fn is_passing(error: &std::io::Error) -> bool {
+    use ErrorKind::{ConnectionAborted, ConnectionReset, Interrupted, WouldBlock};
+    matches!(error.kind(), WouldBlock | Interrupted | ConnectionAborted | ConnectionReset)
+}
+
 /// Who is there, if it knows the secret and says so soon.
 fn greeted(stream: &TcpStream, door: &Door) -> Option<usize> {
     stream.set_nonblocking(false).ok()?;
-    stream.set_read_timeout(Some(Duration::from_secs(5))).ok()?;
+    stream.set_read_timeout(Some(Duration::from_secs(2))).ok()?;
     stream.set_nodelay(true).ok()?;
     let mut greeting = [0; SECRET + 4];
     let mut reader = stream;
-    reader.read_exact(&mut greeting).ok()?;
+    // It comes in one piece; whoever sends it byte by byte is no rank.
+    let came = reader.read(&mut greeting).ok()?;
+    if came < greeting.len() {
+        return None;
+    }
     let (secret, rank) = greeting.split_at(SECRET);
     let rank = u32::from_le_bytes(rank.try_into().ok()?);
     (secret == door.secret).then_some(rank as usize)

@@ -13,10 +13,9 @@ pub use element::{Element, ReduceOp, Values};
 
 pub(crate) use connect::connect;
 
-use crate::Result;
+use crate::{Error, Result};
 use mobula_core::Shard;
 use serde::{Deserialize, Serialize};
-use shared::SharedMemory;
 use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
@@ -37,10 +36,13 @@ pub enum Transport {
     Tcp,
 }
 
-/// What the ranks of a group do with values that each of them has as many of. All ranks must call
-/// the same, in the same order; who calls something else is an error on all of them, and so is who
-/// does not come in time. All results are in place, have the same bits on all ranks that
-/// have them, and do not depend on who came first.
+/// What the ranks of a group do with values that each of them has as many of, in place. All ranks must
+/// call the same, in the same order. Results have the same bits on all ranks that have them, and do
+/// not depend on who came first.
+///
+/// A rank that notices that another one calls something else, brings another number of values or
+/// does not come in time gets an error that names it; others may wait until their own time is up.
+/// After an error every further operation is one.
 pub trait Collective: std::fmt::Debug + Send + Sync {
     /// Who this is among how many.
     fn shard(&self) -> Shard;
@@ -59,7 +61,13 @@ pub struct Exchange {
     reduce: Option<ReduceOp>,
     /// Whether all ranks get all parts.
     gather: bool,
+    /// The least time that a rank waits for the others, whatever the timeout is.
+    patience: Duration,
 }
+
+/// For what one rank does while the others wait, such as to write a checkpoint. A lost rank is
+/// noticed sooner, by its heartbeats.
+const LONG: Duration = Duration::from_secs(600);
 
 /// Which values belong to which rank.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -98,25 +106,40 @@ impl dyn Collective + '_ {
         self.run("all_reduce", values, Parts::Equal, Some(op), true)
     }
 
-    /// Replaces the [part](Self::part) of this rank by its reduction over all ranks. What becomes of
+    /// Replaces the `part` of this rank by its reduction over all ranks. What becomes of
     /// the other parts is not said.
     pub fn reduce_scatter<T: Element>(&self, values: &mut [T], op: ReduceOp) -> Result<()> {
         self.run("reduce_scatter", values, Parts::Equal, Some(op), false)
     }
 
-    /// Replaces the [part](Self::part) of each other rank by what that one has there.
+    /// Replaces the `part` of each other rank by what that one has there.
     pub fn all_gather<T: Element>(&self, values: &mut [T]) -> Result<()> {
         self.run("all_gather", values, Parts::Equal, None, true)
     }
 
     /// Replaces the values on every rank by those of `root`.
     pub fn broadcast<T: Element>(&self, values: &mut [T], root: usize) -> Result<()> {
+        let world = self.shard().world;
+        if root >= world {
+            return Err(Error::CollectiveRoot { root, world });
+        }
         self.run("broadcast", values, Parts::Root(root), None, true)
     }
 
     /// Returns when all ranks have come here.
     pub fn barrier(&self) -> Result<()> {
-        self.run("barrier", &mut [0f32], Parts::Equal, Some(ReduceOp::Max), true)
+        self.wait_for_all(Duration::ZERO)
+    }
+
+    /// The same after something that may take long on one of them.
+    pub(crate) fn patient_barrier(&self) -> Result<()> {
+        self.wait_for_all(LONG)
+    }
+
+    fn wait_for_all(&self, patience: Duration) -> Result<()> {
+        let (operation, parts, reduce) = ("barrier", Parts::Equal, Some(ReduceOp::Max));
+        let exchange = Exchange { operation, parts, reduce, gather: true, patience };
+        self.exchange(Values::F32(&mut [0.0]), &exchange)
     }
 
     /// The part of `len` values that belongs to this rank.
@@ -143,7 +166,8 @@ impl dyn Collective + '_ {
         reduce: Option<ReduceOp>,
         gather: bool,
     ) -> Result<()> {
-        self.exchange(T::values(values), &Exchange { operation, parts, reduce, gather })
+        let patience = Duration::ZERO;
+        self.exchange(T::values(values), &Exchange { operation, parts, reduce, gather, patience })
     }
 }
 
@@ -161,25 +185,52 @@ impl Collective for Alone {
     }
 }
 
-/// Ranks on one host. Locked by nobody but the one thread of this rank that takes part.
+/// Ranks that are connected in some way.
 #[derive(Debug)]
-struct OneHost {
+struct Connected<W> {
     shard: Shard,
-    memory: Mutex<SharedMemory>,
+    /// Locked by nobody but the one thread of this rank that takes part.
+    state: Mutex<State<W>>,
 }
 
-impl Collective for OneHost {
+#[derive(Debug)]
+struct State<W> {
+    way: W,
+    /// Why it is of no use any more: what the others have in hand after an operation that failed is
+    /// not known.
+    broken: Option<String>,
+}
+
+/// A way to exchange values.
+trait Way: std::fmt::Debug + Send {
+    fn exchange<T: Element>(&mut self, values: &mut [T], exchange: &Exchange) -> Result<()>;
+}
+
+impl<W: Way> Connected<W> {
+    fn new(shard: Shard, way: W) -> Self {
+        Self { shard, state: Mutex::new(State { way, broken: None }) }
+    }
+}
+
+impl<W: Way> Collective for Connected<W> {
     fn shard(&self) -> Shard {
         self.shard
     }
 
     fn exchange(&self, values: Values<'_>, exchange: &Exchange) -> Result<()> {
-        let mut memory = self.memory.lock().unwrap_or_else(PoisonError::into_inner);
-        match values {
-            Values::F32(values) => memory.exchange(values, exchange),
-            Values::F64(values) => memory.exchange(values, exchange),
-            Values::Bf16(values) => memory.exchange(values, exchange),
-            Values::F16(values) => memory.exchange(values, exchange),
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(first) = &state.broken {
+            let (operation, first) = (exchange.operation, first.clone());
+            return Err(Error::CollectiveBroken { operation, first });
         }
+        state.broken = Some("a panic".to_owned());
+        let done = match values {
+            Values::F32(values) => state.way.exchange(values, exchange),
+            Values::F64(values) => state.way.exchange(values, exchange),
+            Values::Bf16(values) => state.way.exchange(values, exchange),
+            Values::F16(values) => state.way.exchange(values, exchange),
+        };
+        state.broken = done.as_ref().err().map(ToString::to_string);
+        done
     }
 }

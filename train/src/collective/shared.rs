@@ -17,7 +17,7 @@
 
 use super::element::reduce;
 use super::region::{Cell, Region};
-use super::{Element, Exchange, barrier};
+use super::{Element, Exchange, Way, barrier};
 use crate::{Error, Result};
 use mobula_core::Member;
 use std::ops::Range;
@@ -52,6 +52,7 @@ pub(super) struct SharedMemory {
 /// One exchange under way.
 struct Job<'a, T> {
     exchange: &'a Exchange,
+    code: u64,
     values: &'a mut [T],
     parts: Vec<Range<usize>>,
     /// Elements of a piece.
@@ -73,6 +74,12 @@ impl<T> Job<'_, T> {
     }
 }
 
+impl Way for SharedMemory {
+    fn exchange<T: Element>(&mut self, values: &mut [T], exchange: &Exchange) -> Result<()> {
+        self.exchange_as(values, exchange, exchange.code::<T>())
+    }
+}
+
 impl SharedMemory {
     pub(super) fn new(
         member: &Arc<Member>,
@@ -80,21 +87,24 @@ impl SharedMemory {
         region: Region,
         timeout: Duration,
     ) -> Self {
-        let me = ranks.iter().position(|rank| *rank == member.rank()).unwrap_or(0);
+        let me = ranks.iter().position(|rank| *rank == member.rank());
+        let me = me.expect("a rank is among those of its host");
         Self { member: Arc::clone(member), ranks, me, region, timeout, turn: 0 }
     }
 
-    pub(super) fn exchange<T: Element>(
+    /// `code` is the same for operations that fit each other.
+    pub(super) fn exchange_as<T: Element>(
         &mut self,
         values: &mut [T],
         exchange: &Exchange,
+        code: u64,
     ) -> Result<()> {
         let world = self.ranks.len();
         let parts = (0..world).map(|rank| exchange.parts.of(rank, world, values.len())).collect();
         let piece = Region::cell_bytes(world) / size_of::<T>();
-        let mut job = Job { exchange, values, parts, piece };
+        let mut job = Job { exchange, code, values, parts, piece };
         self.store(LENGTH, job.values.len() as u64);
-        self.store(WANTED, exchange.code::<T>());
+        self.store(WANTED, code);
         let turns = job.turns();
         self.give(&job, 0);
         for at in 0..turns + BEHIND {
@@ -171,7 +181,7 @@ impl SharedMemory {
 
     fn check<T: Element>(&self, job: &Job<'_, T>) -> Result<()> {
         let counter = |rank, index| self.region.counter(rank, index).load(Ordering::Relaxed);
-        let (len, wanted) = (job.values.len() as u64, job.exchange.code::<T>());
+        let (len, wanted) = (job.values.len() as u64, job.code);
         for (at, other) in self.ranks.iter().copied().enumerate() {
             let (rank, other_len) = (self.member.rank(), counter(at, LENGTH));
             if other_len != len {
@@ -197,7 +207,7 @@ impl SharedMemory {
 
     fn wait(&self, exchange: &Exchange, counter: usize, turn: u64) -> Result<()> {
         let (region, member) = (&self.region, &self.member);
-        let (operation, timeout) = (exchange.operation, self.timeout);
+        let (operation, timeout) = (exchange.operation, self.timeout.max(exchange.patience));
         barrier::wait(region, member, &self.ranks, counter, turn + 1, operation, timeout)
     }
 }

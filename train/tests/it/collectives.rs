@@ -96,6 +96,10 @@ fn operate_on<T: Element>(
     all.all_gather(&mut gathered)?;
     let mut broadcast = own();
     all.broadcast(&mut broadcast, all.shard().world - 1)?;
+    // Rounded once, after the division.
+    let mut large = [from(40_000.0)];
+    all.all_reduce(&mut large, ReduceOp::Mean)?;
+    assert_eq!(to(large[0]), to(from(40_000.0)));
     let mut nan = [from(if rank == 1 { f64::NAN } else { 1.0 })];
     all.all_reduce(&mut nan, ReduceOp::Max)?;
     Ok(Results {
@@ -119,11 +123,15 @@ fn call_something(member: Member) -> Result<(), BoxError> {
     let rank = member.rank();
     let context = WorkerContext::join(member)?;
     let mut values = [1f32; 3];
-    match rank {
-        0 => context.collective().all_reduce(&mut values, ReduceOp::Sum)?,
-        _ => context.collective().all_reduce(&mut values, ReduceOp::Max)?,
-    }
-    Ok(())
+    let all = context.collective();
+    let error = all.broadcast(&mut values, 7).expect_err("no such rank").to_string();
+    assert!(error.starts_with("broadcast from rank 7, expected one of"), "{error}");
+    let op = if rank == 0 { ReduceOp::Sum } else { ReduceOp::Mean };
+    let first = all.all_reduce(&mut values, op).expect_err("they differ");
+    // What comes after is not taken for what was meant.
+    let next = all.all_reduce(&mut values, ReduceOp::Sum).expect_err("of no use").to_string();
+    assert!(next.contains(&first.to_string()), "{next}");
+    Err(first.into())
 }
 
 #[remote(crate = mobula_core)]
@@ -153,9 +161,20 @@ fn options_within(
     placement: Placement,
     size: usize,
 ) -> GroupOptions {
+    options_on(None, timeout, transport, placement, size)
+}
+
+fn options_on(
+    hosts: Option<Vec<u64>>,
+    timeout: Duration,
+    transport: Transport,
+    placement: Placement,
+    size: usize,
+) -> GroupOptions {
     let options = GroupOptions { placement, show_logs: false, ..GroupOptions::new("sum", size) };
     let mut setup = no_setup();
     setup["transport"] = serde_json::to_value(transport).expect("JSON");
+    setup["hosts"] = serde_json::to_value(hosts).expect("JSON");
     setup["timeout"] = serde_json::to_value(timeout).expect("JSON");
     options.with_context(&setup).expect("context")
 }
@@ -236,10 +255,19 @@ fn lengths_differ(runtime: &Runtime) {
 fn operations(runtime: &Runtime) {
     use Transport::{Auto, Tcp};
     // Uneven parts, ranks without one, and more than a piece.
-    for (transport, world, len) in
-        [(Auto, 2, 7), (Auto, 3, 2), (Auto, 4, 70_001), (Tcp, 2, 3), (Tcp, 3, 70_001), (Tcp, 4, 9)]
-    {
-        let options = options_by(transport, Placement::Thread, world);
+    let hosts = |hosts: &[u64]| Some(hosts.to_vec());
+    for (transport, world, len, hosts) in [
+        (Auto, 2, 7, None),
+        (Auto, 3, 2, None),
+        (Auto, 4, 270_001, None),
+        (Tcp, 2, 3, None),
+        (Tcp, 3, 270_001, None),
+        (Tcp, 4, 9, None),
+        (Auto, 4, 11, hosts(&[0, 0, 1, 1])),
+        (Auto, 4, 270_001, hosts(&[1, 0, 1, 0])),
+        (Auto, 4, 7, hosts(&[0, 1, 1, 2])),
+    ] {
+        let options = options_on(hosts, LONG, transport, Placement::Thread, world);
         let group = runtime.group(&options, &operate::remote(len)).expect("group");
         let of = |at: usize, combine: fn(f64, f64) -> f64| {
             (0..world).map(|rank| number(rank, at)).reduce(combine).expect("ranks")
@@ -269,8 +297,11 @@ fn operations(runtime: &Runtime) {
 }
 
 fn operations_differ(runtime: &Runtime) {
-    for transport in [Transport::Auto, Transport::Tcp] {
-        let options = options_by(transport, Placement::Process, 2);
+    let one_host = Some(vec![0, 0, 1]);
+    for (transport, world, hosts) in
+        [(Transport::Auto, 2, None), (Transport::Tcp, 2, None), (Transport::Auto, 3, one_host)]
+    {
+        let options = options_on(hosts, LONG, transport, Placement::Process, world);
         let mut group = runtime.group(&options, &call_something::remote()).expect("group");
         for _ in 0..2 {
             let Some(GroupEvent::Failed { error, .. }) = group.next_event(LONG) else {
