@@ -79,7 +79,8 @@ impl Tcp {
             .map(|at| (segment(at.wrapping_sub(1), !is_last), segment(at, !is_first)))
             .collect();
         for (send, receive) in steps {
-            self.replace(wanted, values, next, send, before, receive)?;
+            let step = Step { to: next, send, from: before, receive };
+            self.exchange(wanted, values, step, replace)?;
         }
         Ok(())
     }
@@ -90,11 +91,15 @@ impl Tcp {
         let part = |rank: usize| len * rank / world..len * (rank + 1) / world;
         for step in 0..world - 1 {
             let (send, receive) = ((me + world - step) % world, (me + world - step - 1) % world);
-            self.combine(wanted, values, op, next, part(send), before, part(receive))?;
+            let (send, receive) = (part(send), part(receive));
+            let step = Step { to: next, send, from: before, receive };
+            self.exchange(wanted, values, step, combine(op))?;
         }
         for step in 0..world - 1 {
             let (send, receive) = ((me + world + 1 - step) % world, (me + world - step) % world);
-            self.replace(wanted, values, next, part(send), before, part(receive))?;
+            let (send, receive) = (part(send), part(receive));
+            let step = Step { to: next, send, from: before, receive };
+            self.exchange(wanted, values, step, replace)?;
         }
         Ok(())
     }
@@ -111,12 +116,14 @@ impl Tcp {
         if me >= core {
             // Too many for a power of two: another one works for this one.
             let other = me - core;
-            self.combine(wanted, values, op, other, all.clone(), other, none())?;
-            return self.replace(wanted, values, other, none(), other, all);
+            let there = Step::with(other, all.clone(), none());
+            self.exchange(wanted, values, there, combine(op))?;
+            return self.exchange(wanted, values, Step::with(other, none(), all), replace);
         }
         let extra = (me + core < world).then_some(me + core);
         if let Some(extra) = extra {
-            self.combine(wanted, values, op, extra, none(), extra, all.clone())?;
+            let here = Step::with(extra, none(), all.clone());
+            self.exchange(wanted, values, here, combine(op))?;
         }
         let (mut own, mut halves) = (all.clone(), Vec::new());
         for bit in (0..core.ilog2()).rev() {
@@ -124,67 +131,36 @@ impl Tcp {
             let middle = own.start + own.len() / 2;
             let (low, high) = (own.start..middle, middle..own.end);
             let (kept, given) = if me < other { (low, high) } else { (high, low) };
-            self.combine(wanted, values, op, other, given.clone(), other, kept.clone())?;
+            let step = Step::with(other, given.clone(), kept.clone());
+            self.exchange(wanted, values, step, combine(op))?;
             halves.push((other, given));
             own = kept;
         }
         for (other, given) in halves.into_iter().rev() {
-            self.replace(wanted, values, other, own.clone(), other, given.clone())?;
+            let step = Step::with(other, own.clone(), given.clone());
+            self.exchange(wanted, values, step, replace)?;
             own = own.start.min(given.start)..own.end.max(given.end);
         }
         match extra {
-            Some(extra) => self.replace(wanted, values, extra, all, extra, none()),
+            Some(extra) => self.exchange(wanted, values, Step::with(extra, all, none()), replace),
             None => Ok(()),
         }
     }
 
-    /// Sends a part of the values, and adds what comes to another.
-    #[allow(clippy::too_many_arguments)]
-    fn combine<T: Element>(
-        &mut self,
-        wanted: &Wanted,
-        values: &mut [T],
-        op: ReduceOp,
-        to: usize,
-        send: Range<usize>,
-        from: usize,
-        receive: Range<usize>,
-    ) -> Result<()> {
-        self.exchange(wanted, values, to, send, from, receive, |old, new| {
-            *old = T::narrow(T::combine(op, old.widen(), new.widen()));
-        })
-    }
-
-    /// Sends a part of the values, and replaces another by what comes.
-    fn replace<T: Element>(
-        &mut self,
-        wanted: &Wanted,
-        values: &mut [T],
-        to: usize,
-        send: Range<usize>,
-        from: usize,
-        receive: Range<usize>,
-    ) -> Result<()> {
-        self.exchange(wanted, values, to, send, from, receive, |old, new| *old = new)
-    }
-
-    #[allow(clippy::too_many_arguments)]
+    /// Sends a part of the values, and puts what comes to another.
     fn exchange<T: Element>(
         &mut self,
         wanted: &Wanted,
         values: &mut [T],
-        to: usize,
-        send: Range<usize>,
-        from: usize,
-        receive: Range<usize>,
+        step: Step,
         put: impl Fn(&mut T, T),
     ) -> Result<()> {
-        let (send, place) = split(values, send, receive);
+        let (send, place) = split(values, step.send, step.receive);
         let job = Transfer {
             wanted,
-            to: self.ranks[to],
+            to: self.ranks[step.to],
             send: bytemuck::cast_slice(send),
-            from: self.ranks[from],
+            from: self.ranks[step.from],
             receive: size_of_val(place),
             grain: size_of::<T>(),
         };
@@ -193,6 +169,30 @@ impl Tcp {
             place[first..].iter_mut().zip(came).for_each(|(old, new)| put(old, *new));
         })
     }
+}
+
+/// What goes where at one time; places among the ranks, and parts of the values.
+struct Step {
+    to: usize,
+    send: Range<usize>,
+    from: usize,
+    receive: Range<usize>,
+}
+
+impl Step {
+    fn with(other: usize, send: Range<usize>, receive: Range<usize>) -> Self {
+        Self { to: other, send, from: other, receive }
+    }
+}
+
+/// Adds what comes.
+fn combine<T: Element>(op: ReduceOp) -> impl Fn(&mut T, T) {
+    move |old, new| *old = T::narrow(T::combine(op, old.widen(), new.widen()))
+}
+
+/// Takes what comes for what was there.
+fn replace<T>(old: &mut T, new: T) {
+    *old = new;
 }
 
 /// Two parts that do not overlap: one to read and one to write.
