@@ -126,7 +126,7 @@ fn call_something(member: Member) -> Result<(), BoxError> {
     let all = context.collective();
     let error = all.broadcast(&mut values, 7).expect_err("no such rank").to_string();
     assert!(error.starts_with("broadcast from rank 7, expected one of"), "{error}");
-    let op = if rank == 0 { ReduceOp::Sum } else { ReduceOp::Mean };
+    let op = if rank == 1 { ReduceOp::Mean } else { ReduceOp::Sum };
     let first = all.all_reduce(&mut values, op).expect_err("they differ");
     // What comes after is not taken for what was meant.
     let next = all.all_reduce(&mut values, ReduceOp::Sum).expect_err("of no use").to_string();
