@@ -66,7 +66,7 @@ fn learn(context: &mut WorkerContext<'_>, config: &Config) -> anyhow::Result<()>
     context.restore(&mut state, batches.as_mut())?;
     while !state.is_finished() {
         while let Some(batch) = batches.next_batch()? {
-            context.step(&mut state, &batch, |model, pass| -> anyhow::Result<_> {
+            context.step(&mut state, &batch, |model, pass, batch| -> anyhow::Result<_> {
                 let logits = model.forward(batch.get("image")?, pass)?;
                 Ok(loss::cross_entropy(&logits, batch.get("label")?)?)
             })?;

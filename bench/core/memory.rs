@@ -81,7 +81,7 @@ fn training_step(lr: f64) -> Result<f64> {
     let batch =
         Batch::new(vec![("x".into(), x), ("y".into(), Tensor::new(&[0u32, 1], &Device::Cpu)?)])?;
     let mut context = WorkerContext::alone(|_| Ok(Flow::Continue));
-    Ok(context.step(&mut state, &batch, |model, pass| {
+    Ok(context.step(&mut state, &batch, |model, pass, batch| {
         loss::cross_entropy(&model.forward(batch.get("x")?, pass)?, batch.get("y")?)
     })?)
 }

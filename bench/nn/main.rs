@@ -82,7 +82,7 @@ impl Training {
         for step in 0..steps {
             let batch = first_rows(&self.batches[step % self.batches.len()], rows)?;
             let start = Instant::now();
-            last = context.step(&mut state, &batch, |model, pass| {
+            last = context.step(&mut state, &batch, |model, pass, batch| {
                 loss::cross_entropy(&model.forward(batch.get("x")?, pass)?, batch.get("y")?)
             })?;
             seconds.push(start.elapsed().as_secs_f64());

@@ -78,7 +78,7 @@ fn train(member: Member, job: Job) -> Result<Ran> {
     for step in 0..job.steps {
         let batch = &batches[step % batches.len()];
         let start = Instant::now();
-        last = context.step(&mut state, batch, |model, pass| {
+        last = context.step(&mut state, batch, |model, pass, batch| {
             loss::cross_entropy(&model.forward(batch.get("x")?, pass)?, batch.get("y")?)
         })?;
         seconds.push(start.elapsed().as_secs_f64());

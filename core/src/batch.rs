@@ -12,6 +12,9 @@ pub struct Batch {
     tensors: Vec<(String, Tensor)>,
     rows: usize,
     global_rows: usize,
+    /// Rows of each part, if it is cut into parts.
+    parts: Vec<usize>,
+    position: Option<StreamState>,
 }
 
 impl Batch {
@@ -27,7 +30,55 @@ impl Batch {
                 return Err(Error::BatchRows { name: name.clone(), expected: rows, got });
             }
         }
-        Ok(Self { tensors, rows, global_rows: rows })
+        Ok(Self { tensors, rows, global_rows: rows, parts: Vec::new(), position: None })
+    }
+
+    /// The rows of several batches, one after the other, each a [part](Self::parts). The batches must
+    /// have the same tensors.
+    pub fn concat(batches: &[Self]) -> Result<Self, Error> {
+        // Not every device knows empty tensors.
+        let mut full: Vec<&Self> = batches.iter().filter(|batch| batch.rows > 0).collect();
+        full.extend(batches.first().filter(|_| full.is_empty()));
+        let tensors = match full.as_slice() {
+            [] => Vec::new(),
+            [one] => one.tensors.clone(),
+            [first, ..] => {
+                first.names().map(|name| concat(&full, name)).collect::<Result<_, _>>()?
+            }
+        };
+        let parts = batches.iter().map(|batch| batch.rows).collect();
+        Ok(Self { parts, ..Self::new(tensors)? })
+    }
+
+    /// Its parts, in order: itself, if it is not a [concatenation](Self::concat). A part may have no
+    /// rows.
+    pub fn parts(&self) -> Result<Vec<Self>, Error> {
+        let mut start = 0;
+        let part = |rows: &usize| {
+            let part = self.slice(start, *rows)?;
+            start += rows;
+            Ok(part.with_global_rows(self.global_rows))
+        };
+        match self.parts.as_slice() {
+            [] => Ok(vec![self.clone()]),
+            parts => parts.iter().map(part).collect(),
+        }
+    }
+
+    /// Whether it is a [concatenation](Self::concat).
+    pub fn is_in_parts(&self) -> bool {
+        !self.parts.is_empty()
+    }
+
+    /// Says where the stream that it is from stands behind it.
+    pub fn with_position(self, position: StreamState) -> Self {
+        Self { position: Some(position), ..self }
+    }
+
+    /// Where the stream that it is from stands behind it, if that is known: batches of a training
+    /// worker's stream know it.
+    pub fn position(&self) -> Option<&StreamState> {
+        self.position.as_ref()
     }
 
     /// Says how many rows this step has over all ranks (the default is this batch's own).
@@ -47,8 +98,7 @@ impl Batch {
     /// The same rows with only these tensors.
     pub fn select(&self, names: &[&str]) -> Result<Self, Error> {
         let pick = |name: &&str| Ok(((*name).to_owned(), self.get(name)?.clone()));
-        let tensors = names.iter().map(pick).collect::<Result<_, Error>>()?;
-        Ok(Self { tensors, ..*self })
+        Ok(self.with_tensors(names.iter().map(pick).collect::<Result<_, Error>>()?))
     }
 
     /// So many rows from `start` on. Errors when there are not as many.
@@ -62,8 +112,29 @@ impl Batch {
     pub fn to_device(&self, device: &Device) -> Result<Self, Error> {
         let there =
             |(name, tensor): &(String, Tensor)| Ok((name.clone(), tensor.to_device(device)?));
-        let tensors = self.tensors.iter().map(there).collect::<Result<_, Error>>()?;
-        Ok(Self { tensors, ..*self })
+        Ok(self.with_tensors(self.tensors.iter().map(there).collect::<Result<_, Error>>()?))
+    }
+
+    /// The same rows, of which these tensors are.
+    fn with_tensors(&self, tensors: Vec<(String, Tensor)>) -> Self {
+        let Self { rows, global_rows, parts, position, .. } = self;
+        let (parts, position) = (parts.clone(), position.clone());
+        Self { tensors, rows: *rows, global_rows: *global_rows, parts, position }
+    }
+
+    /// Gives the rows other tensors. Errors when these are not as many rows.
+    pub fn replace(&self, tensors: Vec<(String, Tensor)>) -> Result<Self, Error> {
+        for (name, tensor) in &tensors {
+            let (expected, got) = (self.rows, rows_of(name, tensor)?);
+            if got != expected {
+                return Err(Error::BatchRows { name: name.clone(), expected, got });
+            }
+        }
+        Ok(self.with_tensors(tensors))
+    }
+
+    fn names(&self) -> impl Iterator<Item = &str> {
+        self.tensors.iter().map(|(name, _)| name.as_str())
     }
 
     /// Rows in this rank's part of the step. May be 0 in the last step of an epoch.
@@ -80,6 +151,11 @@ impl Batch {
     pub fn tensors(&self) -> &[(String, Tensor)] {
         &self.tensors
     }
+}
+
+fn concat(batches: &[&Batch], name: &str) -> Result<(String, Tensor), Error> {
+    let tensors = batches.iter().map(|batch| batch.get(name)).collect::<Result<Vec<_>, _>>()?;
+    Ok((name.to_owned(), Tensor::cat(&tensors, 0)?))
 }
 
 fn rows_of(name: &str, tensor: &Tensor) -> Result<usize, Error> {
@@ -103,7 +179,7 @@ impl Shard {
 /// Where a stream stands, O(1) in size and valid for any world size up to its number of lanes.
 ///
 /// The state names the position that was *consumed*, never what was prefetched.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StreamState {
     /// Hash of the list of blocks with their row counts; a resumed stream must have the same.
     pub manifest: String,
@@ -165,5 +241,24 @@ mod tests {
         let error = part.get("x").expect_err("not selected").to_string();
         assert_eq!(error, "there is no column \"x\"; available: y");
         assert!(batch.slice(2, 2).is_err(), "there are only 3 rows");
+    }
+
+    #[test]
+    fn what_was_put_together_comes_apart() {
+        let part = |rows| Batch::new(vec![("x".into(), tensor(rows))]).expect("batch");
+        let position = StreamState { step: 7, ..StreamState::default() };
+        let whole = Batch::concat(&[part(3), part(0), part(2)]).expect("batch");
+        let whole = whole.with_global_rows(9).with_position(position.clone());
+        let whole = whole.select(&["x"]).and_then(|b| b.to_device(&Device::Cpu)).expect("batch");
+        assert_eq!((whole.rows(), whole.position()), (5, Some(&position)));
+        let parts = whole.parts().expect("parts");
+        let values = parts.iter().map(|part| part.get("x")?.to_vec1::<u32>().map_err(Error::from));
+        let values: Vec<_> = values.collect::<Result<_, _>>().expect("values");
+        assert_eq!(values, [vec![0, 1, 2], vec![], vec![0, 1]]);
+        assert!(parts.iter().all(|part| part.global_rows() == 9 && !part.is_in_parts()));
+        assert!(part(3).parts().expect("itself").len() == 1 && !part(3).is_in_parts());
+        assert_eq!(Batch::concat(&[part(0), part(0)]).expect("batch").parts().expect("2").len(), 2);
+        let other = Batch::new(vec![("y".into(), tensor(1))]).expect("batch");
+        assert!(Batch::concat(&[part(1), other]).is_err(), "of other tensors");
     }
 }

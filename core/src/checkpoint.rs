@@ -11,6 +11,7 @@ use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 const MANIFEST: &str = "manifest.json";
 const PREFIX: &str = "step-";
@@ -61,12 +62,39 @@ impl Checkpoint {
 pub struct CheckpointStore {
     dir: PathBuf,
     keep: usize,
+    best: Option<Best>,
+}
+
+/// Which ones are kept beside the newest.
+#[derive(Clone)]
+struct Best {
+    keep: usize,
+    score: Score,
+}
+
+/// Of the folder of a checkpoint.
+type Score = Arc<dyn Fn(&Path) -> Option<f64> + Send + Sync>;
+
+impl std::fmt::Debug for Best {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Best").field("keep", &self.keep).finish_non_exhaustive()
+    }
 }
 
 impl CheckpointStore {
     /// The store in `dir`, which keeps the newest `keep` (at least 1) checkpoints.
     pub fn new(dir: impl Into<PathBuf>, keep: usize) -> Self {
-        Self { dir: dir.into(), keep: keep.max(1) }
+        Self { dir: dir.into(), keep: keep.max(1), best: None }
+    }
+
+    /// Keeps the best `keep` ones too. `score` is given the folder of a checkpoint; more is better,
+    /// of equals the later one, and those without a score are never among the best.
+    pub fn with_best(
+        self,
+        keep: usize,
+        score: impl Fn(&Path) -> Option<f64> + Send + Sync + 'static,
+    ) -> Self {
+        Self { best: Some(Best { keep, score: Arc::new(score) }), ..self }
     }
 
     /// The folder that holds the checkpoints.
@@ -87,8 +115,13 @@ impl CheckpointStore {
         fs::create_dir(&temporary).at("create", &temporary)?;
         write(&temporary)?;
         Manifest::commit(&temporary, step)?;
-        remove_if_there(&path)?;
-        fs::rename(&temporary, &path).at("rename", &temporary)?;
+        if path.exists() {
+            // At no time is there none of this step.
+            exchange(&temporary, &path)?;
+            remove_if_there(&temporary)?;
+        } else {
+            fs::rename(&temporary, &path).at("rename", &temporary)?;
+        }
         sync(&self.dir)?;
         self.prune()?;
         Ok(Checkpoint { path, step })
@@ -128,11 +161,55 @@ impl CheckpointStore {
 
     fn prune(&self) -> Result<(), Error> {
         let paths = self.paths()?;
-        for path in &paths[..paths.len().saturating_sub(self.keep)] {
-            remove_if_there(path)?;
+        let old = &paths[..paths.len().saturating_sub(self.keep)];
+        if old.is_empty() {
+            return Ok(());
         }
-        Ok(())
+        let best = self.ranked(&paths);
+        let kept = best.iter().take(self.best.as_ref().map_or(0, |best| best.keep));
+        let kept: Vec<_> = kept.collect();
+        old.iter().filter(|path| !kept.contains(path)).try_for_each(|path| remove_if_there(path))
     }
+
+    /// The best one first, of those with a score.
+    fn ranked(&self, paths: &[PathBuf]) -> Vec<PathBuf> {
+        let Some(best) = &self.best else {
+            return Vec::new();
+        };
+        let scored = paths.iter().rev().filter_map(|path| Some(((best.score)(path)?, path)));
+        let mut scored: Vec<_> = scored.collect();
+        scored.sort_by(|(a, _), (b, _)| b.total_cmp(a));
+        scored.into_iter().map(|(_, path)| path.clone()).collect()
+    }
+
+    /// The valid checkpoint with the best score, if any has one. Notes each invalid one that it
+    /// passes over on stderr.
+    pub fn best(&self) -> Result<Option<Checkpoint>, Error> {
+        for path in self.ranked(&self.paths()?) {
+            match Checkpoint::open(&path) {
+                Ok(checkpoint) => return Ok(Some(checkpoint)),
+                Err(error) => console::note(format!("{error}; trying the one after it")),
+            }
+        }
+        Ok(None)
+    }
+}
+
+/// Gives each of two folders the other's name, at once where the system can.
+fn exchange(one: &Path, other: &Path) -> Result<(), Error> {
+    #[cfg(target_os = "linux")]
+    {
+        use rustix::fs::{CWD, RenameFlags, renameat_with};
+        // Not every file system can.
+        if renameat_with(CWD, one, CWD, other, RenameFlags::EXCHANGE).is_ok() {
+            return Ok(());
+        }
+    }
+    let aside = one.with_extension("aside");
+    remove_if_there(&aside)?;
+    fs::rename(other, &aside).at("rename", other)?;
+    fs::rename(one, other).at("rename", one)?;
+    fs::rename(&aside, one).at("rename", &aside)
 }
 
 /// The commit point: which files belong to the checkpoint, with sizes and checksums.
@@ -258,6 +335,34 @@ mod tests {
         let latest = store.latest().expect("latest").expect("some");
         assert_eq!(latest.step(), 30);
         assert_eq!(fs::read(latest.file("model.bin")).expect("read"), [30; 100]);
+    }
+
+    #[test]
+    fn the_best_stay_beside_the_newest() {
+        let dir = tempfile::tempdir().expect("temporary folder");
+        let score = |path: &Path| fs::read(path.join("score")).ok().map(|bytes| bytes[0].into());
+        let store = CheckpointStore::new(dir.path(), 1).with_best(2, score);
+        for (step, score) in [(1, Some(5)), (2, Some(9)), (3, None), (4, Some(9)), (5, Some(1))] {
+            let file = |d: &Path| match score {
+                Some(score) => fs::write(d.join("score"), [score]).at("write", d),
+                None => Ok(()),
+            };
+            store.save(step, file).expect("save");
+        }
+        let steps = |paths: Vec<PathBuf>| {
+            paths
+                .iter()
+                .map(|path| Checkpoint::open(path).expect("valid").step())
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(steps(store.paths().expect("paths")), [2, 4, 5]);
+        assert_eq!(store.best().expect("best").map(|best| best.step()), Some(4));
+        fs::remove_file(store.paths().expect("paths")[1].join("score")).expect("remove");
+        assert_eq!(store.best().expect("best").map(|best| best.step()), Some(2), "4 is damaged");
+        // A step that is saved again takes the place of what it was.
+        store.save(5, |d| fs::write(d.join("score"), [10]).at("write", d)).expect("save");
+        assert_eq!(store.best().expect("best").map(|best| best.step()), Some(5));
+        assert_eq!(fs::read_dir(dir.path()).expect("list").count(), 2, "nothing temporary");
     }
 
     /// INV-CKPT: whatever byte is lost or changed, the one before it is used.

@@ -15,8 +15,8 @@ use std::collections::HashMap;
 use std::ops::Range;
 
 /// The gradients of a model as one flat buffer, `f32`, in the order of the parameters' names: what
-/// is summed over the ranks and read by the optimizer. Behind the gradients travels the loss, so
-/// that one sum over the ranks brings both.
+/// is summed over the ranks and read by the optimizer. Behind the gradients travel the loss and its
+/// weight, so that one sum over the ranks brings all.
 ///
 /// ```
 /// use candle_core::{Device, Tensor};
@@ -34,7 +34,7 @@ use std::ops::Range;
 /// ```
 #[derive(Debug)]
 pub struct Gradients {
-    /// The last one is the loss.
+    /// The last ones are the loss and its weight.
     values: Vec<f32>,
     places: Vec<(String, Range<usize>)>,
     parameters: Vec<Parameter>,
@@ -56,6 +56,10 @@ thread_local! {
     static FILLED: RefCell<Option<Gradients>> = const { RefCell::new(None) };
 }
 
+/// What travels behind the gradients.
+const LOSS: usize = 2;
+const WEIGHT: usize = 1;
+
 impl Gradients {
     /// Zeros for these parameters.
     pub fn zeros(params: &Params) -> Self {
@@ -68,13 +72,13 @@ impl Gradients {
             gradients.parameters.push(Parameter { tensor, is_written: false, is_exempt });
             gradients.places.push((name, start..end));
         }
-        gradients.values = vec![0.0; end + 1];
+        gradients.values = vec![0.0; end + LOSS];
         gradients
     }
 
     fn of_nothing() -> Self {
         let (places, parameters) = (Vec::new(), Vec::new());
-        Self { values: vec![0.0], places, parameters, by_id: HashMap::new() }
+        Self { values: vec![0.0; LOSS], places, parameters, by_id: HashMap::new() }
     }
 
     /// Overwrites them and the loss with `scale` times what a backward pass of `loss` gives.
@@ -115,27 +119,44 @@ impl Gradients {
 
     /// The gradients, in the order of the parameters' names.
     pub fn values(&self) -> &[f32] {
-        &self.values[..self.values.len() - 1]
+        &self.values[..self.values.len() - LOSS]
     }
 
     /// To clip or scale them in place.
     pub fn values_mut(&mut self) -> &mut [f32] {
-        let end = self.values.len() - 1;
+        let end = self.values.len() - LOSS;
         &mut self.values[..end]
     }
 
     /// The loss that travels with them.
     pub fn loss(&self) -> f32 {
-        self.values[self.values.len() - 1]
+        self.values[self.values.len() - LOSS]
     }
 
     /// Sets the loss that travels with them.
     pub fn set_loss(&mut self, loss: f32) {
-        let last = self.values.len() - 1;
-        self.values[last] = loss;
+        let at = self.values.len() - LOSS;
+        self.values[at] = loss;
     }
 
-    /// Gradients and loss, to be summed over the ranks in place.
+    /// The weight of the loss, such as a number of rows: whatever was set since the
+    /// [start](Self::start).
+    pub fn weight(&self) -> f32 {
+        self.values[self.values.len() - WEIGHT]
+    }
+
+    /// Sets the weight that travels with them.
+    pub fn set_weight(&mut self, weight: f32) {
+        let at = self.values.len() - WEIGHT;
+        self.values[at] = weight;
+    }
+
+    /// The same, to be read.
+    pub fn as_reduced(&self) -> &[f32] {
+        &self.values
+    }
+
+    /// Gradients, loss and weight, to be summed over the ranks in place.
     pub fn as_reduced_mut(&mut self) -> &mut [f32] {
         &mut self.values
     }
@@ -170,6 +191,7 @@ impl Gradients {
     pub fn start(&mut self) {
         self.parameters.iter_mut().for_each(|parameter| parameter.is_written = false);
         self.set_loss(0.0);
+        self.set_weight(0.0);
     }
 
     fn zero_missing(&mut self) {

@@ -2,43 +2,52 @@
 //! together.
 
 use crate::collective::{self, Alone, Collective, Element, ReduceOp, Transport};
-use crate::device::OnDevice;
-use crate::report::{EpochReport, Meter, WorkerReport};
+use crate::keeper::Keeper;
+use crate::report::{EpochReport, Meter, Resumed, WorkerReport};
 use crate::state::TrainState;
+use crate::stream::{WorkerStream, owned};
+use crate::trainer::BestCheckpoints;
 use crate::{Error, Result};
 use candle_core::Device;
-use mobula_core::checkpoint::{Checkpoint, CheckpointStore};
+use mobula_core::checkpoint::Checkpoint;
 use mobula_core::{Batch, BatchSource, BatchStream, BoxError, Flow, Member, Shard};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 /// What the trainer tells its workers.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
 pub(crate) struct Setup {
+    /// A number of its own for each training.
+    pub(crate) training: u64,
     pub(crate) checkpoints: Option<PathBuf>,
     pub(crate) keep: usize,
+    pub(crate) best: Option<BestCheckpoints>,
     pub(crate) every_epochs: u64,
+    pub(crate) every_steps: Option<u64>,
+    pub(crate) asynchronous: bool,
     pub(crate) resume_from: Option<Checkpoint>,
-    #[serde(default)]
+    /// Whether lost ranks get what the others have.
+    pub(crate) heals: bool,
     pub(crate) sync_batch_norm: bool,
+    pub(crate) virtual_shards: Option<usize>,
     /// Of each worker.
-    #[serde(default)]
     pub(crate) gpus: f64,
-    #[serde(default)]
     pub(crate) transport: Transport,
     #[serde(default = "collective::default_timeout")]
     pub(crate) timeout: Duration,
     /// The host that each rank is said to be on, for tests.
-    #[serde(default)]
     pub(crate) hosts: Option<Vec<u64>>,
 }
 
 impl Setup {
     fn connect(&self, member: &Arc<Member>) -> Result<Arc<dyn Collective>> {
-        collective::connect(member, self.transport, self.timeout, self.hosts.as_deref())
+        let (transport, in_tree) = (self.transport, self.virtual_shards.is_some());
+        collective::connect(member, transport, in_tree, self.timeout, self.hosts.as_deref())
     }
 
     /// The first GPU that this process sees is the worker's own.
@@ -53,13 +62,12 @@ pub struct WorkerContext<'a> {
     pub(crate) collective: Arc<dyn Collective>,
     pub(crate) setup: Setup,
     device: Device,
-    files: BTreeMap<String, Vec<u8>>,
     pub(crate) meter: Meter,
 }
 
 /// Who listens: the trainer, or whoever runs the function alone.
 enum Place<'a> {
-    Member(Arc<Member>),
+    Member(Arc<Member>, Box<Keeper>),
     Alone(Listener<'a>),
 }
 
@@ -76,7 +84,8 @@ impl WorkerContext<'static> {
     pub fn join(member: Member) -> Result<Self> {
         let (setup, member): (Setup, _) = (member.context()?, Arc::new(member));
         let (collective, device) = (setup.connect(&member)?, setup.device()?);
-        Ok(Self { device, ..Self::new(Place::Member(member), collective, setup) })
+        let keeper = Box::new(Keeper::new(&member, &setup));
+        Ok(Self { device, ..Self::new(Place::Member(member, keeper), collective, setup) })
     }
 }
 
@@ -88,8 +97,7 @@ impl<'a> WorkerContext<'a> {
     }
 
     fn new(place: Place<'a>, collective: Arc<dyn Collective>, setup: Setup) -> Self {
-        let (files, meter) = (BTreeMap::new(), Meter::default());
-        Self { place, collective, setup, device: Device::Cpu, files, meter }
+        Self { place, collective, setup, device: Device::Cpu, meter: Meter::default() }
     }
 
     /// This worker's share of a stream.
@@ -105,10 +113,20 @@ impl<'a> WorkerContext<'a> {
 
     /// This worker's share of a source, on its device.
     pub fn batches(&self, source: &dyn BatchSource) -> Result<Box<dyn BatchStream>> {
-        let stream = source.open(self.shard())?;
-        match &self.device {
-            Device::Cpu => Ok(stream),
-            device => Ok(Box::new(OnDevice { stream, device: device.clone() })),
+        let (shard, virtual_shards) = (self.shard(), self.setup.virtual_shards);
+        Ok(Box::new(WorkerStream::open(source, shard, virtual_shards, &self.device)?))
+    }
+
+    /// The virtual shards of this rank, or itself as one.
+    pub(crate) fn own_shards(&self) -> Range<usize> {
+        let world = self.shard().world;
+        owned(self.shard(), self.setup.virtual_shards.unwrap_or(world))
+    }
+
+    fn keeper(&mut self) -> Option<&mut Keeper> {
+        match &mut self.place {
+            Place::Member(_, keeper) => Some(keeper),
+            Place::Alone(_) => None,
         }
     }
 
@@ -121,21 +139,45 @@ impl<'a> WorkerContext<'a> {
     /// Has every checkpoint hold one more file, such as the fitted preprocessor that goes with
     /// the model.
     pub fn add_checkpoint_file(&mut self, name: &str, content: impl Into<Vec<u8>>) {
-        self.files.insert(name.to_owned(), content.into());
+        if let Some(keeper) = self.keeper() {
+            keeper.files.insert(name.to_owned(), content.into());
+        }
     }
 
-    /// Continues from the run's newest valid checkpoint, if there is one. Says whether.
+    /// Continues from what other ranks still have, if this is after the loss of some, else from the
+    /// run's newest valid checkpoint, if there is one. Says whether.
     pub fn restore(
         &mut self,
         state: &mut TrainState,
         stream: &mut dyn BatchStream,
     ) -> Result<bool> {
-        let Some(checkpoint) = &self.setup.resume_from else {
+        let Some(resumed) = self.resume(state)? else {
             return Ok(false);
         };
-        state.restore(checkpoint, stream)?;
+        stream.restore(&state.saved().stream)?;
+        if let Place::Member(member, keeper) = &mut self.place {
+            keeper.remember(state)?;
+            if member.rank() == 0 {
+                member.report(&WorkerReport::Resumed(resumed))?;
+            }
+        }
         self.meter.restart_clock();
         Ok(true)
+    }
+
+    fn resume(&mut self, state: &mut TrainState) -> Result<Option<Resumed>> {
+        let collective = Arc::clone(&self.collective);
+        if let Some(keeper) = self.keeper()
+            && let Some(resumed) = keeper.heal(state, collective.as_ref())?
+        {
+            return Ok(Some(resumed));
+        }
+        let Some(checkpoint) = &self.setup.resume_from else {
+            return Ok(None);
+        };
+        state.restore(checkpoint)?;
+        let metrics = state.saved().metrics;
+        Ok(Some(Resumed { step: state.step(), metrics, from_rank: None }))
     }
 
     /// The mean over all rows of one epoch of `stream` on all ranks; `total` gives the sum over
@@ -145,19 +187,23 @@ impl<'a> WorkerContext<'a> {
         stream: &mut dyn BatchStream,
         mut total: impl FnMut(&Batch) -> Result<f64, E>,
     ) -> Result<f64> {
-        let mut sums = [0.0, 0.0];
+        // By virtual shard, so that the order of additions does not depend on the number of ranks.
+        let mut sums = vec![[0.0; 2]; self.own_shards().len()];
         while let Some(batch) = stream.next_batch()? {
-            if batch.rows() > 0 {
-                sums[0] += total(&batch).map_err(Error::program)?;
-                sums[1] += batch.rows() as f64;
+            for (sum, part) in sums.iter_mut().zip(batch.parts()?) {
+                if part.rows() > 0 {
+                    sum[0] += total(&part).map_err(Error::program)?;
+                    sum[1] += part.rows() as f64;
+                }
             }
         }
-        self.all_reduce_sum(&mut sums)?;
+        let mut sum = in_tree(&sums);
+        self.all_reduce_sum(&mut sum)?;
         self.meter.restart_clock();
-        if sums[1] == 0.0 {
+        if sum[1] == 0.0 {
             return Err(Error::NoRows);
         }
-        Ok(sums[0] / sums[1])
+        Ok(sum[0] / sum[1])
     }
 
     /// What the ranks can do together beside steps.
@@ -171,56 +217,80 @@ impl<'a> WorkerContext<'a> {
         self.collective.all_reduce(values, ReduceOp::Sum)
     }
 
-    /// Ends an epoch: counts it, commits a checkpoint when one is due, reports the metrics and
-    /// the mean loss. When the training is to stop here, `state` is finished afterwards, on all
-    /// ranks alike.
+    /// Ends an epoch: counts it, reports the metrics and the mean loss, and takes a checkpoint when
+    /// one is due. When the training is to stop here, `state` is finished afterwards, on all ranks
+    /// alike.
     pub fn end_epoch(
         &mut self,
         state: &mut TrainState,
         stream: &dyn BatchStream,
         metrics: &[(&str, f64)],
     ) -> Result<()> {
-        state.count_epoch();
-        let mut all = self.meter.end_epoch();
-        all.insert("lr".to_owned(), state.updater.lr());
+        let metrics = self.epoch_metrics(state, metrics)?;
+        let observed = self.plateau_metric(state, &metrics)?;
+        let (epoch, epochs, step) = (state.epoch() + 1, state.epochs(), state.step());
+        let report = EpochReport { epoch, epochs, step, metrics: metrics.clone() };
+        let stop = self.tell_epoch(report)?;
+        let stop = self.any(stop.is_stop())?;
+        // From here on a rank does not wait for others before all is done: a loss finds the epoch
+        // ended, or not yet.
+        if let Some(metric) = observed {
+            state.updater.observe(metric);
+        }
+        state.count_epoch(stream.state(), metrics, stop);
+        if let Some(keeper) = self.keeper() {
+            keeper.remember(state)?;
+        }
+        let is_due = state.epoch().is_multiple_of(self.setup.every_epochs.max(1));
+        if is_due || state.is_finished() {
+            self.checkpoint(state)?;
+        }
+        self.meter.restart_clock();
+        Ok(())
+    }
+
+    fn epoch_metrics(
+        &self,
+        state: &TrainState,
+        metrics: &[(&str, f64)],
+    ) -> Result<BTreeMap<String, f64>> {
+        let mut all = BTreeMap::from([
+            ("loss".to_owned(), state.tally.mean_loss()),
+            ("samples_per_second".to_owned(), state.tally.rows_per_second()),
+            ("lr".to_owned(), state.updater.lr()),
+        ]);
         if let Some(scale) = state.updater.loss_scale() {
             all.insert("loss_scale".to_owned(), scale.scale().into());
             all.insert("skipped_steps".to_owned(), scale.skipped_steps() as f64);
         }
         all.extend(metrics.iter().map(|(name, value)| ((*name).to_owned(), *value)));
-        let metrics = all;
-        self.observe(state, &metrics)?;
-        self.checkpoint_if_due(state, stream, &metrics)?;
-        let report = EpochReport {
-            epoch: state.epoch(),
-            epochs: state.epochs(),
-            step: state.step(),
-            metrics,
-        };
-        let mut stop = [f64::from(u8::from(self.tell_epoch(report)?.is_stop()))];
-        self.collective.all_reduce(&mut stop, ReduceOp::Max)?;
-        self.meter.restart_clock();
-        if stop[0] > 0.0 {
-            state.stop();
+        match &self.setup.best {
+            Some(best) if !all.contains_key(&best.metric) => {
+                let (metric, names) = (best.metric.clone(), all.into_keys().collect());
+                Err(Error::NoMetric { what: "the best checkpoint", metric, names })
+            }
+            _ => Ok(all),
         }
-        Ok(())
     }
 
     /// Rank 0's metric counts, so that the learning rate stays the same on all ranks.
-    fn observe(&mut self, state: &mut TrainState, metrics: &BTreeMap<String, f64>) -> Result<()> {
+    fn plateau_metric(
+        &self,
+        state: &TrainState,
+        metrics: &BTreeMap<String, f64>,
+    ) -> Result<Option<f64>> {
         let Some(metric) = state.updater.plateau_metric(metrics)? else {
-            return Ok(());
+            return Ok(None);
         };
         let mut shared = [metric];
         self.collective.broadcast(&mut shared, 0)?;
-        state.updater.observe(shared[0]);
-        Ok(())
+        Ok(Some(shared[0]))
     }
 
     fn tell_epoch(&mut self, report: EpochReport) -> Result<Flow> {
         match &mut self.place {
             Place::Alone(listener) => listener(&report).map_err(Error::program),
-            Place::Member(member) => {
+            Place::Member(member, _) => {
                 if member.rank() == 0 {
                     member.report(&WorkerReport::Epoch(report))?;
                 }
@@ -229,39 +299,69 @@ impl<'a> WorkerContext<'a> {
         }
     }
 
-    /// Rank 0 writes; the others wait, so that nobody runs ahead of a checkpoint that failed.
-    fn checkpoint_if_due(
-        &mut self,
-        state: &TrainState,
-        stream: &dyn BatchStream,
-        metrics: &BTreeMap<String, f64>,
-    ) -> Result<()> {
-        let due =
-            state.is_finished() || state.epoch().is_multiple_of(self.setup.every_epochs.max(1));
-        let Some(dir) = self.setup.checkpoints.clone().filter(|_| due) else {
-            return Ok(());
-        };
-        if self.shard().rank == 0 {
-            let store = CheckpointStore::new(dir, self.setup.keep);
-            let files = &self.files;
-            store.save(state.step(), |dir| {
-                state.save(dir, stream, metrics).map_err(mobula_core::Error::layer)?;
-                for (name, content) in files {
-                    std::fs::write(dir.join(name), content).map_err(mobula_core::Error::layer)?;
-                }
-                Ok(())
-            })?;
-        }
-        self.collective.patient_barrier()
+    /// Whether it is so on any rank.
+    pub(crate) fn any(&self, here: bool) -> Result<bool> {
+        let mut any = [f64::from(u8::from(here))];
+        self.collective.all_reduce(&mut any, ReduceOp::Max)?;
+        Ok(any[0] > 0.0)
     }
 
-    pub(crate) fn report_progress(&mut self, state: &TrainState) -> Result<()> {
-        if let Place::Member(member) = &self.place
+    /// Rank 0 writes. The others wait for a last one, which may be all that is left of the training,
+    /// and for each where they are not written in the background.
+    fn checkpoint(&mut self, state: &mut TrainState) -> Result<()> {
+        let in_background = self.setup.asynchronous && !state.is_finished();
+        let setup = self.setup.clone();
+        let Some(keeper) = self.keeper().filter(|_| setup.checkpoints.is_some()) else {
+            return Ok(());
+        };
+        keeper.save(state, &setup, in_background)?;
+        if in_background { Ok(()) } else { self.collective.patient_barrier() }
+    }
+
+    /// The weights are about to change.
+    pub(crate) fn before_update(&mut self, state: &mut TrainState) {
+        if let Some(keeper) = self.keeper() {
+            keeper.let_go();
+        }
+        state.wait_for_copy();
+    }
+
+    /// Remembers, saves and reports what is due.
+    pub(crate) fn after_step(&mut self, state: &mut TrainState) -> Result<()> {
+        if let Some(keeper) = self.keeper() {
+            keeper.remember(state)?;
+            keeper.poll()?;
+        }
+        let is_due = self.setup.every_steps.is_some_and(|steps| state.step().is_multiple_of(steps));
+        if is_due && self.setup.checkpoints.is_some() {
+            if !state.has_position() {
+                return Err(Error::NoPosition);
+            }
+            self.checkpoint(state)?;
+        }
+        self.report_progress(state)
+    }
+
+    fn report_progress(&mut self, state: &TrainState) -> Result<()> {
+        if let Place::Member(member, _) = &self.place
             && member.rank() == 0
             && let Some(progress) = self.meter.progress(state)
         {
             member.report(&WorkerReport::Progress(progress))?;
         }
         Ok(())
+    }
+}
+
+/// The sum of neighbours, two by two.
+fn in_tree(values: &[[f64; 2]]) -> [f64; 2] {
+    match values {
+        [] => [0.0; 2],
+        [one] => *one,
+        _ => {
+            let (low, high) = values.split_at(values.len() / 2);
+            let (low, high) = (in_tree(low), in_tree(high));
+            [low[0] + high[0], low[1] + high[1]]
+        }
     }
 }

@@ -79,6 +79,19 @@ pub enum Error {
         /// The parameters.
         names: Vec<String>,
     },
+    /// A checkpoint within an epoch, of which it is not known where it stands.
+    #[error(
+        "a checkpoint within an epoch needs batches that know where their stream stands: open it with `context.batches`"
+    )]
+    NoPosition,
+    /// A step over a batch that is not cut into virtual shards.
+    #[error(
+        "a step with {virtual_shards} virtual shards needs a batch of a stream that `context.batches` has opened"
+    )]
+    NotInShards {
+        /// How many there are.
+        virtual_shards: usize,
+    },
     /// Members of a collective did not come in time.
     #[error("rank {rank} waited {after:?} in {operation} for rank {}", late.iter().map(ToString::to_string).collect::<Vec<_>>().join(", rank "))]
     Straggler {
@@ -199,10 +212,12 @@ pub enum Error {
         /// The names of the model's parameters.
         names: Vec<String>,
     },
-    /// A metric that decides on the learning rate, but was not reported.
-    #[error("the learning rate depends on the metric {metric:?}, but the epoch reports {}", names.join(", "))]
+    /// A metric that decides on something, but was not reported.
+    #[error("{what} depends on the metric {metric:?}, but the epoch reports {}", names.join(", "))]
     NoMetric {
-        /// The option `metric` of the plateau.
+        /// On what, such as "the learning rate".
+        what: &'static str,
+        /// The option `metric` of that.
         metric: String,
         /// The metrics that were reported.
         names: Vec<String>,

@@ -19,7 +19,7 @@
 //! let y = Tensor::new(&[0u32, 1], &Device::Cpu)?;
 //! let batch = Batch::new(vec![("x".into(), x), ("y".into(), y)])?;
 //! let mut loss = || {
-//!     context.step(&mut state, &batch, |model, pass| {
+//!     context.step(&mut state, &batch, |model, pass, batch| {
 //!         cross_entropy(&model.forward(batch.get("x")?, pass)?, batch.get("y")?)
 //!     })
 //! };
@@ -34,15 +34,20 @@
 //! It knows nothing of data sets (batches come through `mobula_core::BatchStream`) and nothing
 //! of hyperparameter search.
 
+mod buffers;
 pub mod collective;
 mod context;
-mod device;
 mod error;
+mod keeper;
 pub mod optim;
 mod report;
+mod saver;
+mod snapshot;
 mod state;
 mod step;
+mod stream;
 mod sync;
+mod tensors;
 mod trainer;
 
 pub use collective::{Collective, Element, ReduceOp, Transport};
@@ -51,5 +56,8 @@ pub use error::{Error, Result};
 pub use mobula_nn::Gradients;
 pub use optim::{AdamW, AdamWOptions, Optimizer, Schedule, Updater, UpdaterOptions};
 pub use report::EpochReport;
-pub use state::{SavedState, TrainState, load_model};
-pub use trainer::{CheckpointConfig, FailureConfig, ScalingConfig, Trainer, TrainingResult};
+pub use state::{EpochTally, SavedState, TrainState, load_model};
+pub use step::Loss;
+pub use trainer::{
+    BestCheckpoints, CheckpointConfig, FailureConfig, ScalingConfig, Trainer, TrainingResult,
+};

@@ -1,6 +1,6 @@
 //! What workers tell the trainer.
 
-use crate::state::TrainState;
+use crate::state::{EpochTally, TrainState};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -13,6 +13,19 @@ const PROGRESS_INTERVAL: Duration = Duration::from_millis(200);
 pub(crate) enum WorkerReport {
     Progress(Progress),
     Epoch(EpochReport),
+    Resumed(Resumed),
+    /// What the user should know, and training survives.
+    Note(String),
+}
+
+/// Training goes on from what was saved, or from what a rank still had.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Resumed {
+    pub(crate) step: u64,
+    /// Of the last whole epoch.
+    pub(crate) metrics: BTreeMap<String, f64>,
+    /// The rank that had it in memory.
+    pub(crate) from_rank: Option<usize>,
 }
 
 /// How far a training is.
@@ -44,50 +57,24 @@ pub struct EpochReport {
 /// evaluations and checkpoints between them are not counted.
 #[derive(Debug)]
 pub(crate) struct Meter {
-    epoch: Window,
-    recent: Window,
+    recent: EpochTally,
     last_loss: f64,
     clock: Instant,
     reported: Instant,
 }
 
-#[derive(Debug, Default)]
-struct Window {
-    elapsed: Duration,
-    rows: usize,
-    weighted_loss: f64,
-}
-
-impl Window {
-    fn count(&mut self, rows: usize, loss: f64, elapsed: Duration) {
-        self.rows += rows;
-        self.weighted_loss += loss * rows as f64;
-        self.elapsed += elapsed;
-    }
-
-    fn rows_per_second(&self) -> f64 {
-        self.rows as f64 / self.elapsed.as_secs_f64().max(1e-9)
-    }
-}
-
 impl Default for Meter {
     fn default() -> Self {
         let now = Instant::now();
-        Self {
-            epoch: Window::default(),
-            recent: Window::default(),
-            last_loss: f64::NAN,
-            clock: now,
-            reported: now,
-        }
+        Self { recent: EpochTally::default(), last_loss: f64::NAN, clock: now, reported: now }
     }
 }
 
 impl Meter {
-    pub(crate) fn count(&mut self, rows: usize, loss: f64) {
+    pub(crate) fn count(&mut self, epoch: &mut EpochTally, rows: usize, loss: f64) {
         let elapsed = self.clock.elapsed();
         self.restart_clock();
-        self.epoch.count(rows, loss, elapsed);
+        epoch.count(rows, loss, elapsed);
         self.recent.count(rows, loss, elapsed);
         self.last_loss = loss;
     }
@@ -112,14 +99,5 @@ impl Meter {
             lr: state.updater.lr(),
             samples_per_second: recent.rows_per_second(),
         })
-    }
-
-    /// Mean loss over the rows of the epoch, and rows a second of its training steps.
-    pub(crate) fn end_epoch(&mut self) -> BTreeMap<String, f64> {
-        let epoch = std::mem::take(&mut self.epoch);
-        BTreeMap::from([
-            ("loss".to_owned(), epoch.weighted_loss / epoch.rows as f64),
-            ("samples_per_second".to_owned(), epoch.rows_per_second()),
-        ])
     }
 }

@@ -1,17 +1,18 @@
 //! What a training run carries from step to step, and its checkpoint.
 
 use crate::optim::{LossScale, SavedUpdater, Updater, scale};
+use crate::saver::Gate;
 use crate::{Error, Result};
 use candle_core::Device;
+use mobula_core::StreamState;
 use mobula_core::checkpoint::Checkpoint;
-use mobula_core::{BatchStream, StreamState};
 use mobula_nn::{Gradients, Model, Precision};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
 
 pub(crate) const STATE: &str = "state.json";
-const MODEL: &str = "model.safetensors";
 
 /// Model, optimizer and position of a run: all that a checkpoint needs beside the stream's
 /// position, which the stream itself knows.
@@ -21,7 +22,16 @@ pub struct TrainState {
     pub model: Model,
     /// The optimizer, its state, and what goes with it.
     pub updater: Updater,
-    gradients: Gradients,
+    pub(crate) gradients: Gradients,
+    /// For the sums of virtual shards.
+    pub(crate) spare: Vec<Gradients>,
+    pub(crate) tally: EpochTally,
+    /// Where the stream of training batches stands, if that is known.
+    position: Option<StreamState>,
+    /// Of the epoch before.
+    metrics: BTreeMap<String, f64>,
+    /// A copy is being made of it.
+    copying: Option<Arc<Gate>>,
     precision: Precision,
     seed: u64,
     step: u64,
@@ -30,8 +40,37 @@ pub struct TrainState {
     stopped: bool,
 }
 
+/// What has been counted of an epoch.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct EpochTally {
+    /// Rows of all ranks.
+    pub rows: u64,
+    /// The sum over the steps of the mean loss times the rows.
+    pub weighted_loss: f64,
+    /// How long the steps took.
+    pub elapsed: Duration,
+}
+
+impl EpochTally {
+    pub(crate) fn count(&mut self, rows: usize, loss: f64, elapsed: Duration) {
+        self.rows += rows as u64;
+        self.weighted_loss += loss * rows as f64;
+        self.elapsed += elapsed;
+    }
+
+    pub(crate) fn rows_per_second(&self) -> f64 {
+        self.rows as f64 / self.elapsed.as_secs_f64().max(1e-9)
+    }
+
+    /// Over the rows.
+    pub(crate) fn mean_loss(&self) -> f64 {
+        self.weighted_loss / self.rows as f64
+    }
+}
+
 /// `state.json` of a checkpoint.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct SavedState {
     /// Global steps done.
     pub step: u64,
@@ -41,8 +80,11 @@ pub struct SavedState {
     pub seed: u64,
     /// Where the stream of training batches stands.
     pub stream: StreamState,
-    /// The metrics of the epoch just done.
+    /// The metrics of the last whole epoch.
     pub metrics: BTreeMap<String, f64>,
+    /// What has been counted of the epoch under way: nothing between epochs.
+    #[serde(default)]
+    pub tally: EpochTally,
     /// The learning-rate schedule and what else goes with the optimizer.
     #[serde(default)]
     pub updater: SavedUpdater,
@@ -56,6 +98,11 @@ impl TrainState {
             model,
             updater,
             gradients,
+            spare: Vec::new(),
+            tally: EpochTally::default(),
+            position: None,
+            metrics: BTreeMap::new(),
+            copying: None,
             precision: Precision::default(),
             seed,
             step: 0,
@@ -104,11 +151,6 @@ impl TrainState {
         self.seed
     }
 
-    /// The buffer of gradients.
-    pub(crate) fn gradients_mut(&mut self) -> &mut Gradients {
-        &mut self.gradients
-    }
-
     /// The gradients of the last step, divided by the scale of the loss.
     pub fn gradients(&self) -> &Gradients {
         &self.gradients
@@ -119,10 +161,10 @@ impl TrainState {
         self.updater.loss_scale().map_or(1.0, LossScale::scale)
     }
 
-    /// Updates the model by its gradients, once these are checked and divided by the scale of the
-    /// loss; a step in which they overflowed is left out.
-    pub(crate) fn update(&mut self) -> Result<()> {
-        let unscale = 1.0 / self.loss_scale();
+    /// Updates the model by its gradients, once these are checked, rescaled and divided by the scale
+    /// of the loss; a step in which they overflowed is left out.
+    pub(crate) fn update(&mut self, rescale: f32) -> Result<()> {
+        let unscale = rescale / self.loss_scale();
         scale(self.gradients.values_mut(), unscale);
         let overflow = self.gradients.first_non_finite().map(str::to_owned);
         let is_taken = match (self.updater.loss_scale_mut(), overflow) {
@@ -144,57 +186,71 @@ impl TrainState {
     /// Runs `evaluate` on the model while its weights are their averages over the steps. Errors
     /// when the updater keeps none.
     pub fn with_averages<T>(&mut self, evaluate: impl FnOnce(&Model) -> T) -> Result<T> {
+        self.wait_for_copy();
         self.updater.with_averages(self.model.params(), || evaluate(&self.model))
     }
 
-    pub(crate) fn count_step(&mut self) {
+    /// A step is done, and the stream stands there, if that is known.
+    pub(crate) fn count_step(&mut self, position: Option<StreamState>) {
         self.step += 1;
+        self.position = position;
     }
 
-    pub(crate) fn stop(&mut self) {
-        self.stopped = true;
-    }
-
-    pub(crate) fn count_epoch(&mut self) {
+    /// An epoch is done, with these metrics, and the stream stands there.
+    pub(crate) fn count_epoch(
+        &mut self,
+        position: StreamState,
+        metrics: BTreeMap<String, f64>,
+        stop: bool,
+    ) {
         self.epoch += 1;
+        self.stopped |= stop;
+        (self.position, self.metrics) = (Some(position), metrics);
+        self.tally = EpochTally::default();
     }
 
-    /// Writes `model.safetensors`, `model.json`, `optimizer.safetensors`, `state.json`, and
-    /// `ema.safetensors` where averages are kept.
-    pub(crate) fn save(
-        &self,
-        dir: &Path,
-        stream: &dyn BatchStream,
-        metrics: &BTreeMap<String, f64>,
-    ) -> Result<()> {
-        self.model.save(dir)?;
-        let updater = self.updater.save(self.model.params(), dir)?;
-        let saved = SavedState {
+    /// Whether it is known where the stream of training batches stands.
+    pub(crate) fn has_position(&self) -> bool {
+        self.position.is_some()
+    }
+
+    /// Holds back what would change the tensors until a copy is made.
+    pub(crate) fn hold(&mut self, copying: Arc<Gate>) {
+        self.copying = Some(copying);
+    }
+
+    pub(crate) fn wait_for_copy(&mut self) {
+        if let Some(copying) = self.copying.take() {
+            copying.wait();
+        }
+    }
+
+    /// `state.json` of a checkpoint.
+    pub(crate) fn saved(&self) -> SavedState {
+        SavedState {
             step: self.step,
             epoch: self.epoch,
             seed: self.seed,
-            stream: stream.state(),
-            metrics: metrics.clone(),
-            updater,
-        };
-        let text = serde_json::to_vec_pretty(&saved).map_err(mobula_core::Error::layer)?;
-        let path = dir.join(STATE);
-        std::fs::write(&path, text)
-            .map_err(|e| Error::program(format!("cannot write {}: {e}", path.display())))
+            stream: self.position.clone().unwrap_or_default(),
+            metrics: self.metrics.clone(),
+            tally: self.tally.clone(),
+            updater: self.updater.saved(),
+        }
     }
 
     /// Continues where the checkpoint was taken.
-    pub(crate) fn restore(
-        &mut self,
-        from: &Checkpoint,
-        stream: &mut dyn BatchStream,
-    ) -> Result<()> {
+    pub(crate) fn restore(&mut self, from: &Checkpoint) -> Result<()> {
         let saved: SavedState = from.json(STATE)?;
-        self.model.params().load(from.file(MODEL))?;
+        self.model.params().load(from.file(Model::WEIGHTS_FILE))?;
         self.updater.load(self.model.params(), from.path(), &saved.updater)?;
-        stream.restore(&saved.stream)?;
-        (self.step, self.epoch, self.seed) = (saved.step, saved.epoch, saved.seed);
+        self.resume(&saved);
         Ok(())
+    }
+
+    pub(crate) fn resume(&mut self, saved: &SavedState) {
+        (self.step, self.epoch, self.seed) = (saved.step, saved.epoch, saved.seed);
+        (self.tally, self.metrics) = (saved.tally.clone(), saved.metrics.clone());
+        self.position = Some(saved.stream.clone());
     }
 }
 

@@ -1,49 +1,82 @@
 //! One step of all ranks: loss and gradients of each one's rows, their sum, the same update
 //! everywhere.
 
+use crate::buffers::{BufferSums, Buffers};
 use crate::collective::ReduceOp;
-use crate::sync::{BatchSum, average_buffers};
+use crate::optim::add;
+use crate::sync::BatchSum;
 use crate::{Error, Result, TrainState, WorkerContext};
 use candle_core::{DType, Tensor};
-use mobula_core::{Batch, BoxError};
-use mobula_nn::{Model, Pass};
+use mobula_core::{Batch, BoxError, StreamState};
+use mobula_nn::{Gradients, Model, Pass, Precision, loss::LossSum};
 use std::sync::Arc;
 
-/// This rank's part of one batch.
+/// What a training function computes of some rows.
+#[derive(Clone, Debug)]
+pub enum Loss {
+    /// The mean over the rows. That of a step is the mean over the rows of all ranks.
+    Mean(Tensor),
+    /// A sum and its weight, such as the number of tokens that count. That of a step is the sum
+    /// over all ranks, divided by the weights of all.
+    Sum(LossSum),
+}
+
+impl From<Tensor> for Loss {
+    fn from(mean: Tensor) -> Self {
+        Self::Mean(mean)
+    }
+}
+
+impl From<LossSum> for Loss {
+    fn from(sum: LossSum) -> Self {
+        Self::Sum(sum)
+    }
+}
+
+/// Some rows of a batch that one pass is over.
 struct Part {
-    rows: usize,
+    batch: Batch,
     /// The place of its first row among those of the step.
     first_row: u64,
-    /// What part of the rows of the step it is.
-    share: f32,
+}
+
+/// What the passes of a step have in common.
+#[derive(Clone, Copy)]
+struct Passes {
+    seed: u64,
+    step: u64,
+    precision: Precision,
+    loss_scale: f32,
+    /// Rows of the step on all ranks.
+    global_rows: usize,
+}
+
+/// What is called for each pass.
+type LossFn<'a> = dyn FnMut(&Model, &Pass, &Batch) -> Result<Loss> + 'a;
+
+/// What a pass gives to the sums over all ranks.
+struct Branch {
+    gradients: Gradients,
+    buffers: BufferSums,
 }
 
 impl WorkerContext<'_> {
     /// One step of all ranks: loss and gradients of this rank's rows, averaged over the rows of
     /// all ranks, then the same update everywhere. Gives the global mean loss.
     ///
-    /// `loss` is called with the model and the pass, and gives the mean over this rank's rows. It
-    /// is not called on a rank without rows. Buffers, such as the running statistics of a batch
+    /// `loss` is called with the model, the pass and the rows, and gives the mean over these rows,
+    /// or a [`LossSum`] where rows do not count alike. It is called once for each virtual shard of
+    /// this rank, with its rows, and not for none. Buffers, such as the running statistics of a batch
     /// norm, become the means of what the ranks have, weighted by their rows. With a
     /// [`LossScale`](crate::optim::LossScale) a step whose gradients overflow counts as a step and
     /// leaves weights and optimizer as they are.
-    pub fn step<E: Into<BoxError>>(
+    pub fn step<L: Into<Loss>, E: Into<BoxError>>(
         &mut self,
         state: &mut TrainState,
         batch: &Batch,
-        loss: impl FnOnce(&Model, &Pass) -> Result<Tensor, E>,
+        loss: impl FnMut(&Model, &Pass, &Batch) -> Result<L, E>,
     ) -> Result<f64> {
-        match batch.rows() {
-            0 => state.gradients_mut().clear(),
-            _ => state.gradients_mut().start(),
-        }
-        // Disjoint rows for the ranks' random numbers. Where a stream deals rows out in turns
-        // these are not the rows' places in the global batch: with dropout, worlds of different
-        // sizes draw different masks.
-        let first_row = self.shard().rank as u64 * batch.global_rows() as u64;
-        let share = batch.rows() as f32 / batch.global_rows().max(1) as f32;
-        self.add_batch(state, &Part { rows: batch.rows(), first_row, share }, loss)?;
-        self.finish_step(state, batch.global_rows())
+        self.step_accumulated(state, std::slice::from_ref(batch), loss)
     }
 
     /// One step over several batches, whose gradients are accumulated: the same step as over one
@@ -51,44 +84,94 @@ impl WorkerContext<'_> {
     /// and gives the mean loss over the rows of all of them on all ranks. A batch norm has the
     /// statistics of each batch by itself.
     ///
-    /// `loss` gives the mean over this rank's rows of one batch. The batches of a step must be as
-    /// many, and of the same global rows, on all ranks, as those of a stream are.
-    pub fn step_accumulated<E: Into<BoxError>>(
+    /// The batches of a step must be as many, and of the same global rows, on all ranks, as those of
+    /// a stream are.
+    pub fn step_accumulated<L: Into<Loss>, E: Into<BoxError>>(
         &mut self,
         state: &mut TrainState,
         batches: &[Batch],
-        mut loss: impl FnMut(&Model, &Pass, &Batch) -> Result<Tensor, E>,
+        mut loss: impl FnMut(&Model, &Pass, &Batch) -> Result<L, E>,
     ) -> Result<f64> {
-        let global_rows: usize = batches.iter().map(Batch::global_rows).sum();
-        let mut first_row = self.shard().rank as u64 * global_rows as u64;
-        state.gradients_mut().clear();
-        for batch in batches {
-            let share = batch.rows() as f32 / global_rows.max(1) as f32;
-            let part = Part { rows: batch.rows(), first_row, share };
-            self.add_batch(state, &part, |model, pass| loss(model, pass, batch))?;
-            first_row += batch.rows() as u64;
+        let mut loss = |model: &Model, pass: &Pass, batch: &Batch| {
+            loss(model, pass, batch).map(Into::into).map_err(Error::program)
+        };
+        let passes = state.passes(batches.iter().map(Batch::global_rows).sum());
+        let shards = self.shards(batches, passes.global_rows)?;
+        match self.setup.virtual_shards {
+            None => self.add_batches(state, &passes, &shards[0], &mut loss)?,
+            Some(_) => self.add_shards(state, &passes, &shards, &mut loss)?,
         }
-        self.finish_step(state, global_rows)
+        let position = batches.last().and_then(Batch::position).cloned();
+        self.finish_step(state, passes.global_rows, position)
     }
 
-    /// One batch on all ranks: this rank's part of the gradients, and the same buffers everywhere.
-    fn add_batch<E: Into<BoxError>>(
-        &self,
-        state: &mut TrainState,
-        part: &Part,
-        loss: impl FnOnce(&Model, &Pass) -> Result<Tensor, E>,
-    ) -> Result<()> {
-        match self.sync(part.rows)? {
-            None if part.rows == 0 => {}
-            None => add_part(state, part, None, loss)?,
-            Some(sum) if part.rows == 0 => sum.follow()?,
-            Some(sum) => {
-                let added = add_part(state, part, Some(&sum), loss);
-                sum.first_error().map_or(added, Err)?;
-                sum.end()?;
+    /// The rows of each pass, by shard of this rank and by batch.
+    fn shards(&self, batches: &[Batch], global_rows: usize) -> Result<Vec<Vec<Part>>> {
+        let own = self.own_shards();
+        let mut shards: Vec<Vec<Part>> = own.clone().map(|_| Vec::new()).collect();
+        // Disjoint rows for the random numbers of all shards. Where a stream deals rows out in turns
+        // these are not the rows' places in the global batch: with dropout, worlds of different sizes
+        // draw different masks.
+        let mut first_rows: Vec<_> = own.map(|shard| (shard * global_rows) as u64).collect();
+        for batch in batches {
+            let parts = match self.setup.virtual_shards {
+                None => vec![batch.clone()],
+                Some(_) if batch.is_in_parts() => batch.parts()?,
+                Some(virtual_shards) => return Err(Error::NotInShards { virtual_shards }),
+            };
+            for ((shard, first_row), batch) in shards.iter_mut().zip(&mut first_rows).zip(parts) {
+                let rows = batch.rows() as u64;
+                shard.push(Part { batch, first_row: *first_row });
+                *first_row += rows;
             }
         }
-        average_buffers(state.model.params(), part.rows, self.collective.as_ref())
+        Ok(shards)
+    }
+
+    /// This rank's part of the gradients, and after each batch the same buffers everywhere.
+    fn add_batches(
+        &self,
+        state: &mut TrainState,
+        passes: &Passes,
+        parts: &[Part],
+        loss: &mut LossFn<'_>,
+    ) -> Result<()> {
+        let TrainState { model, gradients, .. } = state;
+        start(gradients, parts);
+        for part in parts {
+            let rows = part.batch.rows();
+            match self.sync(rows)? {
+                None if rows == 0 => {}
+                None => passes.add(model, gradients, part, None, loss)?,
+                Some(sum) if rows == 0 => sum.follow()?,
+                Some(sum) => {
+                    let added = passes.add(model, gradients, part, Some(&sum), loss);
+                    sum.first_error().map_or(added, Err)?;
+                    sum.end()?;
+                }
+            }
+            if self.shard().world > 1 {
+                let sums = BufferSums::of(model.params(), rows)?;
+                sums.average(model.params(), self.collective())?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The same for the virtual shards of this rank, which are added up two by two. Each has its
+    /// buffers to itself until the end of the step.
+    fn add_shards(
+        &self,
+        state: &mut TrainState,
+        passes: &Passes,
+        shards: &[Vec<Part>],
+        loss: &mut LossFn<'_>,
+    ) -> Result<()> {
+        let before = Buffers::of(state.model.params())?;
+        let Branch { mut gradients, buffers } = passes.branch(state, shards, &before, loss)?;
+        std::mem::swap(&mut state.gradients, &mut gradients);
+        state.spare.push(gradients);
+        buffers.average(state.model.params(), self.collective())
     }
 
     /// What sums over the ranks within the passes of one batch, if that is asked for.
@@ -98,56 +181,141 @@ impl WorkerContext<'_> {
     }
 
     /// What all ranks do alike once each has the gradients of its rows.
-    fn finish_step(&mut self, state: &mut TrainState, global_rows: usize) -> Result<f64> {
-        self.collective.all_reduce(state.gradients_mut().as_reduced_mut(), ReduceOp::Sum)?;
-        let loss = finite_loss(state)?;
-        state.update()?;
-        state.count_step();
-        self.meter.count(global_rows, loss);
-        self.report_progress(state)?;
+    fn finish_step(
+        &mut self,
+        state: &mut TrainState,
+        global_rows: usize,
+        position: Option<StreamState>,
+    ) -> Result<f64> {
+        self.collective.all_reduce(state.gradients.as_reduced_mut(), ReduceOp::Sum)?;
+        let rescale = rescale(&state.gradients, global_rows);
+        let loss = finite_loss(state, rescale)?;
+        self.before_update(state);
+        state.update(rescale)?;
+        state.count_step(position);
+        self.meter.count(&mut state.tally, global_rows, loss);
+        self.after_step(state)?;
         Ok(loss)
     }
 }
 
-/// Adds loss and gradients of this rank's rows, scaled by their share of all rows.
-fn add_part<E: Into<BoxError>>(
-    state: &mut TrainState,
-    part: &Part,
-    sum: Option<&Arc<BatchSum>>,
-    loss: impl FnOnce(&Model, &Pass) -> Result<Tensor, E>,
-) -> Result<()> {
-    let pass = Pass::train(state.seed(), state.step())
-        .with_row_offset(part.first_row)
-        .with_precision(state.precision());
-    let pass = match sum {
-        Some(sum) => pass.with_sync(Arc::clone(sum) as _),
-        None => pass,
-    };
-    let loss = loss(&state.model, &pass).map_err(Error::program)?;
-    add_backward(&loss, part.share, state)
+impl TrainState {
+    fn passes(&self, global_rows: usize) -> Passes {
+        let (seed, step, precision) = (self.seed(), self.step(), self.precision());
+        Passes { seed, step, precision, loss_scale: self.loss_scale(), global_rows }
+    }
 }
 
-fn add_backward(loss: &Tensor, share: f32, state: &mut TrainState) -> Result<()> {
-    if loss.elem_count() != 1 {
-        return Err(Error::LossShape { shape: loss.dims().to_vec() });
+impl Passes {
+    /// Neighbouring shards in a tree: two halves, each of which is one. What the ranks have are
+    /// branches of one tree, so the order of additions does not depend on their number.
+    fn branch(
+        &self,
+        state: &mut TrainState,
+        shards: &[Vec<Part>],
+        before: &Buffers,
+        loss: &mut LossFn<'_>,
+    ) -> Result<Branch> {
+        if let [parts] = shards {
+            return self.leaf(state, parts, before, loss);
+        }
+        let (low, high) = shards.split_at(shards.len() / 2);
+        let mut sum = self.branch(state, low, before, loss)?;
+        let other = self.branch(state, high, before, loss)?;
+        add(sum.gradients.as_reduced_mut(), other.gradients.as_reduced());
+        sum.buffers.add(&other.buffers);
+        state.spare.push(other.gradients);
+        Ok(sum)
     }
-    // The loss that travels with the gradients is not scaled: the scale must not make it overflow.
-    let value = loss.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?[0] * share;
-    let scale = f64::from(share) * f64::from(state.loss_scale());
-    // The gradients of a loss that is no number are none either; the sum will tell all ranks.
-    let gradients = state.gradients_mut();
-    let before = gradients.loss();
-    gradients.add_backward(loss, scale)?;
-    gradients.set_loss(before + value);
-    match gradients.missing() {
-        missing if missing.is_empty() => Ok(()),
-        names => Err(Error::NoGradient { names }),
+
+    /// One shard, from the buffers that all shards have.
+    fn leaf(
+        &self,
+        state: &mut TrainState,
+        parts: &[Part],
+        before: &Buffers,
+        loss: &mut LossFn<'_>,
+    ) -> Result<Branch> {
+        let model = &state.model;
+        let spare = state.spare.pop();
+        let mut gradients = spare.unwrap_or_else(|| Gradients::zeros(model.params()));
+        before.put_back(model.params())?;
+        start(&mut gradients, parts);
+        for part in parts.iter().filter(|part| part.batch.rows() > 0) {
+            self.add(model, &mut gradients, part, None, loss)?;
+        }
+        let rows = parts.iter().map(|part| part.batch.rows()).sum();
+        Ok(Branch { gradients, buffers: BufferSums::of(model.params(), rows)? })
+    }
+
+    /// Adds loss and gradients of some rows, divided by the rows of the step.
+    fn add(
+        &self,
+        model: &Model,
+        gradients: &mut Gradients,
+        part: &Part,
+        sum: Option<&Arc<BatchSum>>,
+        loss: &mut LossFn<'_>,
+    ) -> Result<()> {
+        let pass = Pass::train(self.seed, self.step)
+            .with_row_offset(part.first_row)
+            .with_precision(self.precision);
+        let pass = match sum {
+            Some(sum) => pass.with_sync(Arc::clone(sum) as _),
+            None => pass,
+        };
+        let rows = part.batch.rows() as f64;
+        let (value, factor, weight) = match loss(model, &pass, &part.batch)? {
+            Loss::Mean(mean) => (mean, rows, rows),
+            Loss::Sum(LossSum { sum, weight }) => (sum, 1.0, weight),
+        };
+        self.add_backward(gradients, &value, factor / self.global_rows.max(1) as f64, weight)
+    }
+
+    fn add_backward(
+        &self,
+        gradients: &mut Gradients,
+        loss: &Tensor,
+        share: f64,
+        weight: f64,
+    ) -> Result<()> {
+        if loss.elem_count() != 1 {
+            return Err(Error::LossShape { shape: loss.dims().to_vec() });
+        }
+        // The loss that travels with the gradients is not scaled: the scale must not make it overflow.
+        let value = loss.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?[0];
+        let (before, weight_before) = (gradients.loss(), gradients.weight());
+        // The gradients of a loss that is no number are none either; the sum will tell all ranks.
+        gradients.add_backward(loss, share * f64::from(self.loss_scale))?;
+        gradients.set_loss(before + value * share as f32);
+        gradients.set_weight(weight_before + weight as f32);
+        match gradients.missing() {
+            missing if missing.is_empty() => Ok(()),
+            names => Err(Error::NoGradient { names }),
+        }
+    }
+}
+
+/// Has the first pass overwrite them, where there is one: cheaper than zeros.
+fn start(gradients: &mut Gradients, parts: &[Part]) {
+    match parts.first() {
+        Some(part) if part.batch.rows() > 0 => gradients.start(),
+        _ => gradients.clear(),
+    }
+}
+
+/// Of a sum over all ranks that is divided by the rows of the step: what makes it one that is divided by the
+/// weights. 1 where rows are the weights, and where nothing has a weight: then all of it is zero.
+fn rescale(gradients: &Gradients, global_rows: usize) -> f32 {
+    match f64::from(gradients.weight()) {
+        weight if weight > 0.0 => (global_rows as f64 / weight) as f32,
+        _ => 1.0,
     }
 }
 
 /// After the sum all ranks hold the same bits, so all come to the same conclusion.
-fn finite_loss(state: &TrainState) -> Result<f64> {
-    match f64::from(state.gradients().loss()) {
+fn finite_loss(state: &TrainState, rescale: f32) -> Result<f64> {
+    match f64::from(state.gradients.loss() * rescale) {
         loss if loss.is_finite() => Ok(loss),
         loss => Err(Error::NonFiniteLoss { step: state.step(), loss }),
     }

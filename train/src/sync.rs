@@ -1,5 +1,4 @@
-//! What the ranks share within a batch beside its gradients: sums for layers with statistics of
-//! all rows, and buffers.
+//! Sums over the ranks within a pass, for layers with statistics of all rows.
 //!
 //! A rank without rows has no pass, and does not know which sums the others ask for. So the ranks
 //! first tell each other their rows. Where one has none, the others announce each sum by its
@@ -7,9 +6,8 @@
 
 use crate::collective::{Collective, ReduceOp};
 use crate::{Error, Result};
-use candle_core::{DType, Tensor, Var};
 use mobula_core::BoxError;
-use mobula_nn::{Params, SyncSum};
+use mobula_nn::SyncSum;
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// Sums over the ranks in the passes of one batch.
@@ -89,39 +87,4 @@ impl SyncSum for BatchSum {
             text.into()
         })
     }
-}
-
-/// Gives all ranks the same buffers: the means over the ranks, weighted by the rows that each has
-/// just seen. In `f64`, so that what is the same on all ranks stays as it is.
-pub(crate) fn average_buffers(
-    params: &Params,
-    rows: usize,
-    collective: &dyn Collective,
-) -> Result<()> {
-    let buffers = params.buffers();
-    if buffers.is_empty() || collective.shard().world == 1 {
-        return Ok(());
-    }
-    let rows = rows as f64;
-    let mut sums = vec![rows];
-    for (_, buffer) in &buffers {
-        let values = buffer.to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>()?;
-        sums.extend(values.into_iter().map(|value| value * rows));
-    }
-    collective.all_reduce(&mut sums, ReduceOp::Sum)?;
-    let (all_rows, mut sums) = (sums[0], &sums[1..]);
-    if all_rows == 0.0 {
-        return Ok(());
-    }
-    for (_, buffer) in &buffers {
-        let (own, rest) = sums.split_at(buffer.elem_count());
-        set(buffer, own.iter().map(|sum| sum / all_rows).collect())?;
-        sums = rest;
-    }
-    Ok(())
-}
-
-fn set(buffer: &Var, values: Vec<f64>) -> Result<()> {
-    let values = Tensor::from_vec(values, buffer.shape(), buffer.device())?;
-    Ok(buffer.set(&values.to_dtype(buffer.dtype())?)?)
 }

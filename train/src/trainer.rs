@@ -2,8 +2,9 @@
 
 use crate::collective::{self, Transport};
 use crate::context::Setup;
-use crate::report::{EpochReport, Progress, WorkerReport};
-use crate::state::{STATE, SavedState};
+use crate::keeper;
+use crate::optim::Mode;
+use crate::report::{EpochReport, Progress, Resumed, WorkerReport};
 use crate::{Error, Result};
 use mobula_core::checkpoint::Checkpoint;
 use mobula_core::console::{self, Progress as Bar};
@@ -13,7 +14,9 @@ use mobula_core::{
     Group, GroupEvent, GroupOptions, GroupTask, OnLoss, Placement, Resources, RestartPolicy,
     Runtime,
 };
+use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
+use std::hash::{BuildHasher, Hasher, RandomState};
 use std::time::Duration;
 
 /// How many workers, and what each one holds.
@@ -30,6 +33,12 @@ pub struct ScalingConfig {
     /// for any number of workers, but for rounding and dropout, at the price of three sums over them in each of these layers
     /// in each step. Default: no.
     pub sync_batch_norm: bool,
+    /// Cuts each batch into so many shards, whose gradients are computed one by one and added up in
+    /// one tree, so that any number of workers trains to the same bits. A power of two; then the number
+    /// of workers has to be one too, and the batch's rows are best a multiple of it. Batch norms take
+    /// their statistics over a shard. The computation of a worker is that of smaller batches, and costs what
+    /// these do. Default: no.
+    pub virtual_shards: Option<usize>,
     /// How workers reach each other. Default: by the fastest way that there is.
     pub transport: Transport,
     /// How long a worker waits in a step for the others before it gives up and says who is late.
@@ -45,6 +54,7 @@ impl Default for ScalingConfig {
             resources_per_worker: Resources::cpus(1.0),
             placement: Placement::Process,
             sync_batch_norm: false,
+            virtual_shards: None,
             transport: Transport::Auto,
             timeout: collective::default_timeout(),
         }
@@ -55,6 +65,29 @@ impl ScalingConfig {
     /// So many worker processes with 1 CPU each.
     pub fn workers(num_workers: usize) -> Self {
         Self { num_workers, ..Self::default() }
+    }
+
+    fn check(&self) -> Result<()> {
+        let (workers, invalid) = (self.num_workers, |option, got: String, expected| {
+            Err(Error::Option { option, got, expected })
+        });
+        match self.virtual_shards {
+            _ if workers == 0 => invalid("num_workers", "0".to_owned(), "at least 1"),
+            None => self.check_gpus(),
+            Some(shards) if !shards.is_power_of_two() || shards < workers => {
+                let expected = "a power of two, and at least the number of workers";
+                invalid("virtual_shards", shards.to_string(), expected)
+            }
+            Some(_) if !workers.is_power_of_two() => {
+                let expected = "a power of two where there are virtual shards";
+                invalid("num_workers", workers.to_string(), expected)
+            }
+            Some(_) if self.sync_batch_norm => {
+                let expected = "false where there are virtual shards: they are computed one by one";
+                invalid("sync_batch_norm", "true".to_owned(), expected)
+            }
+            Some(_) => self.check_gpus(),
+        }
     }
 
     fn check_gpus(&self) -> Result<()> {
@@ -69,20 +102,23 @@ impl ScalingConfig {
     }
 }
 
-/// How often a training may fail and start again from its newest checkpoint.
+/// How often a training may lose workers, and what it goes on from.
 #[derive(Clone, Copy, Debug)]
 pub struct FailureConfig {
     /// Losses of workers that are survived. Errors of the training function itself are never
     /// retried: they would come again. Default: 3.
     pub max_failures: u32,
     /// Which workers get new processes then. The training function begins anew on all of them.
-    /// Default: every one; [`OnLoss::ReplaceLost`] saves the others their start.
+    ///
+    /// Default: [`OnLoss::ReplaceLost`]: the lost ones, to which the others give what they have in
+    /// memory, so that no step is lost; the newest checkpoint counts where nobody has anything. With
+    /// [`OnLoss::RestartAll`] all get new ones, and go on from the newest checkpoint.
     pub on_loss: OnLoss,
 }
 
 impl Default for FailureConfig {
     fn default() -> Self {
-        Self { max_failures: 3, on_loss: OnLoss::RestartAll }
+        Self { max_failures: 3, on_loss: OnLoss::ReplaceLost }
     }
 }
 
@@ -93,18 +129,40 @@ impl FailureConfig {
 }
 
 /// When checkpoints are taken, and how many stay.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct CheckpointConfig {
     /// Epochs between two checkpoints; the last epoch always has one. Default: 1.
     pub every_epochs: u64,
-    /// Checkpoints kept, at least 1. Default: 2, so that a damaged one has one before it.
+    /// Steps between two more checkpoints, which may be within an epoch. Default: none.
+    pub every_steps: Option<u64>,
+    /// Checkpoints kept, at least 1, the newest. Default: 2, so that a damaged one has one before it.
     pub keep: usize,
+    /// Keeps the best ones beside these. Default: no.
+    pub best: Option<BestCheckpoints>,
+    /// Whether training goes on while a checkpoint is written. What is written is copied while the
+    /// next step computes its gradients, so weights must be changed by [`step`] alone. One that cannot
+    /// be written is noted, and training goes on; the last one is waited for, and is an error.
+    /// Default: yes.
+    ///
+    /// [`step`]: crate::WorkerContext::step
+    pub asynchronous: bool,
 }
 
 impl Default for CheckpointConfig {
     fn default() -> Self {
-        Self { every_epochs: 1, keep: 2 }
+        Self { every_epochs: 1, every_steps: None, keep: 2, best: None, asynchronous: true }
     }
+}
+
+/// The checkpoints of the best epochs.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct BestCheckpoints {
+    /// The metric that decides, of those of an epoch.
+    pub metric: String,
+    /// Whether lower or higher is better.
+    pub mode: Mode,
+    /// How many are kept.
+    pub keep: usize,
 }
 
 /// Trains a model on a group of workers.
@@ -126,6 +184,8 @@ pub struct TrainingResult<T> {
     pub metrics: BTreeMap<String, f64>,
     /// The newest checkpoint, if the trainer has a run directory.
     pub checkpoint: Option<Checkpoint>,
+    /// The best checkpoint, if [`CheckpointConfig::best`] says which that is.
+    pub best_checkpoint: Option<Checkpoint>,
     /// How often workers were lost and the group started again.
     pub restarts: u32,
     /// What the training function returned, by rank.
@@ -177,11 +237,11 @@ impl<T> Trainer<T> {
 
     /// Trains until the function has returned on every rank.
     pub fn fit(&self, runtime: &Runtime) -> Result<TrainingResult<T>> {
-        if self.scaling.num_workers == 0 {
-            let (option, got) = ("num_workers", "0".to_owned());
-            return Err(Error::Option { option, got, expected: "at least 1" });
+        self.scaling.check()?;
+        if self.checkpoint.every_steps == Some(0) {
+            let (option, got) = ("every_steps", "0".to_owned());
+            return Err(Error::Option { option, got, expected: "at least 1, or none" });
         }
-        self.scaling.check_gpus()?;
         self.run.as_ref().map_or(Ok(()), RunDir::claim)?;
         let run = self.run.clone();
         let _interrupted = mobula_core::on_interrupt(move || {
@@ -198,7 +258,8 @@ impl<T> Trainer<T> {
 
     fn fit_with_restarts(&self, runtime: &Runtime) -> Result<TrainingResult<T>> {
         let mut journal = Journal::new(&self.name, self.run.as_ref())?;
-        let setup = self.setup(&mut journal)?;
+        let setup = self.setup()?;
+        let _forget = Forget(setup.training);
         let mut restarts = 0;
         let mut group = self.start(runtime, &setup, &mut restarts)?;
         let mut values: Vec<Option<T>> = (0..self.scaling.num_workers).map(|_| None).collect();
@@ -210,12 +271,19 @@ impl<T> Trainer<T> {
                     restarts += 1;
                     // What has been done since the checkpoint is done again, on all ranks.
                     values.fill_with(|| None);
-                    group.set_context(&self.setup(&mut journal)?)?;
+                    let training = setup.training;
+                    group.set_context(&Setup { training, ..self.setup()? })?;
                 }
                 GroupEvent::Failed { error, .. } => return Err(self.failure(error, restarts)),
             }
         }
-        self.result(values.into_iter().flatten().collect(), restarts, journal)
+        Ok(TrainingResult {
+            metrics: journal.last,
+            checkpoint: self.newest_checkpoint()?,
+            best_checkpoint: self.best_checkpoint(&setup)?,
+            restarts,
+            values: values.into_iter().flatten().collect(),
+        })
     }
 
     /// A machine may be lost in the very moment in which workers are started there.
@@ -242,18 +310,23 @@ impl<T> Trainer<T> {
     }
 
     /// What the workers are to continue from.
-    fn setup(&self, journal: &mut Journal) -> Result<Setup> {
-        let resume_from = self.newest_checkpoint()?;
-        journal.resume(resume_from.as_ref(), self.run.as_ref())?;
+    fn setup(&self) -> Result<Setup> {
         let checkpoints = self.run.as_ref().map(|run| run.checkpoints(self.checkpoint.keep));
+        let replaces = self.failure.on_loss == OnLoss::ReplaceLost;
         // A survivor of a loss may be about to save: what the others continue from has to stay.
-        let least = if self.failure.on_loss == OnLoss::ReplaceLost { 2 } else { 1 };
+        let least = if replaces { 2 } else { 1 };
         Ok(Setup {
+            training: RandomState::new().build_hasher().finish(),
             checkpoints: checkpoints.map(|store| store.dir().to_owned()),
             keep: self.checkpoint.keep.max(least),
+            best: self.checkpoint.best.clone(),
             every_epochs: self.checkpoint.every_epochs,
-            resume_from,
+            every_steps: self.checkpoint.every_steps,
+            asynchronous: self.checkpoint.asynchronous,
+            resume_from: self.newest_checkpoint()?,
+            heals: replaces && self.failure.max_failures > 0,
             sync_batch_norm: self.scaling.sync_batch_norm,
+            virtual_shards: self.scaling.virtual_shards,
             gpus: self.scaling.resources_per_worker.gpus,
             transport: self.scaling.transport,
             timeout: self.scaling.timeout,
@@ -268,6 +341,11 @@ impl<T> Trainer<T> {
         Ok(run.checkpoints(self.checkpoint.keep).latest()?)
     }
 
+    fn best_checkpoint(&self, setup: &Setup) -> Result<Option<Checkpoint>> {
+        let dir = setup.checkpoints.as_deref().filter(|_| setup.best.is_some());
+        Ok(dir.map(|dir| keeper::store(dir, setup).best()).transpose()?.flatten())
+    }
+
     fn group_options(&self, setup: &Setup) -> Result<GroupOptions> {
         let options = GroupOptions {
             resources: self.scaling.resources_per_worker.clone(),
@@ -280,10 +358,14 @@ impl<T> Trainer<T> {
         };
         Ok(options.with_context(setup)?)
     }
+}
 
-    fn result(&self, values: Vec<T>, restarts: u32, journal: Journal) -> Result<TrainingResult<T>> {
-        let checkpoint = self.newest_checkpoint()?;
-        Ok(TrainingResult { metrics: journal.last, checkpoint, restarts, values })
+/// What workers on this process's threads have left for a next generation.
+struct Forget(u64);
+
+impl Drop for Forget {
+    fn drop(&mut self) {
+        keeper::forget(self.0);
     }
 }
 
@@ -302,8 +384,11 @@ fn next<T>(group: &mut Group<T>) -> GroupEvent<T> {
 struct Journal {
     bar: Option<Bar>,
     name: String,
+    run: Option<RunDir>,
     metrics: Option<MetricsWriter>,
     last: BTreeMap<String, f64>,
+    /// The last epoch and its step.
+    recorded: Option<(u64, u64)>,
 }
 
 impl Journal {
@@ -311,28 +396,37 @@ impl Journal {
         Ok(Self {
             bar: None,
             name: name.to_owned(),
+            run: run.cloned(),
             metrics: run.map(RunDir::metrics_writer).transpose()?,
             last: BTreeMap::new(),
+            recorded: None,
         })
-    }
-
-    /// Goes back to where the checkpoint was taken: what comes after it will be made again.
-    fn resume(&mut self, from: Option<&Checkpoint>, run: Option<&RunDir>) -> Result<()> {
-        let (Some(checkpoint), Some(run)) = (from, run) else {
-            return Ok(());
-        };
-        console::note(format!("{}: continuing from step {}", self.name, checkpoint.step()));
-        self.last = checkpoint.json::<SavedState>(STATE)?.metrics;
-        run.rewind_metrics(checkpoint.step())?;
-        self.metrics = Some(run.metrics_writer()?);
-        Ok(())
     }
 
     fn record(&mut self, report: WorkerReport) -> Result<()> {
         match report {
             WorkerReport::Progress(progress) => self.progress(&progress),
             WorkerReport::Epoch(report) => self.epoch(report),
+            WorkerReport::Resumed(resumed) => self.resume(resumed),
+            WorkerReport::Note(text) => {
+                console::note(format!("{}: {text}", self.name));
+                Ok(())
+            }
         }
+    }
+
+    /// Goes back to the step that training goes on from: what comes after it will be made again.
+    fn resume(&mut self, resumed: Resumed) -> Result<()> {
+        let Resumed { step, metrics, from_rank } = resumed;
+        let kept = from_rank.map_or(String::new(), |rank| format!(", which rank {rank} has kept"));
+        console::note(format!("{}: continuing from step {step}{kept}", self.name));
+        self.last = metrics;
+        self.recorded = self.recorded.filter(|(_, recorded)| *recorded <= step);
+        if let Some(run) = &self.run {
+            run.rewind_metrics(step)?;
+            self.metrics = Some(run.metrics_writer()?);
+        }
+        Ok(())
     }
 
     fn progress(&mut self, progress: &Progress) -> Result<()> {
@@ -344,6 +438,11 @@ impl Journal {
     }
 
     fn epoch(&mut self, report: EpochReport) -> Result<()> {
+        let this = (report.epoch, report.step);
+        // After a loss an epoch may end once more.
+        if self.recorded.replace(this) == Some(this) {
+            return Ok(());
+        }
         let value = |name: &str| report.metrics.get(name).copied().unwrap_or(f64::NAN);
         let (loss, rate) = (value("loss"), value("samples_per_second"));
         self.show(report.epoch, report.epochs, report.step, loss, rate);

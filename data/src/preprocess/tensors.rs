@@ -44,7 +44,7 @@ impl Preprocessor {
                 Ok((name.clone(), tensor))
             })
             .collect::<Result<Vec<_>>>()?;
-        Ok(Batch::new(tensors)?.with_global_rows(batch.global_rows()))
+        Ok(batch.replace(tensors)?)
     }
 }
 

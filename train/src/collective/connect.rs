@@ -17,10 +17,13 @@ use std::time::Duration;
 /// How long members may take to start.
 const TIMEOUT: Duration = Duration::from_secs(60);
 
-/// Connects a member with all others of its group, and waits for them.
+/// Connects a member with all others of its group, and waits for them. `in_tree` fixes the order of
+/// additions: neighbouring ranks, then neighbouring pairs of them, and so on, however they are
+/// connected; their number must be a power of two.
 pub(crate) fn connect(
     member: &Arc<Member>,
     transport: Transport,
+    in_tree: bool,
     timeout: Duration,
     hosts: Option<&[u64]>,
 ) -> Result<Arc<dyn Collective>> {
@@ -28,12 +31,12 @@ pub(crate) fn connect(
     if shard.world == 1 {
         return Ok(Arc::new(Alone));
     }
-    let mut meeting = Meeting::hold(member, transport, hosts)?;
+    let mut meeting = Meeting::hold(member, transport, in_tree, hosts)?;
     let local = meeting.shared_memory(member, timeout)?;
     let collective: Arc<dyn Collective> = match (meeting.leaders.len(), local) {
         (1, Some(memory)) => Arc::new(Connected::new(shard, memory)),
         (_, local) => {
-            let far = meeting.links(member, timeout)?;
+            let far = meeting.links(member, in_tree, timeout)?;
             Arc::new(Connected::new(shard, Ways { shard, hosts: meeting.hosts, local, far }))
         }
     };
@@ -59,7 +62,12 @@ struct Meeting {
 }
 
 impl Meeting {
-    fn hold(member: &Arc<Member>, transport: Transport, hosts: Option<&[u64]>) -> Result<Self> {
+    fn hold(
+        member: &Arc<Member>,
+        transport: Transport,
+        in_tree: bool,
+        hosts: Option<&[u64]>,
+    ) -> Result<Self> {
         let host = match (hosts, transport) {
             (Some(hosts), _) => hosts[member.rank()],
             (None, Transport::Auto) => member.host().node,
@@ -69,7 +77,11 @@ impl Meeting {
         let said = member.all_gather("collective: hosts", said.as_bytes(), TIMEOUT)?;
         let said: Vec<_> = said.iter().map(|said| String::from_utf8_lossy(said)).collect();
         let said: Vec<_> = said.iter().map(|s| s.split_once(' ').unwrap_or_default()).collect();
-        let names: Vec<&str> = said.iter().map(|said| said.0).collect();
+        let mut names: Vec<String> = said.iter().map(|said| said.0.to_owned()).collect();
+        if in_tree && !are_branches(&names) {
+            // Each for itself.
+            names = (0..names.len()).map(|rank| format!("rank {rank}")).collect();
+        }
         let others = said.iter().filter(|said| said.0 != host.to_string());
         let others: Vec<IpAddr> = others.filter_map(|said| said.1.parse().ok()).collect();
         let mut leaders: Vec<usize> = Vec::new();
@@ -130,7 +142,7 @@ impl Meeting {
     }
 
     /// With the leaders of the other hosts, if this is one.
-    fn links(&self, member: &Arc<Member>, timeout: Duration) -> Result<Option<Tcp>> {
+    fn links(&self, member: &Arc<Member>, in_tree: bool, timeout: Duration) -> Result<Option<Tcp>> {
         let Some(listener) = &self.listener else {
             return Ok(None);
         };
@@ -141,8 +153,17 @@ impl Meeting {
         let peers = Tcp::peers(me, self.leaders.len());
         let peers: Vec<usize> = peers.into_iter().map(|place| self.leaders[place]).collect();
         let links = Links::connect(member, listener, &self.doors, &peers, timeout)?;
-        Ok(Some(Tcp::new(self.leaders.clone(), me, links)))
+        Ok(Some(Tcp::new(self.leaders.clone(), me, in_tree, links)))
     }
+}
+
+/// Whether the ranks of each host are neighbours, and as many, a power of two.
+fn are_branches(hosts: &[String]) -> bool {
+    let mut blocks = hosts.chunk_by(|a, b| a == b);
+    let each = blocks.next().map_or(1, <[_]>::len);
+    let distinct: std::collections::BTreeSet<_> = hosts.iter().collect();
+    let is_whole = each.is_power_of_two() && distinct.len() * each == hosts.len();
+    is_whole && blocks.all(|block| block.len() == each)
 }
 
 fn internal(text: &str) -> Error {

@@ -2,6 +2,7 @@
 
 use half::{bf16, f16};
 use pulp::NullaryFnOnce;
+use std::ops::Range;
 
 /// What can be reduced: `f32`, `f64`, `bf16` and `f16`. Sealed: shared memory relies on every bit
 /// pattern being a value.
@@ -92,8 +93,9 @@ number!(f16, f32, 3, F16, f16::to_f32, f16::from_f32);
 /// Elements that are reduced together: their sums stay in the nearest cache.
 const BLOCK: usize = 1024;
 
-/// Reduces the values of all ranks in their order into those of rank `me`, and tells `wrote` each
-/// piece of the result with its place.
+/// Reduces the values of all ranks into those of rank `me`, and tells `wrote` each piece of the
+/// result with its place. The order is that of a tree: the ranks of its lower half, a power of two,
+/// those of the upper half, then both.
 pub(super) fn reduce<'a, T: Element>(
     op: ReduceOp,
     values: &mut [T],
@@ -103,18 +105,41 @@ pub(super) fn reduce<'a, T: Element>(
 ) {
     let arch = pulp::Arch::new();
     let mut sums = [T::Sum::default(); BLOCK];
+    // Up to three ranks need no more.
+    let mut more = vec![T::Sum::default(); world.max(1).ilog2().saturating_sub(1) as usize * BLOCK];
     for (at, values) in values.chunks_mut(BLOCK).enumerate() {
         let (first, sums) = (at * BLOCK, &mut sums[..values.len()]);
-        for rank in 0..world {
-            let given = match rank == me {
-                true => &*values,
-                false => &others(rank)[first..first + values.len()],
-            };
-            arch.dispatch(Add { op, is_first: rank == 0, sums, values: given });
-        }
+        let given = |rank: usize| match rank == me {
+            true => &*values,
+            false => &others(rank)[first..first + values.len()],
+        };
+        add_up(op, 0..world, &given, sums, &mut more);
         arch.dispatch(Round { op, world, sums, values });
         wrote(first, values);
     }
+}
+
+/// A branch of the tree. `more` is for the branches within.
+fn add_up<'a, T: Element>(
+    op: ReduceOp,
+    ranks: Range<usize>,
+    given: &impl Fn(usize) -> &'a [T],
+    sums: &mut [T::Sum],
+    more: &mut [T::Sum],
+) {
+    let (arch, first) = (pulp::Arch::new(), ranks.start);
+    if ranks.len() <= 1 {
+        return arch.dispatch(Add { op, is_first: true, sums, values: given(first) });
+    }
+    let middle = first + ranks.len().next_power_of_two() / 2;
+    add_up(op, first..middle, given, sums, more);
+    if middle + 1 == ranks.end {
+        return arch.dispatch(Add { op, is_first: false, sums, values: given(middle) });
+    }
+    let (upper, more) = more.split_at_mut(BLOCK);
+    let upper = &mut upper[..sums.len()];
+    add_up(op, middle..ranks.end, given, upper, more);
+    arch.dispatch(Merge::<T> { op, sums, others: upper });
 }
 
 /// Vector code for the processor that it is dispatched to, and so inlined.
@@ -141,6 +166,28 @@ impl<T: Element> NullaryFnOnce for Add<'_, T> {
                 pairs
                     .for_each(|(sum, value)| *sum = T::combine(ReduceOp::Sum, *sum, value.widen()));
             }
+        }
+    }
+}
+
+/// The same of sums.
+struct Merge<'a, T: Element> {
+    op: ReduceOp,
+    sums: &'a mut [T::Sum],
+    others: &'a [T::Sum],
+}
+
+impl<T: Element> NullaryFnOnce for Merge<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn call(self) {
+        let pairs = self.sums.iter_mut().zip(self.others);
+        match self.op {
+            ReduceOp::Max => {
+                pairs.for_each(|(sum, other)| *sum = T::combine(ReduceOp::Max, *sum, *other));
+            }
+            _ => pairs.for_each(|(sum, other)| *sum = T::combine(ReduceOp::Sum, *sum, *other)),
         }
     }
 }

@@ -4,7 +4,8 @@
 //! (2005). Of P ranks and n bytes, the ring moves 2(P−1)/P·n a rank, in 2(P−1) messages, in which
 //! only neighbours talk; halving and doubling moves as much in 2·log₂P messages, to ranks further
 //! and further away, and is for what is small. Which one it is, and so the order of additions,
-//! depends on the size alone.
+//! depends on the size alone, unless that order is to be that of a tree: the halves of the ranks,
+//! of these the halves, and so on.
 
 use super::links::{Links, SEGMENT, Transfer, Wanted};
 use super::{Element, ReduceOp};
@@ -21,6 +22,8 @@ pub(super) struct Tcp {
     ranks: Vec<usize>,
     /// This one's place among them.
     me: usize,
+    /// Whether ranks are added up in a tree.
+    in_tree: bool,
     links: Links,
 }
 
@@ -42,8 +45,8 @@ impl Tcp {
         peers
     }
 
-    pub(super) fn new(ranks: Vec<usize>, me: usize, links: Links) -> Self {
-        Self { ranks, me, links }
+    pub(super) fn new(ranks: Vec<usize>, me: usize, in_tree: bool, links: Links) -> Self {
+        Self { ranks, me, in_tree, links }
     }
 
     /// Replaces the values on all ranks by their reduction, but for the division of a mean.
@@ -53,7 +56,7 @@ impl Tcp {
         values: &mut [T],
         op: ReduceOp,
     ) -> Result<()> {
-        match size_of_val(values) < RING {
+        match self.in_tree || size_of_val(values) < RING {
             true => self.halve_and_double(wanted, values, op),
             false => self.ring(wanted, values, op),
         }
@@ -126,7 +129,7 @@ impl Tcp {
             self.exchange(wanted, values, here, combine(op))?;
         }
         let (mut own, mut halves) = (all.clone(), Vec::new());
-        for bit in (0..core.ilog2()).rev() {
+        for bit in 0..core.ilog2() {
             let other = me ^ (1 << bit);
             let middle = own.start + own.len() / 2;
             let (low, high) = (own.start..middle, middle..own.end);

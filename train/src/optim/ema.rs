@@ -2,8 +2,9 @@
 
 use super::check;
 use super::pass::{CHUNK, for_each, in_place, lerp};
+use crate::tensors::{self, Slice};
 use crate::{Error, Result};
-use candle_core::{Device, Tensor};
+use candle_core::{Device, Var};
 use mobula_nn::Params;
 use std::collections::HashMap;
 use std::path::Path;
@@ -92,22 +93,43 @@ impl Ema {
     /// Writes the averages as a model's weights are written, so that `Params::load` reads them
     /// too. Before the first update these are the parameters.
     pub fn save(&self, params: &Params, path: &Path) -> Result<()> {
-        let mut tensors = Vec::new();
-        for (at, (name, var)) in params.vars().into_iter().enumerate() {
-            let tensor = match self.averages.get(at) {
-                Some(values) => Tensor::from_slice(values, var.shape(), &Device::Cpu)?,
-                // The format's writer cannot report a failed copy from a device.
-                None => var.as_detached_tensor().to_device(&Device::Cpu)?,
-            };
-            tensors.push((name, tensor));
-        }
-        for (name, var) in params.buffers() {
-            tensors.push((name, var.as_detached_tensor().to_device(&Device::Cpu)?));
+        let read = |(name, var): (String, Var)| -> Result<_> {
+            Ok((name, var.dims().to_vec(), var.flatten_all()?.to_vec1::<f32>()?))
+        };
+        let weights = params.vars().into_iter().map(read).collect::<Result<Vec<_>>>()?;
+        let buffers = params.buffers().into_iter().map(read).collect::<Result<Vec<_>>>()?;
+        self.write(slices(&weights), slices(&buffers), path)
+    }
+
+    /// The same, of weights and buffers that were read.
+    pub(crate) fn write<'a>(
+        &'a self,
+        mut weights: Vec<(String, Slice<'a>)>,
+        buffers: Vec<(String, Slice<'a>)>,
+        path: &Path,
+    ) -> Result<()> {
+        for ((_, weights), averages) in weights.iter_mut().zip(&self.averages) {
+            weights.values = averages;
         }
         let metadata = HashMap::from([("updates".to_owned(), self.updates.to_string())]);
-        safetensors::serialize_to_file(tensors, Some(metadata), path).map_err(|error| {
-            mobula_core::Error::codec("encode", path.display().to_string(), error).into()
-        })
+        tensors::write(path, weights.into_iter().chain(buffers), Some(metadata))
+    }
+
+    /// Becomes the same, in the memory that it has.
+    pub(crate) fn copy_from(&mut self, other: &Self) {
+        (self.decay, self.updates) = (other.decay, other.updates);
+        self.averages.clone_from(&other.averages);
+    }
+
+    /// As after so many updates, whose averages are yet to be set.
+    pub(crate) fn begin_at(&mut self, updates: u64, lens: impl Iterator<Item = usize>) {
+        let lens = lens.take(if updates == 0 { 0 } else { usize::MAX });
+        self.averages = lens.map(|len| vec![0.0; len]).collect();
+        self.updates = updates;
+    }
+
+    pub(crate) fn averages_mut(&mut self) -> impl Iterator<Item = &mut Vec<f32>> {
+        self.averages.iter_mut()
     }
 
     /// Reads what [`Ema::save`] wrote for the same parameters.
@@ -141,6 +163,10 @@ impl Ema {
         }
         Err(Error::OptimizerModel { expected: expected.sum(), got: got.sum() })
     }
+}
+
+fn slices(tensors: &[(String, Vec<usize>, Vec<f32>)]) -> Vec<(String, Slice<'_>)> {
+    tensors.iter().map(|(name, shape, values)| (name.clone(), Slice { shape, values })).collect()
 }
 
 /// Puts the parameters back when dropped.

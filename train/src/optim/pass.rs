@@ -129,6 +129,15 @@ pub(crate) fn scale(values: &mut [f32], factor: f32) {
     });
 }
 
+/// Adds to each value another one.
+pub(crate) fn add(values: &mut [f32], others: &[f32]) {
+    let chunks = values.chunks_mut(CHUNK).zip(others.chunks(CHUNK)).collect();
+    for_each(chunks, |(values, others): (&mut [f32], &[f32])| {
+        let add = |(value, other): (&mut f32, &f32)| *value += *other;
+        pulp::Arch::new().dispatch(|| values.iter_mut().zip(others).for_each(add));
+    });
+}
+
 /// Gives `change` the values of a parameter where candle keeps them, under its write lock.
 ///
 /// Only one at a time, and on the thread that steps: a pool thread may be in the middle of an

@@ -38,6 +38,16 @@ pub enum Mode {
     Max,
 }
 
+impl Mode {
+    /// Times this, more is better.
+    pub(crate) fn sign(self) -> f64 {
+        match self {
+            Self::Min => -1.0,
+            Self::Max => 1.0,
+        }
+    }
+}
+
 /// What a threshold is relative to.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]

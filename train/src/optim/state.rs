@@ -1,13 +1,14 @@
 //! What an optimizer remembers, as named data that is saved and loaded bit by bit.
 
 use super::Optimizer;
+use crate::tensors::{self, Slice};
 use crate::{Error, Result};
 use candle_core::{Device, Tensor};
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
 /// What an [`Optimizer`] remembers of the parameters of one model.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct OptimizerState {
     /// Steps done.
     pub step: u64,
@@ -18,7 +19,7 @@ pub struct OptimizerState {
 }
 
 /// What an optimizer remembers of one parameter.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Debug, PartialEq)]
 pub struct ParamState {
     /// The parameter's name.
     pub name: String,
@@ -31,7 +32,7 @@ pub struct ParamState {
 }
 
 /// A tensor of an optimizer's state.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Debug, PartialEq)]
 pub struct Slot {
     /// What it is, such as `"exp_avg"`: the end of its name in a file.
     pub kind: &'static str,
@@ -39,6 +40,33 @@ pub struct Slot {
     pub shape: Vec<usize>,
     /// Its values in row-major order.
     pub values: Vec<f32>,
+}
+
+/// Into memory that is there: a state has as many values as its model, or more.
+impl Clone for ParamState {
+    fn clone(&self) -> Self {
+        let (name, shape) = (self.name.clone(), self.shape.clone());
+        Self { name, shape, steps: self.steps, slots: self.slots.clone() }
+    }
+
+    fn clone_from(&mut self, other: &Self) {
+        self.name.clone_from(&other.name);
+        self.shape.clone_from(&other.shape);
+        self.slots.clone_from(&other.slots);
+        self.steps = other.steps;
+    }
+}
+
+impl Clone for Slot {
+    fn clone(&self) -> Self {
+        Self { kind: self.kind, shape: self.shape.clone(), values: self.values.clone() }
+    }
+
+    fn clone_from(&mut self, other: &Self) {
+        self.kind = other.kind;
+        self.shape.clone_from(&other.shape);
+        self.values.clone_from(&other.values);
+    }
 }
 
 impl Slot {
@@ -79,26 +107,43 @@ impl OptimizerState {
     /// Writes `<param>.<kind>` for each tensor as safetensors; the optimizer's name and settings,
     /// and the step count, as its metadata.
     pub fn save(&self, optimizer: &dyn Optimizer, path: &Path) -> Result<()> {
-        let mut tensors: Vec<(String, Tensor)> = Vec::new();
-        for param in self.params.iter().filter(|param| param.steps > 0) {
-            for Slot { kind, shape, values } in &param.slots {
-                let tensor = Tensor::from_slice(values, shape.as_slice(), &Device::Cpu)?;
-                tensors.push((format!("{}.{kind}", param.name), tensor));
-            }
-        }
+        self.write(optimizer.name(), &optimizer.options(), path)
+    }
+
+    pub(crate) fn write(
+        &self,
+        optimizer: &str,
+        options: &serde_json::Value,
+        path: &Path,
+    ) -> Result<()> {
+        let updated = self.params.iter().filter(|param| param.steps > 0);
+        let slots = updated.flat_map(|param| param.slots.iter().map(|slot| (&param.name, slot)));
+        let slots = slots.map(|(name, Slot { kind, shape, values })| {
+            (format!("{name}.{kind}"), Slice { shape, values })
+        });
         let mut metadata = HashMap::from([
-            ("optimizer".to_owned(), optimizer.name().to_owned()),
+            ("optimizer".to_owned(), optimizer.to_owned()),
             ("step".to_owned(), self.step.to_string()),
-            ("options".to_owned(), optimizer.options().to_string()),
+            ("options".to_owned(), options.to_string()),
         ]);
         let odd = self.params.iter().filter(|param| param.steps != self.step);
         let odd: BTreeMap<_, _> = odd.map(|param| (&param.name, param.steps)).collect();
         if !odd.is_empty() {
             metadata.insert("steps".to_owned(), serde_json::json!(odd).to_string());
         }
-        safetensors::serialize_to_file(tensors, Some(metadata), path).map_err(|error| {
-            mobula_core::Error::codec("encode", path.display().to_string(), error).into()
-        })
+        tensors::write(path, slots, Some(metadata))
+    }
+
+    /// Becomes the same, in the memory that it has.
+    pub(crate) fn copy_from(&mut self, other: &Self) {
+        (self.step, self.lr) = (other.step, other.lr);
+        self.params.clone_from(&other.params);
+    }
+
+    /// Says how often all and each of the parameters were updated.
+    pub(crate) fn set_steps(&mut self, step: u64, steps: &[u64]) {
+        self.step = step;
+        self.params.iter_mut().zip(steps).for_each(|(param, steps)| param.steps = *steps);
     }
 
     /// Sets it to what [`OptimizerState::save`] wrote for the same optimizer and parameters. The

@@ -10,21 +10,22 @@ use mobula_nn::Params;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::sync::Arc;
 
-const OPTIMIZER: &str = "optimizer.safetensors";
-const EMA: &str = "ema.safetensors";
+pub(crate) const OPTIMIZER: &str = "optimizer.safetensors";
+pub(crate) const EMA: &str = "ema.safetensors";
 
 /// An optimizer with all that goes with it: learning-rate schedule, clipping, averages of the
 /// weights, and the state of these.
 #[derive(Debug)]
 pub struct Updater {
     optimizer: Box<dyn Optimizer>,
-    /// Made at the first step, or from a checkpoint.
-    state: Option<OptimizerState>,
+    /// Made at the first step, or from a checkpoint. Shared while it is copied.
+    state: Option<Arc<OptimizerState>>,
     schedule: Option<Schedule>,
     plateau: Option<Plateau>,
     clip: Option<Clip>,
-    ema: Option<Ema>,
+    ema: Option<Arc<Ema>>,
     loss_scale: Option<LossScale>,
     gradient_norm: Option<f64>,
 }
@@ -127,7 +128,7 @@ impl Updater {
 
     /// Keeps an average of the weights, see [`Ema`]. Default: no.
     pub fn with_ema(self, decay: f64) -> Result<Self> {
-        Ok(Self { ema: Some(Ema::new(decay)?), ..self })
+        Ok(Self { ema: Some(Arc::new(Ema::new(decay)?)), ..self })
     }
 
     /// Multiplies the loss by a scale before its backward pass, and leaves out steps whose gradients
@@ -144,12 +145,12 @@ impl Updater {
 
     /// What the optimizer remembers: nothing before the first step.
     pub fn state(&self) -> Option<&OptimizerState> {
-        self.state.as_ref()
+        self.state.as_deref()
     }
 
     /// The average of the weights, if one is kept.
     pub fn ema(&self) -> Option<&Ema> {
-        self.ema.as_ref()
+        self.ema.as_deref()
     }
 
     /// The scale of the loss, if it has one.
@@ -183,18 +184,49 @@ impl Updater {
     /// One step: clips the gradients and updates the parameters, both in place, and what is
     /// remembered of them.
     pub fn step(&mut self, params: &Params, gradients: &mut Gradients) -> Result<()> {
-        let mut state = match self.state.take() {
-            Some(state) => state,
-            None => self.optimizer.init(params)?,
-        };
+        let mut shared = self.shared_state(params)?;
+        self.state = None;
+        // Not shared any more, unless something is being copied that should have been waited for.
+        let state = Arc::make_mut(&mut shared);
         state.lr = self.lr_at(state.step);
         if let Some(clip) = self.clip {
-            self.gradient_norm = self.clip_moving(clip, &state, gradients);
+            self.gradient_norm = self.clip_moving(clip, state, gradients);
         }
-        let updated = self.optimizer.update(params, gradients, &mut state);
-        self.state = Some(state);
+        let updated = self.optimizer.update(params, gradients, state);
+        self.state = Some(shared);
         updated?;
-        self.ema.as_mut().map_or(Ok(()), |ema| ema.update(params))
+        self.ema.as_mut().map_or(Ok(()), |ema| Arc::make_mut(ema).update(params))
+    }
+
+    /// What the optimizer remembers, to be copied.
+    pub(crate) fn shared_state(&self, params: &Params) -> Result<Arc<OptimizerState>> {
+        match &self.state {
+            Some(state) => Ok(Arc::clone(state)),
+            None => Ok(Arc::new(self.optimizer.init(params)?)),
+        }
+    }
+
+    pub(crate) fn shared_ema(&self) -> Option<Arc<Ema>> {
+        self.ema.clone()
+    }
+
+    /// Goes on from what another one of the same settings had.
+    pub(crate) fn resume(&mut self, state: OptimizerState, ema: Option<Ema>, saved: &SavedUpdater) {
+        self.state = Some(Arc::new(state));
+        self.ema = ema.map(Arc::new).or(self.ema.take());
+        self.resume_settings(saved);
+    }
+
+    fn resume_settings(&mut self, saved: &SavedUpdater) {
+        if let Some(state) = &mut self.state {
+            Arc::make_mut(state).lr = saved.lr;
+        }
+        if let (Some(plateau), Some(saved)) = (&mut self.plateau, &saved.plateau) {
+            plateau.resume(saved);
+        }
+        if let (Some(scale), Some(saved)) = (&mut self.loss_scale, &saved.loss_scale) {
+            scale.resume(saved);
+        }
     }
 
     /// The gradients of frozen parameters move nothing, so they do not count.
@@ -222,7 +254,7 @@ impl Updater {
             Some(value) => Ok(Some(*value)),
             None => {
                 let names = metrics.keys().cloned().collect();
-                Err(Error::NoMetric { metric: metric.clone(), names })
+                Err(Error::NoMetric { what: "the learning rate", metric: metric.clone(), names })
             }
         }
     }
@@ -238,27 +270,30 @@ impl Updater {
     /// Runs `evaluate` while the parameters are the averages of the weights, and puts these back,
     /// also when it panics. Errors when no averages are kept.
     pub fn with_averages<T>(&mut self, params: &Params, evaluate: impl FnOnce() -> T) -> Result<T> {
-        self.ema.as_mut().ok_or(Error::NoAverages)?.with_averages(params, evaluate)
+        let ema = self.ema.as_mut().ok_or(Error::NoAverages)?;
+        Arc::make_mut(ema).with_averages(params, evaluate)
     }
 
     /// Writes `optimizer.safetensors`, and `ema.safetensors` if averages are kept, into a folder.
     /// What is returned belongs with them.
     pub fn save(&self, params: &Params, dir: &Path) -> Result<SavedUpdater> {
-        let fresh = self.state.is_none().then(|| self.optimizer.init(params)).transpose()?;
-        if let Some(state) = self.state.as_ref().or(fresh.as_ref()) {
-            state.save(self.optimizer(), &dir.join(OPTIMIZER))?;
-        }
+        self.shared_state(params)?.save(self.optimizer(), &dir.join(OPTIMIZER))?;
         if let Some(ema) = &self.ema {
             ema.save(params, &dir.join(EMA))?;
         }
-        Ok(SavedUpdater {
+        Ok(self.saved())
+    }
+
+    /// What a checkpoint's `state.json` says of it.
+    pub(crate) fn saved(&self) -> SavedUpdater {
+        SavedUpdater {
             lr: self.lr(),
             schedule: self.schedule.clone(),
             plateau: self.plateau.clone(),
             clip: self.clip,
-            ema: self.ema.as_ref().map(Ema::decay),
+            ema: self.ema().map(Ema::decay),
             loss_scale: self.loss_scale.clone(),
-        })
+        }
     }
 
     /// Goes on from what [`Updater::save`] wrote for the same optimizer and parameters. Averages
@@ -266,17 +301,11 @@ impl Updater {
     pub fn load(&mut self, params: &Params, dir: &Path, saved: &SavedUpdater) -> Result<()> {
         let mut state = self.optimizer.init(params)?;
         state.load(self.optimizer(), &dir.join(OPTIMIZER))?;
-        state.lr = saved.lr;
         if let (Some(ema), Some(_)) = (&mut self.ema, saved.ema) {
-            ema.load(params, &dir.join(EMA))?;
+            Arc::make_mut(ema).load(params, &dir.join(EMA))?;
         }
-        if let (Some(plateau), Some(saved)) = (&mut self.plateau, &saved.plateau) {
-            plateau.resume(saved);
-        }
-        if let (Some(scale), Some(saved)) = (&mut self.loss_scale, &saved.loss_scale) {
-            scale.resume(saved);
-        }
-        self.state = Some(state);
+        self.state = Some(Arc::new(state));
+        self.resume_settings(saved);
         Ok(())
     }
 }

@@ -29,6 +29,8 @@ pub(crate) struct Config {
     pub(crate) updater: Option<UpdaterOptions>,
     /// Instead of a multilayer perceptron: a network with batch norms.
     pub(crate) resnet: bool,
+    /// In the perceptron. Masks differ between numbers of workers, unless there are virtual shards.
+    pub(crate) dropout: f64,
     pub(crate) precision: Precision,
 }
 
@@ -67,6 +69,7 @@ impl Config {
             harm: Harm::None,
             updater: None,
             resnet: false,
+            dropout: 0.0,
             precision: Precision::F32,
         }
     }
@@ -176,7 +179,7 @@ pub(crate) fn learn_with(
     updater: Updater,
 ) -> Result<Outcome, BoxError> {
     let mut stream = context.batches(config)?;
-    let model = Model::build(&model(config.resnet)?, 5, context.device())?;
+    let model = Model::build(&model(config)?, 5, context.device())?;
     let state = TrainState::new(model, updater, 5, config.epochs);
     let mut state = state.with_precision(config.precision);
     let restored = context.restore(&mut state, stream.as_mut())?;
@@ -187,9 +190,9 @@ pub(crate) fn learn_with(
         while let Some(batch) = stream.next_batch()? {
             let Shard { rank, world } = context.shard();
             do_harm(&config.harm, rank, state.step());
-            let (x, y) = spoil(&config.harm, rank, state.step(), &batch)?;
             let step = state.step();
-            context.step(&mut state, &batch, |model, pass| {
+            context.step(&mut state, &batch, |model, pass, batch| {
+                let (x, y) = spoil(&config.harm, rank, step, batch)?;
                 let logits = model.forward(&x, pass)?;
                 let logits = match config.harm {
                     Harm::Half if rank + 1 == world => half(&logits)?,
@@ -219,16 +222,15 @@ pub(crate) fn learn_with(
     Ok(Outcome { weights, buffers, accuracy, began_at, process, is_on_gpu })
 }
 
-fn model(resnet: bool) -> Result<ModelSpec, BoxError> {
+fn model(config: &Config) -> Result<ModelSpec, BoxError> {
     let outputs = CLASSES;
-    if resnet {
+    if config.resnet {
         let (blocks, size) = (vec![1, 1], ResNetOptions::default());
         let size = ResNetOptions { channels: 1, height: 2, width: 4, base: 4, ..size };
         return Ok(ModelSpec::new("resnet", &ResNetOptions { blocks, outputs, ..size })?);
     }
     let mut options = MlpOptions::new(FEATURES, [16], outputs);
-    // Masks differ between world sizes; without dropout all worlds agree.
-    options.dropout = 0.0;
+    options.dropout = config.dropout;
     Ok(ModelSpec::new("mlp", &options)?)
 }
 

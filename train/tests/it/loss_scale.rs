@@ -62,7 +62,7 @@ fn overflows(_: &Runtime) {
     let mut taken = 0;
     while let Some(batch) = stream.next_batch().expect("batch") {
         let before = (weights(&state.model), state.updater.loss_scale().cloned().expect("scale"));
-        let loss = context.step(&mut state, &batch, |model, pass| -> Result<_, BoxError> {
+        let loss = context.step(&mut state, &batch, |model, pass, batch| -> Result<_, BoxError> {
             let logits = half(&model.forward(batch.get("x")?, pass)?)?;
             Ok(cross_entropy(&logits, batch.get("y")?)?)
         });

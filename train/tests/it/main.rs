@@ -1,6 +1,7 @@
 //! Training through its public interface, on real worker processes: `init()` comes first and the
 //! harness is libtest-mimic.
 
+mod checkpoints;
 mod collectives;
 mod devices;
 mod digits;
@@ -11,6 +12,7 @@ mod models;
 mod optim;
 mod precision;
 mod pytorch;
+mod shards;
 mod sync;
 mod training;
 mod updater;
@@ -27,6 +29,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mut arguments = Arguments::from_args();
     arguments.test_threads.get_or_insert(2);
     let tests = [
+        checkpoints::TESTS,
         collectives::TESTS,
         devices::TESTS,
         faults::TESTS,
@@ -36,6 +39,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         optim::TESTS,
         precision::TESTS,
         pytorch::TESTS,
+        shards::TESTS,
         sync::TESTS,
         training::TESTS,
         updater::TESTS,

@@ -90,7 +90,7 @@ impl Fixture {
         let mut context = WorkerContext::alone(|_| Ok(Flow::Continue));
         for step in 0..steps {
             let batch = self.batch(step % 5);
-            let step = context.step(&mut state, &batch, |model, pass| {
+            let step = context.step(&mut state, &batch, |model, pass, batch| {
                 cost(&model.forward(batch.get("x")?, pass)?, batch.get("y")?)
             });
             step.expect("step");

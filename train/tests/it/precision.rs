@@ -39,7 +39,7 @@ fn passes(_: &Runtime) {
             seen.push(pass.precision());
             Ok(cross_entropy(&model.forward(batch.get("x")?, pass)?, batch.get("y")?)?)
         };
-        let step = context.step(&mut state, &batch, |model, pass| loss(model, pass, &batch));
+        let step = context.step(&mut state, &batch, &mut loss);
         step.expect("step");
         context.step_accumulated(&mut state, &[batch.clone(), batch], loss).expect("step");
         assert_eq!((seen, state.precision()), (vec![precision; 3], precision));
@@ -111,7 +111,7 @@ fn by_heart(spec: &str, shape: &[usize], precision: Precision) -> f64 {
     let (mut context, mut state) =
         (WorkerContext::alone(|_| Ok(Flow::Continue)), state(spec, precision));
     let mut step = || {
-        context.step(&mut state, &batch, |model, pass| -> Result<_, BoxError> {
+        context.step(&mut state, &batch, |model, pass, batch| -> Result<_, BoxError> {
             Ok(cross_entropy(&model.forward(batch.get("x")?, pass)?, batch.get("y")?)?)
         })
     };

@@ -117,7 +117,7 @@ fn killed(runtime: &Runtime) {
     let failure = FailureConfig { on_loss: OnLoss::ReplaceLost, ..Default::default() };
     let trainer = trainer.with_scaling(scaling(3, true, Placement::Process)).with_failure(failure);
     let killed = trainer.fit(runtime).expect("recovers");
-    assert_eq!((killed.restarts, killed.values[0].began_at), (1, 4));
+    assert_eq!((killed.restarts, killed.values[0].began_at), (1, 5));
     assert_eq!(differences(&whole, &killed), [0.0; 2]);
 }
 
@@ -195,7 +195,7 @@ fn differ(member: Member) -> Result<(), BoxError> {
     let mut context = WorkerContext::join(member)?;
     let (mut state, shard) = (state()?, context.shard());
     let batch = rows(shard, 0, 2)?;
-    context.step(&mut state, &batch, |model, pass| {
+    context.step(&mut state, &batch, |model, pass, batch| {
         let x = batch.get("x")?;
         if shard.rank == 1 {
             model.forward(x, pass)?;

@@ -4,13 +4,14 @@ use crate::Test;
 use crate::digits::{Config, Outcome, ROWS, learn, train};
 use candle_core::{DType, Device, Tensor};
 use mobula_core::{
-    Batch, BoxError, Flow, GroupOptions, Member, Placement, RunDir, Runtime, remote,
+    Batch, BoxError, Flow, GroupOptions, Member, Placement, RunDir, Runtime, Shard, remote,
 };
+use mobula_nn::loss::{CrossEntropyOptions, cross_entropy_with};
 use mobula_nn::models::MlpOptions;
 use mobula_nn::{Model, ModelSpec};
 use mobula_train::{
-    AdamW, AdamWOptions, CheckpointConfig, ScalingConfig, TrainState, Trainer, TrainingResult,
-    WorkerContext, load_model,
+    AdamW, AdamWOptions, CheckpointConfig, Loss, ScalingConfig, TrainState, Trainer,
+    TrainingResult, WorkerContext, load_model,
 };
 
 pub(crate) const TESTS: &[Test] = &[
@@ -20,6 +21,7 @@ pub(crate) const TESTS: &[Test] = &[
     ("training::a_stopped_run_resumes_to_the_same_bits", resumes),
     ("training::a_finished_run_is_not_trained_again", finished),
     ("training::ranks_draw_different_dropout_masks", masks_differ),
+    ("training::rows_that_count_otherwise_are_weighted_over_all_ranks", weighted),
     ("training::no_workers_are_refused", no_workers),
     ("training::a_listener_ends_the_training", breaks_off),
 ];
@@ -91,7 +93,8 @@ fn resumes(runtime: &Runtime) {
         let run = RunDir::create(root.path(), "stopped", 5, &()).expect("run");
         let fit = |epochs, workers| {
             let trainer = Trainer::new(train::remote(Config::new(epochs))).with_run(&run);
-            let trainer = trainer.with_checkpoints(CheckpointConfig { every_epochs: 2, keep: 2 });
+            let trainer = trainer
+                .with_checkpoints(CheckpointConfig { every_epochs: 2, ..Default::default() });
             let trainer = trainer.with_scaling(ScalingConfig::workers(workers));
             trainer.with_logs_shown(false).fit(runtime).expect("fit")
         };
@@ -140,9 +143,9 @@ fn first_row(member: Member) -> Result<u64, BoxError> {
     let x = Tensor::ones((3, 2), DType::F32, &Device::Cpu)?;
     let batch = Batch::new(vec![("x".into(), x.clone())])?.with_global_rows(6);
     let mut offset = None;
-    context.step(&mut state, &batch, |model, pass| {
+    context.step(&mut state, &batch, |model, pass, batch| {
         offset = pass.training().map(|training| training.row_offset);
-        model.forward(&x, pass)?.sum_all().map_err(BoxError::from)
+        model.forward(batch.get("x")?, pass)?.sum_all().map_err(BoxError::from)
     })?;
     offset.ok_or_else(|| "a step is a training pass".into())
 }
@@ -153,6 +156,55 @@ fn masks_differ(runtime: &Runtime) {
     let group = runtime.group(&options, &first_row::remote()).expect("group");
     let offsets = group.join(std::time::Duration::from_secs(60)).expect("join");
     assert_eq!(offsets, [0, 6], "disjoint rows of one step");
+}
+
+/// Twelve rows, of which every third and the first six have no label that counts: a rank has four of
+/// those that do, another one none. Gradients, and the loss.
+#[remote(crate = mobula_core)]
+fn weigh(member: Member, how: String) -> Result<(Vec<f32>, f64), BoxError> {
+    let mut context = WorkerContext::join(member)?;
+    let spec = ModelSpec::new("mlp", &MlpOptions::new(2, [4], 3))?;
+    let model = Model::build(&spec, 1, &Device::Cpu)?;
+    let mut state = TrainState::new(model, AdamW::new(AdamWOptions::default())?, 1, 1);
+    let Shard { rank, world } = context.shard();
+    let mine: Vec<u32> = (0..12).filter(|row| *row as usize % world == rank).collect();
+    let x: Vec<f32> = mine.iter().flat_map(|row| [*row as f32 / 6.0, 1.0]).collect();
+    let counts = |row: u32| how != "nothing" && row % 3 != 1 && row > 5;
+    let y = mine.iter().map(|row| if counts(*row) { row % 2 } else { 9 }).collect();
+    let x = Tensor::from_vec(x, (mine.len(), 2), &Device::Cpu)?;
+    let y = Tensor::from_vec(y, mine.len(), &Device::Cpu)?;
+    let batch = Batch::new(vec![("x".into(), x), ("y".into(), y)])?.with_global_rows(12);
+    let options = CrossEntropyOptions { ignored_label: Some(9), ..Default::default() };
+    let loss = context.step(&mut state, &batch, |model, pass, batch| {
+        let logits = model.forward(batch.get("x")?, pass)?;
+        let loss = cross_entropy_with(&logits, batch.get("y")?, None, &options)?;
+        Ok::<Loss, BoxError>(match how.as_str() {
+            // Each rank's own mean, as a training loop that does not know better has it.
+            "mean" => (loss.sum / loss.weight.max(1.0))?.into(),
+            _ => loss.into(),
+        })
+    })?;
+    Ok((state.gradients().values().to_vec(), loss))
+}
+
+fn weighted(runtime: &Runtime) {
+    let run = |how: &str, world| {
+        let options = GroupOptions::new("weigh", world);
+        let options = GroupOptions { placement: Placement::Thread, ..options };
+        let options = options.with_context(&crate::collectives::no_setup()).expect("context");
+        let group = runtime.group(&options, &weigh::remote(how.to_owned())).expect("group");
+        group.join(std::time::Duration::from_secs(60)).expect("join")
+    };
+    let (one, three) = (run("sum", 1), run("sum", 3));
+    for (gradients, loss) in three {
+        let difference = max_difference(&gradients, &one[0].0);
+        assert!(difference < 1e-7, "{difference}");
+        assert!((loss - one[0].1).abs() < 1e-6, "{loss} {}", one[0].1);
+    }
+    // The control: means of means are not it.
+    assert!(max_difference(&run("mean", 3)[0].0, &one[0].0) > 1e-2);
+    let nothing = run("nothing", 3);
+    assert!(nothing[0].1 == 0.0 && nothing[0].0.iter().all(|gradient| *gradient == 0.0));
 }
 
 fn no_workers(runtime: &Runtime) {

@@ -163,7 +163,7 @@ fn averages(_: &Runtime) {
     let mut expected = Ema::new(0.9).expect("decay");
     while let Some(batch) = stream.next_batch().expect("batch") {
         context
-            .step(&mut state, &batch, |model, pass| {
+            .step(&mut state, &batch, |model, pass, batch| {
                 let logits = model.forward(batch.get("x")?, pass)?;
                 cross_entropy(&logits, batch.get("y")?).map_err(BoxError::from)
             })
@@ -228,7 +228,7 @@ fn no_gradient(_: &Runtime) {
     let x = Tensor::zeros((2, 4), DType::F32, &Device::Cpu).expect("x");
     let batch = Batch::new(vec![("x".to_owned(), x)]).expect("batch");
     let mut context = WorkerContext::alone(|_| Ok(Flow::Continue));
-    let first = |model: &Model, _: &Pass| model.params().vars()[0].1.sum_all();
+    let first = |model: &Model, _: &Pass, _: &Batch| model.params().vars()[0].1.sum_all();
     let error = context.step(&mut state, &batch, first).expect_err("the others get none");
     let mut expected = state.model.params().names();
     expected.remove(0);

@@ -1,0 +1,172 @@
+//! What a worker keeps of its run: checkpoints on disk, and, for a rank that loses its own, what it
+//! has in memory.
+
+use crate::collective::Collective;
+use crate::report::{Resumed, WorkerReport};
+use crate::saver::Saver;
+use crate::snapshot::{Labels, Snapshot, Source};
+use crate::state::{STATE, SavedState, TrainState};
+use crate::{Result, context::Setup};
+use mobula_core::Member;
+use mobula_core::checkpoint::CheckpointStore;
+use std::collections::{BTreeMap, HashMap};
+use std::path::Path;
+use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
+
+/// What the ranks of this process had when their functions ended, by training and rank. A function
+/// that is called again in the next generation finds it here.
+static LEFT: LazyLock<Mutex<HashMap<(u64, usize), Source>>> = LazyLock::new(Mutex::default);
+
+fn left() -> MutexGuard<'static, HashMap<(u64, usize), Source>> {
+    LEFT.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Forgets what the ranks of a training have left in this process.
+pub(crate) fn forget(training: u64) {
+    left().retain(|(of, _), _| *of != training);
+}
+
+pub(crate) struct Keeper {
+    member: Arc<Member>,
+    training: u64,
+    /// Whether lost ranks get what the others have.
+    heals: bool,
+    /// After the last step.
+    last: Option<Source>,
+    saver: Option<Saver>,
+    /// More files for each checkpoint.
+    pub(crate) files: BTreeMap<String, Vec<u8>>,
+}
+
+impl Keeper {
+    pub(crate) fn new(member: &Arc<Member>, setup: &Setup) -> Self {
+        Self {
+            member: Arc::clone(member),
+            training: setup.training,
+            heals: setup.heals && member.world_size() > 1,
+            last: None,
+            saver: None,
+            files: BTreeMap::new(),
+        }
+    }
+
+    fn key(&self) -> (u64, usize) {
+        (self.training, self.member.rank())
+    }
+
+    /// The run changes now.
+    pub(crate) fn let_go(&mut self) {
+        self.last = None;
+    }
+
+    /// Remembers the run as it is after a step or an epoch.
+    pub(crate) fn remember(&mut self, state: &TrainState) -> Result<()> {
+        // Without a position nobody could go on from it.
+        if self.heals && state.has_position() {
+            self.last = Some(Source::of(state, state.saved())?);
+        }
+        Ok(())
+    }
+
+    /// Goes on from what the ranks have that were not lost, the one that is furthest. All ranks must
+    /// call it alike.
+    pub(crate) fn heal(
+        &mut self,
+        state: &mut TrainState,
+        collective: &dyn Collective,
+    ) -> Result<Option<Resumed>> {
+        if !self.heals || self.member.generation() == 0 {
+            return Ok(None);
+        }
+        let own = left().remove(&self.key()).map(|source| source.copy(Snapshot::default()));
+        let own = own.transpose()?;
+        let progress = own.as_ref().map_or(-1.0, |own| own.saved.step as f64);
+        let steps = collective.gather_one(progress)?;
+        let epochs = collective.gather_one(own.as_ref().map_or(-1.0, |o| o.saved.epoch as f64))?;
+        let furthest = (0..steps.len()).rev().max_by(|a, b| {
+            let (a, b) = ((steps[*a], epochs[*a]), (steps[*b], epochs[*b]));
+            a.partial_cmp(&b).unwrap_or(std::cmp::Ordering::Equal)
+        });
+        let Some(root) = furthest.filter(|rank| steps[*rank] >= 0.0) else {
+            return Ok(None);
+        };
+        let mut snapshot = match own {
+            Some(own) => own,
+            None => Snapshot::of(state, state.saved())?,
+        };
+        snapshot.broadcast(collective, root)?;
+        snapshot.put(state)?;
+        let SavedState { step, metrics, .. } = snapshot.saved;
+        Ok(Some(Resumed { step, metrics, from_rank: Some(root) }))
+    }
+
+    /// Rank 0 writes a checkpoint, if the run has any. In the background it may fail, which is said
+    /// later; otherwise the others have to wait.
+    pub(crate) fn save(
+        &mut self,
+        state: &mut TrainState,
+        setup: &Setup,
+        in_background: bool,
+    ) -> Result<()> {
+        let Some(dir) = setup.checkpoints.as_ref().filter(|_| self.member.rank() == 0) else {
+            return Ok(());
+        };
+        let new = || Saver::new(store(dir, setup), Labels::of(state));
+        let saver = self.saver.get_or_insert_with(new);
+        let source = Source::of(state, state.saved())?;
+        if !in_background || !source.is_on_cpu() {
+            return saver.save(source, &self.files);
+        }
+        let (copying, before) = saver.begin(source, self.files.clone());
+        state.hold(copying);
+        before.or_else(|error| self.note_unsaved(&error))
+    }
+
+    /// Training goes on, and what was saved before stays.
+    fn note_unsaved(&self, error: &crate::Error) -> Result<()> {
+        let text = format!("a checkpoint was not written, the one before it stays: {error}");
+        Ok(self.member.report(&WorkerReport::Note(text))?)
+    }
+
+    /// Says if a checkpoint in the background has failed.
+    pub(crate) fn poll(&mut self) -> Result<()> {
+        match self.saver.as_mut().map_or(Ok(()), Saver::poll) {
+            Ok(()) => Ok(()),
+            Err(error) => self.note_unsaved(&error),
+        }
+    }
+}
+
+impl Drop for Keeper {
+    /// However the function ends: if a rank was lost, all are called again.
+    fn drop(&mut self) {
+        self.saver = None;
+        match self.last.take() {
+            Some(last) if !std::thread::panicking() => {
+                left().insert(self.key(), last);
+            }
+            _ => {}
+        }
+    }
+}
+
+/// The checkpoints of a run, as it keeps them.
+pub(crate) fn store(dir: &Path, setup: &Setup) -> CheckpointStore {
+    let store = CheckpointStore::new(dir, setup.keep);
+    match setup.best.clone() {
+        Some(best) => store.with_best(best.keep, move |path| best.score(path)),
+        None => store,
+    }
+}
+
+impl crate::trainer::BestCheckpoints {
+    /// The metric of the epoch that it was taken after, so that more is better.
+    pub(crate) fn score(&self, checkpoint: &Path) -> Option<f64> {
+        let text = std::fs::read(checkpoint.join(STATE)).ok()?;
+        let saved: SavedState = serde_json::from_slice(&text).ok()?;
+        // The metrics of one that was taken within an epoch are those of the epoch before.
+        let is_after_epoch = saved.tally.rows == 0;
+        let value = saved.metrics.get(&self.metric).filter(|_| is_after_epoch)?;
+        Some(self.mode.sign() * value).filter(|score| !score.is_nan())
+    }
+}

@@ -1,0 +1,244 @@
+//! What a run is at one step, apart from its program: copied while the next step computes, and then
+//! written to a checkpoint, or given to a rank that has lost its own.
+
+use crate::collective::Collective;
+use crate::optim::{Ema, OptimizerState};
+use crate::state::{STATE, SavedState, TrainState};
+use crate::tensors::{self, Slice};
+use crate::{Error, Result};
+use candle_core::{CpuStorage, Storage, Tensor, Var};
+use mobula_nn::{Model, ModelSpec, Params};
+use serde::{Deserialize, Serialize};
+use std::path::Path;
+use std::sync::Arc;
+
+/// What is yet to be copied. Holds on to the tensors, so that no step may change them.
+pub(crate) struct Source {
+    saved: SavedState,
+    params: Params,
+    /// A pass changes them, so these are copies.
+    buffers: Vec<(String, Tensor)>,
+    optimizer: Arc<OptimizerState>,
+    ema: Option<Arc<Ema>>,
+}
+
+/// The copy.
+#[derive(Debug, Default)]
+pub(crate) struct Snapshot {
+    pub(crate) saved: SavedState,
+    weights: Vec<Named>,
+    buffers: Vec<Named>,
+    optimizer: OptimizerState,
+    ema: Option<Ema>,
+}
+
+/// A tensor of a model.
+#[derive(Debug, Default)]
+struct Named {
+    name: String,
+    shape: Vec<usize>,
+    values: Vec<f32>,
+}
+
+/// What goes with a checkpoint's tensors and is the same in all of a run.
+#[derive(Clone, Debug)]
+pub(crate) struct Labels {
+    pub(crate) spec: ModelSpec,
+    pub(crate) optimizer: String,
+    pub(crate) options: serde_json::Value,
+}
+
+impl Labels {
+    pub(crate) fn of(state: &TrainState) -> Self {
+        let optimizer = state.updater.optimizer();
+        let (spec, options) = (state.model.spec().clone(), optimizer.options());
+        Self { spec, optimizer: optimizer.name().to_owned(), options }
+    }
+}
+
+impl Source {
+    pub(crate) fn of(state: &TrainState, saved: SavedState) -> Result<Self> {
+        let params = state.model.params();
+        let copy = |(name, var): (String, Var)| Ok((name, var.as_detached_tensor().copy()?));
+        Ok(Self {
+            saved,
+            buffers: params.buffers().into_iter().map(copy).collect::<Result<_>>()?,
+            optimizer: state.updater.shared_state(params)?,
+            ema: state.updater.shared_ema(),
+            params: params.clone(),
+        })
+    }
+
+    /// Whether a thread may copy it while another one computes.
+    pub(crate) fn is_on_cpu(&self) -> bool {
+        self.params.device().is_cpu()
+    }
+
+    pub(crate) fn copy(self, mut into: Snapshot) -> Result<Snapshot> {
+        into.saved = self.saved;
+        let weights = self.params.vars();
+        into.weights.resize_with(weights.len(), Named::default);
+        into.buffers.resize_with(self.buffers.len(), Named::default);
+        for ((name, var), to) in weights.iter().zip(&mut into.weights) {
+            to.fill(name, var)?;
+        }
+        for ((name, buffer), to) in self.buffers.iter().zip(&mut into.buffers) {
+            to.fill(name, buffer)?;
+        }
+        into.optimizer.copy_from(&self.optimizer);
+        match (&mut into.ema, self.ema) {
+            (Some(to), Some(from)) => to.copy_from(&from),
+            (to, from) => *to = from.map(|from| (*from).clone()),
+        }
+        Ok(into)
+    }
+}
+
+impl Named {
+    fn fill(&mut self, name: &str, tensor: &Tensor) -> Result<()> {
+        self.name.clear();
+        self.name.push_str(name);
+        self.shape.clear();
+        self.shape.extend_from_slice(tensor.dims());
+        let (storage, layout) = tensor.storage_and_layout();
+        match (&*storage, layout.contiguous_offsets()) {
+            (Storage::Cpu(CpuStorage::F32(values)), Some((start, end))) => {
+                self.values.clear();
+                self.values.extend_from_slice(&values[start..end]);
+            }
+            _ => {
+                drop(storage);
+                self.values = tensor.flatten_all()?.to_vec1()?;
+            }
+        }
+        Ok(())
+    }
+
+    fn slice(&self) -> (String, Slice<'_>) {
+        (self.name.clone(), Slice { shape: &self.shape, values: &self.values })
+    }
+
+    fn put(&self, var: &Var) -> Result<()> {
+        Ok(var.set(&Tensor::from_slice(&self.values, self.shape.as_slice(), var.device())?)?)
+    }
+}
+
+impl Snapshot {
+    pub(crate) fn of(state: &TrainState, saved: SavedState) -> Result<Self> {
+        Source::of(state, saved)?.copy(Self::default())
+    }
+
+    /// Writes `model.safetensors`, `model.json`, `optimizer.safetensors`, `state.json`, and
+    /// `ema.safetensors` where averages are kept.
+    pub(crate) fn write(&self, dir: &Path, labels: &Labels) -> Result<()> {
+        let buffers = || self.buffers.iter().map(Named::slice);
+        let weights = || self.weights.iter().map(Named::slice);
+        tensors::write(&dir.join(Model::WEIGHTS_FILE), weights().chain(buffers()), None)?;
+        json(&dir.join(Model::SPEC_FILE), &labels.spec)?;
+        let optimizer = dir.join(crate::optim::OPTIMIZER);
+        self.optimizer.write(&labels.optimizer, &labels.options, &optimizer)?;
+        if let Some(ema) = &self.ema {
+            ema.write(weights().collect(), buffers().collect(), &dir.join(crate::optim::EMA))?;
+        }
+        json(&dir.join(STATE), &self.saved)
+    }
+
+    /// Makes a run what this is of.
+    pub(crate) fn put(&self, state: &mut TrainState) -> Result<()> {
+        let params = state.model.params();
+        for (named, (_, var)) in self.weights.iter().zip(params.vars()) {
+            named.put(&var)?;
+        }
+        for (named, (_, var)) in self.buffers.iter().zip(params.buffers()) {
+            named.put(&var)?;
+        }
+        state.updater.resume(self.optimizer.clone(), self.ema.clone(), &self.saved.updater);
+        state.resume(&self.saved);
+        Ok(())
+    }
+
+    /// Gives all ranks that of `root`. It has to be of the same model on all of them.
+    pub(crate) fn broadcast(&mut self, collective: &dyn Collective, root: usize) -> Result<()> {
+        let mut header = serde_json::to_vec(&self.header()).map_err(mobula_core::Error::layer)?;
+        broadcast_bytes(collective, &mut header, root)?;
+        let header: Header = serde_json::from_slice(&header).map_err(mobula_core::Error::layer)?;
+        let (expected, got) = (header.lens.iter().sum(), self.lens().iter().sum());
+        if header.lens != self.lens() {
+            return Err(Error::OptimizerModel { expected, got });
+        }
+        self.saved = header.saved;
+        self.optimizer.set_steps(header.step, &header.steps);
+        self.saved_ema(header.ema_updates);
+        for values in self.tensors_mut() {
+            collective.broadcast(values, root)?;
+        }
+        Ok(())
+    }
+
+    fn header(&self) -> Header {
+        Header {
+            saved: self.saved.clone(),
+            lens: self.lens(),
+            step: self.optimizer.step,
+            steps: self.optimizer.params.iter().map(|param| param.steps).collect(),
+            ema_updates: self.ema.as_ref().map_or(0, Ema::updates),
+        }
+    }
+
+    /// Averages of so many updates, whatever they are.
+    fn saved_ema(&mut self, updates: u64) {
+        let lens = self.weights.iter().map(|weights| weights.values.len());
+        if let Some(ema) = &mut self.ema {
+            ema.begin_at(updates, lens);
+        }
+    }
+
+    fn lens(&self) -> Vec<usize> {
+        let named = self.weights.iter().chain(&self.buffers).map(|named| named.values.len());
+        let params = self.optimizer.params.iter();
+        named.chain(params.flat_map(|p| p.slots.iter().map(|slot| slot.values.len()))).collect()
+    }
+
+    fn tensors_mut(&mut self) -> impl Iterator<Item = &mut [f32]> {
+        let named = self.weights.iter_mut().chain(&mut self.buffers);
+        let slots = self.optimizer.params.iter_mut().flat_map(|param| &mut param.slots);
+        let averages = self.ema.iter_mut().flat_map(Ema::averages_mut);
+        let named = named.map(|named| named.values.as_mut_slice());
+        let slots = slots.map(|slot| slot.values.as_mut_slice());
+        named.chain(slots).chain(averages.map(Vec::as_mut_slice))
+    }
+}
+
+/// What is told of a snapshot beside its tensors.
+#[derive(Serialize, Deserialize)]
+struct Header {
+    saved: SavedState,
+    lens: Vec<usize>,
+    step: u64,
+    steps: Vec<u64>,
+    ema_updates: u64,
+}
+
+fn broadcast_bytes(collective: &dyn Collective, bytes: &mut Vec<u8>, root: usize) -> Result<()> {
+    let mut len = [bytes.len() as f64];
+    collective.broadcast(&mut len, root)?;
+    bytes.resize(len[0] as usize, 0);
+    // As numbers, which nothing computes with.
+    let mut words: Vec<f32> = bytes.chunks(4).map(word).collect();
+    collective.broadcast(&mut words, root)?;
+    let words = words.iter().flat_map(|word| word.to_bits().to_le_bytes());
+    bytes.iter_mut().zip(words).for_each(|(byte, word)| *byte = word);
+    Ok(())
+}
+
+fn word(bytes: &[u8]) -> f32 {
+    let mut word = [0; 4];
+    word[..bytes.len()].copy_from_slice(bytes);
+    f32::from_bits(u32::from_le_bytes(word))
+}
+
+fn json(path: &Path, value: &impl Serialize) -> Result<()> {
+    let text = serde_json::to_vec_pretty(value).map_err(mobula_core::Error::layer)?;
+    std::fs::write(path, text)
+        .map_err(|e| Error::program(format!("cannot write {}: {e}", path.display())))
+}

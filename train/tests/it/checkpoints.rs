@@ -1,0 +1,190 @@
+//! When checkpoints are taken, what is in them, and what happens when one cannot be written.
+
+use crate::Test;
+use crate::digits::{Config, Outcome, train};
+use mobula_core::checkpoint::Checkpoint;
+use mobula_core::{Placement, RunDir, Runtime};
+use mobula_train::optim::{Clip, LossScaleOptions, Mode, PlateauOptions, Schedule, UpdaterOptions};
+use mobula_train::{
+    BestCheckpoints, CheckpointConfig, Error, SavedState, ScalingConfig, Trainer, TrainingResult,
+};
+use safetensors::SafeTensors;
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::time::Duration;
+
+pub(crate) const TESTS: &[Test] = &[
+    ("checkpoints::a_run_goes_on_from_every_step_to_the_same_bits", every_step),
+    ("checkpoints::writing_in_the_background_changes_nothing", in_background),
+    ("checkpoints::the_best_stay", best),
+    ("checkpoints::one_that_cannot_be_written_costs_no_training", unwritten),
+    ("checkpoints::the_last_one_has_to_be_written", last_unwritten),
+    ("checkpoints::never_is_not_a_number_of_steps", zero),
+];
+
+/// Ten steps an epoch, and all that an updater can remember.
+fn config(epochs: u64) -> Config {
+    let updater = UpdaterOptions {
+        schedule: Some(Schedule::warmup(7).then(Schedule::cosine(40))),
+        plateau: Some(PlateauOptions { patience: 0, ..Default::default() }),
+        clip: Some(Clip::Norm(0.5)),
+        ema: Some(0.9),
+        loss_scale: Some(LossScaleOptions { growth_interval: 7, ..Default::default() }),
+        ..Default::default()
+    };
+    Config { batch_size: 9, dropout: 0.2, updater: Some(updater), ..Config::new(epochs) }
+}
+
+fn run_in(root: &Path, name: &str) -> RunDir {
+    RunDir::create(root, name, 5, &()).expect("run")
+}
+
+fn trainer(config: Config, checkpoints: CheckpointConfig, run: &RunDir) -> Trainer<Outcome> {
+    let scaling = ScalingConfig { placement: Placement::Thread, ..ScalingConfig::workers(2) };
+    let trainer = Trainer::new(train::remote(config)).with_logs_shown(false).with_run(run);
+    trainer.with_scaling(scaling).with_checkpoints(checkpoints)
+}
+
+fn fit(runtime: &Runtime, config: Config, checkpoints: CheckpointConfig, run: &RunDir) -> Fit {
+    trainer(config, checkpoints, run).fit(runtime)
+}
+
+type Fit = Result<TrainingResult<Outcome>, Error>;
+
+/// All that a checkpoint holds, but for the time that steps took.
+fn content(checkpoint: &Checkpoint) -> Vec<Content> {
+    let mut saved: SavedState = checkpoint.json("state.json").expect("state");
+    saved.tally.elapsed = Duration::ZERO;
+    saved.metrics.remove("samples_per_second");
+    let saved = Content::from([("state".to_owned(), serde_json::to_vec(&saved).expect("JSON"))]);
+    let names = ["model.safetensors", "optimizer.safetensors", "ema.safetensors"];
+    names.into_iter().map(|name| tensors(&checkpoint.file(name))).chain([saved]).collect()
+}
+
+type Content = BTreeMap<String, Vec<u8>>;
+
+/// Tensors by name, and metadata, whose order in the file is any.
+fn tensors(path: &Path) -> Content {
+    let bytes = std::fs::read(path).expect("a file");
+    let (_, header) = SafeTensors::read_metadata(&bytes).expect("a header");
+    let tensors = SafeTensors::deserialize(&bytes).expect("tensors");
+    let tensors = tensors.iter().map(|(name, tensor)| (name.to_owned(), tensor.data().to_vec()));
+    let metadata = header.metadata().clone().unwrap_or_default();
+    let metadata = metadata.into_iter().map(|(key, value)| (key, value.into_bytes()));
+    tensors.chain(metadata).collect()
+}
+
+fn copy(from: &Path, to: &Path) {
+    std::fs::create_dir_all(to).expect("folder");
+    for entry in std::fs::read_dir(from).expect("list") {
+        let entry = entry.expect("entry");
+        std::fs::copy(entry.path(), to.join(entry.file_name())).expect("copy");
+    }
+}
+
+/// Whatever step of fifty a run ended at: weights, moments, averages, schedule, plateau, the scale of the
+/// loss, the place in the epoch and the mean loss of it are in the end those of the run that did not.
+fn every_step(runtime: &Runtime) {
+    let root = tempfile::tempdir().expect("temporary folder");
+    let all = CheckpointConfig { every_steps: Some(1), keep: 100, ..Default::default() };
+    let run = run_in(root.path(), "whole");
+    let whole = fit(runtime, config(5), all, &run).expect("fit");
+    let whole = content(&whole.checkpoint.expect("checkpoint"));
+    let paths = run.checkpoints(100).paths().expect("paths");
+    assert_eq!(paths.len(), 50);
+    for (at, path) in paths.iter().enumerate() {
+        let run = run_in(root.path(), &format!("from-{at}"));
+        let name = path.file_name().expect("name");
+        copy(path, &run.checkpoints(1).dir().join(name));
+        let resumed = fit(runtime, config(5), CheckpointConfig::default(), &run).expect("fit");
+        assert_eq!(resumed.values[0].began_at, at as u64 + 1);
+        assert!(content(&resumed.checkpoint.expect("checkpoint")) == whole, "from step {}", at + 1);
+    }
+    // The control: one more epoch is another result.
+    let run = run_in(root.path(), "longer");
+    let longer = fit(runtime, config(6), CheckpointConfig::default(), &run).expect("fit");
+    assert!(content(&longer.checkpoint.expect("checkpoint")) != whole);
+}
+
+fn in_background(runtime: &Runtime) {
+    let root = tempfile::tempdir().expect("temporary folder");
+    let checkpoints = |asynchronous| {
+        let run = run_in(root.path(), if asynchronous { "background" } else { "waited-for" });
+        let every = CheckpointConfig { every_steps: Some(3), keep: 100, ..Default::default() };
+        let every = CheckpointConfig { asynchronous, ..every };
+        fit(runtime, config(3), every, &run).expect("fit");
+        let paths = run.checkpoints(100).paths().expect("paths");
+        paths.into_iter().map(|path| Checkpoint::open(path).expect("valid")).collect::<Vec<_>>()
+    };
+    let (one, other) = (checkpoints(true), checkpoints(false));
+    let steps: Vec<_> = one.iter().map(Checkpoint::step).collect();
+    assert_eq!(steps, [3, 6, 9, 10, 12, 15, 18, 20, 21, 24, 27, 30]);
+    assert!(one.iter().map(content).eq(other.iter().map(content)));
+}
+
+/// The first epochs have the highest losses: old when the training ends.
+fn best(runtime: &Runtime) {
+    let root = tempfile::tempdir().expect("temporary folder");
+    let run = run_in(root.path(), "r");
+    let best = BestCheckpoints { metric: "loss".to_owned(), mode: Mode::Max, keep: 2 };
+    let checkpoints =
+        CheckpointConfig { every_steps: Some(7), keep: 1, best: Some(best), ..Default::default() };
+    let fit = fit(runtime, Config::new(6), checkpoints.clone(), &run).expect("fit");
+    assert_eq!(fit.best_checkpoint.expect("the best").step(), 6);
+    assert_eq!(fit.checkpoint.expect("the last").step(), 36);
+    let steps = run
+        .checkpoints(1)
+        .paths()
+        .expect("paths")
+        .into_iter()
+        .map(|path| Checkpoint::open(path).expect("valid").step());
+    assert_eq!(steps.collect::<Vec<_>>(), [6, 12, 35, 36], "two for the loss of a worker");
+    let none = BestCheckpoints { metric: "beauty".to_owned(), mode: Mode::Max, keep: 1 };
+    let checkpoints = CheckpointConfig { best: Some(none), ..checkpoints };
+    let run = run_in(root.path(), "none");
+    let error =
+        trainer(Config::new(1), checkpoints, &run).fit(runtime).expect_err("no such metric");
+    let text = error.to_string();
+    assert!(text.contains("the best checkpoint depends on the metric \"beauty\", but"), "{text}");
+    assert!(text.contains("accuracy") && text.contains("loss"), "{text}");
+}
+
+/// As a full disk would: the folder that it is to be written to cannot be made.
+fn spoil(run: &RunDir, step: u64) {
+    let dir = run.checkpoints(1).dir().to_owned();
+    std::fs::create_dir_all(&dir).expect("folder");
+    std::fs::write(dir.join(format!(".tmp-step-{step:010}")), "in the way").expect("file");
+}
+
+fn unwritten(runtime: &Runtime) {
+    let root = tempfile::tempdir().expect("temporary folder");
+    let whole = run_in(root.path(), "whole");
+    let whole = fit(runtime, config(3), CheckpointConfig::default(), &whole).expect("fit");
+    let run = run_in(root.path(), "spoilt");
+    spoil(&run, 20);
+    let keep = CheckpointConfig { keep: 9, ..Default::default() };
+    let spoilt = fit(runtime, config(3), keep, &run).expect("goes on");
+    assert_eq!(spoilt.values[0].weights, whole.values[0].weights);
+    let paths = run.checkpoints(9).paths().expect("paths");
+    let steps: Vec<_> = paths.iter().map(|p| Checkpoint::open(p).expect("valid").step()).collect();
+    assert_eq!(steps, [10, 30]);
+}
+
+fn last_unwritten(runtime: &Runtime) {
+    let root = tempfile::tempdir().expect("temporary folder");
+    let run = run_in(root.path(), "spoilt");
+    spoil(&run, 30);
+    let error = fit(runtime, config(3), CheckpointConfig::default(), &run).expect_err("is lost");
+    let text = error.to_string();
+    assert!(text.contains(".tmp-step-0000000030"), "{text}");
+    let latest = run.checkpoints(2).latest().expect("latest").expect("a checkpoint");
+    assert_eq!(latest.step(), 20, "the one before it stays");
+}
+
+fn zero(runtime: &Runtime) {
+    let root = tempfile::tempdir().expect("temporary folder");
+    let run = run_in(root.path(), "r");
+    let every = CheckpointConfig { every_steps: Some(0), ..Default::default() };
+    let error = fit(runtime, config(1), every, &run).expect_err("zero").to_string();
+    assert_eq!(error, "option every_steps is 0, expected at least 1, or none");
+}
