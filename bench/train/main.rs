@@ -3,11 +3,15 @@
 //! ```text
 //! bench-train fixture MODEL PATH                      write initial weights and batches
 //! bench-train train MODEL FIXTURE WORKERS [cpu|tcp|cuda]  answer requests on standard input
+//! bench-train recover                                 how long a killed worker takes
+//! bench-train checkpoint [waited-for]                 how long a large checkpoint takes
 //! ```
 //!
 //! The requests are described in xtask/src/bench/worker.rs. With `tcp`, workers exchange gradients
 //! over sockets, as those of different hosts do.
 #![forbid(unsafe_code)]
+
+mod survive;
 
 use anyhow::{Context, Result, bail, ensure};
 use mobula_bench::{Fixture, SEED, case, optimizer};
@@ -25,7 +29,7 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
-    let workers = arguments.get(3).and_then(|workers| workers.parse().ok()).unwrap_or(1.0);
+    let workers = arguments.get(3).and_then(|workers| workers.parse().ok()).unwrap_or(2.0);
     let here = Resources::of_this_machine();
     // Also more workers than there are CPUs, to see what that costs.
     let runtime =
@@ -37,8 +41,11 @@ fn main() -> Result<()> {
         ["train", model, fixture, workers, device] => {
             serve(&runtime, &[model, fixture, workers, device])
         }
+        ["recover"] => survive::recover(&runtime),
+        ["checkpoint"] => survive::checkpoint(&runtime, true),
+        ["checkpoint", "waited-for"] => survive::checkpoint(&runtime, false),
         _ => bail!(
-            "usage: bench-train fixture MODEL PATH | bench-train train MODEL FIXTURE WORKERS [cpu|tcp|cuda]"
+            "usage: bench-train fixture MODEL PATH | train MODEL FIXTURE WORKERS [cpu|tcp|cuda] | recover | checkpoint [waited-for]"
         ),
     }
 }

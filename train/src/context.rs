@@ -63,6 +63,8 @@ pub struct WorkerContext<'a> {
     pub(crate) setup: Setup,
     device: Device,
     pub(crate) meter: Meter,
+    /// A checkpoint within the epoch waits for the one before it to be written.
+    is_due: bool,
 }
 
 /// Who listens: the trainer, or whoever runs the function alone.
@@ -97,7 +99,8 @@ impl<'a> WorkerContext<'a> {
     }
 
     fn new(place: Place<'a>, collective: Arc<dyn Collective>, setup: Setup) -> Self {
-        Self { place, collective, setup, device: Device::Cpu, meter: Meter::default() }
+        let (device, meter) = (Device::Cpu, Meter::default());
+        Self { place, collective, setup, device, meter, is_due: false }
     }
 
     /// This worker's share of a stream.
@@ -187,23 +190,35 @@ impl<'a> WorkerContext<'a> {
         stream: &mut dyn BatchStream,
         mut total: impl FnMut(&Batch) -> Result<f64, E>,
     ) -> Result<f64> {
+        let means = self.means_over(stream, 1, |batch| total(batch).map(|total| vec![total]))?;
+        Ok(means[0])
+    }
+
+    /// The same of several numbers: as many as `totals` gives.
+    pub fn means_over<E: Into<BoxError>>(
+        &mut self,
+        stream: &mut dyn BatchStream,
+        numbers: usize,
+        mut totals: impl FnMut(&Batch) -> Result<Vec<f64>, E>,
+    ) -> Result<Vec<f64>> {
         // By virtual shard, so that the order of additions does not depend on the number of ranks.
-        let mut sums = vec![[0.0; 2]; self.own_shards().len()];
+        let mut sums = vec![vec![0.0; numbers + 1]; self.own_shards().len()];
         while let Some(batch) = stream.next_batch()? {
-            for (sum, part) in sums.iter_mut().zip(batch.parts()?) {
+            for (sums, part) in sums.iter_mut().zip(batch.parts()?) {
                 if part.rows() > 0 {
-                    sum[0] += total(&part).map_err(Error::program)?;
-                    sum[1] += part.rows() as f64;
+                    let totals = totals(&part).map_err(Error::program)?;
+                    let totals = totals.into_iter().chain([part.rows() as f64]);
+                    sums.iter_mut().zip(totals).for_each(|(sum, total)| *sum += total);
                 }
             }
         }
-        let mut sum = in_tree(&sums);
-        self.all_reduce_sum(&mut sum)?;
+        let mut sums = in_tree(&sums);
+        self.all_reduce_sum(&mut sums)?;
         self.meter.restart_clock();
-        if sum[1] == 0.0 {
-            return Err(Error::NoRows);
+        match sums.pop() {
+            Some(rows) if rows > 0.0 => Ok(sums.into_iter().map(|sum| sum / rows).collect()),
+            _ => Err(Error::NoRows),
         }
-        Ok(sum[0] / sum[1])
     }
 
     /// What the ranks can do together beside steps.
@@ -226,12 +241,23 @@ impl<'a> WorkerContext<'a> {
         stream: &dyn BatchStream,
         metrics: &[(&str, f64)],
     ) -> Result<()> {
+        self.end_epoch_with(state, stream, metrics, |_, _| Ok(Flow::Continue))
+    }
+
+    /// The same, of which `hears` hears before its end is final.
+    pub(crate) fn end_epoch_with(
+        &mut self,
+        state: &mut TrainState,
+        stream: &dyn BatchStream,
+        metrics: &[(&str, f64)],
+        hears: impl FnOnce(&mut TrainState, &EpochReport) -> Result<Flow>,
+    ) -> Result<()> {
         let metrics = self.epoch_metrics(state, metrics)?;
         let observed = self.plateau_metric(state, &metrics)?;
         let (epoch, epochs, step) = (state.epoch() + 1, state.epochs(), state.step());
         let report = EpochReport { epoch, epochs, step, metrics: metrics.clone() };
-        let stop = self.tell_epoch(report)?;
-        let stop = self.any(stop.is_stop())?;
+        let stop = hears(state, &report)?.is_stop() | self.tell_epoch(report)?.is_stop();
+        let stop = self.any(stop)?;
         // From here on a rank does not wait for others before all is done: a loss finds the epoch
         // ended, or not yet.
         if let Some(metric) = observed {
@@ -299,6 +325,36 @@ impl<'a> WorkerContext<'a> {
         }
     }
 
+    /// Ends the training within an epoch, with a checkpoint if there are any.
+    pub(crate) fn stop_here(&mut self, state: &mut TrainState) -> Result<()> {
+        state.stop();
+        match state.has_position() {
+            true => self.checkpoint(state),
+            false => Ok(()),
+        }
+    }
+
+    /// Whether the training is to end soon, as the trainer or whoever runs it asks for. All ranks must
+    /// call it alike, and get the same answer.
+    pub fn should_stop(&self) -> Result<bool> {
+        let asked = match &self.place {
+            Place::Member(member, _) => member.stop_requested(),
+            Place::Alone(_) => false,
+        };
+        self.any(asked)
+    }
+
+    /// Has the run's metrics hold these, as of the last step. Those of rank 0 count.
+    pub fn report(&mut self, state: &TrainState, metrics: &[(&str, f64)]) -> Result<()> {
+        let metrics = metrics.iter().map(|(name, value)| ((*name).to_owned(), *value)).collect();
+        match &self.place {
+            Place::Member(member, _) if member.rank() == 0 => {
+                Ok(member.report(&WorkerReport::Metrics { step: state.step(), metrics })?)
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Whether it is so on any rank.
     pub(crate) fn any(&self, here: bool) -> Result<bool> {
         let mut any = [f64::from(u8::from(here))];
@@ -310,6 +366,7 @@ impl<'a> WorkerContext<'a> {
     /// and for each where they are not written in the background.
     fn checkpoint(&mut self, state: &mut TrainState) -> Result<()> {
         let in_background = self.setup.asynchronous && !state.is_finished();
+        self.is_due = false;
         let setup = self.setup.clone();
         let Some(keeper) = self.keeper().filter(|_| setup.checkpoints.is_some()) else {
             return Ok(());
@@ -332,11 +389,13 @@ impl<'a> WorkerContext<'a> {
             keeper.remember(state)?;
             keeper.poll()?;
         }
-        let is_due = self.setup.every_steps.is_some_and(|steps| state.step().is_multiple_of(steps));
-        if is_due && self.setup.checkpoints.is_some() {
-            if !state.has_position() {
-                return Err(Error::NoPosition);
-            }
+        let every = self.setup.every_steps.filter(|_| self.setup.checkpoints.is_some());
+        self.is_due |= every.is_some_and(|steps| state.step().is_multiple_of(steps));
+        if self.is_due && !state.has_position() {
+            return Err(Error::NoPosition);
+        }
+        let asynchronous = self.setup.asynchronous;
+        if self.is_due && (!asynchronous || self.keeper().is_none_or(|keeper| keeper.is_idle())) {
             self.checkpoint(state)?;
         }
         self.report_progress(state)
@@ -354,14 +413,14 @@ impl<'a> WorkerContext<'a> {
 }
 
 /// The sum of neighbours, two by two.
-fn in_tree(values: &[[f64; 2]]) -> [f64; 2] {
+fn in_tree(values: &[Vec<f64>]) -> Vec<f64> {
     match values {
-        [] => [0.0; 2],
-        [one] => *one,
+        [] => Vec::new(),
+        [one] => one.clone(),
         _ => {
             let (low, high) = values.split_at(values.len() / 2);
             let (low, high) = (in_tree(low), in_tree(high));
-            [low[0] + high[0], low[1] + high[1]]
+            low.into_iter().zip(high).map(|(low, high)| low + high).collect()
         }
     }
 }

@@ -128,6 +128,11 @@ impl Keeper {
         Ok(self.member.report(&WorkerReport::Note(text))?)
     }
 
+    /// Whether no checkpoint is being written.
+    pub(crate) fn is_idle(&self) -> bool {
+        self.saver.as_ref().is_none_or(Saver::is_idle)
+    }
+
     /// Says if a checkpoint in the background has failed.
     pub(crate) fn poll(&mut self) -> Result<()> {
         match self.saver.as_mut().map_or(Ok(()), Saver::poll) {

@@ -13,6 +13,11 @@ const PROGRESS_INTERVAL: Duration = Duration::from_millis(200);
 pub(crate) enum WorkerReport {
     Progress(Progress),
     Epoch(EpochReport),
+    /// Metrics of a step within an epoch.
+    Metrics {
+        step: u64,
+        metrics: BTreeMap<String, f64>,
+    },
     Resumed(Resumed),
     /// What the user should know, and training survives.
     Note(String),

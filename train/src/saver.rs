@@ -87,6 +87,11 @@ impl Saver {
         written
     }
 
+    /// Whether nothing is under way, or it is over.
+    pub(crate) fn is_idle(&self) -> bool {
+        self.under_way.as_ref().is_none_or(JoinHandle::is_finished)
+    }
+
     /// What has become of the one that is under way, if it is over.
     pub(crate) fn poll(&mut self) -> Result<()> {
         match &self.under_way {

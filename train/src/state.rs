@@ -30,6 +30,8 @@ pub struct TrainState {
     position: Option<StreamState>,
     /// Of the epoch before.
     metrics: BTreeMap<String, f64>,
+    /// What the callbacks of a loop remember, by name.
+    pub(crate) callbacks: BTreeMap<String, serde_json::Value>,
     /// A copy is being made of it.
     copying: Option<Arc<Gate>>,
     precision: Precision,
@@ -85,6 +87,9 @@ pub struct SavedState {
     /// What has been counted of the epoch under way: nothing between epochs.
     #[serde(default)]
     pub tally: EpochTally,
+    /// What the callbacks of a loop remember, by name.
+    #[serde(default)]
+    pub callbacks: BTreeMap<String, serde_json::Value>,
     /// The learning-rate schedule and what else goes with the optimizer.
     #[serde(default)]
     pub updater: SavedUpdater,
@@ -102,6 +107,7 @@ impl TrainState {
             tally: EpochTally::default(),
             position: None,
             metrics: BTreeMap::new(),
+            callbacks: BTreeMap::new(),
             copying: None,
             precision: Precision::default(),
             seed,
@@ -144,6 +150,16 @@ impl TrainState {
     /// Whether all epochs are done, or the training was told to stop.
     pub fn is_finished(&self) -> bool {
         self.stopped || self.epoch >= self.epochs
+    }
+
+    /// The metrics of the last whole epoch.
+    pub fn metrics(&self) -> &BTreeMap<String, f64> {
+        &self.metrics
+    }
+
+    /// Ends the training here.
+    pub(crate) fn stop(&mut self) {
+        self.stopped = true;
     }
 
     /// The seed of everything random in a step.
@@ -234,6 +250,7 @@ impl TrainState {
             stream: self.position.clone().unwrap_or_default(),
             metrics: self.metrics.clone(),
             tally: self.tally.clone(),
+            callbacks: self.callbacks.clone(),
             updater: self.updater.saved(),
         }
     }
@@ -250,6 +267,7 @@ impl TrainState {
     pub(crate) fn resume(&mut self, saved: &SavedState) {
         (self.step, self.epoch, self.seed) = (saved.step, saved.epoch, saved.seed);
         (self.tally, self.metrics) = (saved.tally.clone(), saved.metrics.clone());
+        self.callbacks = saved.callbacks.clone();
         self.position = Some(saved.stream.clone());
     }
 }

@@ -90,7 +90,18 @@ impl WorkerContext<'_> {
         &mut self,
         state: &mut TrainState,
         batches: &[Batch],
+        loss: impl FnMut(&Model, &Pass, &Batch) -> Result<L, E>,
+    ) -> Result<f64> {
+        self.step_with(state, batches, loss, |_, _| Ok(()))
+    }
+
+    /// The same, of which `hears` hears before it is remembered and saved.
+    pub(crate) fn step_with<L: Into<Loss>, E: Into<BoxError>>(
+        &mut self,
+        state: &mut TrainState,
+        batches: &[Batch],
         mut loss: impl FnMut(&Model, &Pass, &Batch) -> Result<L, E>,
+        hears: impl FnOnce(&mut TrainState, f64) -> Result<()>,
     ) -> Result<f64> {
         let mut loss = |model: &Model, pass: &Pass, batch: &Batch| {
             loss(model, pass, batch).map(Into::into).map_err(Error::program)
@@ -102,7 +113,10 @@ impl WorkerContext<'_> {
             Some(_) => self.add_shards(state, &passes, &shards, &mut loss)?,
         }
         let position = batches.last().and_then(Batch::position).cloned();
-        self.finish_step(state, passes.global_rows, position)
+        let loss = self.finish_step(state, passes.global_rows, position)?;
+        hears(state, loss)?;
+        self.after_step(state)?;
+        Ok(loss)
     }
 
     /// The rows of each pass, by shard of this rank and by batch.
@@ -194,7 +208,6 @@ impl WorkerContext<'_> {
         state.update(rescale)?;
         state.count_step(position);
         self.meter.count(&mut state.tally, global_rows, loss);
-        self.after_step(state)?;
         Ok(loss)
     }
 }

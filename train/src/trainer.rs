@@ -133,7 +133,8 @@ impl FailureConfig {
 pub struct CheckpointConfig {
     /// Epochs between two checkpoints; the last epoch always has one. Default: 1.
     pub every_epochs: u64,
-    /// Steps between two more checkpoints, which may be within an epoch. Default: none.
+    /// Steps between two more checkpoints, which may be within an epoch. One that is due while the
+    /// one before it is being written is taken after that. Default: none.
     pub every_steps: Option<u64>,
     /// Checkpoints kept, at least 1, the newest. Default: 2, so that a damaged one has one before it.
     pub keep: usize,
@@ -407,6 +408,7 @@ impl Journal {
         match report {
             WorkerReport::Progress(progress) => self.progress(&progress),
             WorkerReport::Epoch(report) => self.epoch(report),
+            WorkerReport::Metrics { step, metrics } => self.log(step, &metrics),
             WorkerReport::Resumed(resumed) => self.resume(resumed),
             WorkerReport::Note(text) => {
                 console::note(format!("{}: {text}", self.name));

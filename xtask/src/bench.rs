@@ -4,6 +4,7 @@ mod agreement;
 mod core;
 mod nn;
 mod peers;
+mod survival;
 mod train;
 mod worker;
 

@@ -86,9 +86,8 @@ fn copy(from: &Path, to: &Path) {
 /// loss, the place in the epoch and the mean loss of it are in the end those of the run that did not.
 fn every_step(runtime: &Runtime) {
     let root = tempfile::tempdir().expect("temporary folder");
-    let all = CheckpointConfig { every_steps: Some(1), keep: 100, ..Default::default() };
     let run = run_in(root.path(), "whole");
-    let whole = fit(runtime, config(5), all, &run).expect("fit");
+    let whole = fit(runtime, config(5), of_all_steps(), &run).expect("fit");
     let whole = content(&whole.checkpoint.expect("checkpoint"));
     let paths = run.checkpoints(100).paths().expect("paths");
     assert_eq!(paths.len(), 50);
@@ -106,20 +105,25 @@ fn every_step(runtime: &Runtime) {
     assert!(content(&longer.checkpoint.expect("checkpoint")) != whole);
 }
 
+fn of_all_steps() -> CheckpointConfig {
+    CheckpointConfig { every_steps: Some(1), keep: 100, asynchronous: false, ..Default::default() }
+}
+
 fn in_background(runtime: &Runtime) {
     let root = tempfile::tempdir().expect("temporary folder");
     let checkpoints = |asynchronous| {
         let run = run_in(root.path(), if asynchronous { "background" } else { "waited-for" });
-        let every = CheckpointConfig { every_steps: Some(3), keep: 100, ..Default::default() };
-        let every = CheckpointConfig { asynchronous, ..every };
-        fit(runtime, config(3), every, &run).expect("fit");
+        let checkpoints = CheckpointConfig { asynchronous, ..of_all_steps() };
+        fit(runtime, config(3), checkpoints, &run).expect("fit");
         let paths = run.checkpoints(100).paths().expect("paths");
-        paths.into_iter().map(|path| Checkpoint::open(path).expect("valid")).collect::<Vec<_>>()
+        let open = |path| Checkpoint::open(path).expect("valid");
+        paths.into_iter().map(open).map(|one| (one.step(), content(&one))).collect()
     };
-    let (one, other) = (checkpoints(true), checkpoints(false));
-    let steps: Vec<_> = one.iter().map(Checkpoint::step).collect();
-    assert_eq!(steps, [3, 6, 9, 10, 12, 15, 18, 20, 21, 24, 27, 30]);
-    assert!(one.iter().map(content).eq(other.iter().map(content)));
+    let (some, all): (BTreeMap<_, _>, BTreeMap<_, _>) = (checkpoints(true), checkpoints(false));
+    assert!(all.keys().copied().eq(1..=30));
+    // One is written at a time, and one after each epoch.
+    assert!(some.len() > 3 && [1, 10, 20, 30].iter().all(|step| some.contains_key(step)));
+    assert!(some.iter().all(|(step, content)| all[step] == *content));
 }
 
 /// The first epochs have the highest losses: old when the training ends.
@@ -127,18 +131,19 @@ fn best(runtime: &Runtime) {
     let root = tempfile::tempdir().expect("temporary folder");
     let run = run_in(root.path(), "r");
     let best = BestCheckpoints { metric: "loss".to_owned(), mode: Mode::Max, keep: 2 };
-    let checkpoints =
-        CheckpointConfig { every_steps: Some(7), keep: 1, best: Some(best), ..Default::default() };
+    let checkpoints = CheckpointConfig {
+        every_steps: Some(7),
+        keep: 1,
+        best: Some(best),
+        asynchronous: false,
+        ..Default::default()
+    };
     let fit = fit(runtime, Config::new(6), checkpoints.clone(), &run).expect("fit");
     assert_eq!(fit.best_checkpoint.expect("the best").step(), 6);
     assert_eq!(fit.checkpoint.expect("the last").step(), 36);
-    let steps = run
-        .checkpoints(1)
-        .paths()
-        .expect("paths")
-        .into_iter()
-        .map(|path| Checkpoint::open(path).expect("valid").step());
-    assert_eq!(steps.collect::<Vec<_>>(), [6, 12, 35, 36], "two for the loss of a worker");
+    let paths = run.checkpoints(1).paths().expect("paths");
+    let steps: Vec<_> = paths.iter().map(|p| Checkpoint::open(p).expect("valid").step()).collect();
+    assert_eq!(steps, [6, 12, 35, 36], "of the newest two, for the loss of a worker");
     let none = BestCheckpoints { metric: "beauty".to_owned(), mode: Mode::Max, keep: 1 };
     let checkpoints = CheckpointConfig { best: Some(none), ..checkpoints };
     let run = run_in(root.path(), "none");

@@ -6,6 +6,7 @@ mod collectives;
 mod devices;
 mod digits;
 mod faults;
+mod fit;
 mod hosts;
 mod loss_scale;
 mod models;
@@ -33,6 +34,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         collectives::TESTS,
         devices::TESTS,
         faults::TESTS,
+        fit::TESTS,
         hosts::TESTS,
         loss_scale::TESTS,
         models::TESTS,

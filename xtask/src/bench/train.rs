@@ -3,7 +3,7 @@
 
 use super::agreement::same_loss;
 use super::worker::Worker;
-use super::{Case, Scratch, median, peers};
+use super::{Case, Scratch, median, peers, survival};
 use crate::command;
 use anyhow::{Context, Result};
 use std::path::PathBuf;
@@ -26,12 +26,12 @@ const MODELS: &[(&str, &str, usize, usize)] = &[
     ("transformer-32", "transformer, batch 32", 32, 4),
 ];
 
-struct Bench {
+pub(super) struct Bench {
     scratch: Scratch,
-    ours: PathBuf,
-    python: PathBuf,
+    pub(super) ours: PathBuf,
+    pub(super) python: PathBuf,
     peer: String,
-    rounds: usize,
+    pub(super) rounds: usize,
 }
 
 pub(super) fn run(quick: bool, only: &str) -> Result<Vec<Case>> {
@@ -48,6 +48,9 @@ pub(super) fn run(quick: bool, only: &str) -> Result<Vec<Case>> {
         if "sums".contains(only) {
             cases.extend(bench.sums(workers)?);
         }
+    }
+    if "survival".contains(only) {
+        cases.extend(survival::cases(&bench)?);
     }
     for (name, label, rows, steps) in MODELS.iter().filter(|model| model.1.contains(only)) {
         let mut alone = None;
@@ -152,7 +155,7 @@ impl Bench {
     }
 }
 
-fn case(
+pub(super) fn case(
     case: String,
     unit: &'static str,
     ours: f64,

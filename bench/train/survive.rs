@@ -1,0 +1,149 @@
+//! What a training costs beside its steps: lost workers, and checkpoints.
+
+use anyhow::{Context, Result};
+use candle_core::{DType, Device, Tensor};
+use mobula_bench::{SEED, optimizer};
+use mobula_core::{
+    Batch, BatchSource, BatchStream, Error, Member, RunDir, Runtime, Shard, StreamState,
+};
+use mobula_nn::models::MlpOptions;
+use mobula_nn::{Model, ModelSpec, loss};
+use mobula_train::{CheckpointConfig, ScalingConfig, TrainState, Trainer, WorkerContext};
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+use std::path::PathBuf;
+use std::time::SystemTime;
+
+const OUTPUTS: usize = 10;
+
+/// Rows of `inputs` numbers, the same in every step.
+#[derive(Clone, Serialize, Deserialize)]
+struct Same {
+    rows: usize,
+    inputs: usize,
+}
+
+struct Stream {
+    batch: Batch,
+    step: u64,
+}
+
+impl BatchSource for Same {
+    fn open(&self, shard: Shard) -> Result<Box<dyn BatchStream>, Error> {
+        let rows = self.rows / shard.world;
+        let x = Tensor::ones((rows, self.inputs), DType::F32, &Device::Cpu)?;
+        let y = Tensor::zeros(rows, DType::U32, &Device::Cpu)?;
+        let batch = Batch::new(vec![("x".to_owned(), x), ("y".to_owned(), y)])?;
+        Ok(Box::new(Stream { batch: batch.with_global_rows(rows * shard.world), step: 0 }))
+    }
+}
+
+/// One epoch without an end.
+impl BatchStream for Stream {
+    fn next_batch(&mut self) -> Result<Option<Batch>, Error> {
+        self.step += 1;
+        Ok(Some(self.batch.clone()))
+    }
+
+    fn state(&self) -> StreamState {
+        StreamState { step: self.step, ..StreamState::default() }
+    }
+
+    fn restore(&mut self, state: &StreamState) -> Result<(), Error> {
+        self.step = state.step;
+        Ok(())
+    }
+
+    fn steps_per_epoch(&self) -> u64 {
+        u64::MAX
+    }
+}
+
+#[derive(Clone, Serialize, Deserialize)]
+struct Job {
+    source: Same,
+    hidden: Vec<usize>,
+    steps: u64,
+    /// The last rank kills itself before this step, once, and leaves the time here.
+    kill: Option<(u64, PathBuf)>,
+}
+
+/// The step that it began with, and when each one ended.
+type Ran = (u64, Vec<f64>);
+
+fn now() -> Result<f64> {
+    Ok(SystemTime::now().duration_since(SystemTime::UNIX_EPOCH)?.as_secs_f64())
+}
+
+#[mobula_core::remote(crate = mobula_core)]
+fn go_on(member: Member, job: Job) -> Result<Ran> {
+    let mut context = WorkerContext::join(member)?;
+    let mut stream = context.batches(&job.source)?;
+    let options = MlpOptions::new(job.source.inputs, job.hidden.clone(), OUTPUTS);
+    let model = Model::build(&ModelSpec::new("mlp", &options)?, SEED, &Device::Cpu)?;
+    let mut state = TrainState::new(model, optimizer()?, SEED, 1);
+    context.restore(&mut state, stream.as_mut())?;
+    let (began, mut ends) = (state.step(), Vec::new());
+    while state.step() < job.steps {
+        kill_once(&job, context.shard(), state.step())?;
+        let batch = stream.next_batch()?.context("a batch")?;
+        context.step(&mut state, &batch, |model, pass, batch| {
+            loss::cross_entropy(&model.forward(batch.get("x")?, pass)?, batch.get("y")?)
+        })?;
+        ends.push(now()?);
+    }
+    Ok((began, ends))
+}
+
+fn kill_once(job: &Job, shard: Shard, step: u64) -> Result<()> {
+    match &job.kill {
+        Some((at, marker)) if *at == step && shard.rank + 1 == shard.world && !marker.exists() => {
+            std::fs::write(marker, now()?.to_string())?;
+            let me = rustix::process::getpid();
+            Ok(rustix::process::kill_process(me, rustix::process::Signal::KILL)?)
+        }
+        _ => Ok(()),
+    }
+}
+
+/// From the SIGKILL of one of two workers to the end of the next step, and the steps that are done
+/// once more.
+pub(crate) fn recover(runtime: &Runtime) -> Result<()> {
+    let scratch = tempfile::tempdir()?;
+    let marker = scratch.path().join("killed");
+    let run = RunDir::create(scratch.path(), "r", SEED, &())?;
+    let (at, steps) = (55, 80);
+    let job = Job {
+        source: Same { rows: 256, inputs: 784 },
+        hidden: vec![512, 512],
+        steps,
+        kill: Some((at, marker.clone())),
+    };
+    let trainer = Trainer::new(go_on::remote(job)).with_run(&run).with_logs_shown(false);
+    let fit = trainer.with_scaling(ScalingConfig::workers(2)).fit(runtime)?;
+    let killed: f64 = std::fs::read_to_string(&marker)?.parse()?;
+    let (began, ends) = fit.values.first().context("a rank 0")?;
+    let seconds = ends.first().context("a step after it")? - killed;
+    super::answer(json!({ "seconds": seconds, "lost_steps": at - began, "restarts": fit.restarts }))
+}
+
+/// How much longer the steps take in which a checkpoint of 100 million parameters and the moments of
+/// AdamW is copied, and all steps while it is written; and a step without.
+pub(crate) fn checkpoint(runtime: &Runtime, asynchronous: bool) -> Result<()> {
+    let scratch = tempfile::tempdir()?;
+    let (steps, every) = (80, 32);
+    let job =
+        Job { source: Same { rows: 16, inputs: 4096 }, hidden: vec![4096; 6], steps, kill: None };
+    let run = RunDir::create(scratch.path(), "r", SEED, &())?;
+    let checkpoints = CheckpointConfig {
+        every_steps: Some(every),
+        keep: 1,
+        asynchronous,
+        ..CheckpointConfig::default()
+    };
+    let trainer = Trainer::new(go_on::remote(job)).with_run(&run).with_logs_shown(false);
+    let fit = trainer.with_checkpoints(checkpoints).fit(runtime)?;
+    let (_, ends) = fit.values.first().context("a rank 0")?;
+    let lengths: Vec<f64> = ends.windows(2).map(|pair| pair[1] - pair[0]).collect();
+    super::answer(json!({ "seconds": lengths, "every": every }))
+}
