@@ -215,7 +215,7 @@ fn goes_on(runtime: &Runtime) {
     let remembered = |checkpoint: &Checkpoint| {
         checkpoint.json::<SavedState>("state.json").expect("state").callbacks
     };
-    let expected = remembered(&whole.checkpoint.expect("checkpoint"));
+    let expected = remembered(whole.checkpoint.as_ref().expect("checkpoint"));
     assert!(expected["counter"][0].as_u64() == Some(whole.values[0].1), "{expected:?}");
     for path in run.checkpoints(1).paths().expect("paths").iter().step_by(5) {
         let name = path.file_name().expect("name");
