@@ -289,6 +289,9 @@ impl<'a> WorkerContext<'a> {
             all.insert("loss_scale".to_owned(), scale.scale().into());
             all.insert("skipped_steps".to_owned(), scale.skipped_steps() as f64);
         }
+        if let Some(steps) = state.non_finite_steps() {
+            all.insert("non_finite_steps".to_owned(), steps as f64);
+        }
         all.extend(metrics.iter().map(|(name, value)| ((*name).to_owned(), *value)));
         match &self.setup.best {
             Some(best) if !all.contains_key(&best.metric) => {

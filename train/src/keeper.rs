@@ -78,8 +78,9 @@ impl Keeper {
         if !self.heals || self.member.generation() == 0 {
             return Ok(None);
         }
-        let own = left().remove(&self.key()).map(|source| source.copy(Snapshot::default()));
-        let own = own.transpose()?;
+        // If one is lost meanwhile, it is what this rank leaves once more.
+        self.last = left().remove(&self.key());
+        let own = self.last.clone().map(|source| source.copy(Snapshot::default())).transpose()?;
         let progress = own.as_ref().map_or(-1.0, |own| own.saved.step as f64);
         let steps = collective.gather_one(progress)?;
         let epochs = collective.gather_one(own.as_ref().map_or(-1.0, |o| o.saved.epoch as f64))?;

@@ -58,7 +58,7 @@ pub use fit::{Callback, EarlyStopping, StepReport, TimeBudget, TrainLoop};
 pub use mobula_nn::Gradients;
 pub use optim::{AdamW, AdamWOptions, Optimizer, Schedule, Updater, UpdaterOptions};
 pub use report::EpochReport;
-pub use state::{EpochTally, SavedState, TrainState, load_model};
+pub use state::{EpochTally, NonFinite, SavedState, Skips, TrainState, load_model};
 pub use step::Loss;
 pub use trainer::{
     BestCheckpoints, CheckpointConfig, FailureConfig, ScalingConfig, Trainer, TrainingResult,

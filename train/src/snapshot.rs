@@ -13,6 +13,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 /// What is yet to be copied. Holds on to the tensors, so that no step may change them.
+#[derive(Clone)]
 pub(crate) struct Source {
     saved: SavedState,
     params: Params,

@@ -35,11 +35,40 @@ pub struct TrainState {
     /// A copy is being made of it.
     copying: Option<Arc<Gate>>,
     precision: Precision,
+    non_finite: NonFinite,
+    skips: Skips,
     seed: u64,
     step: u64,
     epoch: u64,
     epochs: u64,
     stopped: bool,
+}
+
+/// What happens in a step whose loss or gradients are no finite numbers, after the sum over all rows of
+/// all ranks. A scaled loss whose gradients overflow is another matter, see
+/// [`LossScale`](crate::optim::LossScale).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum NonFinite {
+    /// The training ends with an error that names the step. The default.
+    #[default]
+    Fail,
+    /// The step counts, and leaves weights and optimizer as they are; the metric `non_finite_steps`
+    /// tells how many were. The training ends with one more than so many in a row.
+    Skip {
+        /// How many.
+        in_a_row: u32,
+    },
+}
+
+/// Steps that were left out because their numbers were not finite.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Skips {
+    /// The last ones, without one between them that was not.
+    pub in_a_row: u32,
+    /// All of them.
+    pub total: u64,
 }
 
 /// What has been counted of an epoch.
@@ -87,6 +116,9 @@ pub struct SavedState {
     /// What has been counted of the epoch under way: nothing between epochs.
     #[serde(default)]
     pub tally: EpochTally,
+    /// Steps that were left out.
+    #[serde(default)]
+    pub skips: Skips,
     /// What the callbacks of a loop remember, by name.
     #[serde(default)]
     pub callbacks: BTreeMap<String, serde_json::Value>,
@@ -110,6 +142,8 @@ impl TrainState {
             callbacks: BTreeMap::new(),
             copying: None,
             precision: Precision::default(),
+            non_finite: NonFinite::default(),
+            skips: Skips::default(),
             seed,
             step: 0,
             epoch: 0,
@@ -125,6 +159,37 @@ impl TrainState {
     #[must_use]
     pub fn with_precision(self, precision: Precision) -> Self {
         Self { precision, ..self }
+    }
+
+    /// Sets what happens when numbers are not finite. Default [`NonFinite::Fail`]. A setting of the
+    /// program, as the precision is.
+    #[must_use]
+    pub fn with_non_finite(self, non_finite: NonFinite) -> Self {
+        Self { non_finite, ..self }
+    }
+
+    /// Steps that were left out, if the policy is to leave some out.
+    pub(crate) fn non_finite_steps(&self) -> Option<u64> {
+        (self.non_finite != NonFinite::Fail).then_some(self.skips.total)
+    }
+
+    /// The step is left out, if the policy bears one more; or this is the error.
+    pub(crate) fn skip(&mut self, error: Error) -> Result<()> {
+        let is_of_numbers =
+            matches!(error, Error::NonFiniteLoss { .. } | Error::NonFiniteGradient { .. });
+        match self.non_finite {
+            NonFinite::Skip { in_a_row } if is_of_numbers && self.skips.in_a_row < in_a_row => {
+                self.skips.in_a_row += 1;
+                self.skips.total += 1;
+                Ok(())
+            }
+            _ => Err(error),
+        }
+    }
+
+    /// The numbers of a step are finite.
+    pub(crate) fn end_skips(&mut self) {
+        self.skips.in_a_row = 0;
     }
 
     /// What the matrix products of steps are computed in.
@@ -250,6 +315,7 @@ impl TrainState {
             stream: self.position.clone().unwrap_or_default(),
             metrics: self.metrics.clone(),
             tally: self.tally.clone(),
+            skips: self.skips,
             callbacks: self.callbacks.clone(),
             updater: self.updater.saved(),
         }
@@ -267,7 +333,7 @@ impl TrainState {
     pub(crate) fn resume(&mut self, saved: &SavedState) {
         (self.step, self.epoch, self.seed) = (saved.step, saved.epoch, saved.seed);
         (self.tally, self.metrics) = (saved.tally.clone(), saved.metrics.clone());
-        self.callbacks = saved.callbacks.clone();
+        (self.callbacks, self.skips) = (saved.callbacks.clone(), saved.skips);
         self.position = Some(saved.stream.clone());
     }
 }

@@ -203,12 +203,25 @@ impl WorkerContext<'_> {
     ) -> Result<f64> {
         self.collective.all_reduce(state.gradients.as_reduced_mut(), ReduceOp::Sum)?;
         let rescale = rescale(&state.gradients, global_rows);
-        let loss = finite_loss(state, rescale)?;
+        // After the sum all ranks hold the same bits, so all come to the same conclusion.
+        let loss = f64::from(state.gradients.loss() * rescale);
         self.before_update(state);
-        state.update(rescale)?;
+        match update(state, loss, rescale) {
+            Ok(()) => {
+                state.end_skips();
+                self.meter.count(&mut state.tally, global_rows, loss);
+            }
+            Err(error) => state.skip(error)?,
+        }
         state.count_step(position);
-        self.meter.count(&mut state.tally, global_rows, loss);
         Ok(loss)
+    }
+}
+
+fn update(state: &mut TrainState, loss: f64, rescale: f32) -> Result<()> {
+    match loss.is_finite() {
+        true => state.update(rescale),
+        false => Err(Error::NonFiniteLoss { step: state.step(), loss }),
     }
 }
 
@@ -323,13 +336,5 @@ fn rescale(gradients: &Gradients, global_rows: usize) -> f32 {
     match f64::from(gradients.weight()) {
         weight if weight > 0.0 => (global_rows as f64 / weight) as f32,
         _ => 1.0,
-    }
-}
-
-/// After the sum all ranks hold the same bits, so all come to the same conclusion.
-fn finite_loss(state: &TrainState, rescale: f32) -> Result<f64> {
-    match f64::from(state.gradients.loss() * rescale) {
-        loss if loss.is_finite() => Ok(loss),
-        loss => Err(Error::NonFiniteLoss { step: state.step(), loss }),
     }
 }

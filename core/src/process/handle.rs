@@ -123,6 +123,11 @@ impl Process {
         self.peak()
     }
 
+    /// Whether it lives and was stopped by a signal.
+    pub(super) fn is_stopped(&self) -> bool {
+        !self.has_ended() && memory::is_stopped(self.pid())
+    }
+
     fn note_peak(&self, bytes: u64) {
         self.peak.fetch_max(bytes, Ordering::Relaxed);
     }

@@ -10,11 +10,11 @@ use crate::nested::Tickets;
 use crate::object::AnyObject;
 use crate::runtime::Lease;
 use crate::scheduler::NodeId;
-use crate::{Error, interrupt, timeline};
+use crate::{Error, console, interrupt, timeline};
 use futures::stream::{self, StreamExt};
 use serde::{Deserialize, Serialize};
 use std::convert::Infallible;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
 use std::time::Duration;
 use tokio::net::UnixStream;
@@ -23,8 +23,12 @@ use tokio_stream::wrappers::UnboundedReceiverStream;
 use tonic::codec::Streaming;
 use tonic::{Request, Response, Status};
 
-/// A worker that says nothing for so long is taken for dead, and killed.
-const HEARTBEAT_TIMEOUT: Duration = Duration::from_secs(15);
+/// In the driver's environment: after how many seconds a worker that says nothing is taken for dead,
+/// and killed.
+const HEARTBEAT_VARIABLE: &str = "MOBULA_HEARTBEAT_SECONDS";
+static HEARTBEAT_TIMEOUT: LazyLock<Duration> = LazyLock::new(heartbeat_timeout);
+/// After so long it is looked at whether it is stopped: then it is not heard of again.
+const LOOK: Duration = Duration::from_secs(3);
 /// Then it is listened to once more.
 const SECOND_LOOK: Duration = Duration::from_secs(1);
 /// A worker that has not said hello by then never will.
@@ -281,16 +285,8 @@ impl Session {
     /// Passes frames on until the stream closes, breaks or falls silent.
     async fn forward(&self, mut frames: Streaming<FromWorker>) {
         loop {
-            let frame = match tokio::time::timeout(HEARTBEAT_TIMEOUT, frames.message()).await {
-                Ok(frame) => frame,
-                // A driver that was stopped itself (Ctrl-Z) has beats to read before it judges.
-                Err(_) => match tokio::time::timeout(SECOND_LOOK, frames.message()).await {
-                    Ok(frame) => frame,
-                    Err(_) => {
-                        let how = ending::with_peak(silent(), self.process.peak());
-                        return self.process.kill_because(how);
-                    }
-                },
+            let Some(frame) = self.next(&mut frames).await else {
+                return;
             };
             match frame {
                 Ok(Some(FromWorker::Beat)) => {
@@ -307,6 +303,30 @@ impl Session {
                     return self.leave_to_end(&reason).await;
                 }
             }
+        }
+    }
+
+    /// What comes next. Kills a process that is stopped, or from which nothing has come for too long.
+    async fn next(&self, frames: &mut Streaming<FromWorker>) -> Option<Next> {
+        let mut silent = Duration::ZERO;
+        loop {
+            let look = LOOK.min(HEARTBEAT_TIMEOUT.saturating_sub(silent));
+            // A driver that was stopped itself (Ctrl-Z) has beats to read before it judges.
+            for look in [look, SECOND_LOOK] {
+                if let Ok(frame) = tokio::time::timeout(look, frames.message()).await {
+                    return Some(frame);
+                }
+            }
+            silent += look + SECOND_LOOK;
+            let why = match self.process.is_stopped() {
+                true => format!("its process is stopped, sent {}", without_heartbeat(silent)),
+                false if silent >= *HEARTBEAT_TIMEOUT => {
+                    format!("its process sent {}", without_heartbeat(silent))
+                }
+                false => continue,
+            };
+            self.process.kill_because(ending::with_peak(why, self.process.peak()));
+            return None;
         }
     }
 
@@ -327,9 +347,30 @@ fn no_hello() -> String {
     )
 }
 
-fn silent() -> String {
-    format!("its process sent no heartbeat for {HEARTBEAT_TIMEOUT:?} and was killed")
+fn without_heartbeat(silent: Duration) -> String {
+    format!("no heartbeat for {silent:?} and was killed")
 }
+
+/// Default: 15 s, as a machine may be busy.
+fn heartbeat_timeout() -> Duration {
+    const DEFAULT: Duration = Duration::from_secs(15);
+    let Ok(value) = std::env::var(HEARTBEAT_VARIABLE) else {
+        return DEFAULT;
+    };
+    let seconds = value.parse().ok().filter(|seconds: &f64| *seconds >= 1.0);
+    match seconds.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok()) {
+        Some(timeout) => timeout,
+        None => {
+            console::note(format!(
+                "{HEARTBEAT_VARIABLE} is {value:?}, expected a number of seconds, at least 1: it is {DEFAULT:?}"
+            ));
+            DEFAULT
+        }
+    }
+}
+
+/// What a worker says, or how its stream ends.
+type Next = Result<Option<FromWorker>, Status>;
 
 /// The one-method gRPC service of a control stream.
 #[derive(Clone)]

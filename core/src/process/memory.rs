@@ -80,10 +80,19 @@ pub(super) fn peak_bytes(pid: u32) -> Option<u64> {
 }
 
 fn of_status(pid: u32, field: &str) -> Option<u64> {
+    let kib: u64 = status(pid, field)?.trim_end_matches("kB").trim().parse().ok()?;
+    Some(kib * 1024)
+}
+
+/// Whether a process was stopped by a signal. One that a debugger has stopped is another matter.
+pub(super) fn is_stopped(pid: u32) -> bool {
+    status(pid, "State:").is_some_and(|state| state.starts_with('T'))
+}
+
+fn status(pid: u32, field: &str) -> Option<String> {
     let text = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
     let line = text.lines().find_map(|line| line.strip_prefix(field))?;
-    let kib: u64 = line.trim().trim_end_matches("kB").trim().parse().ok()?;
-    Some(kib * 1024)
+    Some(line.trim().to_owned())
 }
 
 fn lock() -> MutexGuard<'static, Watch> {

@@ -1,6 +1,6 @@
 //! A small learnable problem, and the training function that the tests share.
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{CpuStorage, CustomOp1, DType, Device, Layout, Shape, Tensor};
 use mobula_core::random::Stream;
 use mobula_core::{
     Batch, BatchSource, BatchStream, BoxError, Error, Member, Shard, StreamState, remote,
@@ -8,10 +8,12 @@ use mobula_core::{
 use mobula_nn::loss::cross_entropy;
 use mobula_nn::models::{MlpOptions, ResNetOptions};
 use mobula_nn::{Model, ModelSpec, Pass, Precision, metrics};
-use mobula_train::{AdamW, AdamWOptions, TrainState, Updater, UpdaterOptions, WorkerContext};
+use mobula_train::{
+    AdamW, AdamWOptions, NonFinite, TrainState, Updater, UpdaterOptions, WorkerContext,
+};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 pub(crate) const FEATURES: usize = 8;
@@ -32,6 +34,7 @@ pub(crate) struct Config {
     /// In the perceptron. Masks differ between numbers of workers, unless there are virtual shards.
     pub(crate) dropout: f64,
     pub(crate) precision: Precision,
+    pub(crate) non_finite: NonFinite,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -41,6 +44,22 @@ pub(crate) enum Harm {
     KillOnce {
         at_step: u64,
         marker: PathBuf,
+    },
+    /// Rank 1 comes to harm in one way and place for each file that is not there, which it makes.
+    Once {
+        how: How,
+        place: Place,
+        markers: Vec<PathBuf>,
+    },
+    /// Rank 0 kills itself as soon as this folder is there, once.
+    KillWriter {
+        folder: PathBuf,
+        marker: PathBuf,
+    },
+    /// All ranks kill themselves at this step, once.
+    KillAllOnce {
+        at_step: u64,
+        folder: PathBuf,
     },
     /// Rank 1 kills itself whenever it comes to this step.
     KillAlways {
@@ -54,10 +73,34 @@ pub(crate) enum Harm {
     NanLoss {
         at_step: u64,
     },
+    /// That of rank 1 does at these.
+    NanLosses {
+        steps: Vec<u64>,
+    },
     /// The last rank's logits, and their gradients, go through `f16`.
     Half,
     /// Rank 1 has a label that no class has.
     BadLabel,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) enum How {
+    Kill,
+    /// It hangs.
+    Stop,
+    Abort,
+}
+
+/// Where in the training, all but the first at step 15.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) enum Place {
+    /// Before it meets the others, in this generation.
+    Start(u64),
+    Forward,
+    Backward,
+    /// While the others wait for its gradients.
+    Sum,
+    Validation,
 }
 
 impl Config {
@@ -71,6 +114,7 @@ impl Config {
             resnet: false,
             dropout: 0.0,
             precision: Precision::F32,
+            non_finite: NonFinite::Fail,
         }
     }
 }
@@ -160,6 +204,16 @@ static FIRST_GENERATION: OnceLock<u64> = OnceLock::new();
 pub(crate) fn train(member: Member, config: Config) -> Result<Outcome, BoxError> {
     let generation = member.generation();
     println!("generation {generation}");
+    if member.rank() == 1 {
+        come_to_harm(&config.harm, Place::Start(generation));
+    }
+    if let Harm::KillWriter { folder, marker } = &config.harm
+        && member.rank() == 0
+        && !marker.exists()
+    {
+        let (folder, marker) = (folder.clone(), marker.clone());
+        std::thread::spawn(move || kill_when_there(&folder, &marker));
+    }
     FIRST_GENERATION.get_or_init(|| generation);
     learn(&mut WorkerContext::join(member)?, &config)
 }
@@ -181,6 +235,7 @@ pub(crate) fn learn_with(
     let mut stream = context.batches(config)?;
     let model = Model::build(&model(config)?, 5, context.device())?;
     let state = TrainState::new(model, updater, 5, config.epochs);
+    let state = state.with_non_finite(config.non_finite);
     let mut state = state.with_precision(config.precision);
     let restored = context.restore(&mut state, stream.as_mut())?;
     let began_at = state.step();
@@ -194,19 +249,36 @@ pub(crate) fn learn_with(
             context.step(&mut state, &batch, |model, pass, batch| {
                 let (x, y) = spoil(&config.harm, rank, step, batch)?;
                 let logits = model.forward(&x, pass)?;
+                if rank == 1 && step == 15 {
+                    come_to_harm(&config.harm, Place::Forward);
+                    in_sum(&config.harm);
+                }
+                let logits = match &config.harm {
+                    Harm::Once { place: Place::Backward, .. } if rank == 1 && step == 15 => {
+                        logits.apply_op1(InBackward(config.harm.clone()))?
+                    }
+                    _ => logits,
+                };
                 let logits = match config.harm {
                     Harm::Half if rank + 1 == world => half(&logits)?,
                     _ => logits,
                 };
                 let loss = cross_entropy(&logits, &y)?;
-                match config.harm {
-                    Harm::NanLoss { at_step } if at_step == step => Ok((loss * f64::NAN)?),
+                match &config.harm {
+                    Harm::NanLosses { steps } if rank == 1 && steps.contains(&step) => {
+                        Ok((loss * f64::NAN)?)
+                    }
+                    Harm::NanLoss { at_step } if *at_step == step => Ok((loss * f64::NAN)?),
                     _ => Ok::<_, BoxError>(loss),
                 }
             })?;
         }
         let mut test = context.batches(config)?;
+        let (rank, epoch) = (context.shard().rank, state.epoch());
         accuracy = context.mean_over(test.as_mut(), |batch| -> Result<f64, BoxError> {
+            if rank == 1 && epoch == 2 {
+                come_to_harm(&config.harm, Place::Validation);
+            }
             let logits = state.model.forward(batch.get("x")?, &Pass::eval())?;
             Ok(metrics::correct(&logits, batch.get("y")?)? as f64)
         })?;
@@ -244,18 +316,89 @@ pub(crate) fn half(x: &Tensor) -> Result<Tensor, BoxError> {
     Ok(x.to_dtype(DType::F16)?.to_dtype(DType::F32)?)
 }
 
-fn do_harm(harm: &Harm, rank: usize, step: u64) {
-    let kill = || {
-        let me = rustix::process::getpid();
-        let _ = rustix::process::kill_process(me, rustix::process::Signal::KILL);
+fn signal(how: How) {
+    use rustix::process::Signal;
+    let signal = match how {
+        How::Kill => Signal::KILL,
+        How::Stop => Signal::STOP,
+        How::Abort => std::process::abort(),
     };
+    let _ = rustix::process::kill_process(rustix::process::getpid(), signal);
+}
+
+/// If this is the place, and a marker is not there yet.
+fn come_to_harm(harm: &Harm, here: Place) {
+    if let Harm::Once { how, place, markers } = harm
+        && *place == here
+        && let Some(marker) = markers.iter().find(|marker| !marker.exists())
+    {
+        let _ = std::fs::write(marker, "");
+        signal(*how);
+    }
+}
+
+fn do_harm(harm: &Harm, rank: usize, step: u64) {
     match harm {
         Harm::KillOnce { at_step, marker } if rank == 1 && step == *at_step && !marker.exists() => {
             let _ = std::fs::write(marker, "");
-            kill();
+            signal(How::Kill);
         }
-        Harm::KillAlways { at_step } if rank == 1 && step == *at_step => kill(),
+        Harm::KillAllOnce { at_step, folder } if step == *at_step => {
+            let marker = folder.join(format!("killed-{rank}"));
+            if !marker.exists() {
+                let _ = std::fs::write(marker, "");
+                signal(How::Kill);
+            }
+        }
+        Harm::KillAlways { at_step } if rank == 1 && step == *at_step => signal(How::Kill),
         _ => {}
+    }
+}
+
+fn kill_when_there(folder: &Path, marker: &Path) {
+    while !folder.exists() {
+        std::thread::yield_now();
+    }
+    let _ = std::fs::write(marker, "");
+    signal(How::Kill);
+}
+
+/// Harm in a backward pass.
+struct InBackward(Harm);
+
+impl CustomOp1 for InBackward {
+    fn name(&self) -> &'static str {
+        "in-backward"
+    }
+
+    fn cpu_fwd(
+        &self,
+        storage: &CpuStorage,
+        layout: &Layout,
+    ) -> candle_core::Result<(CpuStorage, Shape)> {
+        let CpuStorage::F32(values) = storage else { candle_core::bail!("of f32") };
+        Ok((CpuStorage::F32(values.clone()), layout.shape().clone()))
+    }
+
+    fn bwd(
+        &self,
+        _: &Tensor,
+        _: &Tensor,
+        gradient: &Tensor,
+    ) -> candle_core::Result<Option<Tensor>> {
+        come_to_harm(&self.0, Place::Backward);
+        Ok(Some(gradient.clone()))
+    }
+}
+
+/// Late, so that the others are in their sum by then.
+fn in_sum(harm: &Harm) {
+    if let Harm::Once { place: Place::Sum, markers, .. } = harm
+        && markers.iter().any(|marker| !marker.exists())
+    {
+        // Nothing that is tested depends on whether they are.
+        std::thread::sleep(std::time::Duration::from_millis(200));
+        come_to_harm(harm, Place::Sum);
     }
 }
 

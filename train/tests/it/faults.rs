@@ -2,20 +2,26 @@
 //! nothing.
 
 use crate::Test;
-use crate::digits::{Config, Harm, Outcome, train};
+use crate::digits::{Config, Harm, How, Outcome, Place, train};
 use mobula_core::{BoxError, OnLoss, Placement, Resources, RunDir, Runtime, remote};
 use mobula_train::{
-    CheckpointConfig, Error, FailureConfig, ScalingConfig, Trainer, TrainingResult,
+    CheckpointConfig, Error, FailureConfig, NonFinite, ScalingConfig, Trainer, TrainingResult,
 };
 use std::path::PathBuf;
 use std::time::Duration;
 
 pub(crate) const TESTS: &[Test] = &[
     ("faults::a_killed_worker_costs_nothing_but_time", killed_once),
+    ("faults::wherever_it_is_lost_no_step_is", places),
+    ("faults::a_worker_that_hangs_is_replaced", hangs),
+    ("faults::one_that_is_lost_again_and_again", again),
+    ("faults::when_all_are_lost_the_newest_checkpoint_counts", all_lost),
+    ("faults::the_one_that_writes_is_killed_while_it_does", while_writing),
     ("faults::a_trial_in_a_process_recovers_like_any_training", trials),
     ("faults::a_worker_that_always_dies_ends_the_training", killed_always),
     ("faults::a_damaged_checkpoint_falls_back_to_the_one_before", damaged_checkpoint),
     ("faults::a_nan_loss_is_named", nan),
+    ("faults::steps_without_numbers_are_left_out_if_that_is_the_policy", left_out),
     ("faults::a_bad_label_is_named_with_its_rank", bad_label),
     ("faults::a_world_that_never_fits_is_refused", never_fits),
 ];
@@ -59,6 +65,88 @@ fn killed_once(runtime: &Runtime) {
         let log = std::fs::read_to_string(run.log_path(0)).expect("log");
         assert_eq!(log, "generation 0\ngeneration 1\n");
     }
+}
+
+/// Three workers, of which the second comes to harm; the weights, and where the last generation began.
+fn harmed(runtime: &Runtime, how: How, place: Place, times: usize) -> TrainingResult<Outcome> {
+    let root = tempfile::tempdir().expect("temporary folder");
+    let markers = (0..times).map(|at| root.path().join(at.to_string())).collect();
+    let config = Config { harm: Harm::Once { how, place, markers }, ..Config::new(4) };
+    let trainer = Trainer::new(train::remote(config)).with_logs_shown(false);
+    let fit = trainer.with_scaling(ScalingConfig::workers(3)).fit(runtime).expect("recovers");
+    assert_eq!(fit.restarts as usize, times, "{how:?} {place:?}");
+    assert!(fit.values.iter().all(|rank| rank.weights == fit.values[0].weights));
+    fit
+}
+
+fn undisturbed(runtime: &Runtime) -> Vec<f32> {
+    let trainer = Trainer::new(train::remote(Config::new(4))).with_logs_shown(false);
+    let fit = trainer.with_scaling(ScalingConfig::workers(3)).fit(runtime).expect("fit");
+    fit.values[0].weights.clone()
+}
+
+/// Without a run directory: what the others have in memory is all there is.
+fn places(runtime: &Runtime) {
+    let expected = undisturbed(runtime);
+    for (how, place, step) in [
+        (How::Kill, Place::Start(0), 0),
+        (How::Kill, Place::Forward, 15),
+        (How::Abort, Place::Forward, 15),
+        (How::Kill, Place::Backward, 15),
+        (How::Kill, Place::Sum, 15),
+        (How::Kill, Place::Validation, 18),
+    ] {
+        let fit = harmed(runtime, how, place, 1);
+        assert_eq!(fit.values[0].weights, expected, "{how:?} {place:?}");
+        assert_eq!(fit.values[1].began_at, step, "{how:?} {place:?}");
+    }
+}
+
+fn hangs(runtime: &Runtime) {
+    let fit = harmed(runtime, How::Stop, Place::Forward, 1);
+    assert_eq!(fit.values[0].weights, undisturbed(runtime));
+    // A signal may take effect behind the step.
+    assert!([15, 16].contains(&fit.values[1].began_at), "{}", fit.values[1].began_at);
+}
+
+/// The one that takes its place comes to harm in the same step; what the others have stays.
+fn again(runtime: &Runtime) {
+    let fit = harmed(runtime, How::Kill, Place::Forward, 3);
+    assert_eq!(fit.values[0].weights, undisturbed(runtime));
+    assert_eq!(fit.values[1].began_at, 15);
+}
+
+/// Of one, nobody is left.
+fn all_lost(runtime: &Runtime) {
+    let root = tempfile::tempdir().expect("temporary folder");
+    let alone = |name, harm| {
+        let run = RunDir::create(root.path(), name, 5, &()).expect("run");
+        let trainer = Trainer::new(train::remote(Config { harm, ..Config::new(5) }));
+        let waited_for = CheckpointConfig { asynchronous: false, ..Default::default() };
+        let trainer = trainer.with_run(&run).with_checkpoints(waited_for).with_logs_shown(false);
+        trainer.fit(runtime).expect("recovers")
+    };
+    let undisturbed = alone("undisturbed", Harm::None);
+    let killed = alone("killed", Harm::KillAllOnce { at_step: 15, folder: root.path().to_owned() });
+    assert_eq!((killed.restarts, killed.values[0].began_at), (1, 12));
+    assert_eq!(killed.values[0].weights, undisturbed.values[0].weights);
+}
+
+/// Rank 0, by a process that watches for what it writes.
+fn while_writing(runtime: &Runtime) {
+    let undisturbed = fit(runtime, Config::new(5), None).expect("fit");
+    let root = tempfile::tempdir().expect("temporary folder");
+    let run = RunDir::create(root.path(), "r", 5, &()).expect("run");
+    let harm = Harm::KillWriter {
+        folder: run.checkpoints(1).dir().join(".tmp-step-0000000012"),
+        marker: root.path().join("killed"),
+    };
+    let config = Config { harm, ..Config::new(5) };
+    let killed = fit_on_loss(OnLoss::ReplaceLost, runtime, config, Some(&run)).expect("recovers");
+    assert_eq!((killed.restarts, root.path().join("killed").exists()), (1, true));
+    assert_eq!(killed.values[0].weights, undisturbed.values[0].weights);
+    let paths = run.checkpoints(9).paths().expect("paths");
+    assert!(paths.iter().all(|path| mobula_core::checkpoint::Checkpoint::open(path).is_ok()));
 }
 
 /// A training that is a task in a process, and whose workers are others.
@@ -121,6 +209,24 @@ fn nan(runtime: &Runtime) {
             fit(runtime, Config { harm, ..Config::new(2) }, None).expect_err("NaN").to_string();
         assert!(error.contains(expected) && error.contains("check the inputs for NaN"), "{error}");
     }
+}
+
+/// One rank's loss is no number in some steps, which leave no trace, on all ranks alike.
+fn left_out(runtime: &Runtime) {
+    let run = |steps: &[u64], in_a_row| {
+        let harm = Harm::NanLosses { steps: steps.to_vec() };
+        let non_finite = NonFinite::Skip { in_a_row };
+        fit(runtime, Config { harm, non_finite, ..Config::new(3) }, None)
+    };
+    let all_finite = run(&[], 2).expect("fit");
+    let left_out = run(&[4, 5, 9], 2).expect("borne");
+    assert_eq!(left_out.metrics["non_finite_steps"], 3.0);
+    assert!(left_out.metrics["loss"].is_finite() && all_finite.metrics["non_finite_steps"] == 0.0);
+    assert_eq!(left_out.values[0].weights, left_out.values[1].weights);
+    assert!(left_out.values[0].weights.iter().all(|weight| weight.is_finite()));
+    assert_ne!(left_out.values[0].weights, all_finite.values[0].weights);
+    let error = run(&[4, 5, 6], 2).expect_err("one too many").to_string();
+    assert!(error.contains("the loss at step 6 is NaN"), "{error}");
 }
 
 fn bad_label(runtime: &Runtime) {
