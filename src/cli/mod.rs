@@ -36,7 +36,7 @@ pub(crate) enum Command {
 pub(crate) enum Driver {
     /// Check this machine: CPUs, threads, memory, GPUs, worker processes
     Doctor(doctor::Options),
-    /// List runs, or show one with its metrics, checkpoints and logs
+    /// List runs, show one with its metrics, checkpoints and logs, or draw their curves
     #[command(subcommand)]
     Runs(runs::Command),
     /// Search hyperparameters of any program
