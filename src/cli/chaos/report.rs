@@ -73,7 +73,7 @@ impl Spread {
         numbers.sort_by(f64::total_cmp);
         let middle = numbers.len() / 2;
         let (upper, worst) = (*numbers.get(middle)?, *numbers.last()?);
-        let lower = if numbers.len() % 2 == 0 { numbers[middle - 1] } else { upper };
+        let lower = if numbers.len().is_multiple_of(2) { numbers[middle - 1] } else { upper };
         Some(Self { median: (lower + upper) / 2.0, worst })
     }
 }

@@ -57,21 +57,16 @@ pub(super) fn panel(metric: &str, runs: &[Measured], shape: Shape) -> anyhow::Re
 
 fn curve(metric: &str, run: &Measured, shape: Shape) -> anyhow::Result<Curve> {
     let lines = last_told(metric, &run.lines);
-    let places = places(shape.x, run)?;
+    let places = Places::of(shape.x, run)?;
     let mut average = Average { keep: shape.smooth, sum: 0.0, weight: 0.0 };
-    let mut curve = vec![Vec::new()];
-    for line in lines {
-        let value = line.values.get(metric).copied().filter(|value| value.is_finite());
-        let value = value.map(|value| average.next(value));
-        match value.filter(|value| !shape.log || *value > 0.0) {
-            Some(value) => {
-                curve.last_mut().into_iter().for_each(|piece| piece.push((places(line), value)))
-            }
-            None => curve.push(Vec::new()),
-        }
-    }
-    curve.retain(|piece| !piece.is_empty());
-    Ok(curve.into_iter().map(thinned).collect())
+    let mut point = |line: &MetricsLine| {
+        let value = line.values.get(metric).copied().filter(|value| value.is_finite())?;
+        let value = average.next(value);
+        (!shape.log || value > 0.0).then(|| (places.place(line), value))
+    };
+    let points: Vec<Option<Point>> = lines.into_iter().map(&mut point).collect();
+    let pieces = points.split(Option::is_none).filter(|piece| !piece.is_empty());
+    Ok(pieces.map(|piece| thinned(piece.iter().copied().flatten().collect())).collect())
 }
 
 /// The lines that have the metric, or would if it were a number: `metrics.jsonl` has no NaN. Of a run
@@ -111,22 +106,40 @@ fn alike<'a>(metric: &str, lines: &'a [MetricsLine]) -> Vec<&'a MetricsLine> {
 }
 
 /// Where along the x axis a line is.
-fn places<'a>(x: Axis, run: &'a Measured) -> anyhow::Result<Box<dyn Fn(&MetricsLine) -> f64 + 'a>> {
-    Ok(match x {
-        Axis::Step => Box::new(|line| line.step as f64),
-        Axis::Time => {
-            let begun = run.lines.iter().map(|line| line.time).fold(f64::INFINITY, f64::min);
-            Box::new(move |line| line.time - begun)
-        }
-        Axis::Epoch => {
-            let ends = epochs(run);
-            ensure!(!ends.is_empty(), "the run {} has not told of an epoch: --x step", run.name);
-            Box::new(move |line| epoch_at(&ends, line.step as f64))
-        }
-    })
+enum Places {
+    Step,
+    /// Seconds since 1970.
+    Since(f64),
+    /// The step and the number of each epoch that ended.
+    Epochs(Vec<Point>),
 }
 
-/// The step and the number of each epoch that ended, from the beginning on.
+impl Places {
+    fn of(x: Axis, run: &Measured) -> anyhow::Result<Self> {
+        Ok(match x {
+            Axis::Step => Self::Step,
+            Axis::Time => {
+                let times = run.lines.iter().map(|line| line.time);
+                Self::Since(times.fold(f64::INFINITY, f64::min))
+            }
+            Axis::Epoch => {
+                let ends = epochs(run);
+                let name = &run.name;
+                ensure!(!ends.is_empty(), "the run {name} has not told of an epoch: --x step");
+                Self::Epochs(ends)
+            }
+        })
+    }
+
+    fn place(&self, line: &MetricsLine) -> f64 {
+        match self {
+            Self::Step => line.step as f64,
+            Self::Since(begun) => line.time - begun,
+            Self::Epochs(ends) => epoch_at(ends, line.step as f64),
+        }
+    }
+}
+
 fn epochs(run: &Measured) -> Vec<Point> {
     let told = last_told("epoch", &run.lines);
     let end = |line: &&MetricsLine| Some((line.step as f64, *line.values.get("epoch")?));
@@ -191,8 +204,11 @@ mod tests {
 
     const PLAIN: Shape = Shape { x: Axis::Step, smooth: 0.0, log: false };
 
-    fn run(lines: &[(u64, f64, &[(&str, f64)])]) -> Measured {
-        let line = |(step, time, values): &(u64, f64, &[(&str, f64)])| MetricsLine {
+    /// Step, time, values.
+    type Told<'a> = (u64, f64, &'a [(&'a str, f64)]);
+
+    fn run(lines: &[Told<'_>]) -> Measured {
+        let line = |(step, time, values): &Told<'_>| MetricsLine {
             step: *step,
             time: *time,
             values: values.iter().map(|(name, value)| ((*name).to_owned(), *value)).collect(),
@@ -213,7 +229,7 @@ mod tests {
         let (rare, rare_too) =
             ([a.clone(), vec![("rare", 5.0)]].concat(), [("rare", 6.0), ("epoch", 0.0)]);
         let steps = [("step/loss", 9.0)];
-        let lines: [(u64, f64, &[(&str, f64)]); 8] = [
+        let lines: [Told<'_>; 8] = [
             (1, 0.0, &rare),
             (2, 0.0, &steps),
             (2, 0.0, &b),
@@ -234,7 +250,7 @@ mod tests {
     #[test]
     fn what_was_made_again_counts() {
         let loss = |loss: f64| [("loss", loss)];
-        let lines: [(u64, f64, &[(&str, f64)]); 5] = [
+        let lines: [Told<'_>; 5] = [
             (1, 0.0, &loss(5.0)),
             (2, 1.0, &loss(4.0)),
             (3, 2.0, &loss(3.0)),
@@ -250,7 +266,7 @@ mod tests {
     #[test]
     fn time_is_since_the_beginning_and_in_fitting_units() {
         let loss = [("loss", 1.0)];
-        let lines: [(u64, f64, &[(&str, f64)]); 2] = [(1, 1000.0, &loss), (2, 1600.0, &loss)];
+        let lines: [Told<'_>; 2] = [(1, 1000.0, &loss), (2, 1600.0, &loss)];
         let shape = Shape { x: Axis::Time, ..PLAIN };
         let panel = panel("loss", &[run(&lines)], shape).expect("a curve");
         assert_eq!((panel.x.as_str(), &panel.curves[0][0][1]), ("time in minutes", &(10.0, 1.0)));
@@ -271,7 +287,7 @@ mod tests {
     #[test]
     fn smoothing_is_that_of_tensorboard_and_a_log_has_no_zero() {
         let (a, b, zero) = ([("x", 1.0)], [("x", 4.0)], [("x", 0.0)]);
-        let lines: [(u64, f64, &[(&str, f64)]); 3] = [(1, 0.0, &a), (2, 0.0, &b), (3, 0.0, &zero)];
+        let lines: [Told<'_>; 3] = [(1, 0.0, &a), (2, 0.0, &b), (3, 0.0, &zero)];
         let smooth = curve_of("x", run(&lines), Shape { smooth: 0.5, ..PLAIN });
         // (0.5·1 + 0.5²·… ) / (1 - 0.5²) and so on.
         let expected = [1.0, (0.25 + 2.0) / 0.75, (0.125 + 1.0) / 0.875];
