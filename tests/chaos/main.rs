@@ -123,7 +123,7 @@ fn other_weights() {
 
 fn dies() {
     let folder = tempfile::tempdir().expect("temporary folder");
-    let options = ["--kill-every", "200ms", "--no-reference"];
+    let options = ["--kill-every", "200ms", "--faults", "1", "--no-reference"];
     let ran = finish(chaos(folder.path(), &options, &["max-failures=0"]));
     assert_eq!(ran.code, Some(1), "{ran:?}");
     let last = ran.stdout.lines().last().expect("a verdict");
@@ -160,9 +160,9 @@ fn stands_still() {
     let folder = tempfile::tempdir().expect("temporary folder");
     // What it has started is ended with it.
     let script = "sleep 600 & echo $! > pid; wait";
-    let options = ["--patience", "300ms", "--chdir"];
+    let options = ["--patience", "1.5s", "--chdir"];
     let ran = finish(on(folder.path(), &options, &["sh", "-c", script]));
-    assert!(last_line(&ran).contains("for 0.3 s the program has come no further than"), "{ran:?}");
+    assert!(last_line(&ran).contains("for 1.5 s the program has come no further than"), "{ran:?}");
     assert_gone(&folder.path().join("reference/pid"));
 }
 
