@@ -5,6 +5,8 @@
 mod doctor;
 #[path = "cli/new.rs"]
 mod new;
+#[path = "cli/plot.rs"]
+mod plot;
 #[path = "cli/program.rs"]
 mod program;
 #[path = "cli/runs.rs"]

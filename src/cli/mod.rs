@@ -1,12 +1,15 @@
 //! The subcommands, a file each.
 
+mod chaos;
 mod doctor;
+mod duration;
 mod launch;
 mod new;
 pub(crate) mod output;
 mod runs;
 #[cfg(all(feature = "serve", feature = "train"))]
 mod serve;
+mod signals;
 mod status;
 #[cfg(feature = "tune")]
 mod sweep;
@@ -36,7 +39,7 @@ pub(crate) enum Command {
 pub(crate) enum Driver {
     /// Check this machine: CPUs, threads, memory, GPUs, worker processes
     Doctor(doctor::Options),
-    /// List runs, or show one with its metrics, checkpoints and logs
+    /// List runs, show one with its metrics, checkpoints and logs, or draw their curves
     #[command(subcommand)]
     Runs(runs::Command),
     /// Search hyperparameters of any program
@@ -55,6 +58,14 @@ pub(crate) enum Driver {
 pub(crate) enum Launcher {
     /// Start copies of a program: here, under Slurm or under Kubernetes
     Launch(Box<launch::Options>),
+    /// Kill worker processes of a training program, and see whether it ends with the same weights
+    ///
+    /// The program runs once undisturbed and once disturbed, each with a run directory of its own,
+    /// that `RunDir::of_program` finds in MOBULA_RUN_DIR. It must allow for as many losses of workers
+    /// as there will be: `FailureConfig::max_failures` (3 unless it says otherwise), or --faults here.
+    /// The exit code is 0 only if signals were sent, the program ended well all the same, and the
+    /// weights of the newest checkpoints are the same to the bit.
+    Chaos(chaos::Options),
     /// Show what running programs are doing: resources, tasks, actors, worker processes, objects
     Status(status::Options),
     #[command(hide = true)]
@@ -82,6 +93,7 @@ impl Launcher {
     pub(crate) fn run(self) -> anyhow::Result<ExitCode> {
         match self {
             Self::Launch(options) => launch::run(&options),
+            Self::Chaos(options) => chaos::run(&options),
             Self::Status(options) => status::run(&options),
             Self::LaunchChild(options) => launch::run_child(&options),
             Self::LaunchGuard => launch::run_guard(),

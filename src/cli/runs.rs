@@ -1,5 +1,9 @@
 //! `mobula runs`: what ran, how far it got, what is left of it.
 
+mod chart;
+mod curves;
+mod plot;
+
 use super::output::{bytes, print, print_json, table};
 use anyhow::bail;
 use mobula::run::{RunInfo, RunStatus};
@@ -20,6 +24,8 @@ pub(crate) enum Command {
         #[command(flatten)]
         place: Place,
     },
+    /// Draw the curves of runs as an SVG: a panel for each metric, a line for each run
+    Plot(plot::Options),
 }
 
 #[derive(clap::Args)]
@@ -36,6 +42,7 @@ pub(crate) fn run(command: &Command) -> anyhow::Result<()> {
     match command {
         Command::Ls(place) => list(place),
         Command::Show { run, place } => show(run, place),
+        Command::Plot(options) => plot::run(options),
     }
 }
 

@@ -4,6 +4,7 @@ use super::Options;
 use super::gang::{self, Event, Gang};
 use super::guard::Guard;
 use super::output::Outputs;
+use crate::cli::signals;
 use anyhow::Context;
 use mobula::World;
 use mobula::world::SECRET_VARIABLE;
@@ -17,14 +18,14 @@ use std::process::{Child, Command, ExitCode, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
-use tokio::signal::unix::{SignalKind, signal};
 
 /// How long output may come after the last copy has ended.
 const LAST_OUTPUT: Duration = Duration::from_secs(2);
 
 pub(super) fn run(options: &Options) -> anyhow::Result<ExitCode> {
     let (events, inbox) = channel();
-    listen(events.clone())?;
+    let signalled = events.clone();
+    signals::listen(move |signal| signalled.send(Event::Signalled(signal)).is_ok())?;
     let size = options.workers.get() as usize;
     let launch = Launch {
         size,
@@ -163,34 +164,6 @@ fn next(inbox: &Receiver<Event>, wake_at: Option<Instant>) -> Event {
 fn exit_code(status: ExitStatus) -> u8 {
     let code = status.code().or_else(|| status.signal().map(|signal| 128 + signal));
     code.and_then(|code| u8::try_from(code).ok()).unwrap_or(1)
-}
-
-/// Turns signals into events from now on.
-fn listen(events: Sender<Event>) -> anyhow::Result<()> {
-    let tokio = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let _entered = tokio.enter();
-    let kinds = [
-        (SignalKind::interrupt(), Signal::INT),
-        (SignalKind::terminate(), Signal::TERM),
-        (SignalKind::hangup(), Signal::HUP),
-    ];
-    for (kind, name) in kinds.into_iter().filter(|(kind, _)| !is_ignored(*kind)) {
-        let (mut signals, events) = (signal(kind)?, events.clone());
-        tokio.spawn(async move {
-            while signals.recv().await.is_some() && events.send(Event::Signalled(name)).is_ok() {}
-        });
-    }
-    drop(_entered);
-    std::thread::spawn(move || tokio.block_on(std::future::pending::<()>()));
-    Ok(())
-}
-
-/// Whether the signal was ignored when the program started, as `nohup` has it: then it stays so.
-fn is_ignored(kind: SignalKind) -> bool {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
-    let mask = mask.and_then(|hex| u64::from_str_radix(hex.trim(), 16).ok()).unwrap_or(0);
-    mask & (1 << (kind.as_raw_value() - 1)) != 0
 }
 
 /// A port for rank 0 to listen on. It is free now; rank 0 will say so if it no longer is.
