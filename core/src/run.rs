@@ -246,13 +246,15 @@ impl RunDir {
     }
 
     /// Drops the metrics of steps after `step`, which are about to be made again.
-    pub fn rewind_metrics(&self, step: u64) -> Result<(), Error> {
+    pub fn rewind_metrics(&self, step: u64, epoch: u64) -> Result<(), Error> {
         let lines = self.metrics()?;
-        if lines.iter().all(|line| line.step <= step) {
+        let ends_later = |line: &MetricsLine| line.values.get("epoch") > Some(&(epoch as f64));
+        let stays = |line: &&MetricsLine| line.step <= step && !ends_later(line);
+        if lines.iter().all(|line| stays(&line)) {
             return Ok(());
         }
         let mut text = Vec::new();
-        for line in lines.iter().filter(|line| line.step <= step) {
+        for line in lines.iter().filter(stays) {
             text.extend(serde_json::to_vec(line).map_err(Error::layer)?);
             text.push(b'\n');
         }
@@ -403,7 +405,7 @@ mod tests {
         let run = RunDir::create(root.path(), "r", 1, &()).expect("create");
         let mut writer = run.metrics_writer().expect("open");
         (1..=4).for_each(|step| writer.log(step, &values(0.5)).expect("log"));
-        run.rewind_metrics(2).expect("rewind");
+        run.rewind_metrics(2, 0).expect("rewind");
         run.metrics_writer().expect("open").log(3, &values(0.25)).expect("log");
         let steps: Vec<u64> = run.metrics().expect("metrics").iter().map(|m| m.step).collect();
         assert_eq!(steps, [1, 2, 3]);

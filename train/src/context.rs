@@ -154,18 +154,30 @@ impl<'a> WorkerContext<'a> {
         state: &mut TrainState,
         stream: &mut dyn BatchStream,
     ) -> Result<bool> {
-        let Some(resumed) = self.resume(state)? else {
+        let resumed = self.resume(state)?;
+        let is_first = self.keeper().is_none_or(|keeper| keeper.is_first_generation());
+        if resumed.is_none() && is_first {
             return Ok(false);
-        };
-        stream.restore(&state.saved().stream)?;
+        }
+        let (is_resumed, resumed) = (resumed.is_some(), resumed.unwrap_or_default());
+        let is_healed = resumed.from_rank.is_some();
+        if is_resumed {
+            stream.restore(&state.saved().stream)?;
+        }
         if let Place::Member(member, keeper) = &mut self.place {
-            keeper.remember(state)?;
+            if is_resumed {
+                keeper.remember(state)?;
+            }
             if member.rank() == 0 {
                 member.report(&WorkerReport::Resumed(resumed))?;
             }
         }
+        // The one that was due when a rank was lost may not have been taken.
+        if is_healed && (state.is_finished() || (state.tally.rows == 0 && state.step() > 0)) {
+            self.checkpoint_after_epoch(state)?;
+        }
         self.meter.restart_clock();
-        Ok(true)
+        Ok(is_resumed)
     }
 
     fn resume(&mut self, state: &mut TrainState) -> Result<Option<Resumed>> {
@@ -179,8 +191,8 @@ impl<'a> WorkerContext<'a> {
             return Ok(None);
         };
         state.restore(checkpoint)?;
-        let metrics = state.saved().metrics;
-        Ok(Some(Resumed { step: state.step(), metrics, from_rank: None }))
+        let (step, epoch, metrics) = (state.step(), state.epoch(), state.metrics().clone());
+        Ok(Some(Resumed { step, epoch, metrics, from_rank: None }))
     }
 
     /// The mean over all rows of one epoch of `stream` on all ranks; `total` gives the sum over
@@ -204,9 +216,14 @@ impl<'a> WorkerContext<'a> {
         // By virtual shard, so that the order of additions does not depend on the number of ranks.
         let mut sums = vec![vec![0.0; numbers + 1]; self.own_shards().len()];
         while let Some(batch) = stream.next_batch()? {
+            // Others may be waiting for this rank to begin anew with them.
+            self.keeper().map_or(Ok(()), |keeper| keeper.check_generation())?;
             for (sums, part) in sums.iter_mut().zip(batch.parts()?) {
                 if part.rows() > 0 {
                     let totals = totals(&part).map_err(Error::program)?;
+                    if totals.len() != numbers {
+                        return Err(Error::Totals { expected: numbers, got: totals.len() });
+                    }
                     let totals = totals.into_iter().chain([part.rows() as f64]);
                     sums.iter_mut().zip(totals).for_each(|(sum, total)| *sum += total);
                 }
@@ -267,10 +284,7 @@ impl<'a> WorkerContext<'a> {
         if let Some(keeper) = self.keeper() {
             keeper.remember(state)?;
         }
-        let is_due = state.epoch().is_multiple_of(self.setup.every_epochs.max(1));
-        if is_due || state.is_finished() {
-            self.checkpoint(state)?;
-        }
+        self.checkpoint_after_epoch(state)?;
         self.meter.restart_clock();
         Ok(())
     }
@@ -365,6 +379,27 @@ impl<'a> WorkerContext<'a> {
         Ok(any[0] > 0.0)
     }
 
+    /// If one is due. The one before it may still be written: then it is due later, within the epoch, or, where the best
+    /// ones are kept, which are those after epochs, it is waited for.
+    fn checkpoint_after_epoch(&mut self, state: &mut TrainState) -> Result<()> {
+        let is_due = state.epoch().is_multiple_of(self.setup.every_epochs.max(1));
+        if self.setup.checkpoints.is_none() || !(is_due || state.is_finished()) {
+            return Ok(());
+        }
+        let is_busy = self.keeper().is_some_and(|keeper| !keeper.is_idle());
+        match self.any(is_busy)? && !state.is_finished() {
+            true if self.setup.best.is_none() => {
+                self.is_due = true;
+                Ok(())
+            }
+            true => {
+                self.checkpoint(state)?;
+                self.collective.patient_barrier()
+            }
+            false => self.checkpoint(state),
+        }
+    }
+
     /// Rank 0 writes. The others wait for a last one, which may be all that is left of the training,
     /// and for each where they are not written in the background.
     fn checkpoint(&mut self, state: &mut TrainState) -> Result<()> {
@@ -379,11 +414,10 @@ impl<'a> WorkerContext<'a> {
     }
 
     /// The weights are about to change.
-    pub(crate) fn before_update(&mut self, state: &mut TrainState) {
+    pub(crate) fn before_update(&mut self, state: &TrainState) {
         if let Some(keeper) = self.keeper() {
-            keeper.let_go();
+            keeper.let_go(state);
         }
-        state.wait_for_copy();
     }
 
     /// Remembers, saves and reports what is due.
@@ -395,7 +429,7 @@ impl<'a> WorkerContext<'a> {
         let every = self.setup.every_steps.filter(|_| self.setup.checkpoints.is_some());
         self.is_due |= every.is_some_and(|steps| state.step().is_multiple_of(steps));
         if self.is_due && !state.has_position() {
-            return Err(Error::NoPosition);
+            return every.map_or(Ok(()), |_| Err(Error::NoPosition));
         }
         let asynchronous = self.setup.asynchronous;
         if self.is_due && (!asynchronous || self.keeper().is_none_or(|keeper| keeper.is_idle())) {

@@ -84,6 +84,26 @@ pub enum Error {
         "a checkpoint within an epoch needs batches that know where their stream stands: open it with `context.batches`"
     )]
     NoPosition,
+    /// After a loss, ranks have states that do not fit each other.
+    #[error(
+        "rank {root} has kept the state of a model and optimizer of {expected} values, this one's is of {got}: do all ranks restore the same states in the same order?"
+    )]
+    OtherState {
+        /// Who has kept one.
+        root: usize,
+        /// Its values.
+        expected: usize,
+        /// Those of the state to be restored.
+        got: usize,
+    },
+    /// A validation that gives more or fewer numbers than it said.
+    #[error("a validation gave {got} numbers for a batch, expected {expected}")]
+    Totals {
+        /// As many as it said.
+        expected: usize,
+        /// As many as it gave.
+        got: usize,
+    },
     /// A step over a batch that is not cut into virtual shards.
     #[error(
         "a step with {virtual_shards} virtual shards needs a batch of a stream that `context.batches` has opened"

@@ -14,16 +14,20 @@ use std::path::Path;
 use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
 
 /// What the ranks of this process had when their functions ended, by training and rank. A function
-/// that is called again in the next generation finds it here.
-static LEFT: LazyLock<Mutex<HashMap<(u64, usize), Source>>> = LazyLock::new(Mutex::default);
+/// that is called again in the next generation finds it here. Only of workers in processes, which end
+/// with their group.
+static LEFT: LazyLock<Mutex<HashMap<(u64, usize), Left>>> = LazyLock::new(Mutex::default);
 
-fn left() -> MutexGuard<'static, HashMap<(u64, usize), Source>> {
-    LEFT.lock().unwrap_or_else(PoisonError::into_inner)
+#[derive(Default)]
+struct Left {
+    /// The states that the context had restored, in that order, after their last steps.
+    last: Vec<Option<Source>>,
+    /// With a checkpoint that is being written.
+    saver: Option<Saver>,
 }
 
-/// Forgets what the ranks of a training have left in this process.
-pub(crate) fn forget(training: u64) {
-    left().retain(|(of, _), _| *of != training);
+fn left() -> MutexGuard<'static, HashMap<(u64, usize), Left>> {
+    LEFT.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 pub(crate) struct Keeper {
@@ -31,8 +35,9 @@ pub(crate) struct Keeper {
     training: u64,
     /// Whether lost ranks get what the others have.
     heals: bool,
-    /// After the last step.
-    last: Option<Source>,
+    last: Vec<Option<Source>>,
+    /// States restored so far.
+    restored: usize,
     saver: Option<Saver>,
     /// More files for each checkpoint.
     pub(crate) files: BTreeMap<String, Vec<u8>>,
@@ -40,30 +45,42 @@ pub(crate) struct Keeper {
 
 impl Keeper {
     pub(crate) fn new(member: &Arc<Member>, setup: &Setup) -> Self {
+        let key = (setup.training, member.rank());
+        let Left { last, saver } = left().remove(&key).unwrap_or_default();
         Self {
             member: Arc::clone(member),
             training: setup.training,
             heals: setup.heals && member.world_size() > 1,
-            last: None,
-            saver: None,
+            last,
+            restored: 0,
+            saver,
             files: BTreeMap::new(),
         }
     }
 
-    fn key(&self) -> (u64, usize) {
-        (self.training, self.member.rank())
+    pub(crate) fn is_first_generation(&self) -> bool {
+        self.member.generation() == 0
+    }
+
+    /// Errors when a member was lost and is replaced.
+    pub(crate) fn check_generation(&self) -> Result<()> {
+        Ok(self.member.check_generation()?)
     }
 
     /// The run changes now.
-    pub(crate) fn let_go(&mut self) {
-        self.last = None;
+    pub(crate) fn let_go(&mut self, state: &TrainState) {
+        if let Some(last) = state.slot.and_then(|slot| self.last.get_mut(slot)) {
+            *last = None;
+        }
     }
 
     /// Remembers the run as it is after a step or an epoch.
     pub(crate) fn remember(&mut self, state: &TrainState) -> Result<()> {
         // Without a position nobody could go on from it.
-        if self.heals && state.has_position() {
-            self.last = Some(Source::of(state, state.saved())?);
+        if let Some(slot) = state.slot.filter(|_| self.heals && state.has_position()) {
+            let length = self.last.len().max(slot + 1);
+            self.last.resize_with(length, || None);
+            self.last[slot] = Some(Source::of(state, state.saved())?);
         }
         Ok(())
     }
@@ -75,20 +92,15 @@ impl Keeper {
         state: &mut TrainState,
         collective: &dyn Collective,
     ) -> Result<Option<Resumed>> {
-        if !self.heals || self.member.generation() == 0 {
+        let slot = self.restored;
+        (self.restored, state.slot) = (slot + 1, Some(slot));
+        if !self.heals || self.is_first_generation() {
             return Ok(None);
         }
         // If one is lost meanwhile, it is what this rank leaves once more.
-        self.last = left().remove(&self.key());
-        let own = self.last.clone().map(|source| source.copy(Snapshot::default())).transpose()?;
-        let progress = own.as_ref().map_or(-1.0, |own| own.saved.step as f64);
-        let steps = collective.gather_one(progress)?;
-        let epochs = collective.gather_one(own.as_ref().map_or(-1.0, |o| o.saved.epoch as f64))?;
-        let furthest = (0..steps.len()).rev().max_by(|a, b| {
-            let (a, b) = ((steps[*a], epochs[*a]), (steps[*b], epochs[*b]));
-            a.partial_cmp(&b).unwrap_or(std::cmp::Ordering::Equal)
-        });
-        let Some(root) = furthest.filter(|rank| steps[*rank] >= 0.0) else {
+        let own = self.last.get(slot).cloned().flatten();
+        let own = own.map(|source| source.copy(Snapshot::default())).transpose()?;
+        let Some(root) = furthest(own.as_ref(), collective)? else {
             return Ok(None);
         };
         let mut snapshot = match own {
@@ -97,8 +109,8 @@ impl Keeper {
         };
         snapshot.broadcast(collective, root)?;
         snapshot.put(state)?;
-        let SavedState { step, metrics, .. } = snapshot.saved;
-        Ok(Some(Resumed { step, metrics, from_rank: Some(root) }))
+        let SavedState { step, epoch, metrics, .. } = snapshot.saved;
+        Ok(Some(Resumed { step, epoch, metrics, from_rank: Some(root) }))
     }
 
     /// Rank 0 writes a checkpoint, if the run has any. In the background it may fail, which is said
@@ -115,11 +127,11 @@ impl Keeper {
         let new = || Saver::new(store(dir, setup), Labels::of(state));
         let saver = self.saver.get_or_insert_with(new);
         let source = Source::of(state, state.saved())?;
-        if !in_background || !source.is_on_cpu() {
+        if !in_background {
             return saver.save(source, &self.files);
         }
         let (copying, before) = saver.begin(source, self.files.clone());
-        state.hold(copying);
+        state.updater.hold(copying);
         before.or_else(|error| self.note_unsaved(&error))
     }
 
@@ -146,14 +158,27 @@ impl Keeper {
 impl Drop for Keeper {
     /// However the function ends: if a rank was lost, all are called again.
     fn drop(&mut self) {
-        self.saver = None;
-        match self.last.take() {
-            Some(last) if !std::thread::panicking() => {
-                left().insert(self.key(), last);
-            }
-            _ => {}
+        if !self.heals || std::thread::panicking() {
+            return;
         }
+        // What is being written may take longer than the others wait. It is waited for where the
+        // function is not known to be called again.
+        let saver = self.saver.take().filter(|_| self.check_generation().is_err());
+        let last = std::mem::take(&mut self.last);
+        left().insert((self.training, self.member.rank()), Left { last, saver });
     }
+}
+
+/// The rank that has come furthest, of those that have anything.
+fn furthest(own: Option<&Snapshot>, collective: &dyn Collective) -> Result<Option<usize>> {
+    let progress = own.map_or((-1.0, -1.0), |own| (own.saved.step as f64, own.saved.epoch as f64));
+    let steps = collective.gather_one(progress.0)?;
+    let epochs = collective.gather_one(progress.1)?;
+    let progress = |rank: &usize| (steps[*rank], epochs[*rank]);
+    let order = |a: &usize, b: &usize| {
+        progress(a).partial_cmp(&progress(b)).unwrap_or(std::cmp::Ordering::Equal)
+    };
+    Ok((0..steps.len()).rev().max_by(order).filter(|rank| steps[*rank] >= 0.0))
 }
 
 /// The checkpoints of a run, as it keeps them.

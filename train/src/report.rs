@@ -23,10 +23,11 @@ pub(crate) enum WorkerReport {
     Note(String),
 }
 
-/// Training goes on from what was saved, or from what a rank still had.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+/// Training goes on from what was saved, or from what a rank still had, or, by default, anew.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Resumed {
     pub(crate) step: u64,
+    pub(crate) epoch: u64,
     /// Of the last whole epoch.
     pub(crate) metrics: BTreeMap<String, f64>,
     /// The rank that had it in memory.
@@ -76,11 +77,11 @@ impl Default for Meter {
 }
 
 impl Meter {
-    pub(crate) fn count(&mut self, epoch: &mut EpochTally, rows: usize, loss: f64) {
+    pub(crate) fn count(&mut self, epoch: &mut EpochTally, rows: usize, weight: f64, loss: f64) {
         let elapsed = self.clock.elapsed();
         self.restart_clock();
-        epoch.count(rows, loss, elapsed);
-        self.recent.count(rows, loss, elapsed);
+        epoch.count(rows, weight, loss, elapsed);
+        self.recent.count(rows, weight, loss, elapsed);
         self.last_loss = loss;
     }
 

@@ -41,6 +41,12 @@ pub(crate) struct Saver {
     under_way: Option<JoinHandle<Written>>,
 }
 
+/// Of what is to be written.
+enum Copy<F> {
+    Due(F),
+    Made(Box<Result<Snapshot>>),
+}
+
 type Written = (Option<Snapshot>, Result<()>);
 
 /// What goes into a checkpoint beside the state of the run.
@@ -58,8 +64,15 @@ impl Saver {
         let gate = Arc::new(Gate::default());
         let opener = Opener(Arc::clone(&gate));
         let (store, labels, spare) = (self.store.clone(), self.labels.clone(), self.spare.take());
+        let is_on_cpu = source.is_on_cpu();
+        let copy = move || source.copy(spare.unwrap_or_default());
+        // A device is for the thread that computes on it.
+        let copy = if is_on_cpu { Copy::Due(copy) } else { Copy::Made(Box::new(copy())) };
         let write = move || {
-            let snapshot = source.copy(spare.unwrap_or_default());
+            let snapshot = match copy {
+                Copy::Due(copy) => copy(),
+                Copy::Made(snapshot) => *snapshot,
+            };
             drop(opener);
             step_back();
             match snapshot {

@@ -16,6 +16,7 @@ use std::sync::Arc;
 #[derive(Clone)]
 pub(crate) struct Source {
     saved: SavedState,
+    stopped: bool,
     params: Params,
     /// A pass changes them, so these are copies.
     buffers: Vec<(String, Tensor)>,
@@ -27,6 +28,8 @@ pub(crate) struct Source {
 #[derive(Debug, Default)]
 pub(crate) struct Snapshot {
     pub(crate) saved: SavedState,
+    /// Before its last epoch, which no checkpoint says: it may go on later.
+    stopped: bool,
     weights: Vec<Named>,
     buffers: Vec<Named>,
     optimizer: OptimizerState,
@@ -63,6 +66,7 @@ impl Source {
         let copy = |(name, var): (String, Var)| Ok((name, var.as_detached_tensor().copy()?));
         Ok(Self {
             saved,
+            stopped: state.is_stopped(),
             buffers: params.buffers().into_iter().map(copy).collect::<Result<_>>()?,
             optimizer: state.updater.shared_state(params)?,
             ema: state.updater.shared_ema(),
@@ -76,7 +80,7 @@ impl Source {
     }
 
     pub(crate) fn copy(self, mut into: Snapshot) -> Result<Snapshot> {
-        into.saved = self.saved;
+        (into.saved, into.stopped) = (self.saved, self.stopped);
         let weights = self.params.vars();
         into.weights.resize_with(weights.len(), Named::default);
         into.buffers.resize_with(self.buffers.len(), Named::default);
@@ -154,7 +158,7 @@ impl Snapshot {
             named.put(&var)?;
         }
         state.updater.resume(self.optimizer.clone(), self.ema.clone(), &self.saved.updater);
-        state.resume(&self.saved);
+        state.resume(&self.saved, self.stopped);
         Ok(())
     }
 
@@ -163,11 +167,11 @@ impl Snapshot {
         let mut header = serde_json::to_vec(&self.header()).map_err(mobula_core::Error::layer)?;
         broadcast_bytes(collective, &mut header, root)?;
         let header: Header = serde_json::from_slice(&header).map_err(mobula_core::Error::layer)?;
-        let (expected, got) = (header.lens.iter().sum(), self.lens().iter().sum());
         if header.lens != self.lens() {
-            return Err(Error::OptimizerModel { expected, got });
+            let (expected, got) = (header.lens.iter().sum(), self.lens().iter().sum());
+            return Err(Error::OtherState { root, expected, got });
         }
-        self.saved = header.saved;
+        (self.saved, self.stopped) = (header.saved, header.stopped);
         self.optimizer.set_steps(header.step, &header.steps);
         self.saved_ema(header.ema_updates);
         for values in self.tensors_mut() {
@@ -179,6 +183,7 @@ impl Snapshot {
     fn header(&self) -> Header {
         Header {
             saved: self.saved.clone(),
+            stopped: self.stopped,
             lens: self.lens(),
             step: self.optimizer.step,
             steps: self.optimizer.params.iter().map(|param| param.steps).collect(),
@@ -214,6 +219,7 @@ impl Snapshot {
 #[derive(Serialize, Deserialize)]
 struct Header {
     saved: SavedState,
+    stopped: bool,
     lens: Vec<usize>,
     step: u64,
     steps: Vec<u64>,

@@ -1,7 +1,6 @@
 //! What a training run carries from step to step, and its checkpoint.
 
 use crate::optim::{LossScale, SavedUpdater, Updater, scale};
-use crate::saver::Gate;
 use crate::{Error, Result};
 use candle_core::Device;
 use mobula_core::StreamState;
@@ -9,7 +8,6 @@ use mobula_core::checkpoint::Checkpoint;
 use mobula_nn::{Gradients, Model, Precision};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
-use std::sync::Arc;
 use std::time::Duration;
 
 pub(crate) const STATE: &str = "state.json";
@@ -32,8 +30,8 @@ pub struct TrainState {
     metrics: BTreeMap<String, f64>,
     /// What the callbacks of a loop remember, by name.
     pub(crate) callbacks: BTreeMap<String, serde_json::Value>,
-    /// A copy is being made of it.
-    copying: Option<Arc<Gate>>,
+    /// Which one it is of those that the context has restored.
+    pub(crate) slot: Option<usize>,
     precision: Precision,
     non_finite: NonFinite,
     skips: Skips,
@@ -77,16 +75,19 @@ pub struct Skips {
 pub struct EpochTally {
     /// Rows of all ranks.
     pub rows: u64,
-    /// The sum over the steps of the mean loss times the rows.
+    /// Their weights: as many, unless the loss says otherwise.
+    pub weight: f64,
+    /// The sum over the steps of the mean loss times the weight.
     pub weighted_loss: f64,
     /// How long the steps took.
     pub elapsed: Duration,
 }
 
 impl EpochTally {
-    pub(crate) fn count(&mut self, rows: usize, loss: f64, elapsed: Duration) {
+    pub(crate) fn count(&mut self, rows: usize, weight: f64, loss: f64, elapsed: Duration) {
         self.rows += rows as u64;
-        self.weighted_loss += loss * rows as f64;
+        self.weight += weight;
+        self.weighted_loss += loss * weight;
         self.elapsed += elapsed;
     }
 
@@ -94,9 +95,9 @@ impl EpochTally {
         self.rows as f64 / self.elapsed.as_secs_f64().max(1e-9)
     }
 
-    /// Over the rows.
+    /// By weight.
     pub(crate) fn mean_loss(&self) -> f64 {
-        self.weighted_loss / self.rows as f64
+        self.weighted_loss / self.weight
     }
 }
 
@@ -140,7 +141,7 @@ impl TrainState {
             position: None,
             metrics: BTreeMap::new(),
             callbacks: BTreeMap::new(),
-            copying: None,
+            slot: None,
             precision: Precision::default(),
             non_finite: NonFinite::default(),
             skips: Skips::default(),
@@ -243,8 +244,8 @@ impl TrainState {
     }
 
     /// Updates the model by its gradients, once these are checked, rescaled and divided by the scale
-    /// of the loss; a step in which they overflowed is left out.
-    pub(crate) fn update(&mut self, rescale: f32) -> Result<()> {
+    /// of the loss; a step in which they overflowed is left out. Says whether it was not.
+    pub(crate) fn update(&mut self, rescale: f32) -> Result<bool> {
         let unscale = rescale / self.loss_scale();
         scale(self.gradients.values_mut(), unscale);
         let overflow = self.gradients.first_non_finite().map(str::to_owned);
@@ -258,16 +259,15 @@ impl TrainState {
             }
             (Some(scale), overflow) => scale.update(overflow.is_none()),
         };
-        match is_taken {
-            true => self.updater.step(self.model.params(), &mut self.gradients),
-            false => Ok(()),
+        if is_taken {
+            self.updater.step(self.model.params(), &mut self.gradients)?;
         }
+        Ok(is_taken)
     }
 
     /// Runs `evaluate` on the model while its weights are their averages over the steps. Errors
     /// when the updater keeps none.
     pub fn with_averages<T>(&mut self, evaluate: impl FnOnce(&Model) -> T) -> Result<T> {
-        self.wait_for_copy();
         self.updater.with_averages(self.model.params(), || evaluate(&self.model))
     }
 
@@ -290,20 +290,18 @@ impl TrainState {
         self.tally = EpochTally::default();
     }
 
+    /// Whether what a step has changed before its update may have to be undone.
+    pub(crate) fn may_skip(&self) -> bool {
+        self.non_finite != NonFinite::Fail || self.updater.loss_scale().is_some()
+    }
+
+    pub(crate) fn is_stopped(&self) -> bool {
+        self.stopped
+    }
+
     /// Whether it is known where the stream of training batches stands.
     pub(crate) fn has_position(&self) -> bool {
         self.position.is_some()
-    }
-
-    /// Holds back what would change the tensors until a copy is made.
-    pub(crate) fn hold(&mut self, copying: Arc<Gate>) {
-        self.copying = Some(copying);
-    }
-
-    pub(crate) fn wait_for_copy(&mut self) {
-        if let Some(copying) = self.copying.take() {
-            copying.wait();
-        }
     }
 
     /// `state.json` of a checkpoint.
@@ -313,7 +311,8 @@ impl TrainState {
             epoch: self.epoch,
             seed: self.seed,
             stream: self.position.clone().unwrap_or_default(),
-            metrics: self.metrics.clone(),
+            // What is no number has no place in JSON.
+            metrics: self.metrics.iter().filter(|metric| metric.1.is_finite()).map(own).collect(),
             tally: self.tally.clone(),
             skips: self.skips,
             callbacks: self.callbacks.clone(),
@@ -326,16 +325,21 @@ impl TrainState {
         let saved: SavedState = from.json(STATE)?;
         self.model.params().load(from.file(Model::WEIGHTS_FILE))?;
         self.updater.load(self.model.params(), from.path(), &saved.updater)?;
-        self.resume(&saved);
+        self.resume(&saved, false);
         Ok(())
     }
 
-    pub(crate) fn resume(&mut self, saved: &SavedState) {
+    pub(crate) fn resume(&mut self, saved: &SavedState, stopped: bool) {
+        self.stopped = stopped;
         (self.step, self.epoch, self.seed) = (saved.step, saved.epoch, saved.seed);
         (self.tally, self.metrics) = (saved.tally.clone(), saved.metrics.clone());
         (self.callbacks, self.skips) = (saved.callbacks.clone(), saved.skips);
         self.position = Some(saved.stream.clone());
     }
+}
+
+fn own((name, value): (&String, &f64)) -> (String, f64) {
+    (name.clone(), *value)
 }
 
 /// The trained model of a checkpoint, on the CPU.

@@ -7,7 +7,7 @@ use crate::optim::add;
 use crate::sync::BatchSum;
 use crate::{Error, Result, TrainState, WorkerContext};
 use candle_core::{DType, Tensor};
-use mobula_core::{Batch, BoxError, StreamState};
+use mobula_core::{Batch, BoxError};
 use mobula_nn::{Gradients, Model, Pass, Precision, loss::LossSum};
 use std::sync::Arc;
 
@@ -17,7 +17,8 @@ pub enum Loss {
     /// The mean over the rows. That of a step is the mean over the rows of all ranks.
     Mean(Tensor),
     /// A sum and its weight, such as the number of tokens that count. That of a step is the sum
-    /// over all ranks, divided by the weights of all.
+    /// over all ranks, divided by the weights of all. Where nothing has a weight, the step has a loss of
+    /// 0 and gradients of 0, by which the optimizer updates: weights may still decay.
     Sum(LossSum),
 }
 
@@ -108,12 +109,17 @@ impl WorkerContext<'_> {
         };
         let passes = state.passes(batches.iter().map(Batch::global_rows).sum());
         let shards = self.shards(batches, passes.global_rows)?;
+        let before = match state.may_skip() {
+            true => Some(Buffers::of(state.model.params())?),
+            false => None,
+        };
         match self.setup.virtual_shards {
             None => self.add_batches(state, &passes, &shards[0], &mut loss)?,
             Some(_) => self.add_shards(state, &passes, &shards, &mut loss)?,
         }
         let position = batches.last().and_then(Batch::position).cloned();
-        let loss = self.finish_step(state, passes.global_rows, position)?;
+        let loss = self.finish_step(state, passes.global_rows, before.as_ref())?;
+        state.count_step(position);
         hears(state, loss)?;
         self.after_step(state)?;
         Ok(loss)
@@ -199,26 +205,32 @@ impl WorkerContext<'_> {
         &mut self,
         state: &mut TrainState,
         global_rows: usize,
-        position: Option<StreamState>,
+        before: Option<&Buffers>,
     ) -> Result<f64> {
         self.collective.all_reduce(state.gradients.as_reduced_mut(), ReduceOp::Sum)?;
         let rescale = rescale(&state.gradients, global_rows);
         // After the sum all ranks hold the same bits, so all come to the same conclusion.
         let loss = f64::from(state.gradients.loss() * rescale);
+        state.gradients.set_loss(loss as f32);
+        let weight = state.gradients.weight().into();
         self.before_update(state);
-        match update(state, loss, rescale) {
-            Ok(()) => {
+        let is_taken = match update(state, loss, rescale) {
+            Ok(is_taken) => {
                 state.end_skips();
-                self.meter.count(&mut state.tally, global_rows, loss);
+                self.meter.count(&mut state.tally, global_rows, weight, loss);
+                is_taken
             }
-            Err(error) => state.skip(error)?,
+            Err(error) => state.skip(error).map(|()| false)?,
+        };
+        if let Some(before) = before.filter(|_| !is_taken) {
+            before.put_back(state.model.params())?;
         }
-        state.count_step(position);
         Ok(loss)
     }
 }
 
-fn update(state: &mut TrainState, loss: f64, rescale: f32) -> Result<()> {
+/// Whether the step was not left out.
+fn update(state: &mut TrainState, loss: f64, rescale: f32) -> Result<bool> {
     match loss.is_finite() {
         true => state.update(rescale),
         false => Err(Error::NonFiniteLoss { step: state.step(), loss }),

@@ -260,7 +260,6 @@ impl<T> Trainer<T> {
     fn fit_with_restarts(&self, runtime: &Runtime) -> Result<TrainingResult<T>> {
         let mut journal = Journal::new(&self.name, self.run.as_ref())?;
         let setup = self.setup()?;
-        let _forget = Forget(setup.training);
         let mut restarts = 0;
         let mut group = self.start(runtime, &setup, &mut restarts)?;
         let mut values: Vec<Option<T>> = (0..self.scaling.num_workers).map(|_| None).collect();
@@ -325,7 +324,10 @@ impl<T> Trainer<T> {
             every_steps: self.checkpoint.every_steps,
             asynchronous: self.checkpoint.asynchronous,
             resume_from: self.newest_checkpoint()?,
-            heals: replaces && self.failure.max_failures > 0,
+            // Those on threads are never lost one by one.
+            heals: replaces
+                && self.failure.max_failures > 0
+                && self.scaling.placement == Placement::Process,
             sync_batch_norm: self.scaling.sync_batch_norm,
             virtual_shards: self.scaling.virtual_shards,
             gpus: self.scaling.resources_per_worker.gpus,
@@ -361,15 +363,6 @@ impl<T> Trainer<T> {
     }
 }
 
-/// What workers on this process's threads have left for a next generation.
-struct Forget(u64);
-
-impl Drop for Forget {
-    fn drop(&mut self) {
-        keeper::forget(self.0);
-    }
-}
-
 /// A process that hangs is found by its missing heartbeats, and a rank that others wait for by the
 /// deadline of their collective; each ends in an event. A training function that computes forever
 /// on all ranks is waited for: it may be right to.
@@ -388,8 +381,6 @@ struct Journal {
     run: Option<RunDir>,
     metrics: Option<MetricsWriter>,
     last: BTreeMap<String, f64>,
-    /// The last epoch and its step.
-    recorded: Option<(u64, u64)>,
 }
 
 impl Journal {
@@ -400,7 +391,6 @@ impl Journal {
             run: run.cloned(),
             metrics: run.map(RunDir::metrics_writer).transpose()?,
             last: BTreeMap::new(),
-            recorded: None,
         })
     }
 
@@ -419,13 +409,15 @@ impl Journal {
 
     /// Goes back to the step that training goes on from: what comes after it will be made again.
     fn resume(&mut self, resumed: Resumed) -> Result<()> {
-        let Resumed { step, metrics, from_rank } = resumed;
+        let Resumed { step, epoch, metrics, from_rank } = resumed;
         let kept = from_rank.map_or(String::new(), |rank| format!(", which rank {rank} has kept"));
-        console::note(format!("{}: continuing from step {step}{kept}", self.name));
+        console::note(match step {
+            0 => format!("{}: beginning anew", self.name),
+            _ => format!("{}: continuing from step {step}{kept}", self.name),
+        });
         self.last = metrics;
-        self.recorded = self.recorded.filter(|(_, recorded)| *recorded <= step);
         if let Some(run) = &self.run {
-            run.rewind_metrics(step)?;
+            run.rewind_metrics(step, epoch)?;
             self.metrics = Some(run.metrics_writer()?);
         }
         Ok(())
@@ -440,11 +432,6 @@ impl Journal {
     }
 
     fn epoch(&mut self, report: EpochReport) -> Result<()> {
-        let this = (report.epoch, report.step);
-        // After a loss an epoch may end once more.
-        if self.recorded.replace(this) == Some(this) {
-            return Ok(());
-        }
         let value = |name: &str| report.metrics.get(name).copied().unwrap_or(f64::NAN);
         let (loss, rate) = (value("loss"), value("samples_per_second"));
         self.show(report.epoch, report.epochs, report.step, loss, rate);

@@ -16,6 +16,12 @@ use std::time::Duration;
 
 /// How long members may take to start.
 const TIMEOUT: Duration = Duration::from_secs(60);
+/// After a loss those that are left come when they have noticed it, behind whatever they are at.
+const PATIENCE: Duration = Duration::from_secs(600);
+
+fn patience(member: &Member) -> Duration {
+    if member.generation() == 0 { TIMEOUT } else { PATIENCE }
+}
 
 /// Connects a member with all others of its group, and waits for them. `in_tree` fixes the order of
 /// additions: neighbouring ranks, then neighbouring pairs of them, and so on, however they are
@@ -41,7 +47,7 @@ pub(crate) fn connect(
         }
     };
     // Who leaves before others have opened what it has made would take that along.
-    member.all_gather("collective: connected", b"", TIMEOUT)?;
+    member.all_gather("collective: connected", b"", patience(member))?;
     Ok(collective)
 }
 
@@ -74,7 +80,7 @@ impl Meeting {
             (None, Transport::Tcp) => member.rank() as u64,
         };
         let said = format!("{host} {}", member.host().address);
-        let said = member.all_gather("collective: hosts", said.as_bytes(), TIMEOUT)?;
+        let said = member.all_gather("collective: hosts", said.as_bytes(), patience(member))?;
         let said: Vec<_> = said.iter().map(|said| String::from_utf8_lossy(said)).collect();
         let said: Vec<_> = said.iter().map(|s| s.split_once(' ').unwrap_or_default()).collect();
         let mut names: Vec<String> = said.iter().map(|said| said.0.to_owned()).collect();
@@ -114,7 +120,7 @@ impl Meeting {
             (self.listener, address) = (Some(listener), door.encode());
         }
         let said = format!("{path}\n{address}");
-        let all = member.all_gather("collective: addresses", said.as_bytes(), TIMEOUT)?;
+        let all = member.all_gather("collective: addresses", said.as_bytes(), patience(member))?;
         for leader in &self.leaders {
             let said = String::from_utf8_lossy(&all[*leader]).into_owned();
             let (path, address) = said.split_once('\n').unwrap_or_default();

@@ -54,6 +54,7 @@ pub struct StepReport {
 /// Ends a training whose metric no longer improves.
 #[derive(Clone, Debug)]
 pub struct EarlyStopping {
+    name: String,
     metric: String,
     mode: Mode,
     patience: u64,
@@ -67,7 +68,8 @@ impl EarlyStopping {
     /// Watches a metric of each epoch, of which lower or higher is better.
     pub fn new(metric: impl Into<String>, mode: Mode) -> Self {
         let (metric, best) = (metric.into(), None);
-        Self { metric, mode, patience: 3, min_delta: 0.0, best, waited: 0 }
+        let name = format!("early_stopping/{metric}");
+        Self { name, metric, mode, patience: 3, min_delta: 0.0, best, waited: 0 }
     }
 
     /// Sets how many epochs without an improvement are borne: it ends with one more. Default: 3.
@@ -88,7 +90,7 @@ impl EarlyStopping {
 
 impl Callback for EarlyStopping {
     fn name(&self) -> &str {
-        "early_stopping"
+        &self.name
     }
 
     /// A training that it has ended is not resumed, unless with more patience.
@@ -96,14 +98,14 @@ impl Callback for EarlyStopping {
         Ok(Flow::stop_if(self.waited > self.patience))
     }
 
-    /// Errors when the epoch does not report the metric. One that is no number is no improvement.
+    /// Errors when the epoch does not report the metric. One that is no finite number is no improvement.
     fn on_epoch(&mut self, epoch: &EpochReport) -> Result<Flow, BoxError> {
         let Some(value) = epoch.metrics.get(&self.metric).copied() else {
             let (metric, names) = (self.metric.clone(), epoch.metrics.keys().cloned().collect());
             return Err(Error::NoMetric { what: "early stopping", metric, names }.into());
         };
         let improves = |best| is_better(self.mode, value, best, self.min_delta);
-        match self.best.is_none_or(improves) && !value.is_nan() {
+        match self.best.is_none_or(improves) && value.is_finite() {
             true => (self.best, self.waited) = (Some(value), 0),
             false => self.waited += 1,
         }

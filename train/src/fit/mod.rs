@@ -8,7 +8,7 @@ use crate::optim::Mode;
 use crate::{Error, Loss, Result, TrainState, WorkerContext};
 use mobula_core::{Batch, BatchStream, BoxError, Flow};
 use mobula_nn::{Model, Pass};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// Trains for all epochs of a state: steps, validation, epochs, and checkpoints when they are due.
 /// [`Callback`]s hear of each step and epoch, and may end the training. The
@@ -16,6 +16,9 @@ use std::collections::BTreeMap;
 pub struct TrainLoop<'a> {
     loss: Box<LossFn<'a>>,
     validation: Option<Validation<'a>>,
+    every_steps: Option<u64>,
+    /// Whether the averages of the weights are what is validated.
+    of_averages: bool,
     callbacks: Vec<Box<dyn Callback + 'a>>,
 }
 
@@ -26,9 +29,6 @@ struct Validation<'a> {
     stream: Box<dyn BatchStream>,
     names: Vec<String>,
     totals: Box<TotalsFn<'a>>,
-    every_steps: Option<u64>,
-    /// Whether the averages of the weights are what is validated.
-    of_averages: bool,
 }
 
 impl std::fmt::Debug for TrainLoop<'_> {
@@ -46,7 +46,8 @@ impl<'a> TrainLoop<'a> {
         let loss = move |model: &Model, pass: &Pass, batch: &Batch| {
             loss(model, pass, batch).map(Into::into).map_err(Into::into)
         };
-        Self { loss: Box::new(loss), validation: None, callbacks: Vec::new() }
+        let (loss, every_steps) = (Box::new(loss), None);
+        Self { loss, validation: None, every_steps, of_averages: false, callbacks: Vec::new() }
     }
 
     /// Validates on one epoch of `stream` after each epoch: the mean over all rows of each of the
@@ -63,26 +64,18 @@ impl<'a> TrainLoop<'a> {
             Err(error) => Err(error.into()),
         };
         let (names, totals) = (metrics.map(str::to_owned).to_vec(), Box::new(totals));
-        let (every_steps, of_averages) = (None, false);
-        let validation = Validation { stream, names, totals, every_steps, of_averages };
-        Self { validation: Some(validation), ..self }
+        Self { validation: Some(Validation { stream, names, totals }), ..self }
     }
 
     /// Validates also after so many steps, again and again. Does nothing without a validation.
-    pub fn with_validation_every_steps(mut self, steps: u64) -> Self {
-        if let Some(validation) = &mut self.validation {
-            validation.every_steps = Some(steps);
-        }
-        self
+    pub fn with_validation_every_steps(self, steps: u64) -> Self {
+        Self { every_steps: Some(steps), ..self }
     }
 
     /// Validates the averages of the weights, which the updater has to keep. Does nothing without a
     /// validation.
-    pub fn with_averages_validated(mut self) -> Self {
-        if let Some(validation) = &mut self.validation {
-            validation.of_averages = true;
-        }
-        self
+    pub fn with_averages_validated(self) -> Self {
+        Self { of_averages: true, ..self }
     }
 
     /// Adds a callback; they are called in the order in which they were added.
@@ -99,10 +92,7 @@ impl<'a> TrainLoop<'a> {
         state: &mut TrainState,
         batches: &mut dyn BatchStream,
     ) -> Result<BTreeMap<String, f64>> {
-        if let Some(Validation { every_steps: Some(0), .. }) = self.validation {
-            let (option, got) = ("every_steps", "0".to_owned());
-            return Err(Error::Option { option, got, expected: "at least 1" });
-        }
+        self.check()?;
         context.restore(state, batches)?;
         self.callbacks.iter_mut().try_for_each(|callback| restore(callback.as_mut(), state))?;
         let flow = tell(&mut self.callbacks, state, |callback| callback.on_start())?;
@@ -118,6 +108,21 @@ impl<'a> TrainLoop<'a> {
         Ok(state.metrics().clone())
     }
 
+    fn check(&self) -> Result<()> {
+        if self.every_steps == Some(0) {
+            let (option, got) = ("every_steps", "0".to_owned());
+            return Err(Error::Option { option, got, expected: "at least 1" });
+        }
+        let mut names = BTreeSet::new();
+        match self.callbacks.iter().find(|callback| !names.insert(callback.name())) {
+            None => Ok(()),
+            Some(again) => {
+                let (option, got) = ("name", format!("{:?} twice", again.name()));
+                Err(Error::Option { option, got, expected: "another one for each callback" })
+            }
+        }
+    }
+
     fn step(
         &mut self,
         context: &mut WorkerContext<'_>,
@@ -131,8 +136,8 @@ impl<'a> TrainLoop<'a> {
             stop = tell(callbacks, state, |callback| callback.on_step(&report))?.is_stop();
             Ok(())
         })?;
-        let every_steps = self.validation.as_ref().and_then(|validation| validation.every_steps);
-        if every_steps.is_some_and(|steps| state.step().is_multiple_of(steps)) {
+        let is_due = self.every_steps.is_some_and(|steps| state.step().is_multiple_of(steps));
+        if is_due && self.validation.is_some() {
             let metrics = self.validate(context, state)?;
             context.report(state, &named(&metrics))?;
         }
@@ -159,14 +164,13 @@ impl<'a> TrainLoop<'a> {
         context: &mut WorkerContext<'_>,
         state: &mut TrainState,
     ) -> Result<Vec<(String, f64)>> {
-        let Some(Validation { stream, names, totals, of_averages, .. }) = &mut self.validation
-        else {
+        let Some(Validation { stream, names, totals }) = &mut self.validation else {
             return Ok(Vec::new());
         };
         let mut means = |model: &Model| {
             context.means_over(stream.as_mut(), names.len(), |batch| totals(model, batch))
         };
-        let means = match of_averages {
+        let means = match self.of_averages {
             true => state.with_averages(means)??,
             false => means(&state.model)?,
         };

@@ -121,10 +121,12 @@ impl Ema {
         self.averages.clone_from(&other.averages);
     }
 
-    /// As after so many updates, whose averages are yet to be set.
+    /// As after so many updates, whose averages are yet to be set, unless there are as many.
     pub(crate) fn begin_at(&mut self, updates: u64, lens: impl Iterator<Item = usize>) {
-        let lens = lens.take(if updates == 0 { 0 } else { usize::MAX });
-        self.averages = lens.map(|len| vec![0.0; len]).collect();
+        let lens: Vec<usize> = lens.take(if updates == 0 { 0 } else { usize::MAX }).collect();
+        if !self.averages.iter().map(Vec::len).eq(lens.iter().copied()) {
+            self.averages = lens.into_iter().map(|len| vec![0.0; len]).collect();
+        }
         self.updates = updates;
     }
 

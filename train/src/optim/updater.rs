@@ -4,6 +4,7 @@ use super::{
     Clip, Ema, Grouped, LossScale, LossScaleOptions, Optimizer, OptimizerSpec, OptimizerState,
     ParamGroup, Plateau, PlateauOptions, Schedule,
 };
+use crate::saver::Gate;
 use crate::{Error, Result};
 use mobula_nn::Gradients;
 use mobula_nn::Params;
@@ -28,6 +29,8 @@ pub struct Updater {
     ema: Option<Arc<Ema>>,
     loss_scale: Option<LossScale>,
     gradient_norm: Option<f64>,
+    /// A copy is being made of state, averages and parameters.
+    copying: Option<Arc<Gate>>,
 }
 
 /// An [`Updater`] as configurations write it.
@@ -105,6 +108,7 @@ impl Updater {
             ema: None,
             loss_scale: None,
             gradient_norm: None,
+            copying: None,
         }
     }
 
@@ -184,6 +188,7 @@ impl Updater {
     /// One step: clips the gradients and updates the parameters, both in place, and what is
     /// remembered of them.
     pub fn step(&mut self, params: &Params, gradients: &mut Gradients) -> Result<()> {
+        self.wait_for_copy();
         let mut shared = self.shared_state(params)?;
         self.state = None;
         // Not shared any more, unless something is being copied that should have been waited for.
@@ -196,6 +201,17 @@ impl Updater {
         self.state = Some(shared);
         updated?;
         self.ema.as_mut().map_or(Ok(()), |ema| Arc::make_mut(ema).update(params))
+    }
+
+    /// Holds back what would change the tensors until a copy is made.
+    pub(crate) fn hold(&mut self, copying: Arc<Gate>) {
+        self.copying = Some(copying);
+    }
+
+    fn wait_for_copy(&mut self) {
+        if let Some(copying) = self.copying.take() {
+            copying.wait();
+        }
     }
 
     /// What the optimizer remembers, to be copied.
@@ -270,6 +286,7 @@ impl Updater {
     /// Runs `evaluate` while the parameters are the averages of the weights, and puts these back,
     /// also when it panics. Errors when no averages are kept.
     pub fn with_averages<T>(&mut self, params: &Params, evaluate: impl FnOnce() -> T) -> Result<T> {
+        self.wait_for_copy();
         let ema = self.ema.as_mut().ok_or(Error::NoAverages)?;
         Arc::make_mut(ema).with_averages(params, evaluate)
     }

@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 pub(crate) const FEATURES: usize = 8;
 pub(crate) const CLASSES: usize = 3;
@@ -31,6 +32,7 @@ pub(crate) struct Config {
     pub(crate) updater: Option<UpdaterOptions>,
     /// Instead of a multilayer perceptron: a network with batch norms.
     pub(crate) resnet: bool,
+    pub(crate) hidden: usize,
     /// In the perceptron. Masks differ between numbers of workers, unless there are virtual shards.
     pub(crate) dropout: f64,
     pub(crate) precision: Precision,
@@ -45,11 +47,10 @@ pub(crate) enum Harm {
         at_step: u64,
         marker: PathBuf,
     },
-    /// Rank 1 comes to harm in one way and place for each file that is not there, which it makes.
+    /// Rank 1 comes to harm in these places, in each once: when its file is not there, which it makes.
     Once {
         how: How,
-        place: Place,
-        markers: Vec<PathBuf>,
+        places: Vec<(Place, PathBuf)>,
     },
     /// Rank 0 kills itself as soon as this folder is there, once.
     KillWriter {
@@ -96,6 +97,8 @@ pub(crate) enum How {
 pub(crate) enum Place {
     /// Before it meets the others, in this generation.
     Start(u64),
+    /// When it has met them, in this generation, and before it gets what they have.
+    Restore(u64),
     Forward,
     Backward,
     /// While the others wait for its gradients.
@@ -112,6 +115,7 @@ impl Config {
             harm: Harm::None,
             updater: None,
             resnet: false,
+            hidden: 16,
             dropout: 0.0,
             precision: Precision::F32,
             non_finite: NonFinite::Fail,
@@ -198,6 +202,7 @@ pub(crate) struct Outcome {
 
 /// Of this process.
 static FIRST_GENERATION: OnceLock<u64> = OnceLock::new();
+static GENERATION: AtomicU64 = AtomicU64::new(0);
 
 /// Trains, and gives what this rank has at the end.
 #[remote(crate = mobula_core)]
@@ -215,6 +220,7 @@ pub(crate) fn train(member: Member, config: Config) -> Result<Outcome, BoxError>
         std::thread::spawn(move || kill_when_there(&folder, &marker));
     }
     FIRST_GENERATION.get_or_init(|| generation);
+    GENERATION.store(generation, Ordering::Relaxed);
     learn(&mut WorkerContext::join(member)?, &config)
 }
 
@@ -237,6 +243,9 @@ pub(crate) fn learn_with(
     let state = TrainState::new(model, updater, 5, config.epochs);
     let state = state.with_non_finite(config.non_finite);
     let mut state = state.with_precision(config.precision);
+    if context.shard().rank == 1 {
+        come_to_harm(&config.harm, Place::Restore(GENERATION.load(Ordering::Relaxed)));
+    }
     let restored = context.restore(&mut state, stream.as_mut())?;
     let began_at = state.step();
     assert_eq!(restored, began_at > 0);
@@ -254,7 +263,7 @@ pub(crate) fn learn_with(
                     in_sum(&config.harm);
                 }
                 let logits = match &config.harm {
-                    Harm::Once { place: Place::Backward, .. } if rank == 1 && step == 15 => {
+                    Harm::Once { .. } if rank == 1 && step == 15 => {
                         logits.apply_op1(InBackward(config.harm.clone()))?
                     }
                     _ => logits,
@@ -301,7 +310,7 @@ fn model(config: &Config) -> Result<ModelSpec, BoxError> {
         let size = ResNetOptions { channels: 1, height: 2, width: 4, base: 4, ..size };
         return Ok(ModelSpec::new("resnet", &ResNetOptions { blocks, outputs, ..size })?);
     }
-    let mut options = MlpOptions::new(FEATURES, [16], outputs);
+    let mut options = MlpOptions::new(FEATURES, [config.hidden], outputs);
     options.dropout = config.dropout;
     Ok(ModelSpec::new("mlp", &options)?)
 }
@@ -328,10 +337,11 @@ fn signal(how: How) {
 
 /// If this is the place, and a marker is not there yet.
 fn come_to_harm(harm: &Harm, here: Place) {
-    if let Harm::Once { how, place, markers } = harm
-        && *place == here
-        && let Some(marker) = markers.iter().find(|marker| !marker.exists())
-    {
+    let Harm::Once { how, places } = harm else {
+        return;
+    };
+    let mut due = places.iter().filter(|(place, marker)| *place == here && !marker.exists());
+    if let Some((_, marker)) = due.next() {
         let _ = std::fs::write(marker, "");
         signal(*how);
     }
@@ -393,9 +403,10 @@ impl CustomOp1 for InBackward {
 
 /// Late, so that the others are in their sum by then.
 fn in_sum(harm: &Harm) {
-    if let Harm::Once { place: Place::Sum, markers, .. } = harm
-        && markers.iter().any(|marker| !marker.exists())
-    {
+    let Harm::Once { places, .. } = harm else {
+        return;
+    };
+    if places.iter().any(|(place, marker)| *place == Place::Sum && !marker.exists()) {
         // Nothing that is tested depends on whether they are.
         std::thread::sleep(std::time::Duration::from_millis(200));
         come_to_harm(harm, Place::Sum);

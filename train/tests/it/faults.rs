@@ -3,6 +3,7 @@
 
 use crate::Test;
 use crate::digits::{Config, Harm, How, Outcome, Place, train};
+use mobula_core::checkpoint::Checkpoint;
 use mobula_core::{BoxError, OnLoss, Placement, Resources, RunDir, Runtime, remote};
 use mobula_train::{
     CheckpointConfig, Error, FailureConfig, NonFinite, ScalingConfig, Trainer, TrainingResult,
@@ -67,14 +68,15 @@ fn killed_once(runtime: &Runtime) {
     }
 }
 
-/// Three workers, of which the second comes to harm; the weights, and where the last generation began.
-fn harmed(runtime: &Runtime, how: How, place: Place, times: usize) -> TrainingResult<Outcome> {
+/// Three workers, of which the second comes to harm in these places, one after the other.
+fn harmed(runtime: &Runtime, how: How, places: &[Place]) -> TrainingResult<Outcome> {
     let root = tempfile::tempdir().expect("temporary folder");
-    let markers = (0..times).map(|at| root.path().join(at.to_string())).collect();
-    let config = Config { harm: Harm::Once { how, place, markers }, ..Config::new(4) };
-    let trainer = Trainer::new(train::remote(config)).with_logs_shown(false);
-    let fit = trainer.with_scaling(ScalingConfig::workers(3)).fit(runtime).expect("recovers");
-    assert_eq!(fit.restarts as usize, times, "{how:?} {place:?}");
+    let marker = |(at, place): (usize, &Place)| (*place, root.path().join(at.to_string()));
+    let harm = Harm::Once { how, places: places.iter().enumerate().map(marker).collect() };
+    let trainer = Trainer::new(train::remote(Config { harm, ..Config::new(4) }));
+    let trainer = trainer.with_logs_shown(false).with_scaling(ScalingConfig::workers(3));
+    let fit = trainer.fit(runtime).expect("recovers");
+    assert_eq!(fit.restarts as usize, places.len(), "{how:?} {places:?}");
     assert!(fit.values.iter().all(|rank| rank.weights == fit.values[0].weights));
     fit
 }
@@ -96,24 +98,31 @@ fn places(runtime: &Runtime) {
         (How::Kill, Place::Sum, 15),
         (How::Kill, Place::Validation, 18),
     ] {
-        let fit = harmed(runtime, how, place, 1);
+        let fit = harmed(runtime, how, &[place]);
         assert_eq!(fit.values[0].weights, expected, "{how:?} {place:?}");
         assert_eq!(fit.values[1].began_at, step, "{how:?} {place:?}");
     }
 }
 
 fn hangs(runtime: &Runtime) {
-    let fit = harmed(runtime, How::Stop, Place::Forward, 1);
+    let fit = harmed(runtime, How::Stop, &[Place::Forward]);
     assert_eq!(fit.values[0].weights, undisturbed(runtime));
     // A signal may take effect behind the step.
     assert!([15, 16].contains(&fit.values[1].began_at), "{}", fit.values[1].began_at);
 }
 
-/// The one that takes its place comes to harm in the same step; what the others have stays.
+/// The one that takes its place comes to harm in the same step, or before it has anything; what the
+/// others have stays.
 fn again(runtime: &Runtime) {
-    let fit = harmed(runtime, How::Kill, Place::Forward, 3);
-    assert_eq!(fit.values[0].weights, undisturbed(runtime));
-    assert_eq!(fit.values[1].began_at, 15);
+    let expected = undisturbed(runtime);
+    for places in [
+        [Place::Forward, Place::Forward, Place::Forward],
+        [Place::Forward, Place::Restore(1), Place::Start(2)],
+    ] {
+        let fit = harmed(runtime, How::Kill, &places);
+        assert_eq!(fit.values[0].weights, expected);
+        assert_eq!(fit.values[1].began_at, 15);
+    }
 }
 
 /// Of one, nobody is left.
@@ -132,21 +141,23 @@ fn all_lost(runtime: &Runtime) {
     assert_eq!(killed.values[0].weights, undisturbed.values[0].weights);
 }
 
-/// Rank 0, by a process that watches for what it writes.
+/// Rank 0, by a thread that watches for what it writes: of an epoch within, and of the last.
 fn while_writing(runtime: &Runtime) {
     let undisturbed = fit(runtime, Config::new(5), None).expect("fit");
-    let root = tempfile::tempdir().expect("temporary folder");
-    let run = RunDir::create(root.path(), "r", 5, &()).expect("run");
-    let harm = Harm::KillWriter {
-        folder: run.checkpoints(1).dir().join(".tmp-step-0000000012"),
-        marker: root.path().join("killed"),
-    };
-    let config = Config { harm, ..Config::new(5) };
-    let killed = fit_on_loss(OnLoss::ReplaceLost, runtime, config, Some(&run)).expect("recovers");
-    assert_eq!((killed.restarts, root.path().join("killed").exists()), (1, true));
-    assert_eq!(killed.values[0].weights, undisturbed.values[0].weights);
-    let paths = run.checkpoints(9).paths().expect("paths");
-    assert!(paths.iter().all(|path| mobula_core::checkpoint::Checkpoint::open(path).is_ok()));
+    for step in [12, 30] {
+        let root = tempfile::tempdir().expect("temporary folder");
+        let run = RunDir::create(root.path(), "r", 5, &()).expect("run");
+        let folder = run.checkpoints(1).dir().join(format!(".tmp-step-{step:010}"));
+        let harm = Harm::KillWriter { folder, marker: root.path().join("killed") };
+        let config = Config { harm, ..Config::new(5) };
+        let killed =
+            fit_on_loss(OnLoss::ReplaceLost, runtime, config, Some(&run)).expect("recovers");
+        assert_eq!((killed.restarts, root.path().join("killed").exists()), (1, true));
+        assert_eq!(killed.values[0].weights, undisturbed.values[0].weights);
+        let paths = run.checkpoints(9).paths().expect("paths");
+        assert!(paths.iter().all(|path| Checkpoint::open(path).is_ok()));
+        assert_eq!(killed.checkpoint.expect("of the end").step(), 30);
+    }
 }
 
 /// A training that is a task in a process, and whose workers are others.
