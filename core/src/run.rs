@@ -245,7 +245,8 @@ impl RunDir {
         self.set_state(RunState::Running)
     }
 
-    /// Drops the metrics of steps after `step`, which are about to be made again.
+    /// Drops the metrics of steps after `step`, and of ends of epochs after `epoch`, which are about to be
+    /// made again.
     pub fn rewind_metrics(&self, step: u64, epoch: u64) -> Result<(), Error> {
         let lines = self.metrics()?;
         let ends_later = |line: &MetricsLine| line.values.get("epoch") > Some(&(epoch as f64));

@@ -100,7 +100,7 @@ fn what_is_no_number_is_a_gap() {
 fn a_run_that_was_rewound_is_drawn_once() {
     let root = tempfile::tempdir().expect("temporary folder");
     let run = make_run(root.path(), "r", 5, None);
-    run.rewind_metrics(30).expect("rewound");
+    run.rewind_metrics(30, u64::MAX).expect("rewound");
     let mut metrics = run.metrics_writer().expect("metrics");
     for step in [40, 50, 60] {
         metrics.log(step, &BTreeMap::from([("loss".to_owned(), 0.1)])).expect("a line");

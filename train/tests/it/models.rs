@@ -4,7 +4,7 @@
 
 use crate::Test;
 use candle_core::{Device, Tensor};
-use mobula_core::{Batch, Flow, Runtime};
+use mobula_core::{Batch, BoxError, Flow, GroupOptions, Member, Placement, Runtime, Shard, remote};
 use mobula_nn::loss::{CrossEntropyOptions, cross_entropy_with};
 use mobula_nn::{Gradients, Model, ModelSpec, Pass};
 use mobula_train::optim::{Now, ParamState, Slot};
@@ -12,10 +12,12 @@ use mobula_train::{AdamW, AdamWOptions, Optimizer, TrainState, WorkerContext};
 use serde_json::{Value, json};
 use std::collections::HashMap;
 use std::path::PathBuf;
+use std::time::Duration;
 
 pub(crate) const TESTS: &[Test] = &[
     ("models::outputs_and_gradients_are_pytorchs", outputs),
     ("models::weights_are_pytorchs_after_1_10_and_100_steps", weights),
+    ("models::three_workers_train_to_pytorchs_weights", three_workers),
     ("models::predictions_are_pytorchs_after_100_steps", predictions),
     ("models::a_small_mistake_shows", mistakes),
     ("models::a_missing_bias_correction_shows", corrections_matter),
@@ -163,6 +165,51 @@ fn weights(_: &Runtime) {
             let model = fixture.train(adamw(settings()), steps);
             let (parameter, off) = furthest(&model, &fixture.under(&format!("{steps}.")));
             assert!(off < most, "{name}, {steps} steps: {parameter} is off by {off}");
+        }
+    }
+}
+
+/// A third of the rows, whatever their number, and what of it counts: PyTorch's
+/// `DistributedDataParallel` gives the mean over ranks instead, which is another one for unequal shares.
+#[remote(crate = mobula_core)]
+fn third(
+    member: Member,
+    name: String,
+    steps: usize,
+) -> Result<HashMap<String, Vec<f32>>, BoxError> {
+    let mut context = WorkerContext::join(member)?;
+    let fixture = Fixture::read(&name);
+    let mut state = TrainState::new(fixture.model(), adamw(settings()), 1, 1);
+    let options = CrossEntropyOptions { ignored_label: Some(IGNORED), ..Default::default() };
+    for step in 0..steps {
+        let (batch, Shard { rank, world }) = (fixture.batch(step % 5), context.shard());
+        let rows = batch.rows();
+        let (first, end) = (rows * rank / world, rows * (rank + 1) / world);
+        let mine = batch.slice(first, end - first)?.with_global_rows(rows);
+        context.step(&mut state, &mine, |model, pass, batch| {
+            let logits = model.forward(batch.get("x")?, pass)?;
+            cross_entropy_with(&logits, batch.get("y")?, None, &options)
+        })?;
+    }
+    let state = state.model.params().state();
+    Ok(state.into_iter().map(|(name, var)| (name, values(&var))).collect())
+}
+
+/// What one process of PyTorch's computes of the whole batches, statistics of batch norms included.
+fn three_workers(runtime: &Runtime) {
+    let setup = serde_json::json!({"sync_batch_norm": true});
+    for name in NAMES {
+        let options =
+            GroupOptions { placement: Placement::Thread, ..GroupOptions::new("third", 3) };
+        let options = options.with_context(&setup).expect("context");
+        let group = runtime.group(&options, &third::remote(name.to_owned(), 100)).expect("group");
+        let ranks = group.join(Duration::from_secs(120)).expect("join");
+        assert!(ranks.iter().all(|rank| *rank == ranks[0]), "{name}");
+        let expected = Fixture::read(name).under("100.");
+        assert_eq!(ranks[0].len(), expected.len());
+        for (parameter, ours) in &ranks[0] {
+            let off = distance(ours, &expected[parameter]);
+            assert!(off < 1e-3, "{name}: {parameter} is off by {off}");
         }
     }
 }
