@@ -5,6 +5,7 @@
 //! bench-train train MODEL FIXTURE WORKERS [cpu|tcp|cuda]  answer requests on standard input
 //! bench-train recover                                 how long a killed worker takes
 //! bench-train checkpoint [waited-for]                 how long a large checkpoint takes
+//! bench-train shards WORKERS                          what virtual shards cost
 //! ```
 //!
 //! The requests are described in xtask/src/bench/worker.rs. With `tcp`, workers exchange gradients
@@ -42,10 +43,11 @@ fn main() -> Result<()> {
             serve(&runtime, &[model, fixture, workers, device])
         }
         ["recover"] => survive::recover(&runtime),
+        ["shards", workers] => survive::shards(&runtime, workers.parse()?),
         ["checkpoint"] => survive::checkpoint(&runtime, true),
         ["checkpoint", "waited-for"] => survive::checkpoint(&runtime, false),
         _ => bail!(
-            "usage: bench-train fixture MODEL PATH | train MODEL FIXTURE WORKERS [cpu|tcp|cuda] | recover | checkpoint [waited-for]"
+            "usage: bench-train fixture MODEL PATH | train MODEL FIXTURE WORKERS [cpu|tcp|cuda] | recover | checkpoint [waited-for] | shards WORKERS"
         ),
     }
 }

@@ -127,6 +127,21 @@ pub(crate) fn recover(runtime: &Runtime) -> Result<()> {
     super::answer(json!({ "seconds": seconds, "lost_steps": at - began, "restarts": fit.restarts }))
 }
 
+/// The steps of so many workers, with and without virtual shards: what the same bits cost.
+pub(crate) fn shards(runtime: &Runtime, workers: usize) -> Result<()> {
+    for virtual_shards in [None, Some(2), Some(4), Some(8)] {
+        let source = Same { rows: 256, inputs: 784 };
+        let job = Job { source, hidden: vec![512, 512], steps: 300, kill: None };
+        let scaling = ScalingConfig { virtual_shards, ..ScalingConfig::workers(workers) };
+        let trainer = Trainer::new(go_on::remote(job)).with_logs_shown(false);
+        let fit = trainer.with_scaling(scaling).fit(runtime)?;
+        let (_, ends) = fit.values.first().context("a rank 0")?;
+        let lengths: Vec<f64> = ends.windows(2).map(|pair| pair[1] - pair[0]).collect();
+        super::answer(json!({ "virtual_shards": virtual_shards, "seconds": lengths }))?;
+    }
+    Ok(())
+}
+
 /// How much longer the steps take in which a checkpoint of 100 million parameters and the moments of
 /// AdamW is copied, and all steps while it is written; and a step without.
 pub(crate) fn checkpoint(runtime: &Runtime, asynchronous: bool) -> Result<()> {

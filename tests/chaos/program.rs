@@ -44,7 +44,7 @@ pub(crate) fn run(runtime: &Runtime, words: &[String]) -> Result<(), BoxError> {
     Trainer::new(train::remote(config))
         .with_run(&run)
         .with_scaling(ScalingConfig::workers(2))
-        .with_failure(FailureConfig { max_failures, on_loss })
+        .with_failure(FailureConfig { max_failures, on_loss, ..FailureConfig::default() })
         .fit(runtime)?;
     Ok(())
 }

@@ -4,6 +4,7 @@
 use crate::collective::{self, Alone, Collective, Element, ReduceOp, Transport};
 use crate::keeper::Keeper;
 use crate::report::{EpochReport, Meter, Resumed, WorkerReport};
+use crate::snapshot::broadcast_text;
 use crate::state::TrainState;
 use crate::stream::{WorkerStream, owned};
 use crate::trainer::BestCheckpoints;
@@ -393,8 +394,8 @@ impl<'a> WorkerContext<'a> {
                 Ok(())
             }
             true => {
-                self.checkpoint(state)?;
-                self.collective.patient_barrier()
+                let saved = self.checkpoint(state);
+                self.agree(saved)
             }
             false => self.checkpoint(state),
         }
@@ -409,8 +410,19 @@ impl<'a> WorkerContext<'a> {
         let Some(keeper) = self.keeper().filter(|_| setup.checkpoints.is_some()) else {
             return Ok(());
         };
-        keeper.save(state, &setup, in_background)?;
-        if in_background { Ok(()) } else { self.collective.patient_barrier() }
+        let saved = keeper.save(state, &setup, in_background);
+        if in_background { saved } else { self.agree(saved) }
+    }
+
+    /// Waits for what rank 0 does. If it fails, all fail by the same reason.
+    fn agree(&self, saved: Result<()>) -> Result<()> {
+        if !self.collective.patient_any(saved.is_err())? {
+            return Ok(());
+        }
+        let mut reason = saved.as_ref().err().map(ToString::to_string).unwrap_or_default();
+        broadcast_text(self.collective(), &mut reason, 0)?;
+        saved?;
+        Err(Error::Unwritten { rank: 0, reason })
     }
 
     /// The weights are about to change.

@@ -84,6 +84,14 @@ pub enum Error {
         "a checkpoint within an epoch needs batches that know where their stream stands: open it with `context.batches`"
     )]
     NoPosition,
+    /// The rank that writes checkpoints could not.
+    #[error("rank {rank} could not write the checkpoint: {reason}")]
+    Unwritten {
+        /// Who.
+        rank: usize,
+        /// Why not.
+        reason: String,
+    },
     /// After a loss, ranks have states that do not fit each other.
     #[error(
         "rank {root} has kept the state of a model and optimizer of {expected} values, this one's is of {got}: do all ranks restore the same states in the same order?"

@@ -238,6 +238,18 @@ fn broadcast_bytes(collective: &dyn Collective, bytes: &mut Vec<u8>, root: usize
     Ok(())
 }
 
+/// Gives all ranks what `root` says.
+pub(crate) fn broadcast_text(
+    collective: &dyn Collective,
+    text: &mut String,
+    root: usize,
+) -> Result<()> {
+    let mut bytes = std::mem::take(text).into_bytes();
+    broadcast_bytes(collective, &mut bytes, root)?;
+    *text = String::from_utf8_lossy(&bytes).into_owned();
+    Ok(())
+}
+
 fn word(bytes: &[u8]) -> f32 {
     let mut word = [0; 4];
     word[..bytes.len()].copy_from_slice(bytes);

@@ -108,6 +108,8 @@ pub struct FailureConfig {
     /// Losses of workers that are survived. Errors of the training function itself are never
     /// retried: they would come again. Default: 3.
     pub max_failures: u32,
+    /// Losses longer ago than this count no more. Default: all count, however long ago.
+    pub window: Duration,
     /// Which workers get new processes then. The training function begins anew on all of them.
     ///
     /// Default: [`OnLoss::ReplaceLost`]: the lost ones, to which the others give what they have in
@@ -118,13 +120,13 @@ pub struct FailureConfig {
 
 impl Default for FailureConfig {
     fn default() -> Self {
-        Self { max_failures: 3, on_loss: OnLoss::ReplaceLost }
+        Self { max_failures: 3, window: Duration::MAX, on_loss: OnLoss::ReplaceLost }
     }
 }
 
 impl FailureConfig {
     fn restart_policy(&self) -> RestartPolicy {
-        RestartPolicy { window: Duration::MAX, ..RestartPolicy::at_most(self.max_failures) }
+        RestartPolicy { window: self.window, ..RestartPolicy::at_most(self.max_failures) }
     }
 }
 

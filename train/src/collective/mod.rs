@@ -128,18 +128,20 @@ impl dyn Collective + '_ {
 
     /// Returns when all ranks have come here.
     pub fn barrier(&self) -> Result<()> {
-        self.wait_for_all(Duration::ZERO)
+        self.wait_for_all(Duration::ZERO, false).map(drop)
     }
 
-    /// The same after something that may take long on one of them.
-    pub(crate) fn patient_barrier(&self) -> Result<()> {
-        self.wait_for_all(LONG)
+    /// The same after something that may take long on one of them. Whether it is so on any rank.
+    pub(crate) fn patient_any(&self, here: bool) -> Result<bool> {
+        self.wait_for_all(LONG, here)
     }
 
-    fn wait_for_all(&self, patience: Duration) -> Result<()> {
+    fn wait_for_all(&self, patience: Duration, here: bool) -> Result<bool> {
         let (operation, parts, reduce) = ("barrier", Parts::Equal, Some(ReduceOp::Max));
         let exchange = Exchange { operation, parts, reduce, gather: true, patience };
-        self.exchange(Values::F32(&mut [0.0]), &exchange)
+        let mut any = [f32::from(u8::from(here))];
+        self.exchange(Values::F32(&mut any), &exchange)?;
+        Ok(any[0] > 0.0)
     }
 
     /// The part of `len` values that belongs to this rank.

@@ -146,8 +146,8 @@ fn in_background(runtime: &Runtime) {
     };
     let (some, all): (BTreeMap<_, _>, BTreeMap<_, _>) = (checkpoints(true), checkpoints(false));
     assert!(all.keys().copied().eq(1..=30));
-    // One is written at a time; what is due meanwhile waits.
-    assert!(some.len() > 3 && [1, 30].iter().all(|step| some.contains_key(step)));
+    // One is written at a time; what is due meanwhile waits. How many there are depends on the disk.
+    assert!([1, 30].iter().all(|step| some.contains_key(step)), "{:?}", some.keys());
     assert!(some.iter().all(|(step, content)| all[step] == *content));
 }
 

@@ -19,6 +19,7 @@ pub(crate) const TESTS: &[Test] = &[
     ("faults::when_all_are_lost_the_newest_checkpoint_counts", all_lost),
     ("faults::the_one_that_writes_is_killed_while_it_does", while_writing),
     ("faults::a_trial_in_a_process_recovers_like_any_training", trials),
+    ("faults::losses_long_ago_do_not_count", long_ago),
     ("faults::a_worker_that_always_dies_ends_the_training", killed_always),
     ("faults::a_damaged_checkpoint_falls_back_to_the_one_before", damaged_checkpoint),
     ("faults::a_nan_loss_is_named", nan),
@@ -40,7 +41,7 @@ fn fit_on_loss(on_loss: OnLoss, runtime: &Runtime, config: Config, run: Option<&
     }
     // What is written in the background may not be there yet.
     let waited_for = CheckpointConfig { asynchronous: false, ..Default::default() };
-    let failure = FailureConfig { max_failures: 2, on_loss };
+    let failure = FailureConfig { max_failures: 2, on_loss, ..Default::default() };
     let trainer = trainer.with_checkpoints(waited_for);
     trainer.with_scaling(ScalingConfig::workers(2)).with_failure(failure).fit(runtime)
 }
@@ -185,6 +186,23 @@ fn trials(runtime: &Runtime) {
         assert!(values.iter().all(|rank| rank.began_at == 15), "restored, not begun anew");
         assert_eq!(values[0].weights, undisturbed.values[0].weights);
     }
+}
+
+/// Three of which one is allowed, but each is long ago when the next one comes.
+fn long_ago(runtime: &Runtime) {
+    let root = tempfile::tempdir().expect("temporary folder");
+    let marker = |at: usize| (Place::Forward, root.path().join(at.to_string()));
+    let harm = Harm::Once { how: How::Kill, places: (0..3).map(marker).collect() };
+    let run = |window| {
+        let config = Config { harm: harm.clone(), ..Config::new(4) };
+        let trainer = Trainer::new(train::remote(config)).with_logs_shown(false);
+        let failure = FailureConfig { max_failures: 1, window, ..Default::default() };
+        trainer.with_scaling(ScalingConfig::workers(2)).with_failure(failure).fit(runtime)
+    };
+    assert_eq!(run(Duration::from_nanos(1)).expect("recovers").restarts, 3);
+    (0..3).for_each(|at| std::fs::remove_file(root.path().join(at.to_string())).expect("marker"));
+    let error = run(Duration::MAX).expect_err("the second is too many").to_string();
+    assert!(error.starts_with("training failed 2 time(s), 1 allowed"), "{error}");
 }
 
 fn killed_always(runtime: &Runtime) {
