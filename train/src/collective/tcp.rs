@@ -4,7 +4,7 @@
 //! (2005). Of P ranks and n bytes, the ring moves 2(P−1)/P·n a rank, in 2(P−1) messages, in which
 //! only neighbours talk; halving and doubling moves as much in 2·log₂P messages, to ranks further
 //! and further away, and is for what is small. Which one it is, and so the order of additions,
-//! depends on the size alone, unless that order is to be that of a tree: the halves of the ranks,
+//! depends on the size and the number of ranks, unless that order is to be that of a tree: the halves of the ranks,
 //! of these the halves, and so on.
 
 use super::links::{Links, SEGMENT, Transfer, Wanted};
@@ -12,8 +12,9 @@ use super::{Element, ReduceOp};
 use crate::Result;
 use std::ops::Range;
 
-/// Bytes from which on a ring is faster.
-const RING: usize = 1 << 20;
+/// Bytes a rank from which on a ring is faster: then each of its messages is long enough that their
+/// number does not matter.
+const RING: usize = 1 << 18;
 
 /// What one rank of several hosts does.
 #[derive(Debug)]
@@ -56,7 +57,7 @@ impl Tcp {
         values: &mut [T],
         op: ReduceOp,
     ) -> Result<()> {
-        match self.in_tree || size_of_val(values) < RING {
+        match self.in_tree || size_of_val(values) < RING * self.ranks.len() {
             true => self.halve_and_double(wanted, values, op),
             false => self.ring(wanted, values, op),
         }
