@@ -74,7 +74,7 @@ fn learn(context: &mut WorkerContext<'_>, config: &Config) -> anyhow::Result<()>
     while !state.is_finished() {
         while let Some(batch) = batches.next_batch()? {
             context.step(&mut state, &batch, |model, pass, batch| -> anyhow::Result<_> {
-                let logits = model.forward(&points(&batch)?, pass)?;
+                let logits = model.forward(&points(batch)?, pass)?;
                 Ok(loss::cross_entropy(&logits, batch.get("spiral")?)?)
             })?;
         }
