@@ -380,8 +380,8 @@ impl<'a> WorkerContext<'a> {
         Ok(any[0] > 0.0)
     }
 
-    /// If one is due. The one before it may still be written: then it is due later, within the epoch, or, where the best
-    /// ones are kept, which are those after epochs, it is waited for.
+    /// If one is due. The one before it may still be written: then it is due later, within the epoch,
+    /// or, where the best ones are kept, which are those after epochs, it is waited for.
     fn checkpoint_after_epoch(&mut self, state: &mut TrainState) -> Result<()> {
         let is_due = state.epoch().is_multiple_of(self.setup.every_epochs.max(1));
         if self.setup.checkpoints.is_none() || !(is_due || state.is_finished()) {
@@ -440,11 +440,12 @@ impl<'a> WorkerContext<'a> {
         }
         let every = self.setup.every_steps.filter(|_| self.setup.checkpoints.is_some());
         self.is_due |= every.is_some_and(|steps| state.step().is_multiple_of(steps));
-        if self.is_due && !state.has_position() {
-            return every.map_or(Ok(()), |_| Err(Error::NoPosition));
+        if self.is_due && every.is_some() && !state.has_position() {
+            return Err(Error::NoPosition);
         }
-        let asynchronous = self.setup.asynchronous;
-        if self.is_due && (!asynchronous || self.keeper().is_none_or(|keeper| keeper.is_idle())) {
+        let waits =
+            self.setup.asynchronous && self.keeper().is_some_and(|keeper| !keeper.is_idle());
+        if self.is_due && state.has_position() && !waits {
             self.checkpoint(state)?;
         }
         self.report_progress(state)

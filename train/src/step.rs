@@ -342,8 +342,8 @@ fn start(gradients: &mut Gradients, parts: &[Part]) {
     }
 }
 
-/// Of a sum over all ranks that is divided by the rows of the step: what makes it one that is divided by the
-/// weights. 1 where rows are the weights, and where nothing has a weight: then all of it is zero.
+/// Of a sum over all ranks that is divided by the rows of the step: what makes it one that is divided
+/// by the weights. 1 where rows are the weights, and where nothing has a weight: then all of it is zero.
 fn rescale(gradients: &Gradients, global_rows: usize) -> f32 {
     match f64::from(gradients.weight()) {
         weight if weight > 0.0 => (global_rows as f64 / weight) as f32,

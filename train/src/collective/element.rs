@@ -37,7 +37,7 @@ pub(super) mod sealed {
     /// A plain number without padding, for which every bit pattern is a value.
     pub trait Number: bytemuck::Pod + Default + Send + Sync {
         /// What is added up; rounded once at the end.
-        type Sum: super::Element;
+        type Sum: Number<Sum = Self::Sum>;
         /// Below 4, and of no other type.
         const KIND: u64;
         fn widen(self) -> Self::Sum;
@@ -139,7 +139,7 @@ fn add_up<'a, T: Element>(
     let (upper, more) = more.split_at_mut(BLOCK);
     let upper = &mut upper[..sums.len()];
     add_up(op, middle..ranks.end, given, upper, more);
-    arch.dispatch(Merge::<T> { op, sums, others: upper });
+    arch.dispatch(Add::<T::Sum> { op, is_first: false, sums, values: upper });
 }
 
 /// Vector code for the processor that it is dispatched to, and so inlined.
@@ -166,28 +166,6 @@ impl<T: Element> NullaryFnOnce for Add<'_, T> {
                 pairs
                     .for_each(|(sum, value)| *sum = T::combine(ReduceOp::Sum, *sum, value.widen()));
             }
-        }
-    }
-}
-
-/// The same of sums.
-struct Merge<'a, T: Element> {
-    op: ReduceOp,
-    sums: &'a mut [T::Sum],
-    others: &'a [T::Sum],
-}
-
-impl<T: Element> NullaryFnOnce for Merge<'_, T> {
-    type Output = ();
-
-    #[inline(always)]
-    fn call(self) {
-        let pairs = self.sums.iter_mut().zip(self.others);
-        match self.op {
-            ReduceOp::Max => {
-                pairs.for_each(|(sum, other)| *sum = T::combine(ReduceOp::Max, *sum, *other));
-            }
-            _ => pairs.for_each(|(sum, other)| *sum = T::combine(ReduceOp::Sum, *sum, *other)),
         }
     }
 }

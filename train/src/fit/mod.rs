@@ -12,7 +12,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 /// Trains for all epochs of a state: steps, validation, epochs, and checkpoints when they are due.
 /// [`Callback`]s hear of each step and epoch, and may end the training. The
-/// [guide](https://github.com/mobula-rs/mobula/blob/main/docs/guides/train.md) has an example.
+/// guide to training, `docs/guides/train.md`, has an example.
 pub struct TrainLoop<'a> {
     loss: Box<LossFn<'a>>,
     validation: Option<Validation<'a>>,

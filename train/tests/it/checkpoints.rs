@@ -1,7 +1,7 @@
 //! When checkpoints are taken, what is in them, and what happens when one cannot be written.
 
 use crate::Test;
-use crate::digits::{Config, Harm, How, Outcome, Place, train};
+use crate::digits::{Config, Harm, How, Outcome, Place, copy, train};
 use mobula_core::checkpoint::Checkpoint;
 use mobula_core::{Placement, RunDir, Runtime};
 use mobula_train::optim::{Clip, LossScaleOptions, Mode, PlateauOptions, Schedule, UpdaterOptions};
@@ -73,14 +73,6 @@ fn tensors(path: &Path) -> Content {
     let metadata = header.metadata().clone().unwrap_or_default();
     let metadata = metadata.into_iter().map(|(key, value)| (key, value.into_bytes()));
     tensors.chain(metadata).collect()
-}
-
-fn copy(from: &Path, to: &Path) {
-    std::fs::create_dir_all(to).expect("folder");
-    for entry in std::fs::read_dir(from).expect("list") {
-        let entry = entry.expect("entry");
-        std::fs::copy(entry.path(), to.join(entry.file_name())).expect("copy");
-    }
 }
 
 /// Whatever step of fifty a run ended at: weights, moments, averages, schedule, plateau, the scale of the

@@ -421,3 +421,12 @@ fn spoil(harm: &Harm, rank: usize, step: u64, batch: &Batch) -> Result<(Tensor, 
         _ => (x, y),
     })
 }
+
+/// A folder of files, such as a checkpoint.
+pub(crate) fn copy(from: &Path, to: &Path) {
+    std::fs::create_dir_all(to).expect("folder");
+    for entry in std::fs::read_dir(from).expect("list") {
+        let entry = entry.expect("entry");
+        std::fs::copy(entry.path(), to.join(entry.file_name())).expect("copy");
+    }
+}

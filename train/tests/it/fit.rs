@@ -1,12 +1,13 @@
 //! The ready-made loop: what it trains, and when it ends.
 
 use crate::Test;
-use crate::digits::{CLASSES, Config, FEATURES, train};
+use crate::digits::{CLASSES, Config, FEATURES, copy, train};
+use candle_core::{Device, Tensor};
 use mobula_core::checkpoint::Checkpoint;
-use mobula_core::{BoxError, Flow, Member, Placement, RunDir, Runtime, remote};
+use mobula_core::{Batch, BatchStream, BoxError, Flow, Member, Placement, RunDir, Runtime, remote};
 use mobula_nn::models::MlpOptions;
 use mobula_nn::{Model, ModelSpec, Pass, loss::cross_entropy, metrics};
-use mobula_train::optim::Mode;
+use mobula_train::optim::{Mode, UpdaterOptions};
 use mobula_train::{
     AdamW, AdamWOptions, Callback, CheckpointConfig, EarlyStopping, EpochReport, SavedState,
     ScalingConfig, StepReport, TimeBudget, TrainLoop, TrainState, Trainer, TrainingResult,
@@ -14,7 +15,6 @@ use mobula_train::{
 };
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
-use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
@@ -22,6 +22,9 @@ pub(crate) const TESTS: &[Test] = &[
     ("fit::it_trains_as_a_loop_of_ones_own", same),
     ("fit::a_metric_that_no_longer_improves_ends_it", early_stopping),
     ("fit::patience_is_counted", patience),
+    ("fit::the_averages_of_the_weights_can_be_validated", of_averages),
+    ("fit::two_callbacks_of_one_name_are_refused", one_name),
+    ("fit::a_validation_gives_as_many_numbers_as_it_said", totals),
     ("fit::a_time_budget_ends_it_within_an_epoch", time_budget),
     ("fit::callbacks_go_on_from_every_step", goes_on),
     ("fit::validation_within_an_epoch_is_recorded", within),
@@ -85,10 +88,6 @@ fn fit_digits(member: Member, plan: Plan) -> Result<Ended, BoxError> {
     let model = Model::build(&ModelSpec::new("mlp", &options)?, 5, context.device())?;
     let adamw = AdamW::new(AdamWOptions { lr: plan.lr, ..Default::default() })?;
     let mut state = TrainState::new(model, adamw, 5, plan.epochs);
-    let loss = |model: &Model, pass: &Pass, batch: &mobula_core::Batch| {
-        let logits = model.forward(batch.get("x")?, pass)?;
-        Ok::<_, BoxError>(cross_entropy(&logits, batch.get("y")?)?)
-    };
     let mut training = TrainLoop::new(loss).with_validation(test, ["accuracy"], |model, batch| {
         let logits = model.predict(batch.get("x")?)?;
         Ok::<_, BoxError>([metrics::correct(&logits, batch.get("y")?)? as f64])
@@ -195,6 +194,63 @@ fn patience(_: &Runtime) {
     );
 }
 
+/// Alone, for two epochs; what the loop gives, and what a loop of one's own would have.
+fn of_averages(_: &Runtime) {
+    let run = |of_averages: bool| {
+        let (mut context, mut state, mut batches) = alone(2);
+        let test = context.batches(&Config::new(2)).expect("stream");
+        let training = TrainLoop::new(loss).with_validation(test, ["sum"], |model, batch| {
+            let weights = model.params().vars()[0].1.sum_all()?.to_scalar::<f32>()?;
+            Ok::<_, BoxError>([f64::from(weights) * batch.rows() as f64])
+        });
+        let mut training = if of_averages { training.with_averages_validated() } else { training };
+        let metrics = training.run(&mut context, &mut state, batches.as_mut()).expect("trains");
+        let sum = |model: &Model| {
+            model.params().vars()[0].1.sum_all().and_then(|sum| sum.to_scalar::<f32>())
+        };
+        let averages = state.with_averages(sum).expect("averages").expect("sum");
+        (metrics["sum"], sum(&state.model).expect("sum"), averages)
+    };
+    let ((of_weights, weights, averages), (of_averages, ..)) = (run(false), run(true));
+    assert!((of_weights - f64::from(weights)).abs() < 1e-6, "{of_weights} {weights}");
+    assert!((of_averages - f64::from(averages)).abs() < 1e-6, "{of_averages} {averages}");
+    assert!((weights - averages).abs() > 1e-3, "they differ: {weights} {averages}");
+}
+
+fn loss(model: &Model, pass: &Pass, batch: &Batch) -> Result<Tensor, BoxError> {
+    Ok(cross_entropy(&model.forward(batch.get("x")?, pass)?, batch.get("y")?)?)
+}
+
+type Alone = (WorkerContext<'static>, TrainState, Box<dyn BatchStream>);
+
+fn alone(epochs: u64) -> Alone {
+    let context = WorkerContext::alone(|_| Ok(Flow::Continue));
+    let batches = context.batches(&Config::new(epochs)).expect("stream");
+    let spec = ModelSpec::new("mlp", &MlpOptions::new(FEATURES, [16], CLASSES)).expect("spec");
+    let model = Model::build(&spec, 5, &Device::Cpu).expect("model");
+    let updater = UpdaterOptions { ema: Some(0.9), ..Default::default() }.build().expect("options");
+    (context, TrainState::new(model, updater, 5, epochs), batches)
+}
+
+fn one_name(_: &Runtime) {
+    let (mut context, mut state, mut batches) = alone(1);
+    let watch = |metric| EarlyStopping::new(metric, Mode::Min);
+    let mut two = TrainLoop::new(loss).with_callback(watch("loss")).with_callback(watch("lr"));
+    two.run(&mut context, &mut state, batches.as_mut()).expect("of two metrics");
+    let mut same = TrainLoop::new(loss).with_callback(watch("loss")).with_callback(watch("loss"));
+    let error = same.run(&mut context, &mut state, batches.as_mut()).expect_err("of one");
+    let expected =
+        "option name is \"early_stopping/loss\" twice, expected another one for each callback";
+    assert_eq!(error.to_string(), expected);
+}
+
+fn totals(_: &Runtime) {
+    let (mut context, _, mut batches) = alone(1);
+    let three = |_: &Batch| Ok::<_, BoxError>(vec![0.0; 3]);
+    let error = context.means_over(batches.as_mut(), 2, three).expect_err("one too many");
+    assert_eq!(error.to_string(), "a validation gave 3 numbers for a batch, expected 2");
+}
+
 fn time_budget(runtime: &Runtime) {
     let root = tempfile::tempdir().expect("temporary folder");
     let run = RunDir::create(root.path(), "r", 5, &()).expect("run");
@@ -225,14 +281,6 @@ fn goes_on(runtime: &Runtime) {
         let ended = |fit: &TrainingResult<Ended>| (fit.values[0].0.clone(), fit.values[0].1);
         assert!(ended(&resumed) == ended(&whole), "{name:?}");
         assert_eq!(remembered(&resumed.checkpoint.expect("checkpoint")), expected);
-    }
-}
-
-fn copy(from: &Path, to: &Path) {
-    std::fs::create_dir_all(to).expect("folder");
-    for entry in std::fs::read_dir(from).expect("list") {
-        let entry = entry.expect("entry");
-        std::fs::copy(entry.path(), to.join(entry.file_name())).expect("copy");
     }
 }
 
