@@ -178,12 +178,20 @@ impl Gradients {
 
     /// The parameter that the first value which is not finite belongs to.
     pub fn first_non_finite(&self) -> Option<&str> {
-        if are_finite(&self.values) {
+        let at = self.first_non_finite_in(0..self.places.len())?;
+        Some(&self.places[at].0)
+    }
+
+    /// Which of these [places](Self::places) the first value which is not finite is in.
+    pub fn first_non_finite_in(&self, places: Range<usize>) -> Option<usize> {
+        let first = places.start;
+        let places = self.places.get(places)?;
+        let (start, end) = (places.first()?.1.start, places.last()?.1.end);
+        if are_finite(&self.values[start..end]) {
             return None;
         }
-        let at = self.values.iter().position(|value| !value.is_finite())?;
-        let place = self.places.iter().find(|(_, range)| range.contains(&at));
-        place.map(|(name, _)| name.as_str())
+        let is_not = |range: &Range<usize>| !are_finite(&self.values[range.clone()]);
+        places.iter().position(|(_, range)| is_not(range)).map(|at| first + at)
     }
 
     /// Has the next [`add_backward`](Self::add_backward) overwrite what is there, which is cheaper

@@ -4,6 +4,7 @@
 use crate::collective::{self, Alone, Collective, Element, ReduceOp, Transport};
 use crate::keeper::Keeper;
 use crate::report::{EpochReport, Meter, Resumed, WorkerReport};
+use crate::share::Share;
 use crate::snapshot::broadcast_text;
 use crate::state::TrainState;
 use crate::stream::{WorkerStream, owned};
@@ -35,6 +36,7 @@ pub(crate) struct Setup {
     /// Whether lost ranks get what the others have.
     pub(crate) heals: bool,
     pub(crate) sync_batch_norm: bool,
+    pub(crate) shard_optimizer: bool,
     pub(crate) virtual_shards: Option<usize>,
     /// Of each worker.
     pub(crate) gpus: f64,
@@ -155,6 +157,7 @@ impl<'a> WorkerContext<'a> {
         state: &mut TrainState,
         stream: &mut dyn BatchStream,
     ) -> Result<bool> {
+        self.share_optimizer(state);
         let resumed = self.resume(state)?;
         let is_first = self.keeper().is_none_or(|keeper| keeper.is_first_generation());
         if resumed.is_none() && is_first {
@@ -179,6 +182,15 @@ impl<'a> WorkerContext<'a> {
         }
         self.meter.restart_clock();
         Ok(is_resumed)
+    }
+
+    /// Has each rank keep a part of the optimizer's state, if it is to be so.
+    pub(crate) fn share_optimizer(&self, state: &mut TrainState) {
+        let is_shared = |share: &Share| share.is_with(&self.collective);
+        let is_wanted = self.setup.shard_optimizer && self.shard().world > 1;
+        if is_wanted && !state.updater.shared().is_some_and(is_shared) {
+            state.updater.share(Share::of(&state.gradients, &self.collective));
+        }
     }
 
     fn resume(&mut self, state: &mut TrainState) -> Result<Option<Resumed>> {
@@ -443,12 +455,20 @@ impl<'a> WorkerContext<'a> {
         if self.is_due && every.is_some() && !state.has_position() {
             return Err(Error::NoPosition);
         }
-        let waits =
-            self.setup.asynchronous && self.keeper().is_some_and(|keeper| !keeper.is_idle());
-        if self.is_due && state.has_position() && !waits {
+        if self.is_due && state.has_position() && !self.waits(state)? {
             self.checkpoint(state)?;
         }
         self.report_progress(state)
+    }
+
+    /// Whether a checkpoint is being written, on any of the ranks that write one.
+    fn waits(&mut self, state: &TrainState) -> Result<bool> {
+        let is_busy = self.keeper().is_some_and(|keeper| !keeper.is_idle());
+        match state.updater.shared() {
+            _ if !self.setup.asynchronous => Ok(false),
+            None => Ok(is_busy),
+            Some(_) => self.any(is_busy),
+        }
     }
 
     fn report_progress(&mut self, state: &TrainState) -> Result<()> {

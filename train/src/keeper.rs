@@ -3,7 +3,7 @@
 
 use crate::collective::Collective;
 use crate::report::{Resumed, WorkerReport};
-use crate::saver::Saver;
+use crate::saver::{Saver, Store};
 use crate::snapshot::{Labels, Snapshot, Source};
 use crate::state::{STATE, SavedState, TrainState};
 use crate::{Result, context::Setup};
@@ -113,7 +113,7 @@ impl Keeper {
         Ok(Some(Resumed { step, epoch, metrics, from_rank: Some(root) }))
     }
 
-    /// Rank 0 writes a checkpoint, if the run has any. In the background it may fail, which is said
+    /// Rank 0 writes a checkpoint, if the run has any, or each its part of it. In the background it may fail, which is said
     /// later; otherwise the others have to wait.
     pub(crate) fn save(
         &mut self,
@@ -121,12 +121,18 @@ impl Keeper {
         setup: &Setup,
         in_background: bool,
     ) -> Result<()> {
-        let Some(dir) = setup.checkpoints.as_ref().filter(|_| self.member.rank() == 0) else {
+        let (is_first, is_shared) = (self.member.rank() == 0, state.updater.shared().is_some());
+        let Some(dir) = setup.checkpoints.as_ref().filter(|_| is_first || is_shared) else {
             return Ok(());
         };
-        let new = || Saver::new(store(dir, setup), Labels::of(state));
-        let saver = self.saver.get_or_insert_with(new);
-        let source = Source::of(state, state.saved())?;
+        let saver = self.saver.get_or_insert_with(|| {
+            let (checkpoints, labels) = (store(dir, setup), Labels::of(state));
+            Saver::new(Store { checkpoints, labels, member: Arc::clone(&self.member) })
+        });
+        let source = match is_first {
+            true => Source::of(state, state.saved())?,
+            false => Source::of_optimizer(state, state.saved())?,
+        };
         if !in_background {
             return saver.save(source, &self.files);
         }
@@ -137,6 +143,10 @@ impl Keeper {
 
     /// Training goes on, and what was saved before stays.
     fn note_unsaved(&self, error: &crate::Error) -> Result<()> {
+        if self.member.rank() > 0 {
+            // The first one knows as well.
+            return Ok(());
+        }
         let text = format!("a checkpoint was not written, the one before it stays: {error}");
         Ok(self.member.report(&WorkerReport::Note(text))?)
     }

@@ -43,6 +43,7 @@ mod keeper;
 pub mod optim;
 mod report;
 mod saver;
+mod share;
 mod snapshot;
 mod state;
 mod step;

@@ -2,10 +2,13 @@
 
 use crate::snapshot::{Labels, Snapshot, Source};
 use crate::{Error, Result};
+use mobula_core::Member;
 use mobula_core::checkpoint::CheckpointStore;
 use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 /// Closed while something is copied.
 #[derive(Debug, Default)]
@@ -34,8 +37,9 @@ impl Drop for Opener {
 
 /// Writes the checkpoints of a run, one at a time.
 pub(crate) struct Saver {
-    store: CheckpointStore,
-    labels: Labels,
+    store: Arc<Store>,
+    /// So many so far, on all ranks that write.
+    saves: u64,
     /// The memory of the copy before.
     spare: Option<Snapshot>,
     under_way: Option<JoinHandle<Written>>,
@@ -53,8 +57,13 @@ type Written = (Option<Snapshot>, Result<()>);
 type Files = BTreeMap<String, Vec<u8>>;
 
 impl Saver {
-    pub(crate) fn new(store: CheckpointStore, labels: Labels) -> Self {
-        Self { store, labels, spare: None, under_way: None }
+    pub(crate) fn new(store: Store) -> Self {
+        Self { store: Arc::new(store), saves: 0, spare: None, under_way: None }
+    }
+
+    fn next(&mut self) -> u64 {
+        self.saves += 1;
+        self.saves
     }
 
     /// Begins to copy and write in a thread of its own, after what is under way. Nothing may change
@@ -63,7 +72,7 @@ impl Saver {
         let before = self.finish();
         let gate = Arc::new(Gate::default());
         let opener = Opener(Arc::clone(&gate));
-        let (store, labels, spare) = (self.store.clone(), self.labels.clone(), self.spare.take());
+        let (store, spare, save) = (Arc::clone(&self.store), self.spare.take(), self.next());
         let is_on_cpu = source.is_on_cpu();
         let copy = move || source.copy(spare.unwrap_or_default());
         // A device is for the thread that computes on it.
@@ -77,7 +86,7 @@ impl Saver {
             step_back();
             match snapshot {
                 Ok(snapshot) => {
-                    let written = write(&store, &labels, &snapshot, &files);
+                    let written = store.write(&snapshot, &files, save);
                     (Some(snapshot), written)
                 }
                 Err(error) => (None, Err(error)),
@@ -95,7 +104,8 @@ impl Saver {
         // What became of the one before, this one replaces.
         let _before = self.finish();
         let snapshot = source.copy(self.spare.take().unwrap_or_default())?;
-        let written = write(&self.store, &self.labels, &snapshot, files);
+        let save = self.next();
+        let written = self.store.write(&snapshot, files, save);
         self.spare = Some(snapshot);
         written
     }
@@ -133,20 +143,94 @@ impl Drop for Saver {
     }
 }
 
-fn write(
-    store: &CheckpointStore,
-    labels: &Labels,
-    snapshot: &Snapshot,
-    files: &Files,
-) -> Result<()> {
-    store.save(snapshot.saved.step, |dir| {
-        snapshot.write(dir, labels).map_err(mobula_core::Error::layer)?;
-        for (name, content) in files {
-            std::fs::write(dir.join(name), content).map_err(mobula_core::Error::layer)?;
+/// Where checkpoints are written, and with whom.
+pub(crate) struct Store {
+    pub(crate) checkpoints: CheckpointStore,
+    pub(crate) labels: Labels,
+    pub(crate) member: Arc<Member>,
+}
+
+impl Store {
+    fn write(&self, snapshot: &Snapshot, files: &Files, save: u64) -> Result<()> {
+        match self.labels.share {
+            None => self.commit(snapshot, files, None),
+            Some(_) => self.write_in_parts(snapshot, files, save),
         }
+    }
+
+    /// Each rank writes its part of the optimizer's state; when all have, the first one commits them
+    /// with everything else.
+    fn write_in_parts(&self, snapshot: &Snapshot, files: &Files, save: u64) -> Result<()> {
+        let parts = self.parts(save);
+        let name = std::fs::create_dir_all(&parts)
+            .map_err(|error| Error::program(format!("cannot create {}: {error}", parts.display())))
+            .and_then(|()| snapshot.write_optimizer(&parts, &self.labels));
+        let names = self.tell(name, save);
+        if self.member.rank() > 0 {
+            return names.map(drop);
+        }
+        let done = names.and_then(|names| self.commit(snapshot, files, Some((&parts, &names))));
+        // What is left of it costs room only, until the next training begins.
+        let _ = std::fs::remove_dir_all(&parts);
+        done
+    }
+
+    /// Tells all ranks the name of what this one has written, or why it could not, and gives theirs.
+    fn tell(&self, name: Result<String>, save: u64) -> Result<Vec<String>> {
+        let said: Said = name.map_err(|error| error.to_string());
+        let said = serde_json::to_vec(&said).map_err(mobula_core::Error::layer)?;
+        let key = format!("checkpoint: part {save}");
+        let all = self.member.all_gather(&key, &said, LONG)?;
+        let name = |(rank, said): (usize, &[u8])| match serde_json::from_slice::<Said>(said) {
+            Ok(Ok(name)) => Ok(name),
+            Ok(Err(reason)) => Err(Error::Unwritten { rank, reason }),
+            Err(error) => Err(Error::program(error)),
+        };
+        all.iter().map(AsRef::as_ref).enumerate().map(name).collect()
+    }
+
+    fn parts(&self, save: u64) -> PathBuf {
+        let generation = self.member.generation();
+        self.checkpoints.dir().join(format!("{PARTS}{generation}-{save}"))
+    }
+
+    fn commit(
+        &self,
+        snapshot: &Snapshot,
+        files: &Files,
+        parts: Option<(&Path, &[String])>,
+    ) -> Result<()> {
+        let parts = parts.into_iter().flat_map(|(dir, names)| names.iter().map(|n| dir.join(n)));
+        self.checkpoints.save(snapshot.saved.step, |dir| {
+            snapshot.write(dir, &self.labels).map_err(mobula_core::Error::layer)?;
+            for (name, content) in files {
+                std::fs::write(dir.join(name), content).map_err(mobula_core::Error::layer)?;
+            }
+            for part in parts {
+                let name = part.file_name().unwrap_or_default();
+                std::fs::rename(&part, dir.join(name)).map_err(mobula_core::Error::layer)?;
+            }
+            Ok(())
+        })?;
         Ok(())
-    })?;
-    Ok(())
+    }
+}
+
+/// The name of a part, or why there is none.
+type Said = std::result::Result<String, String>;
+
+/// How folders begin that hold the parts of a checkpoint which is not yet one.
+const PARTS: &str = ".parts-";
+/// How long ranks may take to write their parts. A lost one is noticed sooner.
+const LONG: Duration = Duration::from_secs(600);
+
+/// Removes what an earlier training has left of checkpoints that it did not finish.
+pub(crate) fn remove_parts(checkpoints: &Path) {
+    let entries = std::fs::read_dir(checkpoints).into_iter().flatten().flatten();
+    for entry in entries.filter(|entry| entry.file_name().to_string_lossy().starts_with(PARTS)) {
+        // It costs room only.
+        let _ = std::fs::remove_dir_all(entry.path());
+    }
 }
 
 /// The thread leaves its processor to the one that computes, which may have no other.

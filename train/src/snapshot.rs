@@ -2,7 +2,8 @@
 //! written to a checkpoint, or given to a rank that has lost its own.
 
 use crate::collective::Collective;
-use crate::optim::{Ema, OptimizerState};
+use crate::optim::{Ema, OptimizerState, optimizer_file};
+use crate::share::Share;
 use crate::state::{STATE, SavedState, TrainState};
 use crate::tensors::{self, Slice};
 use crate::{Error, Result};
@@ -17,7 +18,8 @@ use std::sync::Arc;
 pub(crate) struct Source {
     saved: SavedState,
     stopped: bool,
-    params: Params,
+    /// `None` where only the optimizer's state is copied, and another rank has all else.
+    params: Option<Params>,
     /// A pass changes them, so these are copies.
     buffers: Vec<(String, Tensor)>,
     optimizer: Arc<OptimizerState>,
@@ -50,13 +52,16 @@ pub(crate) struct Labels {
     pub(crate) spec: ModelSpec,
     pub(crate) optimizer: String,
     pub(crate) options: serde_json::Value,
+    /// The parameters that this rank updates, where others update the rest.
+    pub(crate) share: Option<Share>,
 }
 
 impl Labels {
     pub(crate) fn of(state: &TrainState) -> Self {
         let optimizer = state.updater.optimizer();
         let (spec, options) = (state.model.spec().clone(), optimizer.options());
-        Self { spec, optimizer: optimizer.name().to_owned(), options }
+        let share = state.updater.shared().cloned();
+        Self { spec, optimizer: optimizer.name().to_owned(), options, share }
     }
 }
 
@@ -70,18 +75,30 @@ impl Source {
             buffers: params.buffers().into_iter().map(copy).collect::<Result<_>>()?,
             optimizer: state.updater.shared_state(params)?,
             ema: state.updater.shared_ema(),
-            params: params.clone(),
+            params: Some(params.clone()),
+        })
+    }
+
+    /// This rank's part of the optimizer's state alone.
+    pub(crate) fn of_optimizer(state: &TrainState, saved: SavedState) -> Result<Self> {
+        Ok(Self {
+            saved,
+            stopped: state.is_stopped(),
+            params: None,
+            buffers: Vec::new(),
+            optimizer: state.updater.shared_state(state.model.params())?,
+            ema: None,
         })
     }
 
     /// Whether a thread may copy it while another one computes.
     pub(crate) fn is_on_cpu(&self) -> bool {
-        self.params.device().is_cpu()
+        self.params.as_ref().is_none_or(|params| params.device().is_cpu())
     }
 
     pub(crate) fn copy(self, mut into: Snapshot) -> Result<Snapshot> {
         (into.saved, into.stopped) = (self.saved, self.stopped);
-        let weights = self.params.vars();
+        let weights = self.params.map_or_else(Vec::new, |params| params.vars());
         into.weights.resize_with(weights.len(), Named::default);
         into.buffers.resize_with(self.buffers.len(), Named::default);
         for ((name, var), to) in weights.iter().zip(&mut into.weights) {
@@ -134,18 +151,28 @@ impl Snapshot {
     }
 
     /// Writes `model.safetensors`, `model.json`, `optimizer.safetensors`, `state.json`, and
-    /// `ema.safetensors` where averages are kept.
+    /// `ema.safetensors` where averages are kept; but not what is a part of an optimizer's state.
     pub(crate) fn write(&self, dir: &Path, labels: &Labels) -> Result<()> {
         let buffers = || self.buffers.iter().map(Named::slice);
         let weights = || self.weights.iter().map(Named::slice);
         tensors::write(&dir.join(Model::WEIGHTS_FILE), weights().chain(buffers()), None)?;
         json(&dir.join(Model::SPEC_FILE), &labels.spec)?;
-        let optimizer = dir.join(crate::optim::OPTIMIZER);
-        self.optimizer.write(&labels.optimizer, &labels.options, &optimizer)?;
+        if labels.share.is_none() {
+            self.write_optimizer(dir, labels)?;
+        }
         if let Some(ema) = &self.ema {
             ema.write(weights().collect(), buffers().collect(), &dir.join(crate::optim::EMA))?;
         }
         json(&dir.join(STATE), &self.saved)
+    }
+
+    /// Writes `optimizer.safetensors`, or this rank's part of it. Gives its name.
+    pub(crate) fn write_optimizer(&self, dir: &Path, labels: &Labels) -> Result<String> {
+        let Labels { share, optimizer, options, .. } = labels;
+        let params = share.as_ref().map_or(0..self.optimizer.params.len(), Share::params);
+        let name = optimizer_file(share.as_ref().map(Share::shard));
+        self.optimizer.write(params, optimizer, options, &dir.join(&name))?;
+        Ok(name)
     }
 
     /// Makes a run what this is of.

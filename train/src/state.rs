@@ -1,6 +1,7 @@
 //! What a training run carries from step to step, and its checkpoint.
 
 use crate::optim::{LossScale, SavedUpdater, Updater, scale};
+use crate::share::Share;
 use crate::{Error, Result};
 use candle_core::Device;
 use mobula_core::StreamState;
@@ -233,7 +234,8 @@ impl TrainState {
         self.seed
     }
 
-    /// The gradients of the last step, divided by the scale of the loss.
+    /// The gradients of the last step, divided by the scale of the loss. Not those of an optimizer whose
+    /// state is divided among the ranks: there, their memory holds something else by now.
     pub fn gradients(&self) -> &Gradients {
         &self.gradients
     }
@@ -247,8 +249,12 @@ impl TrainState {
     /// of the loss; a step in which they overflowed is left out. Says whether it was not.
     pub(crate) fn update(&mut self, rescale: f32) -> Result<bool> {
         let unscale = rescale / self.loss_scale();
-        scale(self.gradients.values_mut(), unscale);
-        let overflow = self.gradients.first_non_finite().map(str::to_owned);
+        let own = self.updater.shared().map_or(0..self.gradients.values().len(), Share::range);
+        scale(&mut self.gradients.values_mut()[own], unscale);
+        let overflow = match self.updater.shared() {
+            None => self.gradients.first_non_finite().map(str::to_owned),
+            Some(share) => share.first_non_finite(&self.gradients)?,
+        };
         let is_taken = match (self.updater.loss_scale_mut(), overflow) {
             (None, None) => true,
             (None, Some(parameter)) => {

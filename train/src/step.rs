@@ -107,6 +107,7 @@ impl WorkerContext<'_> {
         let mut loss = |model: &Model, pass: &Pass, batch: &Batch| {
             loss(model, pass, batch).map(Into::into).map_err(Error::program)
         };
+        self.share_optimizer(state);
         let passes = state.passes(batches.iter().map(Batch::global_rows).sum());
         let shards = self.shards(batches, passes.global_rows)?;
         let before = match state.may_skip() {
@@ -207,7 +208,10 @@ impl WorkerContext<'_> {
         global_rows: usize,
         before: Option<&Buffers>,
     ) -> Result<f64> {
-        self.collective.all_reduce(state.gradients.as_reduced_mut(), ReduceOp::Sum)?;
+        match state.updater.shared() {
+            None => self.collective.all_reduce(state.gradients.as_reduced_mut(), ReduceOp::Sum)?,
+            Some(share) => share.reduce(&mut state.gradients)?,
+        }
         let rescale = rescale(&state.gradients, global_rows);
         // After the sum all ranks hold the same bits, so all come to the same conclusion.
         let loss = f64::from(state.gradients.loss() * rescale);

@@ -5,6 +5,7 @@ use crate::context::Setup;
 use crate::keeper;
 use crate::optim::Mode;
 use crate::report::{EpochReport, Progress, Resumed, WorkerReport};
+use crate::saver::remove_parts;
 use crate::{Error, Result};
 use mobula_core::checkpoint::Checkpoint;
 use mobula_core::console::{self, Progress as Bar};
@@ -33,6 +34,13 @@ pub struct ScalingConfig {
     /// for any number of workers, but for rounding and dropout, at the price of three sums over them in each of these layers
     /// in each step. Default: no.
     pub sync_batch_norm: bool,
+    /// Whether each worker keeps the optimizer's state of a part of the parameters only, updates these,
+    /// and gives the new weights to the others: ZeRO, stage 1. Trains to the same bits, and saves
+    /// all of that memory but one part in so many. Parts are of whole parameters, so none is smaller than
+    /// the largest parameter. Checkpoints hold the parts in files of their own, which any number of workers
+    /// goes on from. A lost worker takes its part with it, so training goes on from the newest checkpoint
+    /// then. Default: no.
+    pub shard_optimizer: bool,
     /// Cuts each batch into so many shards, whose gradients are computed one by one and added up in
     /// one tree, so that any number of workers trains to the same bits. A power of two; then the number
     /// of workers has to be one too, and the batch's rows are best a multiple of it. Batch norms take
@@ -54,6 +62,7 @@ impl Default for ScalingConfig {
             resources_per_worker: Resources::cpus(1.0),
             placement: Placement::Process,
             sync_batch_norm: false,
+            shard_optimizer: false,
             virtual_shards: None,
             transport: Transport::Auto,
             timeout: collective::default_timeout(),
@@ -262,6 +271,9 @@ impl<T> Trainer<T> {
     fn fit_with_restarts(&self, runtime: &Runtime) -> Result<TrainingResult<T>> {
         let mut journal = Journal::new(&self.name, self.run.as_ref())?;
         let setup = self.setup()?;
+        if let Some(checkpoints) = &setup.checkpoints {
+            remove_parts(checkpoints);
+        }
         let mut restarts = 0;
         let mut group = self.start(runtime, &setup, &mut restarts)?;
         let mut values: Vec<Option<T>> = (0..self.scaling.num_workers).map(|_| None).collect();
@@ -328,9 +340,11 @@ impl<T> Trainer<T> {
             resume_from: self.newest_checkpoint()?,
             // Those on threads are never lost one by one.
             heals: replaces
+                && !self.scaling.shard_optimizer
                 && self.failure.max_failures > 0
                 && self.scaling.placement == Placement::Process,
             sync_batch_norm: self.scaling.sync_batch_norm,
+            shard_optimizer: self.scaling.shard_optimizer,
             virtual_shards: self.scaling.virtual_shards,
             gpus: self.scaling.resources_per_worker.gpus,
             transport: self.scaling.transport,

@@ -17,7 +17,7 @@ use crate::{Error, Result};
 use mobula_core::Shard;
 use serde::{Deserialize, Serialize};
 use std::ops::Range;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 /// How long a rank waits for the others before it names who is late, unless told otherwise.
@@ -70,20 +70,34 @@ pub struct Exchange {
 const LONG: Duration = Duration::from_secs(600);
 
 /// Which values belong to which rank.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 enum Parts {
     /// As many to each, one after the other.
     Equal,
     /// All to one.
     Root(usize),
+    /// From each of these to the next.
+    Bounds(Arc<[usize]>),
 }
 
 impl Parts {
-    fn of(self, rank: usize, world: usize, len: usize) -> Range<usize> {
+    fn of(&self, rank: usize, world: usize, len: usize) -> Range<usize> {
         match self {
             Self::Equal => len * rank / world..len * (rank + 1) / world,
-            Self::Root(root) if root == rank => 0..len,
+            Self::Root(root) if *root == rank => 0..len,
             Self::Root(_) => len..len,
+            Self::Bounds(bounds) => bounds[rank]..bounds[rank + 1],
+        }
+    }
+
+    fn code(&self) -> u64 {
+        match self {
+            Self::Equal => 0,
+            Self::Root(root) => 1 + *root as u64,
+            Self::Bounds(bounds) => {
+                let bytes: Vec<u8> = bounds.iter().flat_map(|at| at.to_le_bytes()).collect();
+                1 << 32 | u64::from(crc32fast::hash(&bytes))
+            }
         }
     }
 }
@@ -91,12 +105,8 @@ impl Parts {
 impl Exchange {
     /// A number that differs between operations that do not fit each other.
     fn code<T: Element>(&self) -> u64 {
-        let parts = match self.parts {
-            Parts::Equal => 0,
-            Parts::Root(root) => 1 + root as u64,
-        };
         let reduce = self.reduce.map_or(0, |op| 1 + op as u64);
-        ((parts * 4 + reduce) * 2 + u64::from(self.gather)) * 4 + T::KIND
+        ((self.parts.code() * 4 + reduce) * 2 + u64::from(self.gather)) * 4 + T::KIND
     }
 }
 
@@ -115,6 +125,26 @@ impl dyn Collective + '_ {
     /// Replaces the `part` of each other rank by what that one has there.
     pub fn all_gather<T: Element>(&self, values: &mut [T]) -> Result<()> {
         self.run("all_gather", values, Parts::Equal, None, true)
+    }
+
+    /// The same for parts that begin at these places; the last is the number of values.
+    pub(crate) fn reduce_scatter_parts<T: Element>(
+        &self,
+        values: &mut [T],
+        bounds: &Arc<[usize]>,
+        op: ReduceOp,
+    ) -> Result<()> {
+        let parts = Parts::Bounds(Arc::clone(bounds));
+        self.run("reduce_scatter", values, parts, Some(op), false)
+    }
+
+    /// The same for these.
+    pub(crate) fn all_gather_parts<T: Element>(
+        &self,
+        values: &mut [T],
+        bounds: &Arc<[usize]>,
+    ) -> Result<()> {
+        self.run("all_gather", values, Parts::Bounds(Arc::clone(bounds)), None, true)
     }
 
     /// Replaces the values on every rank by those of `root`.

@@ -110,8 +110,7 @@ impl Optimizer for Adafactor {
         let AdafactorOptions { beta2_decay, eps1, eps2, d, .. } = self.0;
         let (t, count) = (state.steps as f64, values.len() as f64);
         let root_mean_square = |squares: f64| (squares / count).sqrt();
-        let step =
-            eps2.max(root_mean_square(sum_of_squares([&*values]))) * now.lr.min(t.powf(-0.5));
+        let step = eps2.max(root_mean_square(sum_of_squares(values))) * now.lr.min(t.powf(-0.5));
         let weight = t.powf(beta2_decay) as f32;
         let means = learn(gradient, state, weight, eps1 as f32)?;
 

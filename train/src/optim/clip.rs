@@ -1,7 +1,7 @@
 //! Gradients that do not get too large.
 
 use super::check;
-use super::pass::{CHUNK, for_each, scale, sum_of_squares};
+use super::pass::{CHUNK, for_each, scale, sums_of_squares};
 use crate::Result;
 use mobula_nn::Gradients;
 use serde::{Deserialize, Serialize};
@@ -29,15 +29,33 @@ impl Clip {
     /// Clips the gradients in place. Gives their norm as it was, where that is taken.
     pub fn apply(&self, gradients: &mut Gradients) -> Option<f64> {
         let ranges: Vec<_> = gradients.places().iter().map(|(_, range)| range.clone()).collect();
-        self.apply_to(gradients.values_mut(), &ranges)
+        let squares = self.squares(gradients.values(), &ranges, 0..gradients.values().len());
+        self.apply_to(gradients.values_mut(), &ranges, squares.as_deref())
     }
 
-    /// The same for the gradients of some parameters.
-    pub(super) fn apply_to(&self, values: &mut [f32], ranges: &[Range<usize>]) -> Option<f64> {
+    /// Sums of squares, block by block, of the gradients of some parameters, if they are clipped by their
+    /// norm: zeros for those that are not in `own`.
+    pub(super) fn squares(
+        &self,
+        values: &[f32],
+        ranges: &[Range<usize>],
+        own: Range<usize>,
+    ) -> Option<Vec<f64>> {
+        let counts = |range: &Range<usize>| own.start <= range.start && range.end <= own.end;
+        let pieces = ranges.iter().map(|range| (&values[range.clone()], counts(range)));
+        matches!(self, Self::Norm(_)).then(|| sums_of_squares(pieces))
+    }
+
+    /// The same for the gradients of some parameters with these squares.
+    pub(super) fn apply_to(
+        &self,
+        values: &mut [f32],
+        ranges: &[Range<usize>],
+        squares: Option<&[f64]>,
+    ) -> Option<f64> {
         match *self {
             Self::Norm(most) => {
-                let pieces = ranges.iter().map(|range| &values[range.clone()]);
-                let norm = sum_of_squares(pieces).sqrt();
+                let norm = squares?.iter().sum::<f64>().sqrt();
                 // PyTorch's epsilon.
                 let factor = most / (norm + 1e-6);
                 if factor < 1.0 {

@@ -87,15 +87,22 @@ pub(super) fn lerp(from: f32, to: f32, weight: f32) -> f32 {
     }
 }
 
-/// Of all values in all pieces. In double precision, and in an order that the number of threads
-/// does not change.
-pub(crate) fn sum_of_squares<'a>(pieces: impl IntoIterator<Item = &'a [f32]>) -> f64 {
-    let blocks = pieces.into_iter().flat_map(|piece| piece.chunks(CHUNK));
-    let mut blocks: Vec<_> = blocks.map(|block| (block, 0.0)).collect();
+/// Of all values. In double precision, and in an order that the number of threads does not change.
+pub(super) fn sum_of_squares(values: &[f32]) -> f64 {
+    sums_of_squares([(values, true)]).iter().sum()
+}
+
+/// Sums of squares, of one block after the other of all pieces, or of a piece that does not count, zeros.
+/// In double precision, and of blocks that the number of threads does not change.
+pub(super) fn sums_of_squares<'a>(pieces: impl IntoIterator<Item = (&'a [f32], bool)>) -> Vec<f64> {
+    let blocks = pieces.into_iter().flat_map(|(piece, counts)| {
+        piece.chunks(CHUNK).map(move |block| (if counts { block } else { &[] }, 0.0))
+    });
+    let mut blocks: Vec<_> = blocks.collect();
     for_each(blocks.iter_mut().collect(), |(block, sum): &mut (&[f32], f64)| {
         *sum = pulp::Arch::new().dispatch(SquareSum(block));
     });
-    blocks.iter().map(|(_, sum)| sum).sum()
+    blocks.into_iter().map(|(_, sum)| sum).collect()
 }
 
 /// The sum of squares of one block.
@@ -144,7 +151,7 @@ pub(crate) fn add(values: &mut [f32], others: &[f32]) {
 /// evaluation, which holds some parameters and waits for others, and would wait for itself. For the
 /// same reason an evaluation beside a step must not be a job of the pool that steps: `change` may
 /// wait for that pool, and so take up such a job.
-pub(super) fn in_place(var: &Var, change: impl FnOnce(&mut [f32]) -> Result<()>) -> Result<()> {
+pub(crate) fn in_place(var: &Var, change: impl FnOnce(&mut [f32]) -> Result<()>) -> Result<()> {
     if !var.device().is_cpu() {
         return by_copy(var, change);
     }

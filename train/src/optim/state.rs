@@ -3,9 +3,11 @@
 use super::Optimizer;
 use crate::tensors::{self, Slice};
 use crate::{Error, Result};
+use candle_core::safetensors::Load;
 use candle_core::{Device, Tensor};
 use std::collections::{BTreeMap, HashMap};
-use std::path::Path;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
 
 /// What an [`Optimizer`] remembers of the parameters of one model.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -107,16 +109,19 @@ impl OptimizerState {
     /// Writes `<param>.<kind>` for each tensor as safetensors; the optimizer's name and settings,
     /// and the step count, as its metadata.
     pub fn save(&self, optimizer: &dyn Optimizer, path: &Path) -> Result<()> {
-        self.write(optimizer.name(), &optimizer.options(), path)
+        self.write(0..self.params.len(), optimizer.name(), &optimizer.options(), path)
     }
 
+    /// The same of these parameters.
     pub(crate) fn write(
         &self,
+        params: Range<usize>,
         optimizer: &str,
         options: &serde_json::Value,
         path: &Path,
     ) -> Result<()> {
-        let updated = self.params.iter().filter(|param| param.steps > 0);
+        let params = &self.params[params];
+        let updated = params.iter().filter(|param| param.steps > 0);
         let slots = updated.flat_map(|param| param.slots.iter().map(|slot| (&param.name, slot)));
         let slots = slots.map(|(name, Slot { kind, shape, values })| {
             (format!("{name}.{kind}"), Slice { shape, values })
@@ -126,7 +131,7 @@ impl OptimizerState {
             ("step".to_owned(), self.step.to_string()),
             ("options".to_owned(), options.to_string()),
         ]);
-        let odd = self.params.iter().filter(|param| param.steps != self.step);
+        let odd = params.iter().filter(|param| param.steps != self.step);
         let odd: BTreeMap<_, _> = odd.map(|param| (&param.name, param.steps)).collect();
         if !odd.is_empty() {
             metadata.insert("steps".to_owned(), serde_json::json!(odd).to_string());
@@ -149,7 +154,23 @@ impl OptimizerState {
     /// Sets it to what [`OptimizerState::save`] wrote for the same optimizer and parameters. The
     /// learning rate stays. Errors when the file is of others; then nothing has changed.
     pub fn load(&mut self, optimizer: &dyn Optimizer, path: &Path) -> Result<()> {
-        let saved = Saved::read(path)?;
+        self.load_parts(optimizer, &[path.to_owned()])
+    }
+
+    /// The same from several files, each of some parameters.
+    pub(crate) fn load_parts(
+        &mut self,
+        optimizer: &dyn Optimizer,
+        paths: &[PathBuf],
+    ) -> Result<()> {
+        let moves =
+            |param: &&ParamState| optimizer.param_options(&param.name, &param.shape).is_some();
+        let moving = self.params.iter().filter(moves);
+        let wanted: Vec<String> = moving.map(|param| format!("{}.", param.name)).collect();
+        let mut saved = Saved::read(&paths[0], &wanted)?;
+        for path in &paths[1..] {
+            saved.add(Saved::read(path, &wanted)?);
+        }
         if let Some(name) = saved.optimizer.as_deref().filter(|name| *name != optimizer.name()) {
             let reason = format!("it is of the optimizer {name}, expected {}", optimizer.name());
             return Err(saved.bad(reason));
@@ -172,11 +193,16 @@ struct Saved<'a> {
 }
 
 impl<'a> Saved<'a> {
-    fn read(path: &'a Path) -> Result<Self> {
+    /// The tensors whose names begin with one of these.
+    fn read(path: &'a Path, wanted: &[String]) -> Result<Self> {
         let bad = |reason: String| Error::OptimizerState { path: path.to_owned(), reason };
         let bytes = std::fs::read(path).map_err(|error| bad(error.to_string()))?;
         let (_, header) =
             safetensors::SafeTensors::read_metadata(&bytes).map_err(|e| bad(e.to_string()))?;
+        let all = safetensors::SafeTensors::deserialize(&bytes).map_err(|e| bad(e.to_string()))?;
+        let is_wanted = |name: &str| wanted.iter().any(|start| name.starts_with(start.as_str()));
+        let tensors = all.iter().filter(|(name, _)| is_wanted(name));
+        let tensors = tensors.map(|(name, view)| Ok((name.to_owned(), view.load(&Device::Cpu)?)));
         let metadata = header.metadata().clone().unwrap_or_default();
         let step = metadata.get("step").and_then(|step| step.parse().ok());
         let steps = metadata.get("steps").map_or(Ok(BTreeMap::new()), |s| serde_json::from_str(s));
@@ -185,8 +211,14 @@ impl<'a> Saved<'a> {
             optimizer: metadata.get("optimizer").cloned(),
             step: step.ok_or_else(|| bad("it has no step count".to_owned()))?,
             steps: steps.map_err(|error| bad(format!("its steps: {error}")))?,
-            tensors: candle_core::safetensors::load_buffer(&bytes, &Device::Cpu)?,
+            tensors: tensors.collect::<Result<_>>()?,
         })
+    }
+
+    /// What another file of the same state has.
+    fn add(&mut self, other: Self) {
+        self.tensors.extend(other.tensors);
+        self.steps.extend(other.steps);
     }
 
     /// A parameter that was never updated has no tensors there, and a frozen one needs none.

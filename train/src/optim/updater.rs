@@ -5,15 +5,19 @@ use super::{
     ParamGroup, Plateau, PlateauOptions, Schedule,
 };
 use crate::saver::Gate;
+use crate::share::Share;
 use crate::{Error, Result};
+use mobula_core::Shard;
 use mobula_nn::Gradients;
 use mobula_nn::Params;
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeMap;
-use std::path::Path;
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-pub(crate) const OPTIMIZER: &str = "optimizer.safetensors";
+const OPTIMIZER: &str = "optimizer.safetensors";
+/// How the files of parts begin.
+const OPTIMIZER_PART: &str = "optimizer-";
 pub(crate) const EMA: &str = "ema.safetensors";
 
 /// An optimizer with all that goes with it: learning-rate schedule, clipping, averages of the
@@ -31,6 +35,8 @@ pub struct Updater {
     gradient_norm: Option<f64>,
     /// A copy is being made of state, averages and parameters.
     copying: Option<Arc<Gate>>,
+    /// Of the parameters, where each rank updates some.
+    share: Option<Share>,
 }
 
 /// An [`Updater`] as configurations write it.
@@ -109,6 +115,7 @@ impl Updater {
             loss_scale: None,
             gradient_norm: None,
             copying: None,
+            share: None,
         }
     }
 
@@ -194,13 +201,38 @@ impl Updater {
         // Not shared any more, unless something is being copied that should have been waited for.
         let state = Arc::make_mut(&mut shared);
         state.lr = self.lr_at(state.step);
-        if let Some(clip) = self.clip {
-            self.gradient_norm = self.clip_moving(clip, state, gradients);
-        }
-        let updated = self.optimizer.update(params, gradients, state);
+        let updated = self.clip_and_update(params, gradients, state);
         self.state = Some(shared);
-        updated?;
+        self.gradient_norm = updated?;
+        self.share.as_ref().map_or(Ok(()), |share| share.gather(params, gradients))?;
         self.ema.as_mut().map_or(Ok(()), |ema| Arc::make_mut(ema).update(params))
+    }
+
+    fn clip_and_update(
+        &self,
+        params: &Params,
+        gradients: &mut Gradients,
+        state: &mut OptimizerState,
+    ) -> Result<Option<f64>> {
+        let norm = self.clip.map_or(Ok(None), |clip| self.clip_moving(clip, state, gradients))?;
+        match &self.share {
+            None => self.optimizer.update(params, gradients, state)?,
+            Some(share) => share.optimizer(self.optimizer()).update(params, gradients, state)?,
+        }
+        Ok(norm)
+    }
+
+    /// From now on this rank updates a part of the parameters, and others the rest.
+    pub(crate) fn share(&mut self, share: Share) {
+        if let Some(state) = &mut self.state {
+            share.trim(Arc::make_mut(state));
+        }
+        self.share = Some(share);
+    }
+
+    /// What this rank updates, if others update the rest.
+    pub(crate) fn shared(&self) -> Option<&Share> {
+        self.share.as_ref()
     }
 
     /// Holds back what would change the tensors until a copy is made.
@@ -218,8 +250,16 @@ impl Updater {
     pub(crate) fn shared_state(&self, params: &Params) -> Result<Arc<OptimizerState>> {
         match &self.state {
             Some(state) => Ok(Arc::clone(state)),
-            None => Ok(Arc::new(self.optimizer.init(params)?)),
+            None => Ok(Arc::new(self.fresh_state(params)?)),
         }
+    }
+
+    fn fresh_state(&self, params: &Params) -> Result<OptimizerState> {
+        let mut state = self.optimizer.init(params)?;
+        if let Some(share) = &self.share {
+            share.trim(&mut state);
+        }
+        Ok(state)
     }
 
     pub(crate) fn shared_ema(&self) -> Option<Arc<Ema>> {
@@ -251,12 +291,17 @@ impl Updater {
         clip: Clip,
         state: &OptimizerState,
         gradients: &mut Gradients,
-    ) -> Option<f64> {
+    ) -> Result<Option<f64>> {
         let places = gradients.places().iter().zip(&state.params);
         let moving = places
             .filter(|(_, param)| self.optimizer.param_options(&param.name, &param.shape).is_some());
         let moving: Vec<_> = moving.map(|((_, range), _)| range.clone()).collect();
-        clip.apply_to(gradients.values_mut(), &moving)
+        let own = self.share.as_ref().map_or(0..gradients.values().len(), Share::range);
+        let mut squares = clip.squares(gradients.values(), &moving, own);
+        if let (Some(share), Some(squares)) = (&self.share, &mut squares) {
+            share.sum(squares)?;
+        }
+        Ok(clip.apply_to(gradients.values_mut(), &moving, squares.as_deref()))
     }
 
     /// The metric that the learning rate depends on, if it does. Errors when it is not among those
@@ -291,10 +336,13 @@ impl Updater {
         Arc::make_mut(ema).with_averages(params, evaluate)
     }
 
-    /// Writes `optimizer.safetensors`, and `ema.safetensors` if averages are kept, into a folder.
+    /// Writes `optimizer.safetensors`, or this rank's part of it, and `ema.safetensors` if averages are kept, into a folder.
     /// What is returned belongs with them.
     pub fn save(&self, params: &Params, dir: &Path) -> Result<SavedUpdater> {
-        self.shared_state(params)?.save(self.optimizer(), &dir.join(OPTIMIZER))?;
+        let state = self.shared_state(params)?;
+        let part = self.share.as_ref().map_or(0..state.params.len(), Share::params);
+        let path = dir.join(optimizer_file(self.share.as_ref().map(Share::shard)));
+        state.write(part, self.optimizer.name(), &self.optimizer.options(), &path)?;
         if let Some(ema) = &self.ema {
             ema.save(params, &dir.join(EMA))?;
         }
@@ -316,8 +364,13 @@ impl Updater {
     /// Goes on from what [`Updater::save`] wrote for the same optimizer and parameters. Averages
     /// that were not kept then begin with the next step.
     pub fn load(&mut self, params: &Params, dir: &Path, saved: &SavedUpdater) -> Result<()> {
-        let mut state = self.optimizer.init(params)?;
-        state.load(self.optimizer(), &dir.join(OPTIMIZER))?;
+        let mut state = self.fresh_state(params)?;
+        match &self.share {
+            None => state.load_parts(self.optimizer(), &optimizer_files(dir)?)?,
+            Some(share) => {
+                state.load_parts(&share.optimizer(self.optimizer()), &optimizer_files(dir)?)?;
+            }
+        }
         if let (Some(ema), Some(_)) = (&mut self.ema, saved.ema) {
             Arc::make_mut(ema).load(params, &dir.join(EMA))?;
         }
@@ -325,6 +378,33 @@ impl Updater {
         self.resume_settings(saved);
         Ok(())
     }
+}
+
+/// The file of an optimizer's state, or of a rank's part of it.
+pub(crate) fn optimizer_file(shard: Option<Shard>) -> String {
+    match shard {
+        None => OPTIMIZER.to_owned(),
+        Some(Shard { rank, world }) => {
+            format!("{OPTIMIZER_PART}{:05}-of-{world:05}.safetensors", rank + 1)
+        }
+    }
+}
+
+/// The files of an optimizer's state in a folder: all parts of it, or the one that there has to be.
+fn optimizer_files(dir: &Path) -> Result<Vec<PathBuf>> {
+    let unreadable = |error: std::io::Error| Error::OptimizerState {
+        path: dir.to_owned(),
+        reason: error.to_string(),
+    };
+    let entries = std::fs::read_dir(dir).map_err(unreadable)?.collect::<Result<Vec<_>, _>>();
+    let names = entries.map_err(unreadable)?.into_iter().map(|entry| entry.file_name());
+    let names: BTreeSet<_> = names.filter_map(|name| name.into_string().ok()).collect();
+    let first = names.iter().find_map(|name| name.strip_prefix(OPTIMIZER_PART)?.get(9..14));
+    let Some(world) = first.and_then(|world| world.parse().ok()) else {
+        return Ok(vec![dir.join(OPTIMIZER)]);
+    };
+    // One that is missing will be named when it is read.
+    Ok((0..world).map(|rank| dir.join(optimizer_file(Some(Shard { rank, world })))).collect())
 }
 
 /// So that an optimizer by itself is enough where an updater is expected.

@@ -193,6 +193,8 @@ pub(crate) struct Outcome {
     pub(crate) weights: Vec<f32>,
     pub(crate) buffers: BTreeMap<String, Vec<f32>>,
     pub(crate) accuracy: f64,
+    /// Numbers that its optimizer remembers.
+    pub(crate) optimizer_values: usize,
     /// The step that the rank began at: above 0 if it was restored from a checkpoint.
     pub(crate) began_at: u64,
     /// The generation in which its process was started.
@@ -300,7 +302,10 @@ pub(crate) fn learn_with(
     let buffers = buffers(&state.model)?;
     let process = FIRST_GENERATION.get().copied().unwrap_or(0);
     let is_on_gpu = context.device().is_cuda();
-    Ok(Outcome { weights, buffers, accuracy, began_at, process, is_on_gpu })
+    let params = state.updater.state().map_or(&[][..], |state| state.params.as_slice());
+    let slots = params.iter().flat_map(|param| &param.slots);
+    let optimizer_values = slots.map(|slot| slot.values.len()).sum();
+    Ok(Outcome { weights, buffers, accuracy, optimizer_values, began_at, process, is_on_gpu })
 }
 
 fn model(config: &Config) -> Result<ModelSpec, BoxError> {

@@ -17,6 +17,7 @@ mod shards;
 mod sync;
 mod training;
 mod updater;
+mod zero;
 
 use libtest_mimic::{Arguments, Trial};
 use mobula_core::{Resources, Runtime};
@@ -45,6 +46,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         sync::TESTS,
         training::TESTS,
         updater::TESTS,
+        zero::TESTS,
     ]
     .concat();
     let trials = tests.into_iter().map(|(name, test)| {

@@ -1,0 +1,228 @@
+//! An optimizer whose state is divided among the ranks: ZeRO, stage 1 (Rajbhandari et al. 2020, arXiv
+//! 1910.02054).
+//!
+//! Each rank has the gradients' sums of some parameters only, updates these, and gives the new
+//! weights to the others. What is added up, and in which order, is what it is without: so are the bits.
+
+use crate::Result;
+use crate::collective::{Collective, ReduceOp};
+use crate::optim::{Now, Optimizer, OptimizerState, ParamOptions, ParamState, Slot, in_place};
+use mobula_core::Shard;
+use mobula_nn::{Gradients, Params};
+use std::ops::Range;
+use std::sync::Arc;
+
+/// This rank's share of the parameters.
+#[derive(Clone, Debug)]
+pub(crate) struct Share {
+    collective: Arc<dyn Collective>,
+    /// Names in order.
+    names: Arc<[String]>,
+    /// Of them.
+    own: Range<usize>,
+    /// Where each rank's gradients begin in the flat buffer, and where the last one's end.
+    bounds: Arc<[usize]>,
+}
+
+impl Share {
+    /// Whole parameters, neighbours in the order of names, so that the largest share is as small as
+    /// it can be.
+    pub(crate) fn of(gradients: &Gradients, collective: &Arc<dyn Collective>) -> Self {
+        let Shard { rank, world } = collective.shard();
+        let places = gradients.places();
+        let lens: Vec<usize> = places.iter().map(|(_, range)| range.len()).collect();
+        let cuts = partition(&lens, world);
+        let ends = cuts.iter().map(|cut| lens[..*cut].iter().sum());
+        Self {
+            collective: Arc::clone(collective),
+            names: places.iter().map(|(name, _)| name.clone()).collect(),
+            own: cuts[rank]..cuts[rank + 1],
+            bounds: ends.collect(),
+        }
+    }
+
+    pub(crate) fn is_with(&self, collective: &Arc<dyn Collective>) -> bool {
+        Arc::ptr_eq(&self.collective, collective)
+    }
+
+    pub(crate) fn shard(&self) -> Shard {
+        self.collective.shard()
+    }
+
+    /// Of all parameters, in the order of their names.
+    pub(crate) fn params(&self) -> Range<usize> {
+        self.own.clone()
+    }
+
+    fn has(&self, name: &str) -> bool {
+        self.names[self.own.clone()].binary_search_by(|own| own.as_str().cmp(name)).is_ok()
+    }
+
+    /// In the flat buffer.
+    pub(crate) fn range(&self) -> Range<usize> {
+        let rank = self.shard().rank;
+        self.bounds[rank]..self.bounds[rank + 1]
+    }
+
+    /// Sums this rank's gradients over all ranks, and loss and weight. The other gradients are of no
+    /// use then.
+    pub(crate) fn reduce(&self, gradients: &mut Gradients) -> Result<()> {
+        let len = gradients.values().len();
+        let (values, behind) = gradients.as_reduced_mut().split_at_mut(len);
+        self.collective.reduce_scatter_parts(values, &self.bounds, ReduceOp::Sum)?;
+        self.collective.all_reduce(behind, ReduceOp::Sum)
+    }
+
+    /// The parameter that the first gradient which is not finite belongs to, on whatever rank.
+    pub(crate) fn first_non_finite(&self, gradients: &Gradients) -> Result<Option<String>> {
+        let at = gradients.first_non_finite_in(self.own.clone());
+        let mut last = [-at.map_or(f64::INFINITY, |at| at as f64)];
+        self.collective.all_reduce(&mut last, ReduceOp::Max)?;
+        let [at] = last.map(|last| -last);
+        Ok(at.is_finite().then(|| self.names[at as usize].clone()))
+    }
+
+    /// Sums over all ranks what each has of its own parameters.
+    pub(crate) fn sum(&self, values: &mut [f64]) -> Result<()> {
+        self.collective.all_reduce(values, ReduceOp::Sum)
+    }
+
+    /// Gives the own weights to all ranks, and takes theirs, by way of the memory of the gradients.
+    pub(crate) fn gather(&self, params: &Params, gradients: &mut Gradients) -> Result<()> {
+        let vars = params.vars();
+        let places: Vec<_> = gradients.places().iter().map(|(_, range)| range.clone()).collect();
+        let values = gradients.values_mut();
+        for at in self.own.clone() {
+            in_place(&vars[at].1, |weights| {
+                values[places[at].clone()].copy_from_slice(weights);
+                Ok(())
+            })?;
+        }
+        self.collective.all_gather_parts(values, &self.bounds)?;
+        for at in (0..vars.len()).filter(|at| !self.own.contains(at)) {
+            in_place(&vars[at].1, |weights| {
+                weights.copy_from_slice(&values[places[at].clone()]);
+                Ok(())
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Forgets what belongs to other ranks.
+    pub(crate) fn trim(&self, state: &mut OptimizerState) {
+        for param in state.params.iter_mut().filter(|param| !self.has(&param.name)) {
+            (param.steps, param.slots) = (0, Vec::new());
+        }
+    }
+
+    /// The optimizer, which leaves parameters of others alone.
+    pub(crate) fn optimizer<'a>(&'a self, optimizer: &'a dyn Optimizer) -> Shared<'a> {
+        Shared { optimizer, share: self }
+    }
+}
+
+/// An optimizer that updates the parameters of a share.
+#[derive(Debug)]
+pub(crate) struct Shared<'a> {
+    optimizer: &'a dyn Optimizer,
+    share: &'a Share,
+}
+
+impl Optimizer for Shared<'_> {
+    fn name(&self) -> &str {
+        self.optimizer.name()
+    }
+
+    fn options(&self) -> serde_json::Value {
+        self.optimizer.options()
+    }
+
+    fn lr(&self) -> f64 {
+        self.optimizer.lr()
+    }
+
+    fn weight_decay(&self) -> f64 {
+        self.optimizer.weight_decay()
+    }
+
+    fn slots(&self, shape: &[usize]) -> Vec<Slot> {
+        self.optimizer.slots(shape)
+    }
+
+    fn update_param(
+        &self,
+        now: Now,
+        values: &mut [f32],
+        gradient: &[f32],
+        state: &mut ParamState,
+    ) -> Result<()> {
+        self.optimizer.update_param(now, values, gradient, state)
+    }
+
+    fn param_options(&self, name: &str, shape: &[usize]) -> Option<ParamOptions> {
+        if self.share.has(name) { self.optimizer.param_options(name, shape) } else { None }
+    }
+}
+
+/// Cuts a row of things into `world` runs whose largest sum is as small as it can be. Gives where
+/// each begins, and the end.
+fn partition(lens: &[usize], world: usize) -> Vec<usize> {
+    let (mut least, mut most) = (lens.iter().copied().max().unwrap_or(0), lens.iter().sum());
+    while least < most {
+        let middle = least + (most - least) / 2;
+        match runs(lens, middle).len() <= world {
+            true => most = middle,
+            false => least = middle + 1,
+        }
+    }
+    let mut cuts = runs(lens, most);
+    cuts.resize(world, lens.len());
+    cuts.push(lens.len());
+    cuts
+}
+
+/// Where runs begin that are as long as they can be, if none is to sum up to more than `most`.
+fn runs(lens: &[usize], most: usize) -> Vec<usize> {
+    let (mut starts, mut sum) = (vec![0], 0);
+    for (at, len) in lens.iter().enumerate() {
+        if sum + len > most && sum > 0 {
+            starts.push(at);
+            sum = 0;
+        }
+        sum += len;
+    }
+    starts
+}
+
+#[cfg(test)]
+mod tests {
+    use super::partition;
+    use proptest::prelude::*;
+
+    #[test]
+    fn no_share_is_larger_than_it_must_be() {
+        assert_eq!(partition(&[512, 401_408, 512, 262_144, 10, 5120], 2), [0, 2, 6]);
+        assert_eq!(partition(&[1, 1, 1, 1, 1, 1], 3), [0, 2, 4, 6]);
+        assert_eq!(partition(&[5, 1], 4), [0, 1, 2, 2, 2], "more ranks than parameters");
+        assert_eq!(partition(&[], 2), [0, 0, 0]);
+    }
+
+    proptest! {
+        #[test]
+        fn of_all_cuts_the_best(lens in prop::collection::vec(0usize..20, 0..8), world in 1usize..4) {
+            let cuts = partition(&lens, world);
+            prop_assert!(cuts.len() == world + 1 && cuts[0] == 0 && cuts[world] == lens.len());
+            prop_assert!(cuts.is_sorted());
+            let largest = |cuts: &[usize]| {
+                cuts.windows(2).map(|run| lens[run[0]..run[1]].iter().sum::<usize>()).max()
+            };
+            let ends = 0..=lens.len();
+            for a in ends.clone() {
+                for b in a..=lens.len() {
+                    let other = [&[0, a, b][..world.min(3)], &[lens.len()]].concat();
+                    prop_assert!(!other.is_sorted() || largest(&cuts) <= largest(&other));
+                }
+            }
+        }
+    }
+}
