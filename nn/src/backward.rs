@@ -39,6 +39,18 @@ pub struct Gradients {
     places: Vec<(String, Range<usize>)>,
     parameters: Vec<Parameter>,
     by_id: HashMap<TensorId, usize>,
+    listener: Option<Listener>,
+}
+
+/// What hears of a place that was written, and what it holds now.
+pub type OnWrite = dyn FnMut(usize, &[f32]) + Send;
+
+struct Listener(Box<OnWrite>);
+
+impl std::fmt::Debug for Listener {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Listener")
+    }
 }
 
 /// The state of one place.
@@ -78,7 +90,8 @@ impl Gradients {
 
     fn of_nothing() -> Self {
         let (places, parameters) = (Vec::new(), Vec::new());
-        Self { values: vec![0.0; LOSS], places, parameters, by_id: HashMap::new() }
+        let (values, by_id) = (vec![0.0; LOSS], HashMap::new());
+        Self { values, places, parameters, by_id, listener: None }
     }
 
     /// Overwrites them and the loss with `scale` times what a backward pass of `loss` gives.
@@ -109,6 +122,14 @@ impl Gradients {
         let value = scaled.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?[0];
         self.set_loss(self.loss() + value);
         Ok(())
+    }
+
+    /// Has `listener` hear of each of the [places](Self::places) right after it is written or added to, in
+    /// the order in which backward passes come to them: from the end of a model to its start, mostly, and
+    /// more than once where a parameter is used more than once. Gradients of other operations than this
+    /// crate's come at the end of a pass. For sums over ranks that begin before a pass has ended.
+    pub fn set_listener(&mut self, listener: Option<Box<OnWrite>>) {
+        self.listener = listener.map(Listener);
     }
 
     /// Zeros everywhere, the loss too: the part of a rank that has no rows.
@@ -225,8 +246,12 @@ impl Gradients {
 
     fn write(&mut self, at: usize, write: impl FnOnce(&mut [f32], bool)) {
         let parameter = &mut self.parameters[at];
-        write(&mut self.values[self.places[at].1.clone()], parameter.is_written);
+        let range = self.places[at].1.clone();
+        write(&mut self.values[range.clone()], parameter.is_written);
         parameter.is_written = true;
+        if let Some(Listener(listener)) = &mut self.listener {
+            listener(at, &self.values[range]);
+        }
     }
 }
 

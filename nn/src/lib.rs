@@ -55,7 +55,7 @@ mod pass;
 mod registry;
 mod weights;
 
-pub use backward::Gradients;
+pub use backward::{Gradients, OnWrite};
 pub use error::{Error, Result};
 pub use init::{Fan, Init};
 pub use link::no_grad;

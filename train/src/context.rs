@@ -3,6 +3,7 @@
 
 use crate::collective::{self, Alone, Collective, Element, ReduceOp, Transport};
 use crate::keeper::Keeper;
+use crate::overlap::{EarlySums, Overlap};
 use crate::report::{EpochReport, Meter, Resumed, WorkerReport};
 use crate::share::Share;
 use crate::snapshot::broadcast_text;
@@ -37,6 +38,7 @@ pub(crate) struct Setup {
     pub(crate) heals: bool,
     pub(crate) sync_batch_norm: bool,
     pub(crate) shard_optimizer: bool,
+    pub(crate) overlap: Overlap,
     pub(crate) virtual_shards: Option<usize>,
     /// Of each worker.
     pub(crate) gpus: f64,
@@ -66,6 +68,7 @@ pub struct WorkerContext<'a> {
     pub(crate) setup: Setup,
     device: Device,
     pub(crate) meter: Meter,
+    pub(crate) early_sums: Option<EarlySums>,
     /// A checkpoint within the epoch waits for the one before it to be written.
     is_due: bool,
 }
@@ -103,7 +106,12 @@ impl<'a> WorkerContext<'a> {
 
     fn new(place: Place<'a>, collective: Arc<dyn Collective>, setup: Setup) -> Self {
         let (device, meter) = (Device::Cpu, Meter::default());
-        Self { place, collective, setup, device, meter, is_due: false }
+        // Of these, each has sums of its own within the pass, or sums another thing.
+        let in_turns =
+            setup.sync_batch_norm || setup.shard_optimizer || setup.virtual_shards.is_some();
+        let overlap = if in_turns { Overlap::Never } else { setup.overlap };
+        let early_sums = EarlySums::new(&collective, overlap);
+        Self { place, collective, setup, device, meter, early_sums, is_due: false }
     }
 
     /// This worker's share of a stream.

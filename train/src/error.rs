@@ -79,6 +79,14 @@ pub enum Error {
         /// The parameters.
         names: Vec<String>,
     },
+    /// A gradient was added to after it had been sent to the other ranks.
+    #[error(
+        "the backward pass of this step came to {parameter:?} more often than that of the first step, when its gradient had been sent to the other ranks: a model that changes from step to step needs `Overlap::Never`"
+    )]
+    LateGradient {
+        /// Whose.
+        parameter: String,
+    },
     /// A checkpoint within an epoch, of which it is not known where it stands.
     #[error(
         "a checkpoint within an epoch needs batches that know where their stream stands: open it with `context.batches`"

@@ -4,6 +4,7 @@
 use crate::buffers::{BufferSums, Buffers};
 use crate::collective::ReduceOp;
 use crate::optim::add;
+use crate::overlap::EarlySums;
 use crate::sync::BatchSum;
 use crate::{Error, Result, TrainState, WorkerContext};
 use candle_core::{DType, Tensor};
@@ -114,10 +115,12 @@ impl WorkerContext<'_> {
             true => Some(Buffers::of(state.model.params())?),
             false => None,
         };
+        let mut early = self.early_sums.take();
         match self.setup.virtual_shards {
-            None => self.add_batches(state, &passes, &shards[0], &mut loss)?,
+            None => self.add_batches(state, &passes, &shards[0], early.as_mut(), &mut loss)?,
             Some(_) => self.add_shards(state, &passes, &shards, &mut loss)?,
         }
+        self.early_sums = early;
         let position = batches.last().and_then(Batch::position).cloned();
         let loss = self.finish_step(state, passes.global_rows, before.as_ref())?;
         state.count_step(position);
@@ -155,12 +158,17 @@ impl WorkerContext<'_> {
         state: &mut TrainState,
         passes: &Passes,
         parts: &[Part],
+        mut early: Option<&mut EarlySums>,
         loss: &mut LossFn<'_>,
     ) -> Result<()> {
         let TrainState { model, gradients, .. } = state;
         start(gradients, parts);
-        for part in parts {
+        for (at, part) in parts.iter().enumerate() {
             let rows = part.batch.rows();
+            let mut early = early.as_mut().filter(|_| at + 1 == parts.len());
+            if let Some(early) = &mut early {
+                early.begin(gradients);
+            }
             match self.sync(rows)? {
                 None if rows == 0 => {}
                 None => passes.add(model, gradients, part, None, loss)?,
@@ -170,6 +178,9 @@ impl WorkerContext<'_> {
                     sum.first_error().map_or(added, Err)?;
                     sum.end()?;
                 }
+            }
+            if let Some(early) = early {
+                early.finish(gradients)?;
             }
             if self.shard().world > 1 {
                 let sums = BufferSums::of(model.params(), rows)?;
@@ -201,6 +212,19 @@ impl WorkerContext<'_> {
         wanted.then(|| Ok(Arc::new(BatchSum::begin(&self.collective, rows)?))).transpose()
     }
 
+    /// Sums gradients, loss and weight over all ranks, as far as that is not done.
+    fn reduce(&self, state: &mut TrainState) -> Result<()> {
+        let len = state.gradients.values().len();
+        match (state.updater.shared(), &self.early_sums) {
+            (Some(share), _) => share.reduce(&mut state.gradients),
+            (None, early) => {
+                let done = if early.is_some() { len } else { 0 };
+                let rest = &mut state.gradients.as_reduced_mut()[done..];
+                self.collective.all_reduce(rest, ReduceOp::Sum)
+            }
+        }
+    }
+
     /// What all ranks do alike once each has the gradients of its rows.
     fn finish_step(
         &mut self,
@@ -208,10 +232,7 @@ impl WorkerContext<'_> {
         global_rows: usize,
         before: Option<&Buffers>,
     ) -> Result<f64> {
-        match state.updater.shared() {
-            None => self.collective.all_reduce(state.gradients.as_reduced_mut(), ReduceOp::Sum)?,
-            Some(share) => share.reduce(&mut state.gradients)?,
-        }
+        self.reduce(state)?;
         let rescale = rescale(&state.gradients, global_rows);
         // After the sum all ranks hold the same bits, so all come to the same conclusion.
         let loss = f64::from(state.gradients.loss() * rescale);
@@ -340,6 +361,8 @@ impl Passes {
 
 /// Has the first pass overwrite them, where there is one: cheaper than zeros.
 fn start(gradients: &mut Gradients, parts: &[Part]) {
+    // That of a step that has failed.
+    gradients.set_listener(None);
     match parts.first() {
         Some(part) if part.batch.rows() > 0 => gradients.start(),
         _ => gradients.clear(),

@@ -4,6 +4,7 @@ use crate::collective::{self, Transport};
 use crate::context::Setup;
 use crate::keeper;
 use crate::optim::Mode;
+use crate::overlap::Overlap;
 use crate::report::{EpochReport, Progress, Resumed, WorkerReport};
 use crate::saver::remove_parts;
 use crate::{Error, Result};
@@ -47,6 +48,10 @@ pub struct ScalingConfig {
     /// their statistics over a shard. The computation of a worker is that of smaller batches, and costs what
     /// these do. Default: no.
     pub virtual_shards: Option<usize>,
+    /// Whether gradients are summed while the backward pass still computes. Not with `sync_batch_norm`,
+    /// `shard_optimizer` or `virtual_shards`, where all are summed after it. Default:
+    /// [`Overlap::Auto`], between machines.
+    pub overlap: Overlap,
     /// How workers reach each other. Default: by the fastest way that there is.
     pub transport: Transport,
     /// How long a worker waits in a step for the others before it gives up and says who is late.
@@ -64,6 +69,7 @@ impl Default for ScalingConfig {
             sync_batch_norm: false,
             shard_optimizer: false,
             virtual_shards: None,
+            overlap: Overlap::default(),
             transport: Transport::Auto,
             timeout: collective::default_timeout(),
         }
@@ -347,6 +353,7 @@ impl<T> Trainer<T> {
             shard_optimizer: self.scaling.shard_optimizer,
             virtual_shards: self.scaling.virtual_shards,
             gpus: self.scaling.resources_per_worker.gpus,
+            overlap: self.scaling.overlap,
             transport: self.scaling.transport,
             timeout: self.scaling.timeout,
             hosts: None,

@@ -97,3 +97,35 @@ fn values_that_are_no_numbers_are_found() {
         assert_eq!(gradients.first_non_finite(), Some("w"));
     }
 }
+
+/// Whoever listens sees each gradient when it is written, the last layer's first.
+#[test]
+fn gradients_are_heard_of_when_they_are_written() {
+    let params = Params::new(1, &CPU);
+    let layers = ["a", "b"].map(|name| Linear::new(&params.scope(name), 2, 2).expect(name));
+    let x = normal_f32("x", &[3, 2]);
+    let forward = |x: &Tensor, at: usize| layers[at].forward(x, &Pass::train(1, 2)).expect("y");
+    let mut gradients = Gradients::zeros(&params);
+    let heard = std::sync::Arc::new(std::sync::Mutex::new(Vec::new()));
+    let log = std::sync::Arc::clone(&heard);
+    gradients.set_listener(Some(Box::new(move |place, values| {
+        log.lock().expect("lock").push((place, values.to_vec()));
+    })));
+    gradients.backward(&loss(&forward(&forward(&x, 0), 1)), 1.0).expect("backward");
+    let take = || std::mem::take(&mut *heard.lock().expect("lock"));
+    let once = take();
+    let order: Vec<_> =
+        once.iter().map(|(place, _)| gradients.places()[*place].0.as_str()).collect();
+    assert!(order[..2].iter().all(|name| name.starts_with("b.")), "{order:?}");
+    assert!(order[2..].iter().all(|name| name.starts_with("a.")), "{order:?}");
+    assert_eq!(order.len(), 4);
+    for (place, values) in &once {
+        assert_eq!(*values, gradients.values()[gradients.places()[*place].1.clone()]);
+    }
+    // A layer that is used twice is heard of twice.
+    gradients.backward(&loss(&forward(&forward(&x, 0), 0)), 1.0).expect("backward");
+    assert_eq!(take().iter().filter(|(place, _)| *place == 0).count(), 2);
+    gradients.set_listener(None);
+    gradients.backward(&loss(&forward(&x, 0)), 1.0).expect("backward");
+    assert!(take().is_empty());
+}

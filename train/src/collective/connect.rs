@@ -40,10 +40,11 @@ pub(crate) fn connect(
     let mut meeting = Meeting::hold(member, transport, in_tree, hosts)?;
     let local = meeting.shared_memory(member, timeout)?;
     let collective: Arc<dyn Collective> = match (meeting.leaders.len(), local) {
-        (1, Some(memory)) => Arc::new(Connected::new(shard, memory)),
+        (1, Some(memory)) => Arc::new(Connected::new(shard, memory, false)),
         (_, local) => {
             let far = meeting.links(member, in_tree, timeout)?;
-            Arc::new(Connected::new(shard, Ways { shard, hosts: meeting.hosts, local, far }))
+            let ways = Ways { shard, hosts: meeting.hosts, local, far };
+            Arc::new(Connected::new(shard, ways, true))
         }
     };
     // Who leaves before others have opened what it has made would take that along.

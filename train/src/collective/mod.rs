@@ -50,6 +50,11 @@ pub trait Collective: std::fmt::Debug + Send + Sync {
     /// Reduces the parts of the values to the ranks they belong to, or takes them as they are, and
     /// then gives them to all ranks, or leaves them.
     fn exchange(&self, values: Values<'_>, exchange: &Exchange) -> Result<()>;
+
+    /// Whether ranks are on several hosts, so that an exchange takes long and no processor of this one.
+    fn is_between_hosts(&self) -> bool {
+        false
+    }
 }
 
 /// One operation.
@@ -223,6 +228,7 @@ struct Connected<W> {
     shard: Shard,
     /// Locked by nobody but the one thread of this rank that takes part.
     state: Mutex<State<W>>,
+    is_between_hosts: bool,
 }
 
 #[derive(Debug)]
@@ -239,14 +245,18 @@ trait Way: std::fmt::Debug + Send {
 }
 
 impl<W: Way> Connected<W> {
-    fn new(shard: Shard, way: W) -> Self {
-        Self { shard, state: Mutex::new(State { way, broken: None }) }
+    fn new(shard: Shard, way: W, is_between_hosts: bool) -> Self {
+        Self { shard, state: Mutex::new(State { way, broken: None }), is_between_hosts }
     }
 }
 
 impl<W: Way> Collective for Connected<W> {
     fn shard(&self) -> Shard {
         self.shard
+    }
+
+    fn is_between_hosts(&self) -> bool {
+        self.is_between_hosts
     }
 
     fn exchange(&self, values: Values<'_>, exchange: &Exchange) -> Result<()> {

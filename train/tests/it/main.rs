@@ -11,6 +11,7 @@ mod hosts;
 mod loss_scale;
 mod models;
 mod optim;
+mod overlap;
 mod precision;
 mod pytorch;
 mod shards;
@@ -40,6 +41,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         loss_scale::TESTS,
         models::TESTS,
         optim::TESTS,
+        overlap::TESTS,
         precision::TESTS,
         pytorch::TESTS,
         shards::TESTS,

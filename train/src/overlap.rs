@@ -1,0 +1,450 @@
+//! Sums over the ranks that begin while the backward pass still computes.
+//!
+//! As in Li et al., *PyTorch Distributed* (2020, arXiv 2006.15704): gradients travel in buckets, in the
+//! order in which the pass comes to the parameters, and a thread sums one after the other. Here that order is
+//! seen in the first step of rank 0, and holds for all; also for the sums of that step, so that a
+//! training that goes on from a checkpoint adds up in the same order.
+
+use crate::collective::{Collective, ReduceOp};
+use crate::{Error, Result};
+use mobula_nn::Gradients;
+use serde::{Deserialize, Serialize};
+use std::ops::Range;
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+/// Whether gradients are summed over the workers while the backward pass still computes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Overlap {
+    /// Where workers are on several machines, in buckets of 25 MiB. Within one machine there is little
+    /// to wait for that computing could hide.
+    #[default]
+    Auto,
+    /// In one piece, after the pass.
+    Never,
+    /// In buckets of at most so many bytes, the first of at most 1 MiB, so that the sums begin early.
+    Buckets {
+        /// Of gradients; those of one parameter stay together.
+        bytes: usize,
+    },
+}
+
+/// PyTorch's.
+const DEFAULT: usize = 25 << 20;
+const FIRST: usize = 1 << 20;
+
+impl Overlap {
+    /// Bytes of a bucket, if there are any.
+    fn bytes(self, is_between_hosts: bool) -> Option<usize> {
+        match self {
+            Self::Auto => is_between_hosts.then_some(DEFAULT),
+            Self::Never => None,
+            Self::Buckets { bytes } => Some(bytes),
+        }
+    }
+}
+
+/// Which parameters travel together, by their places among the gradients.
+#[derive(Clone, Debug, PartialEq)]
+struct Plan {
+    buckets: Vec<Vec<usize>>,
+}
+
+impl Plan {
+    /// In this order, of gradients that are so long.
+    fn of(order: &[usize], lens: &[usize], bytes: usize) -> Self {
+        let (mut buckets, mut room) = (Vec::<Vec<usize>>::new(), 0);
+        for place in order {
+            let need = lens[*place] * size_of::<f32>();
+            match buckets.last_mut() {
+                Some(bucket) if need <= room => bucket.push(*place),
+                _ => {
+                    room = if buckets.is_empty() { bytes.min(FIRST) } else { bytes };
+                    buckets.push(vec![*place]);
+                }
+            }
+            room = room.saturating_sub(need);
+        }
+        Self { buckets }
+    }
+}
+
+/// A pass that fills buckets: which gradients are final, and which buckets are full.
+#[derive(Debug)]
+struct Filling {
+    /// Of each place: its bucket, and where in it.
+    spots: Vec<(usize, Range<usize>)>,
+    /// Of each place: how often it is still to be written; 0 where that is not known.
+    left: Vec<u32>,
+    is_final: Vec<bool>,
+    /// Of each bucket: places that are not final.
+    open: Vec<usize>,
+    /// The next bucket to be sent.
+    next: usize,
+    /// A place that was written once more when its bucket had been sent.
+    late: Option<usize>,
+    buckets: Vec<Vec<f32>>,
+}
+
+impl Filling {
+    fn of(plan: &Plan, lens: &[usize], writes: Vec<u32>, mut buckets: Vec<Vec<f32>>) -> Self {
+        let mut spots = vec![(0, 0..0); lens.len()];
+        buckets.resize_with(plan.buckets.len(), Vec::new);
+        for (at, (places, bucket)) in plan.buckets.iter().zip(&mut buckets).enumerate() {
+            let mut end = 0;
+            for place in places {
+                spots[*place] = (at, end..end + lens[*place]);
+                end += lens[*place];
+            }
+            bucket.resize(end, 0.0);
+        }
+        let (is_final, open) =
+            (vec![false; lens.len()], plan.buckets.iter().map(Vec::len).collect());
+        Self { spots, left: writes, is_final, open, next: 0, late: None, buckets }
+    }
+
+    /// A place was written, and holds these values. Gives the buckets that are full now.
+    fn written(&mut self, place: usize, values: &[f32]) -> Vec<(usize, Vec<f32>)> {
+        if self.spots[place].0 < self.next {
+            self.late.get_or_insert(place);
+        }
+        let is_last = self.left[place] == 1;
+        self.left[place] = self.left[place].saturating_sub(1);
+        match is_last || self.is_final[place] {
+            true => self.put(place, values),
+            false => Vec::new(),
+        }
+    }
+
+    /// The pass is over: all that is left, of all values.
+    fn rest(&mut self, places: &[Range<usize>], values: &[f32]) -> Vec<(usize, Vec<f32>)> {
+        let left = (0..places.len()).filter(|place| !self.is_final[*place]).collect::<Vec<_>>();
+        left.into_iter().flat_map(|at| self.put(at, &values[places[at].clone()])).collect()
+    }
+
+    fn put(&mut self, place: usize, values: &[f32]) -> Vec<(usize, Vec<f32>)> {
+        let (bucket, spot) = self.spots[place].clone();
+        if bucket < self.next {
+            return Vec::new();
+        }
+        self.buckets[bucket][spot].copy_from_slice(values);
+        if !std::mem::replace(&mut self.is_final[place], true) {
+            self.open[bucket] -= 1;
+        }
+        let first = self.next;
+        while self.open.get(self.next) == Some(&0) {
+            self.next += 1;
+        }
+        (first..self.next).map(|at| (at, std::mem::take(&mut self.buckets[at]))).collect()
+    }
+}
+
+/// Which sums begin early, of one model.
+pub(crate) struct EarlySums {
+    collective: Arc<dyn Collective>,
+    bytes: usize,
+    /// Of the gradients, by place.
+    lens: Vec<usize>,
+    /// How often a pass of this rank writes each place, once there was one.
+    writes: Option<Vec<u32>>,
+    lane: Option<Lane>,
+    pass: Arc<Mutex<Pass>>,
+}
+
+/// What a pass tells of itself.
+#[derive(Debug, Default)]
+struct Pass {
+    /// Places, as they were written.
+    log: Vec<usize>,
+    filling: Option<Filling>,
+}
+
+/// The thread that sums one bucket after the other.
+struct Lane {
+    plan: Plan,
+    full: SyncSender<(usize, Vec<f32>)>,
+    summed: Receiver<(usize, Vec<f32>, Result<()>)>,
+    /// The memory of the step before.
+    spare: Vec<Vec<f32>>,
+}
+
+impl EarlySums {
+    pub(crate) fn new(collective: &Arc<dyn Collective>, overlap: Overlap) -> Option<Self> {
+        let bytes = overlap.bytes(collective.is_between_hosts())?;
+        if collective.shard().world == 1 {
+            return None;
+        }
+        let (lens, pass) = (Vec::new(), Arc::default());
+        let collective = Arc::clone(collective);
+        Some(Self { collective, bytes, lens, writes: None, lane: None, pass })
+    }
+
+    /// The last pass of a step begins.
+    pub(crate) fn begin(&mut self, gradients: &mut Gradients) {
+        let lens: Vec<_> = gradients.places().iter().map(|(_, range)| range.len()).collect();
+        if lens != self.lens {
+            (self.lens, self.writes, self.lane) = (lens, None, None);
+        }
+        let full = self.lane.as_ref().map(|lane| lane.full.clone());
+        let filling = self.lane.as_mut().map(|lane| lane.filling(&self.lens, &self.writes));
+        *lock(&self.pass) = Pass { log: Vec::new(), filling };
+        let pass = Arc::clone(&self.pass);
+        gradients.set_listener(Some(Box::new(move |place, values| {
+            let mut pass = lock(&pass);
+            pass.log.push(place);
+            let ready = pass.filling.as_mut().map(|filling| filling.written(place, values));
+            for bucket in ready.into_iter().flatten() {
+                // Whether the thread is there will be seen at the end.
+                let _ = full.as_ref().map(|full| full.send(bucket));
+            }
+        })));
+    }
+
+    /// It is over: sends what is left, and puts the sums in the place of the gradients.
+    pub(crate) fn finish(&mut self, gradients: &mut Gradients) -> Result<()> {
+        gradients.set_listener(None);
+        let Pass { log, filling } = std::mem::take(&mut *lock(&self.pass));
+        if self.writes.is_none() && !log.is_empty() {
+            self.writes = Some(counts(&log, self.lens.len()));
+        }
+        let lane = match self.lane.take() {
+            Some(lane) => lane,
+            None => Lane::start(self.plan(&log)?, &self.collective)?,
+        };
+        let lane = self.lane.insert(lane);
+        let mut filling = filling.unwrap_or_else(|| lane.filling(&self.lens, &None));
+        let places: Vec<_> = gradients.places().iter().map(|(_, range)| range.clone()).collect();
+        let rest = filling.rest(&places, gradients.values());
+        if let Some(late) = filling.late {
+            return Err(Error::LateGradient { parameter: gradients.places()[late].0.clone() });
+        }
+        rest.into_iter().try_for_each(|bucket| lane.full.send(bucket)).map_err(|_| gone())?;
+        lane.take(&places, gradients.values_mut())
+    }
+
+    /// All ranks have that of rank 0.
+    fn plan(&self, log: &[usize]) -> Result<Plan> {
+        let mut order: Vec<f64> = last_first(log, self.lens.len()).map(|at| at as f64).collect();
+        self.collective.broadcast(&mut order, 0)?;
+        let order: Vec<_> = order.into_iter().map(|at| at as usize).collect();
+        Ok(Plan::of(&order, &self.lens, self.bytes))
+    }
+}
+
+impl Lane {
+    fn start(plan: Plan, collective: &Arc<dyn Collective>) -> Result<Self> {
+        let (full, to_sum) = sync_channel::<(usize, Vec<f32>)>(plan.buckets.len());
+        let (sums, summed) = sync_channel(plan.buckets.len());
+        let collective = Arc::clone(collective);
+        let sum = move || {
+            while let Ok((at, mut bucket)) = to_sum.recv() {
+                let done = collective.all_reduce(&mut bucket, ReduceOp::Sum);
+                if sums.send((at, bucket, done)).is_err() {
+                    return;
+                }
+            }
+        };
+        // It ends with the lane.
+        std::thread::Builder::new()
+            .name("gradients".to_owned())
+            .spawn(sum)
+            .map_err(Error::program)?;
+        Ok(Self { plan, full, summed, spare: Vec::new() })
+    }
+
+    fn filling(&mut self, lens: &[usize], writes: &Option<Vec<u32>>) -> Filling {
+        let writes = writes.clone().unwrap_or_else(|| vec![0; lens.len()]);
+        Filling::of(&self.plan, lens, writes, std::mem::take(&mut self.spare))
+    }
+
+    /// Waits for all sums.
+    fn take(&mut self, places: &[Range<usize>], values: &mut [f32]) -> Result<()> {
+        self.spare.resize_with(self.plan.buckets.len(), Vec::new);
+        for _ in 0..self.plan.buckets.len() {
+            let (at, bucket, done) = self.summed.recv().map_err(|_| gone())?;
+            done?;
+            let mut rest = bucket.as_slice();
+            for place in &self.plan.buckets[at] {
+                let (sums, others) = rest.split_at(places[*place].len());
+                values[places[*place].clone()].copy_from_slice(sums);
+                rest = others;
+            }
+            self.spare[at] = bucket;
+        }
+        Ok(())
+    }
+}
+
+fn gone() -> Error {
+    Error::program("the thread that sums gradients has ended")
+}
+
+fn lock(pass: &Mutex<Pass>) -> MutexGuard<'_, Pass> {
+    pass.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn counts(log: &[usize], places: usize) -> Vec<u32> {
+    let mut counts = vec![0; places];
+    log.iter().for_each(|place| counts[*place] += 1);
+    counts
+}
+
+/// Places in the order in which they became final; behind them those that were not written.
+fn last_first(log: &[usize], places: usize) -> impl Iterator<Item = usize> {
+    let mut last = vec![usize::MAX; places];
+    log.iter().enumerate().for_each(|(at, place)| last[*place] = at);
+    let mut order: Vec<_> = (0..places).collect();
+    order.sort_by_key(|place| last[*place]);
+    order.into_iter()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_core::{CpuStorage, CustomOp1, DType, Device, Layout, Shape, Tensor};
+    use mobula_nn::{Module, Params, layers::Linear};
+    use proptest::prelude::*;
+
+    proptest! {
+        /// Whatever is written how often, and in which order: every gradient travels once, in the buckets'
+        /// order, with what it was at the end of the pass, unless it is said to be late.
+        #[test]
+        fn each_gradient_travels_once(
+            lens in prop::collection::vec(0usize..40, 1..12),
+            bytes in 1usize..300,
+            before in prop::collection::vec(0usize..12, 0..30),
+            now in prop::collection::vec(0usize..12, 0..30),
+            same in any::<bool>(),
+        ) {
+            let places = lens.len();
+            let within = |log: Vec<usize>| log.into_iter().map(|at| at % places).collect::<Vec<_>>();
+            let before = within(before);
+            let now = if same { before.clone() } else { within(now) };
+            let order: Vec<_> = last_first(&before, places).collect();
+            let plan = Plan::of(&order, &lens, bytes);
+            let mut travel = plan.buckets.concat();
+            for (at, bucket) in plan.buckets.iter().enumerate() {
+                let size = bucket.iter().map(|place| lens[*place] * 4).sum::<usize>();
+                let most = if at == 0 { bytes.min(FIRST) } else { bytes };
+                prop_assert!(size <= most || bucket.iter().filter(|p| lens[**p] > 0).count() == 1);
+            }
+            travel.sort_unstable();
+            prop_assert!(travel.into_iter().eq(0..places));
+
+            let mut ends = 0;
+            let ranges: Vec<_> = lens.iter().map(|len| { ends += len; ends - len..ends }).collect();
+            let mut values = vec![0f32; ends];
+            let mut filling = Filling::of(&plan, &lens, counts(&before, places), Vec::new());
+            let mut sent = Vec::new();
+            for place in &now {
+                values[ranges[*place].clone()].iter_mut().for_each(|value| *value += 1.0);
+                sent.extend(filling.written(*place, &values[ranges[*place].clone()]));
+            }
+            sent.extend(filling.rest(&ranges, &values));
+            prop_assert!(sent.iter().map(|(at, _)| *at).eq(0..plan.buckets.len()));
+            prop_assert!(!same || filling.late.is_none());
+            for (at, bucket) in sent {
+                let expected = plan.buckets[at].iter().flat_map(|p| &values[ranges[*p].clone()]);
+                let is_same = bucket.iter().eq(expected);
+                prop_assert!(is_same || filling.late.is_some());
+            }
+        }
+    }
+
+    /// A rank of two, whose other one has zeros. Knows how many sums there were.
+    #[derive(Debug, Default)]
+    struct Recorder(Mutex<usize>, std::sync::Condvar);
+
+    impl Collective for Recorder {
+        fn shard(&self) -> mobula_core::Shard {
+            mobula_core::Shard { rank: 0, world: 2 }
+        }
+
+        fn exchange(
+            &self,
+            _: crate::collective::Values<'_>,
+            _: &crate::collective::Exchange,
+        ) -> Result<()> {
+            *self.0.lock().expect("lock") += 1;
+            self.1.notify_all();
+            Ok(())
+        }
+    }
+
+    /// An operation between two layers whose backward pass goes on when there were so many sums.
+    struct UntilSummed(Arc<Recorder>, Arc<Mutex<usize>>);
+
+    impl CustomOp1 for UntilSummed {
+        fn name(&self) -> &'static str {
+            "until-summed"
+        }
+
+        fn cpu_fwd(
+            &self,
+            storage: &CpuStorage,
+            layout: &Layout,
+        ) -> candle_core::Result<(CpuStorage, Shape)> {
+            Ok((storage.clone(), layout.shape().clone()))
+        }
+
+        fn bwd(
+            &self,
+            _: &Tensor,
+            _: &Tensor,
+            grad: &Tensor,
+        ) -> candle_core::Result<Option<Tensor>> {
+            let wanted = *self.1.lock().expect("lock");
+            let sums = self.0.0.lock().expect("lock");
+            let long = std::time::Duration::from_secs(60);
+            let waited = self.0.1.wait_timeout_while(sums, long, |sums| *sums < wanted);
+            assert!(!waited.expect("lock").1.timed_out(), "no sum before the pass is over");
+            Ok(Some(grad.clone()))
+        }
+    }
+
+    /// The second layer's gradients are summed before the first layer's are known.
+    #[test]
+    fn sums_begin_before_the_pass_is_over() {
+        let params = Params::new(7, &Device::Cpu);
+        let layers = ["fc1", "fc2"].map(|name| Linear::new(&params.scope(name), 4, 4).expect(name));
+        let x = Tensor::ones((2, 4), DType::F32, &Device::Cpu).expect("x");
+        let recorder = Arc::new(Recorder::default());
+        let wanted = Arc::new(Mutex::new(0));
+        let collective: Arc<dyn Collective> = recorder.clone();
+        let mut sums = EarlySums::new(&collective, Overlap::Buckets { bytes: 1 }).expect("sums");
+        let mut gradients = Gradients::zeros(&params);
+        let mut step = || {
+            sums.begin(&mut gradients);
+            let y = layers[0].forward(&x, &Default::default()).expect("forward");
+            let wait = UntilSummed(Arc::clone(&recorder), Arc::clone(&wanted));
+            let y = y.apply_op1(wait).expect("wait");
+            let y = layers[1].forward(&y, &Default::default()).expect("forward");
+            gradients.backward(&y.sum_all().expect("sum"), 1.0).expect("backward");
+            sums.finish(&mut gradients).expect("finish");
+            gradients.values().to_vec()
+        };
+        let first = step();
+        // An order of parameters, and a bucket each.
+        assert_eq!(*recorder.0.lock().expect("lock"), 5);
+        *wanted.lock().expect("lock") = 5 + 2;
+        assert_eq!(step(), first);
+        assert_eq!(*recorder.0.lock().expect("lock"), 9);
+    }
+
+    #[test]
+    fn the_first_bucket_is_small_and_full_ones_go_at_once() {
+        let lens = [300_000, 10, 10, 2_000_000, 5];
+        let plan = Plan::of(&[4, 2, 1, 0, 3], &lens, DEFAULT);
+        assert_eq!(plan.buckets, [vec![4, 2, 1], vec![0, 3]]);
+        let mut filling = Filling::of(&plan, &lens, vec![1, 2, 1, 1, 1], Vec::new());
+        assert!(filling.written(4, &[1.0; 5]).is_empty());
+        assert!(filling.written(2, &[2.0; 10]).is_empty());
+        assert!(filling.written(1, &[3.0; 10]).is_empty(), "once more to come");
+        let sent = filling.written(1, &[4.0; 10]);
+        assert_eq!(sent.len(), 1);
+        assert_eq!(sent[0].1, [vec![1.0; 5], vec![2.0; 10], vec![4.0; 10]].concat());
+        filling.written(2, &[9.0; 10]);
+        assert_eq!(filling.late, Some(2));
+    }
+}
