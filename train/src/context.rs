@@ -3,6 +3,7 @@
 
 use crate::collective::{self, Alone, Collective, Element, ReduceOp, Transport};
 use crate::keeper::Keeper;
+use crate::outer::LocalSgd;
 use crate::overlap::{EarlySums, Overlap};
 use crate::report::{EpochReport, Meter, Resumed, WorkerReport};
 use crate::share::Share;
@@ -39,6 +40,7 @@ pub(crate) struct Setup {
     pub(crate) sync_batch_norm: bool,
     pub(crate) shard_optimizer: bool,
     pub(crate) overlap: Overlap,
+    pub(crate) local_sgd: Option<LocalSgd>,
     pub(crate) virtual_shards: Option<usize>,
     /// Of each worker.
     pub(crate) gpus: f64,
@@ -107,8 +109,10 @@ impl<'a> WorkerContext<'a> {
     fn new(place: Place<'a>, collective: Arc<dyn Collective>, setup: Setup) -> Self {
         let (device, meter) = (Device::Cpu, Meter::default());
         // Of these, each has sums of its own within the pass, or sums another thing.
-        let in_turns =
-            setup.sync_batch_norm || setup.shard_optimizer || setup.virtual_shards.is_some();
+        let in_turns = setup.sync_batch_norm
+            || setup.shard_optimizer
+            || setup.virtual_shards.is_some()
+            || setup.local_sgd.is_some();
         let overlap = if in_turns { Overlap::Never } else { setup.overlap };
         let early_sums = EarlySums::new(&collective, overlap);
         Self { place, collective, setup, device, meter, early_sums, is_due: false }
@@ -165,7 +169,7 @@ impl<'a> WorkerContext<'a> {
         state: &mut TrainState,
         stream: &mut dyn BatchStream,
     ) -> Result<bool> {
-        self.share_optimizer(state);
+        self.prepare(state)?;
         let resumed = self.resume(state)?;
         let is_first = self.keeper().is_none_or(|keeper| keeper.is_first_generation());
         if resumed.is_none() && is_first {
@@ -192,12 +196,16 @@ impl<'a> WorkerContext<'a> {
         Ok(is_resumed)
     }
 
-    /// Has each rank keep a part of the optimizer's state, if it is to be so.
-    pub(crate) fn share_optimizer(&self, state: &mut TrainState) {
+    /// Has a state do what the setup asks for, if it does not yet.
+    pub(crate) fn prepare(&self, state: &mut TrainState) -> Result<()> {
         let is_shared = |share: &Share| share.is_with(&self.collective);
         let is_wanted = self.setup.shard_optimizer && self.shard().world > 1;
         if is_wanted && !state.updater.shared().is_some_and(is_shared) {
             state.updater.share(Share::of(&state.gradients, &self.collective));
+        }
+        match &self.setup.local_sgd {
+            Some(options) if state.outer.is_none() => state.add_outer(options),
+            _ => Ok(()),
         }
     }
 
@@ -290,6 +298,7 @@ impl<'a> WorkerContext<'a> {
         metrics: &[(&str, f64)],
         hears: impl FnOnce(&mut TrainState, &EpochReport) -> Result<Flow>,
     ) -> Result<()> {
+        self.synchronise(state)?;
         let metrics = self.epoch_metrics(state, metrics)?;
         let observed = self.plateau_metric(state, &metrics)?;
         let (epoch, epochs, step) = (state.epoch() + 1, state.epochs(), state.step());
@@ -463,7 +472,7 @@ impl<'a> WorkerContext<'a> {
         if self.is_due && every.is_some() && !state.has_position() {
             return Err(Error::NoPosition);
         }
-        if self.is_due && state.has_position() && !self.waits(state)? {
+        if self.is_due && state.has_position() && state.is_synchronised() && !self.waits(state)? {
             self.checkpoint(state)?;
         }
         self.report_progress(state)

@@ -3,6 +3,7 @@
 
 use crate::collective::Collective;
 use crate::optim::{Ema, OptimizerState, optimizer_file};
+use crate::outer::{OUTER, Outer};
 use crate::share::Share;
 use crate::state::{STATE, SavedState, TrainState};
 use crate::tensors::{self, Slice};
@@ -24,6 +25,7 @@ pub(crate) struct Source {
     buffers: Vec<(String, Tensor)>,
     optimizer: Arc<OptimizerState>,
     ema: Option<Arc<Ema>>,
+    outer: Option<Arc<OptimizerState>>,
 }
 
 /// The copy.
@@ -36,6 +38,7 @@ pub(crate) struct Snapshot {
     buffers: Vec<Named>,
     optimizer: OptimizerState,
     ema: Option<Ema>,
+    outer: Option<OptimizerState>,
 }
 
 /// A tensor of a model.
@@ -54,6 +57,8 @@ pub(crate) struct Labels {
     pub(crate) options: serde_json::Value,
     /// The parameters that this rank updates, where others update the rest.
     pub(crate) share: Option<Share>,
+    /// Name and options of an outer optimizer.
+    outer: Option<(String, serde_json::Value)>,
 }
 
 impl Labels {
@@ -61,7 +66,9 @@ impl Labels {
         let optimizer = state.updater.optimizer();
         let (spec, options) = (state.model.spec().clone(), optimizer.options());
         let share = state.updater.shared().cloned();
-        Self { spec, optimizer: optimizer.name().to_owned(), options, share }
+        let outer = state.outer.as_ref().map(Outer::optimizer);
+        let outer = outer.map(|outer| (outer.name().to_owned(), outer.options()));
+        Self { spec, optimizer: optimizer.name().to_owned(), options, share, outer }
     }
 }
 
@@ -75,6 +82,7 @@ impl Source {
             buffers: params.buffers().into_iter().map(copy).collect::<Result<_>>()?,
             optimizer: state.updater.shared_state(params)?,
             ema: state.updater.shared_ema(),
+            outer: state.outer.as_ref().map(Outer::state),
             params: Some(params.clone()),
         })
     }
@@ -88,6 +96,7 @@ impl Source {
             buffers: Vec::new(),
             optimizer: state.updater.shared_state(state.model.params())?,
             ema: None,
+            outer: None,
         })
     }
 
@@ -109,6 +118,10 @@ impl Source {
         }
         into.optimizer.copy_from(&self.optimizer);
         match (&mut into.ema, self.ema) {
+            (Some(to), Some(from)) => to.copy_from(&from),
+            (to, from) => *to = from.map(|from| (*from).clone()),
+        }
+        match (&mut into.outer, self.outer) {
             (Some(to), Some(from)) => to.copy_from(&from),
             (to, from) => *to = from.map(|from| (*from).clone()),
         }
@@ -151,7 +164,7 @@ impl Snapshot {
     }
 
     /// Writes `model.safetensors`, `model.json`, `optimizer.safetensors`, `state.json`, and
-    /// `ema.safetensors` where averages are kept; but not what is a part of an optimizer's state.
+    /// `ema.safetensors` and `outer.safetensors` where there are such things; but not what is a part of an optimizer's state.
     pub(crate) fn write(&self, dir: &Path, labels: &Labels) -> Result<()> {
         let buffers = || self.buffers.iter().map(Named::slice);
         let weights = || self.weights.iter().map(Named::slice);
@@ -162,6 +175,9 @@ impl Snapshot {
         }
         if let Some(ema) = &self.ema {
             ema.write(weights().collect(), buffers().collect(), &dir.join(crate::optim::EMA))?;
+        }
+        if let (Some(outer), Some((name, options))) = (&self.outer, &labels.outer) {
+            outer.write(0..outer.params.len(), name, options, &dir.join(OUTER))?;
         }
         json(&dir.join(STATE), &self.saved)
     }

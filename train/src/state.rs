@@ -1,6 +1,7 @@
 //! What a training run carries from step to step, and its checkpoint.
 
 use crate::optim::{LossScale, SavedUpdater, Updater, scale};
+use crate::outer::Outer;
 use crate::share::Share;
 use crate::{Error, Result};
 use candle_core::Device;
@@ -24,6 +25,8 @@ pub struct TrainState {
     pub(crate) gradients: Gradients,
     /// For the sums of virtual shards.
     pub(crate) spare: Vec<Gradients>,
+    /// Where ranks take steps of their own.
+    pub(crate) outer: Option<Outer>,
     pub(crate) tally: EpochTally,
     /// Where the stream of training batches stands, if that is known.
     position: Option<StreamState>,
@@ -138,6 +141,7 @@ impl TrainState {
             updater,
             gradients,
             spare: Vec::new(),
+            outer: None,
             tally: EpochTally::default(),
             position: None,
             metrics: BTreeMap::new(),
@@ -234,8 +238,9 @@ impl TrainState {
         self.seed
     }
 
-    /// The gradients of the last step, divided by the scale of the loss. Not those of an optimizer whose
-    /// state is divided among the ranks: there, their memory holds something else by now.
+    /// The gradients of the last step, divided by the scale of the loss. Not where the optimizer's state is
+    /// divided among the ranks, or these have met after steps of their own: there, their memory holds
+    /// something else by now.
     pub fn gradients(&self) -> &Gradients {
         &self.gradients
     }
@@ -331,6 +336,7 @@ impl TrainState {
         let saved: SavedState = from.json(STATE)?;
         self.model.params().load(from.file(Model::WEIGHTS_FILE))?;
         self.updater.load(self.model.params(), from.path(), &saved.updater)?;
+        self.outer.as_mut().map_or(Ok(()), |outer| outer.load(from.path()))?;
         self.resume(&saved, false);
         Ok(())
     }

@@ -71,7 +71,8 @@ impl WorkerContext<'_> {
     /// this rank, with its rows, and not for none. Buffers, such as the running statistics of a batch
     /// norm, become the means of what the ranks have, weighted by their rows. With a
     /// [`LossScale`](crate::optim::LossScale) a step whose gradients overflow counts as a step and
-    /// leaves weights and optimizer as they are.
+    /// leaves weights and optimizer as they are. With [`LocalSgd`](crate::LocalSgd) the step is over
+    /// the rows of this rank alone, and gives their mean loss.
     pub fn step<L: Into<Loss>, E: Into<BoxError>>(
         &mut self,
         state: &mut TrainState,
@@ -108,7 +109,7 @@ impl WorkerContext<'_> {
         let mut loss = |model: &Model, pass: &Pass, batch: &Batch| {
             loss(model, pass, batch).map(Into::into).map_err(Error::program)
         };
-        self.share_optimizer(state);
+        self.prepare(state)?;
         let passes = state.passes(batches.iter().map(Batch::global_rows).sum());
         let shards = self.shards(batches, passes.global_rows)?;
         let before = match state.may_skip() {
@@ -124,6 +125,7 @@ impl WorkerContext<'_> {
         let position = batches.last().and_then(Batch::position).cloned();
         let loss = self.finish_step(state, passes.global_rows, before.as_ref())?;
         state.count_step(position);
+        self.synchronise_if_due(state)?;
         hears(state, loss)?;
         self.after_step(state)?;
         Ok(loss)
@@ -182,7 +184,7 @@ impl WorkerContext<'_> {
             if let Some(early) = early {
                 early.finish(gradients)?;
             }
-            if self.shard().world > 1 {
+            if self.shard().world > 1 && self.setup.local_sgd.is_none() {
                 let sums = BufferSums::of(model.params(), rows)?;
                 sums.average(model.params(), self.collective())?;
             }
@@ -214,6 +216,9 @@ impl WorkerContext<'_> {
 
     /// Sums gradients, loss and weight over all ranks, as far as that is not done.
     fn reduce(&self, state: &mut TrainState) -> Result<()> {
+        if state.outer.is_some() {
+            return state.part();
+        }
         let len = state.gradients.values().len();
         match (state.updater.shared(), &self.early_sums) {
             (Some(share), _) => share.reduce(&mut state.gradients),

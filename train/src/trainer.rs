@@ -4,6 +4,7 @@ use crate::collective::{self, Transport};
 use crate::context::Setup;
 use crate::keeper;
 use crate::optim::Mode;
+use crate::outer::LocalSgd;
 use crate::overlap::Overlap;
 use crate::report::{EpochReport, Progress, Resumed, WorkerReport};
 use crate::saver::remove_parts;
@@ -52,6 +53,10 @@ pub struct ScalingConfig {
     /// `shard_optimizer` or `virtual_shards`, where all are summed after it. Default:
     /// [`Overlap::Auto`], between machines.
     pub overlap: Overlap,
+    /// Has workers take steps of their own, over their own rows, and meet now and then: for networks
+    /// that are too slow to meet in each step. Not with any of the options above. A lost worker means
+    /// the newest checkpoint, and checkpoints are taken when workers meet. Default: no.
+    pub local_sgd: Option<LocalSgd>,
     /// How workers reach each other. Default: by the fastest way that there is.
     pub transport: Transport,
     /// How long a worker waits in a step for the others before it gives up and says who is late.
@@ -70,6 +75,7 @@ impl Default for ScalingConfig {
             shard_optimizer: false,
             virtual_shards: None,
             overlap: Overlap::default(),
+            local_sgd: None,
             transport: Transport::Auto,
             timeout: collective::default_timeout(),
         }
@@ -86,7 +92,16 @@ impl ScalingConfig {
         let (workers, invalid) = (self.num_workers, |option, got: String, expected| {
             Err(Error::Option { option, got, expected })
         });
+        let each_step =
+            self.virtual_shards.is_some() || self.sync_batch_norm || self.shard_optimizer;
         match self.virtual_shards {
+            _ if self.local_sgd.as_ref().is_some_and(|local| local.every_steps == 0) => {
+                invalid("local_sgd.every_steps", "0".to_owned(), "at least 1")
+            }
+            _ if self.local_sgd.is_some() && each_step => {
+                let expected = "none with `virtual_shards`, `sync_batch_norm` or `shard_optimizer`, which meet in each step";
+                invalid("local_sgd", "some".to_owned(), expected)
+            }
             _ if workers == 0 => invalid("num_workers", "0".to_owned(), "at least 1"),
             None => self.check_gpus(),
             Some(shards) if !shards.is_power_of_two() || shards < workers => {
@@ -347,6 +362,7 @@ impl<T> Trainer<T> {
             // Those on threads are never lost one by one.
             heals: replaces
                 && !self.scaling.shard_optimizer
+                && self.scaling.local_sgd.is_none()
                 && self.failure.max_failures > 0
                 && self.scaling.placement == Placement::Process,
             sync_batch_norm: self.scaling.sync_batch_norm,
@@ -354,6 +370,7 @@ impl<T> Trainer<T> {
             virtual_shards: self.scaling.virtual_shards,
             gpus: self.scaling.resources_per_worker.gpus,
             overlap: self.scaling.overlap,
+            local_sgd: self.scaling.local_sgd.clone(),
             transport: self.scaling.transport,
             timeout: self.scaling.timeout,
             hosts: None,

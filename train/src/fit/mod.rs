@@ -20,6 +20,8 @@ pub struct TrainLoop<'a> {
     /// Whether the averages of the weights are what is validated.
     of_averages: bool,
     callbacks: Vec<Box<dyn Callback + 'a>>,
+    /// A callback of this rank has enough.
+    stop: bool,
 }
 
 type LossFn<'a> = dyn FnMut(&Model, &Pass, &Batch) -> Result<Loss, BoxError> + 'a;
@@ -46,8 +48,14 @@ impl<'a> TrainLoop<'a> {
         let loss = move |model: &Model, pass: &Pass, batch: &Batch| {
             loss(model, pass, batch).map(Into::into).map_err(Into::into)
         };
-        let (loss, every_steps) = (Box::new(loss), None);
-        Self { loss, validation: None, every_steps, of_averages: false, callbacks: Vec::new() }
+        Self {
+            loss: Box::new(loss),
+            validation: None,
+            every_steps: None,
+            of_averages: false,
+            callbacks: Vec::new(),
+            stop: false,
+        }
     }
 
     /// Validates on one epoch of `stream` after each epoch: the mean over all rows of each of the
@@ -141,7 +149,10 @@ impl<'a> TrainLoop<'a> {
             let metrics = self.validate(context, state)?;
             context.report(state, &named(&metrics))?;
         }
-        match !self.callbacks.is_empty() && context.any(stop)? {
+        // Where ranks take steps of their own, they agree when they meet.
+        self.stop |= stop;
+        let agree = !self.callbacks.is_empty() && state.is_synchronised();
+        match agree && context.any(self.stop)? {
             true => context.stop_here(state),
             false => Ok(()),
         }
@@ -167,6 +178,7 @@ impl<'a> TrainLoop<'a> {
         let Some(Validation { stream, names, totals }) = &mut self.validation else {
             return Ok(Vec::new());
         };
+        context.synchronise(state)?;
         let mut means = |model: &Model| {
             context.means_over(stream.as_mut(), names.len(), |batch| totals(model, batch))
         };

@@ -4,6 +4,7 @@ use super::{
     Clip, Ema, Grouped, LossScale, LossScaleOptions, Optimizer, OptimizerSpec, OptimizerState,
     ParamGroup, Plateau, PlateauOptions, Schedule,
 };
+use crate::collective::{Collective, ReduceOp};
 use crate::saver::Gate;
 use crate::share::Share;
 use crate::{Error, Result};
@@ -233,6 +234,21 @@ impl Updater {
     /// What this rank updates, if others update the rest.
     pub(crate) fn shared(&self) -> Option<&Share> {
         self.share.as_ref()
+    }
+
+    /// Replaces what is remembered by the mean over all ranks.
+    pub(crate) fn average(&mut self, collective: &dyn Collective) -> Result<()> {
+        self.wait_for_copy();
+        let state = self.state.as_mut().map(Arc::make_mut);
+        let slots = state.into_iter().flat_map(|state| &mut state.params);
+        for slot in slots.flat_map(|param| &mut param.slots) {
+            collective.all_reduce(&mut slot.values, ReduceOp::Mean)?;
+        }
+        let averages = self.ema.as_mut().map(Arc::make_mut).into_iter().flat_map(Ema::averages_mut);
+        for values in averages {
+            collective.all_reduce(values, ReduceOp::Mean)?;
+        }
+        Ok(())
     }
 
     /// Holds back what would change the tensors until a copy is made.

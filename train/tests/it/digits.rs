@@ -284,6 +284,7 @@ pub(crate) fn learn_with(
                 }
             })?;
         }
+        context.synchronise(&mut state)?;
         let mut test = context.batches(config)?;
         let (rank, epoch) = (context.shard().rank, state.epoch());
         accuracy = context.mean_over(test.as_mut(), |batch| -> Result<f64, BoxError> {

@@ -8,6 +8,7 @@ mod digits;
 mod faults;
 mod fit;
 mod hosts;
+mod local;
 mod loss_scale;
 mod models;
 mod optim;
@@ -38,6 +39,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         faults::TESTS,
         fit::TESTS,
         hosts::TESTS,
+        local::TESTS,
         loss_scale::TESTS,
         models::TESTS,
         optim::TESTS,

@@ -166,11 +166,16 @@ fn in_background(runtime: &Runtime) {
 }
 
 fn killed(runtime: &Runtime) {
+    // So that there is one when the worker is lost.
+    let waited_for = CheckpointConfig { asynchronous: false, ..Default::default() };
     let root = tempfile::tempdir().expect("temporary folder");
     let fit = |name, harm| {
         let run = run_in(root.path(), name);
         let scaling = ScalingConfig { shard_optimizer: true, ..ScalingConfig::workers(2) };
-        trainer(Config { harm, ..config(3) }, scaling, &run).fit(runtime).expect("fit")
+        trainer(Config { harm, ..config(3) }, scaling, &run)
+            .with_checkpoints(waited_for.clone())
+            .fit(runtime)
+            .expect("fit")
     };
     let whole = fit("whole", Harm::None);
     let marker = root.path().join("marker");
