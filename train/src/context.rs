@@ -172,6 +172,8 @@ impl<'a> WorkerContext<'a> {
         self.prepare(state)?;
         let resumed = self.resume(state)?;
         let is_first = self.keeper().is_none_or(|keeper| keeper.is_first_generation());
+        let setup = self.setup.clone();
+        self.keeper().map_or(Ok(()), |keeper| keeper.make_room(state, &setup))?;
         if resumed.is_none() && is_first {
             return Ok(false);
         }

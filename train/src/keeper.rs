@@ -113,6 +113,26 @@ impl Keeper {
         Ok(Some(Resumed { step, epoch, metrics, from_rank: Some(root) }))
     }
 
+    /// What writes this rank's checkpoints, if it does.
+    fn saver(&mut self, state: &TrainState, setup: &Setup) -> Option<&mut Saver> {
+        let (is_first, is_shared) = (self.member.rank() == 0, state.updater.shared().is_some());
+        let dir = setup.checkpoints.as_ref().filter(|_| is_first || is_shared)?;
+        Some(self.saver.get_or_insert_with(|| {
+            let (checkpoints, labels) = (store(dir, setup), Labels::of(state));
+            Saver::new(Store { checkpoints, labels, member: Arc::clone(&self.member) })
+        }))
+    }
+
+    /// Training begins, and will have checkpoints in the background.
+    pub(crate) fn make_room(&mut self, state: &TrainState, setup: &Setup) -> Result<()> {
+        let is_first = self.member.rank() == 0;
+        match self.saver(state, setup).filter(|_| setup.asynchronous) {
+            Some(saver) => saver.make_room(Snapshot::blank(state, is_first)?),
+            None => {}
+        }
+        Ok(())
+    }
+
     /// Rank 0 writes a checkpoint, if the run has any, or each its part of it. In the background it may fail, which is said
     /// later; otherwise the others have to wait.
     pub(crate) fn save(
@@ -121,22 +141,18 @@ impl Keeper {
         setup: &Setup,
         in_background: bool,
     ) -> Result<()> {
-        let (is_first, is_shared) = (self.member.rank() == 0, state.updater.shared().is_some());
-        let Some(dir) = setup.checkpoints.as_ref().filter(|_| is_first || is_shared) else {
+        let (is_first, files) = (self.member.rank() == 0, self.files.clone());
+        let Some(saver) = self.saver(state, setup) else {
             return Ok(());
         };
-        let saver = self.saver.get_or_insert_with(|| {
-            let (checkpoints, labels) = (store(dir, setup), Labels::of(state));
-            Saver::new(Store { checkpoints, labels, member: Arc::clone(&self.member) })
-        });
         let source = match is_first {
             true => Source::of(state, state.saved())?,
             false => Source::of_optimizer(state, state.saved())?,
         };
         if !in_background {
-            return saver.save(source, &self.files);
+            return saver.save(source, &files);
         }
-        let (copying, before) = saver.begin(source, self.files.clone());
+        let (copying, before) = saver.begin(source, files);
         state.updater.hold(copying);
         before.or_else(|error| self.note_unsaved(&error))
     }

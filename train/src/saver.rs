@@ -42,6 +42,8 @@ pub(crate) struct Saver {
     saves: u64,
     /// The memory of the copy before.
     spare: Option<Snapshot>,
+    /// That of the first one: the system takes longer to give it than a copy takes.
+    room: Option<JoinHandle<Snapshot>>,
     under_way: Option<JoinHandle<Written>>,
 }
 
@@ -58,7 +60,27 @@ type Files = BTreeMap<String, Vec<u8>>;
 
 impl Saver {
     pub(crate) fn new(store: Store) -> Self {
-        Self { store: Arc::new(store), saves: 0, spare: None, under_way: None }
+        Self { store: Arc::new(store), saves: 0, spare: None, room: None, under_way: None }
+    }
+
+    /// Gets the memory of the first copy while training begins.
+    pub(crate) fn make_room(&mut self, blank: Snapshot) {
+        if self.saves > 0 {
+            return;
+        }
+        let touch = move || {
+            step_back();
+            blank.touch()
+        };
+        // Without a thread it is got later.
+        self.room = std::thread::Builder::new().name("checkpoint".to_owned()).spawn(touch).ok();
+    }
+
+    /// Where the next copy goes.
+    fn memory(&mut self) -> impl FnOnce() -> Snapshot + Send + use<> {
+        let (spare, room) = (self.spare.take(), self.room.take());
+        let made = move || room.and_then(|room| room.join().ok());
+        move || spare.or_else(made).unwrap_or_default()
     }
 
     fn next(&mut self) -> u64 {
@@ -72,9 +94,9 @@ impl Saver {
         let before = self.finish();
         let gate = Arc::new(Gate::default());
         let opener = Opener(Arc::clone(&gate));
-        let (store, spare, save) = (Arc::clone(&self.store), self.spare.take(), self.next());
+        let (store, memory, save) = (Arc::clone(&self.store), self.memory(), self.next());
         let is_on_cpu = source.is_on_cpu();
-        let copy = move || source.copy(spare.unwrap_or_default());
+        let copy = move || source.copy(memory());
         // A device is for the thread that computes on it.
         let copy = if is_on_cpu { Copy::Due(copy) } else { Copy::Made(Box::new(copy())) };
         let write = move || {
@@ -103,7 +125,7 @@ impl Saver {
     pub(crate) fn save(&mut self, source: Source, files: &Files) -> Result<()> {
         // What became of the one before, this one replaces.
         let _before = self.finish();
-        let snapshot = source.copy(self.spare.take().unwrap_or_default())?;
+        let snapshot = source.copy(self.memory()())?;
         let save = self.next();
         let written = self.store.write(&snapshot, files, save);
         self.spare = Some(snapshot);

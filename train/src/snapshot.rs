@@ -159,6 +159,29 @@ impl Named {
 }
 
 impl Snapshot {
+    /// Of the size of a run, or of the optimizer's state alone, in memory that the system has yet to give.
+    pub(crate) fn blank(state: &TrainState, is_whole: bool) -> Result<Self> {
+        let params = state.model.params();
+        let blank = |vars: Vec<(String, Var)>| {
+            let vars = vars.into_iter().filter(|_| is_whole);
+            let values = vars.map(|(_, var)| vec![0.0; var.elem_count()]);
+            values.map(|values| Named { values, ..Named::default() }).collect()
+        };
+        Ok(Self {
+            weights: blank(params.vars()),
+            buffers: blank(params.buffers()),
+            optimizer: state.updater.fresh_state(params)?,
+            ema: state.updater.shared_ema().filter(|_| is_whole).map(|ema| ema.blank(params)),
+            ..Self::default()
+        })
+    }
+
+    /// Has the system give its memory now.
+    pub(crate) fn touch(mut self) -> Self {
+        self.tensors_mut().for_each(|values| values.fill(1.0));
+        self
+    }
+
     pub(crate) fn of(state: &TrainState, saved: SavedState) -> Result<Self> {
         Source::of(state, saved)?.copy(Self::default())
     }

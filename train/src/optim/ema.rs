@@ -115,6 +115,12 @@ impl Ema {
         tensors::write(path, weights.into_iter().chain(buffers), Some(metadata))
     }
 
+    /// As large, of nothing.
+    pub(crate) fn blank(&self, params: &Params) -> Self {
+        let averages = params.vars().iter().map(|(_, var)| vec![0.0; var.elem_count()]).collect();
+        Self { decay: self.decay, updates: 0, averages }
+    }
+
     /// Becomes the same, in the memory that it has.
     pub(crate) fn copy_from(&mut self, other: &Self) {
         (self.decay, self.updates) = (other.decay, other.updates);

@@ -270,7 +270,8 @@ impl Updater {
         }
     }
 
-    fn fresh_state(&self, params: &Params) -> Result<OptimizerState> {
+    /// What the optimizer remembers before the first step.
+    pub(crate) fn fresh_state(&self, params: &Params) -> Result<OptimizerState> {
         let mut state = self.optimizer.init(params)?;
         if let Some(share) = &self.share {
             share.trim(&mut state);
