@@ -126,9 +126,8 @@ impl Keeper {
     /// Training begins, and will have checkpoints in the background.
     pub(crate) fn make_room(&mut self, state: &TrainState, setup: &Setup) -> Result<()> {
         let is_first = self.member.rank() == 0;
-        match self.saver(state, setup).filter(|_| setup.asynchronous) {
-            Some(saver) => saver.make_room(Snapshot::blank(state, is_first)?),
-            None => {}
+        if let Some(saver) = self.saver(state, setup).filter(|_| setup.asynchronous) {
+            saver.make_room(Snapshot::blank(state, is_first)?);
         }
         Ok(())
     }
