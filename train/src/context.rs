@@ -1,7 +1,7 @@
 //! What a training function gets: its share of the work, and the steps that all ranks take
 //! together.
 
-use crate::collective::{self, Alone, Collective, Element, ReduceOp, Transport};
+use crate::collective::{self, Alone, Collective, Compression, Element, ReduceOp, Transport};
 use crate::keeper::Keeper;
 use crate::report::{EpochReport, Meter, Resumed, WorkerReport};
 use crate::snapshot::broadcast_text;
@@ -39,6 +39,7 @@ pub(crate) struct Setup {
     /// Of each worker.
     pub(crate) gpus: f64,
     pub(crate) transport: Transport,
+    pub(crate) compression: Compression,
     #[serde(default = "collective::default_timeout")]
     pub(crate) timeout: Duration,
     /// The host that each rank is said to be on, for tests.

@@ -1,6 +1,6 @@
 //! The trainer: runs a training function on a group of workers, and again when one is lost.
 
-use crate::collective::{self, Transport};
+use crate::collective::{self, Compression, Transport};
 use crate::context::Setup;
 use crate::keeper;
 use crate::optim::Mode;
@@ -41,6 +41,9 @@ pub struct ScalingConfig {
     pub virtual_shards: Option<usize>,
     /// How workers reach each other. Default: by the fastest way that there is.
     pub transport: Transport,
+    /// How gradients travel between machines. Not with `virtual_shards`, whose bits would depend on the
+    /// number of machines. Default: as they are.
+    pub compression: Compression,
     /// How long a worker waits in a step for the others before it gives up and says who is late.
     /// Lost workers are noticed sooner, by their heartbeats, and a checkpoint may take longer.
     /// Default: 60 seconds.
@@ -56,6 +59,7 @@ impl Default for ScalingConfig {
             sync_batch_norm: false,
             virtual_shards: None,
             transport: Transport::Auto,
+            compression: Compression::None,
             timeout: collective::default_timeout(),
         }
     }
@@ -85,6 +89,11 @@ impl ScalingConfig {
             Some(_) if self.sync_batch_norm => {
                 let expected = "false where there are virtual shards: they are computed one by one";
                 invalid("sync_batch_norm", "true".to_owned(), expected)
+            }
+            Some(_) if self.compression != Compression::None => {
+                let expected =
+                    "None where there are virtual shards: roundings depend on the machines";
+                invalid("compression", format!("{:?}", self.compression), expected)
             }
             Some(_) => self.check_gpus(),
         }
@@ -334,6 +343,7 @@ impl<T> Trainer<T> {
             virtual_shards: self.scaling.virtual_shards,
             gpus: self.scaling.resources_per_worker.gpus,
             transport: self.scaling.transport,
+            compression: self.scaling.compression,
             timeout: self.scaling.timeout,
             hosts: None,
         })

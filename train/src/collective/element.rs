@@ -38,6 +38,8 @@ pub(super) mod sealed {
     pub trait Number: bytemuck::Pod + Default + Send + Sync {
         /// What is added up; rounded once at the end.
         type Sum: Number<Sum = Self::Sum>;
+        /// What sums may be rounded to on their way between hosts.
+        type Wire: Number<Sum = Self::Sum>;
         /// Below 4, and of no other type.
         const KIND: u64;
         fn widen(self) -> Self::Sum;
@@ -49,9 +51,10 @@ pub(super) mod sealed {
 }
 
 macro_rules! number {
-    ($type:ty, $sum:ty, $kind:literal, $values:ident, $widen:expr, $narrow:expr) => {
+    ($type:ty, $sum:ty, $wire:ty, $kind:literal, $values:ident, $widen:expr, $narrow:expr) => {
         impl sealed::Number for $type {
             type Sum = $sum;
+            type Wire = $wire;
             const KIND: u64 = $kind;
 
             #[inline(always)]
@@ -85,10 +88,10 @@ macro_rules! number {
     };
 }
 
-number!(f32, f32, 0, F32, |x| x, |x| x);
-number!(f64, f64, 1, F64, |x| x, |x| x);
-number!(bf16, f32, 2, Bf16, bf16::to_f32, bf16::from_f32);
-number!(f16, f32, 3, F16, f16::to_f32, f16::from_f32);
+number!(f32, f32, bf16, 0, F32, |x| x, |x| x);
+number!(f64, f64, f64, 1, F64, |x| x, |x| x);
+number!(bf16, f32, bf16, 2, Bf16, bf16::to_f32, bf16::from_f32);
+number!(f16, f32, f16, 3, F16, f16::to_f32, f16::from_f32);
 
 /// Elements that are reduced together: their sums stay in the nearest cache.
 const BLOCK: usize = 1024;
@@ -190,6 +193,11 @@ impl<T: Element> NullaryFnOnce for Round<'_, T> {
             _ => pairs.for_each(|(to, sum)| *to = T::narrow(*sum)),
         }
     }
+}
+
+/// Rounds sums to what travels.
+pub(super) fn narrow<T: Element>(sums: &[T::Sum], values: &mut [T]) {
+    pulp::Arch::new().dispatch(Round { op: ReduceOp::Sum, world: 1, sums, values });
 }
 
 /// Makes means of sums over so many ranks.

@@ -5,7 +5,7 @@ use super::element::divide;
 use super::links::Wanted;
 use super::shared::SharedMemory;
 use super::tcp::Tcp;
-use super::{Element, Exchange, LONG, Parts, ReduceOp, Way};
+use super::{Element, Exchange, LONG, Parts, ReduceOp, Values, Way};
 use crate::Result;
 use mobula_core::Shard;
 
@@ -26,22 +26,34 @@ impl Way for Ways {
         let (operation, patience) = (exchange.operation, exchange.patience);
         let (code, len) = (exchange.code::<T>(), values.len());
         let wanted = Wanted { operation, code, len, patience };
-        match exchange.reduce {
-            Some(op) if size_of::<T>() < size_of::<T::Sum>() => {
-                let mut sums: Vec<T::Sum> = values.iter().map(|value| value.widen()).collect();
-                self.reduce(&mut sums, exchange, op, &wanted)?;
-                values.iter_mut().zip(sums).for_each(|(to, sum)| *to = T::narrow(sum));
-                Ok(())
-            }
-            Some(op) => self.reduce(values, exchange, op, &wanted),
-            None => self.gather(values, exchange, &wanted),
+        let Some(op) = exchange.reduce else {
+            return self.gather(values, exchange, &wanted);
+        };
+        match T::values(values) {
+            Values::F32(values) => self.reduce(values, exchange, op, &wanted),
+            Values::F64(values) => self.reduce(values, exchange, op, &wanted),
+            Values::Bf16(values) => self.reduce_widened(values, exchange, op, &wanted),
+            Values::F16(values) => self.reduce_widened(values, exchange, op, &wanted),
         }
     }
 }
 
 impl Ways {
+    fn reduce_widened<T: Element>(
+        &mut self,
+        values: &mut [T],
+        exchange: &Exchange,
+        op: ReduceOp,
+        wanted: &Wanted,
+    ) -> Result<()> {
+        let mut sums: Vec<T::Sum> = values.iter().map(|value| value.widen()).collect();
+        self.reduce(&mut sums, exchange, op, wanted)?;
+        values.iter_mut().zip(sums).for_each(|(to, sum)| *to = T::narrow(sum));
+        Ok(())
+    }
+
     /// All ranks get the whole result: that of each host goes to all others in any case.
-    fn reduce<T: Element>(
+    fn reduce<T: Element<Sum = T>>(
         &mut self,
         values: &mut [T],
         exchange: &Exchange,
@@ -51,7 +63,9 @@ impl Ways {
         let sum = if op == ReduceOp::Mean { ReduceOp::Sum } else { op };
         self.locally(values, exchange, wanted, Some(sum), 0)?;
         if let Some(far) = &mut self.far {
-            far.all_reduce(wanted, values, sum)?;
+            let (rounded, exact) = values.split_at_mut(exchange.rounded);
+            far.all_reduce::<T::Wire>(wanted, rounded, sum)?;
+            far.all_reduce::<T>(wanted, exact, sum)?;
             if op == ReduceOp::Mean {
                 divide(values, self.shard.world);
             }

@@ -5,9 +5,12 @@ mod connect;
 mod element;
 mod hosts;
 mod links;
+#[cfg(test)]
+mod model;
 mod region;
 mod shared;
 mod tcp;
+mod turns;
 
 pub use element::{Element, ReduceOp, Values};
 
@@ -36,6 +39,19 @@ pub enum Transport {
     Tcp,
 }
 
+/// How gradients travel between hosts. On one host they are never rounded.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Compression {
+    /// As they are, in `f32`.
+    #[default]
+    None,
+    /// In half as many bytes, as with PyTorch's `bf16_compress_hook`. What is on its way is rounded
+    /// to `bf16`, added up in `f32`, and the sum rounded once more: each of at most as many roundings
+    /// as there are hosts is off by at most 2⁻⁸ of the sum so far. All ranks get the same bits.
+    Bf16,
+}
+
 /// What the ranks of a group do with values that each of them has as many of, in place. All ranks must
 /// call the same, in the same order. Results have the same bits on all ranks that have them, and do
 /// not depend on who came first.
@@ -61,6 +77,8 @@ pub struct Exchange {
     reduce: Option<ReduceOp>,
     /// Whether all ranks get all parts.
     gather: bool,
+    /// How many values, the first ones, may be rounded between hosts.
+    rounded: usize,
     /// The least time that a rank waits for the others, whatever the timeout is.
     patience: Duration,
 }
@@ -106,6 +124,14 @@ impl dyn Collective + '_ {
         self.run("all_reduce", values, Parts::Equal, Some(op), true)
     }
 
+    /// Sums gradients, and what travels behind them. The first `rounded` may be [`Compression`]'s.
+    pub(crate) fn sum_gradients(&self, values: &mut [f32], rounded: usize) -> Result<()> {
+        let (parts, reduce, patience) = (Parts::Equal, Some(ReduceOp::Sum), Duration::ZERO);
+        let operation = "all_reduce";
+        let exchange = Exchange { operation, parts, reduce, gather: true, rounded, patience };
+        self.exchange(Values::F32(values), &exchange)
+    }
+
     /// Replaces the `part` of this rank by its reduction over all ranks. What becomes of
     /// the other parts is not said.
     pub fn reduce_scatter<T: Element>(&self, values: &mut [T], op: ReduceOp) -> Result<()> {
@@ -138,7 +164,7 @@ impl dyn Collective + '_ {
 
     fn wait_for_all(&self, patience: Duration, here: bool) -> Result<bool> {
         let (operation, parts, reduce) = ("barrier", Parts::Equal, Some(ReduceOp::Max));
-        let exchange = Exchange { operation, parts, reduce, gather: true, patience };
+        let exchange = Exchange { operation, parts, reduce, gather: true, rounded: 0, patience };
         let mut any = [f32::from(u8::from(here))];
         self.exchange(Values::F32(&mut any), &exchange)?;
         Ok(any[0] > 0.0)
@@ -168,8 +194,9 @@ impl dyn Collective + '_ {
         reduce: Option<ReduceOp>,
         gather: bool,
     ) -> Result<()> {
-        let patience = Duration::ZERO;
-        self.exchange(T::values(values), &Exchange { operation, parts, reduce, gather, patience })
+        let (rounded, patience) = (0, Duration::ZERO);
+        let exchange = Exchange { operation, parts, reduce, gather, rounded, patience };
+        self.exchange(T::values(values), &exchange)
     }
 }
 

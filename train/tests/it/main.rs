@@ -3,6 +3,7 @@
 
 mod checkpoints;
 mod collectives;
+mod compression;
 mod devices;
 mod digits;
 mod faults;
@@ -32,6 +33,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let tests = [
         checkpoints::TESTS,
         collectives::TESTS,
+        compression::TESTS,
         devices::TESTS,
         faults::TESTS,
         fit::TESTS,
