@@ -48,8 +48,9 @@ pub(crate) struct Setup {
 
 impl Setup {
     fn connect(&self, member: &Arc<Member>) -> Result<Arc<dyn Collective>> {
-        let (transport, in_tree) = (self.transport, self.virtual_shards.is_some());
-        collective::connect(member, transport, in_tree, self.timeout, self.hosts.as_deref())
+        let (in_tree, hosts) = (self.virtual_shards.is_some(), self.hosts.as_deref());
+        let (transport, compression) = (self.transport, self.compression);
+        collective::connect(member, transport, compression, in_tree, self.timeout, hosts)
     }
 
     /// The first GPU that this process sees is the worker's own.

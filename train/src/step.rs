@@ -2,7 +2,6 @@
 //! everywhere.
 
 use crate::buffers::{BufferSums, Buffers};
-use crate::collective::Compression;
 use crate::optim::add;
 use crate::sync::BatchSum;
 use crate::{Error, Result, TrainState, WorkerContext};
@@ -200,15 +199,6 @@ impl WorkerContext<'_> {
         wanted.then(|| Ok(Arc::new(BatchSum::begin(&self.collective, rows)?))).transpose()
     }
 
-    /// Loss and weight, behind the gradients, are never rounded.
-    fn sum_gradients(&self, gradients: &mut Gradients) -> Result<()> {
-        let rounded = match self.setup.compression {
-            Compression::None => 0,
-            Compression::Bf16 => gradients.values().len(),
-        };
-        self.collective.sum_gradients(gradients.as_reduced_mut(), rounded)
-    }
-
     /// What all ranks do alike once each has the gradients of its rows.
     fn finish_step(
         &mut self,
@@ -216,7 +206,9 @@ impl WorkerContext<'_> {
         global_rows: usize,
         before: Option<&Buffers>,
     ) -> Result<f64> {
-        self.sum_gradients(&mut state.gradients)?;
+        // Loss and weight are never rounded: a number of tokens is no gradient.
+        let exact = state.gradients.as_reduced().len() - state.gradients.values().len();
+        self.collective.sum_gradients(state.gradients.as_reduced_mut(), exact)?;
         let rescale = rescale(&state.gradients, global_rows);
         // After the sum all ranks hold the same bits, so all come to the same conclusion.
         let loss = f64::from(state.gradients.loss() * rescale);

@@ -5,7 +5,7 @@ use super::element::divide;
 use super::links::Wanted;
 use super::shared::SharedMemory;
 use super::tcp::Tcp;
-use super::{Element, Exchange, LONG, Parts, ReduceOp, Values, Way};
+use super::{Compression, Element, Exchange, LONG, Parts, ReduceOp, Values, Way};
 use crate::Result;
 use mobula_core::Shard;
 
@@ -15,6 +15,8 @@ pub(super) struct Ways {
     pub(super) shard: Shard,
     /// The host of each rank, in the order of their first ranks.
     pub(super) hosts: Vec<usize>,
+    /// How gradients travel to other hosts.
+    pub(super) compression: Compression,
     /// The other ranks of this host, if there are any.
     pub(super) local: Option<SharedMemory>,
     /// The other hosts, if this is the one that speaks for its own.
@@ -63,7 +65,10 @@ impl Ways {
         let sum = if op == ReduceOp::Mean { ReduceOp::Sum } else { op };
         self.locally(values, exchange, wanted, Some(sum), 0)?;
         if let Some(far) = &mut self.far {
-            let (rounded, exact) = values.split_at_mut(exchange.rounded);
+            let (rounded, exact) = values.split_at_mut(match self.compression {
+                Compression::None => 0,
+                Compression::Bf16 => exchange.rounded,
+            });
             far.all_reduce::<T::Wire>(wanted, rounded, sum)?;
             far.all_reduce::<T>(wanted, exact, sum)?;
             if op == ReduceOp::Mean {

@@ -77,7 +77,7 @@ pub struct Exchange {
     reduce: Option<ReduceOp>,
     /// Whether all ranks get all parts.
     gather: bool,
-    /// How many values, the first ones, may be rounded between hosts.
+    /// How many values, the first ones, are gradients, which may be rounded between hosts.
     rounded: usize,
     /// The least time that a rank waits for the others, whatever the timeout is.
     patience: Duration,
@@ -124,8 +124,10 @@ impl dyn Collective + '_ {
         self.run("all_reduce", values, Parts::Equal, Some(op), true)
     }
 
-    /// Sums gradients, and what travels behind them. The first `rounded` may be [`Compression`]'s.
-    pub(crate) fn sum_gradients(&self, values: &mut [f32], rounded: usize) -> Result<()> {
+    /// Sums gradients, which [`Compression`] is for, and `exact` more numbers behind them, which it is
+    /// not.
+    pub(crate) fn sum_gradients(&self, values: &mut [f32], exact: usize) -> Result<()> {
+        let rounded = values.len().saturating_sub(exact);
         let (parts, reduce, patience) = (Parts::Equal, Some(ReduceOp::Sum), Duration::ZERO);
         let operation = "all_reduce";
         let exchange = Exchange { operation, parts, reduce, gather: true, rounded, patience };

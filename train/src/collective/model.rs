@@ -302,7 +302,7 @@ fn exchange(turns: &mut Turns<Shared>, me: usize, world: usize, job: &Job) -> Re
     let done = turns.exchange(&mut values, &exchange, exchange.code::<f32>());
     done.map_err(|error| error.to_string())?;
     for owner in (0..world).filter(|owner| gather || *owner == me) {
-        for at in parts.of(owner, world, len) {
+        for at in exchange.parts.of(owner, world, len) {
             let expected = match reduce {
                 Some(_) => (0..world).map(|rank| value(rank, at)).sum(),
                 None => value(owner, at),

@@ -7,7 +7,7 @@
 //! depends on the size and the number of ranks, unless that order is to be that of a tree: the halves of the ranks,
 //! of these the halves, and so on.
 
-use super::element::narrow;
+use super::element::{narrow, round};
 use super::links::{Links, SEGMENT, Transfer, Wanted};
 use super::{Element, ReduceOp};
 use crate::Result;
@@ -111,7 +111,7 @@ impl Tcp {
             let step = Step { to: next, send, from: before, receive };
             self.exchange_as::<W>(wanted, values, step, combine::<W>(op))?;
         }
-        round::<W>(&mut values[part(next)]);
+        Self::settle::<W>(&mut values[part(next)]);
         for step in 0..world - 1 {
             let (send, receive) = ((me + world + 1 - step) % world, (me + world - step) % world);
             let (send, receive) = (part(send), part(receive));
@@ -153,7 +153,7 @@ impl Tcp {
             halves.push((other, given));
             own = kept;
         }
-        round::<W>(&mut values[own.clone()]);
+        Self::settle::<W>(&mut values[own.clone()]);
         for (other, given) in halves.into_iter().rev() {
             let step = Step::with(other, own.clone(), given.clone());
             self.exchange_as::<W>(wanted, values, step, replace)?;
@@ -164,6 +164,13 @@ impl Tcp {
                 self.exchange_as::<W>(wanted, values, Step::with(extra, all, none()), replace)
             }
             None => Ok(()),
+        }
+    }
+
+    /// What goes to all ranks from here is what this one has, too.
+    fn settle<W: Element>(values: &mut [W::Sum]) {
+        if !is_exact::<W>() {
+            round::<W>(values);
         }
     }
 
@@ -235,13 +242,6 @@ fn pack<'a, W: Element>(values: &'a [W::Sum], packed: &'a mut Vec<u64>) -> &'a [
     let packed = &mut bytemuck::cast_slice_mut(packed)[..values.len()];
     narrow::<W>(values, packed);
     bytemuck::cast_slice(packed)
-}
-
-/// Makes of them what others get of them.
-fn round<W: Element>(values: &mut [W::Sum]) {
-    if !is_exact::<W>() {
-        values.iter_mut().for_each(|value| *value = W::narrow(*value).widen());
-    }
 }
 
 /// Takes what comes for what was there.

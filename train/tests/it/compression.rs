@@ -3,7 +3,6 @@
 use crate::Test;
 use crate::digits::{Config, Outcome, train};
 use candle_core::{Device, Tensor};
-use half::bf16;
 use mobula_core::random::Stream;
 use mobula_core::{Batch, BoxError, GroupOptions, Member, Placement, Resources, Runtime, remote};
 use mobula_nn::{Model, ModelSpec, loss::LossSum, models::MlpOptions};
@@ -107,9 +106,10 @@ fn errors(runtime: &Runtime) {
                     [&rounded, &exact].map(|sums| f32::from_bits(sums.gradients[at]));
                 // Each of `world` roundings is off by 2⁻⁸ of what was added up by then.
                 let bound = size * ((1.0 + 0.5f64.powi(8)).powi(world as i32) - 1.0);
-                let error = (f64::from(got) - sum).abs();
+                // The gradient of a mean over all tokens.
+                let error = (f64::from(got) * TOKENS * world as f64 - sum).abs();
+                let bound = bound + size * 1e-6;
                 assert!(error <= bound, "{world} {len}: {got} for {sum}, off by more than {bound}");
-                assert_eq!(bf16::from_f32(got).to_f32(), got, "it has gone to all as it is");
                 differ += usize::from(got != plain);
             }
             // The control: they are rounded.

@@ -11,6 +11,7 @@ mod fit;
 mod hosts;
 mod loss_scale;
 mod models;
+mod network;
 mod optim;
 mod precision;
 mod pytorch;
@@ -25,6 +26,9 @@ use mobula_core::{Resources, Runtime};
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     if let Some(folder) = hosts::folder() {
         return hosts::run(&folder);
+    }
+    if let Some(folder) = network::folder() {
+        return network::run(&folder);
     }
     let gpus = Resources::of_this_machine().gpus;
     let runtime = mobula_core::init_with(Resources::cpus(4.0).with_gpus(gpus))?;
@@ -56,7 +60,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             Ok(())
         })
     });
-    libtest_mimic::run(&arguments, trials.collect()).exit();
+    libtest_mimic::run(&arguments, trials.chain(network::trials()).collect()).exit();
 }
 
 /// A test under its name.
