@@ -1,7 +1,7 @@
 //! What a training function gets: its share of the work, and the steps that all ranks take
 //! together.
 
-use crate::collective::{self, Alone, Collective, Element, ReduceOp, Transport};
+use crate::collective::{self, Alone, Collective, Compression, Element, ReduceOp, Transport};
 use crate::keeper::Keeper;
 use crate::outer::LocalSgd;
 use crate::overlap::{EarlySums, Overlap};
@@ -45,6 +45,7 @@ pub(crate) struct Setup {
     /// Of each worker.
     pub(crate) gpus: f64,
     pub(crate) transport: Transport,
+    pub(crate) compression: Compression,
     #[serde(default = "collective::default_timeout")]
     pub(crate) timeout: Duration,
     /// The host that each rank is said to be on, for tests.
@@ -53,8 +54,9 @@ pub(crate) struct Setup {
 
 impl Setup {
     fn connect(&self, member: &Arc<Member>) -> Result<Arc<dyn Collective>> {
-        let (transport, in_tree) = (self.transport, self.virtual_shards.is_some());
-        collective::connect(member, transport, in_tree, self.timeout, self.hosts.as_deref())
+        let (in_tree, hosts) = (self.virtual_shards.is_some(), self.hosts.as_deref());
+        let (transport, compression) = (self.transport, self.compression);
+        collective::connect(member, transport, compression, in_tree, self.timeout, hosts)
     }
 
     /// The first GPU that this process sees is the worker's own.

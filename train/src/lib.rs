@@ -54,7 +54,7 @@ mod sync;
 mod tensors;
 mod trainer;
 
-pub use collective::{Collective, Element, ReduceOp, Transport};
+pub use collective::{Collective, Compression, Element, ReduceOp, Transport};
 pub use context::WorkerContext;
 pub use error::{Error, Result};
 pub use fit::{Callback, EarlyStopping, StepReport, TimeBudget, TrainLoop};

@@ -5,7 +5,7 @@
 //! seen in the first step of rank 0, and holds for all; also for the sums of that step, so that a
 //! training that goes on from a checkpoint adds up in the same order.
 
-use crate::collective::{Collective, ReduceOp};
+use crate::collective::Collective;
 use crate::{Error, Result};
 use mobula_nn::Gradients;
 use serde::{Deserialize, Serialize};
@@ -239,7 +239,7 @@ impl Lane {
         let collective = Arc::clone(collective);
         let sum = move || {
             while let Ok((at, mut bucket)) = to_sum.recv() {
-                let done = collective.all_reduce(&mut bucket, ReduceOp::Sum);
+                let done = collective.sum_gradients(&mut bucket, 0);
                 if sums.send((at, bucket, done)).is_err() {
                     return;
                 }

@@ -69,7 +69,7 @@ impl Share {
     pub(crate) fn reduce(&self, gradients: &mut Gradients) -> Result<()> {
         let len = gradients.values().len();
         let (values, behind) = gradients.as_reduced_mut().split_at_mut(len);
-        self.collective.reduce_scatter_parts(values, &self.bounds, ReduceOp::Sum)?;
+        self.collective.scatter_gradients(values, &self.bounds)?;
         self.collective.all_reduce(behind, ReduceOp::Sum)
     }
 

@@ -2,7 +2,6 @@
 //! everywhere.
 
 use crate::buffers::{BufferSums, Buffers};
-use crate::collective::ReduceOp;
 use crate::optim::add;
 use crate::overlap::EarlySums;
 use crate::sync::BatchSum;
@@ -224,8 +223,10 @@ impl WorkerContext<'_> {
             (Some(share), _) => share.reduce(&mut state.gradients),
             (None, early) => {
                 let done = if early.is_some() { len } else { 0 };
+                // Loss and weight are never rounded: a number of tokens is no gradient.
+                let exact = state.gradients.as_reduced().len() - len;
                 let rest = &mut state.gradients.as_reduced_mut()[done..];
-                self.collective.all_reduce(rest, ReduceOp::Sum)
+                self.collective.sum_gradients(rest, exact)
             }
         }
     }

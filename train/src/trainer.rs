@@ -1,6 +1,6 @@
 //! The trainer: runs a training function on a group of workers, and again when one is lost.
 
-use crate::collective::{self, Transport};
+use crate::collective::{self, Compression, Transport};
 use crate::context::Setup;
 use crate::keeper;
 use crate::optim::Mode;
@@ -59,6 +59,9 @@ pub struct ScalingConfig {
     pub local_sgd: Option<LocalSgd>,
     /// How workers reach each other. Default: by the fastest way that there is.
     pub transport: Transport,
+    /// How gradients travel between machines. Not with `virtual_shards`, whose bits would depend on the
+    /// number of machines. Default: as they are.
+    pub compression: Compression,
     /// How long a worker waits in a step for the others before it gives up and says who is late.
     /// Lost workers are noticed sooner, by their heartbeats, and a checkpoint may take longer.
     /// Default: 60 seconds.
@@ -77,6 +80,7 @@ impl Default for ScalingConfig {
             overlap: Overlap::default(),
             local_sgd: None,
             transport: Transport::Auto,
+            compression: Compression::None,
             timeout: collective::default_timeout(),
         }
     }
@@ -115,6 +119,11 @@ impl ScalingConfig {
             Some(_) if self.sync_batch_norm => {
                 let expected = "false where there are virtual shards: they are computed one by one";
                 invalid("sync_batch_norm", "true".to_owned(), expected)
+            }
+            Some(_) if self.compression != Compression::None => {
+                let expected =
+                    "None where there are virtual shards: roundings depend on the machines";
+                invalid("compression", format!("{:?}", self.compression), expected)
             }
             Some(_) => self.check_gpus(),
         }
@@ -372,6 +381,7 @@ impl<T> Trainer<T> {
             overlap: self.scaling.overlap,
             local_sgd: self.scaling.local_sgd.clone(),
             transport: self.scaling.transport,
+            compression: self.scaling.compression,
             timeout: self.scaling.timeout,
             hosts: None,
         })

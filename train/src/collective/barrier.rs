@@ -1,10 +1,8 @@
 //! Waiting for counters in shared memory: each rank counts its own turns, and waits until the
 //! counters of the others have come as far. Who is late can be told by name.
 
-use super::region::Region;
 use crate::{Error, Result};
 use mobula_core::Member;
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 /// Turns to look before giving the core to whom it may be waited for: with as many ranks as
@@ -13,29 +11,26 @@ const SPINS: u32 = 2000;
 /// Yields before sleeping between looks.
 const YIELDS: u32 = 2000;
 
-/// Waits until this counter of all ranks is at `turn` or further. Gives up when `member` hears that
-/// one of them was lost.
-pub(crate) fn wait(
-    region: &Region,
+/// Waits until none of the ranks, by their places, is late. Gives up when `member` hears that one of
+/// them was lost.
+pub(super) fn wait(
     member: &Member,
     ranks: &[usize],
-    counter: usize,
-    turn: u64,
     operation: &'static str,
     timeout: Duration,
+    is_late: impl Fn(usize) -> bool,
 ) -> Result<()> {
-    let is_late = |at: &usize| region.counter(*at, counter).load(Ordering::Acquire) < turn;
     let begun = Instant::now();
     for other in 0..ranks.len() {
         let mut looks = 0;
-        while is_late(&other) {
+        while is_late(other) {
             pause(&mut looks);
             if looks <= SPINS {
                 continue;
             }
             member.check_generation()?;
             if begun.elapsed() > timeout {
-                let late = (0..ranks.len()).filter(is_late).map(|at| ranks[at]).collect();
+                let late = (0..ranks.len()).filter(|at| is_late(*at)).map(|at| ranks[at]).collect();
                 return Err(Error::Straggler {
                     operation,
                     rank: member.rank(),

@@ -5,7 +5,7 @@ use super::links::{Door, Links};
 use super::region::Region;
 use super::shared::SharedMemory;
 use super::tcp::Tcp;
-use super::{Alone, Collective, Connected, Transport};
+use super::{Alone, Collective, Compression, Connected, Transport};
 use crate::{Error, Result};
 use mobula_core::{Member, Shard};
 use std::collections::BTreeMap;
@@ -29,6 +29,7 @@ fn patience(member: &Member) -> Duration {
 pub(crate) fn connect(
     member: &Arc<Member>,
     transport: Transport,
+    compression: Compression,
     in_tree: bool,
     timeout: Duration,
     hosts: Option<&[u64]>,
@@ -43,7 +44,7 @@ pub(crate) fn connect(
         (1, Some(memory)) => Arc::new(Connected::new(shard, memory, false)),
         (_, local) => {
             let far = meeting.links(member, in_tree, timeout)?;
-            let ways = Ways { shard, hosts: meeting.hosts, local, far };
+            let ways = Ways { shard, hosts: meeting.hosts, compression, local, far };
             Arc::new(Connected::new(shard, ways, true))
         }
     };

@@ -38,6 +38,8 @@ pub(super) mod sealed {
     pub trait Number: bytemuck::Pod + Default + Send + Sync {
         /// What is added up; rounded once at the end.
         type Sum: Number<Sum = Self::Sum>;
+        /// What sums may be rounded to on their way between hosts.
+        type Wire: Number<Sum = Self::Sum>;
         /// Below 4, and of no other type.
         const KIND: u64;
         fn widen(self) -> Self::Sum;
@@ -49,9 +51,10 @@ pub(super) mod sealed {
 }
 
 macro_rules! number {
-    ($type:ty, $sum:ty, $kind:literal, $values:ident, $widen:expr, $narrow:expr) => {
+    ($type:ty, $sum:ty, $wire:ty, $kind:literal, $values:ident, $widen:expr, $narrow:expr) => {
         impl sealed::Number for $type {
             type Sum = $sum;
+            type Wire = $wire;
             const KIND: u64 = $kind;
 
             #[inline(always)]
@@ -85,10 +88,20 @@ macro_rules! number {
     };
 }
 
-number!(f32, f32, 0, F32, |x| x, |x| x);
-number!(f64, f64, 1, F64, |x| x, |x| x);
-number!(bf16, f32, 2, Bf16, bf16::to_f32, bf16::from_f32);
-number!(f16, f32, 3, F16, f16::to_f32, f16::from_f32);
+number!(f32, f32, bf16, 0, F32, |x| x, |x| x);
+number!(f64, f64, f64, 1, F64, |x| x, |x| x);
+number!(bf16, f32, bf16, 2, Bf16, bf16::to_f32, to_bf16);
+number!(f16, f32, f16, 3, F16, f16::to_f32, f16::from_f32);
+
+/// As `bf16::from_f32`, but without branches, so that it becomes vector code.
+#[inline(always)]
+fn to_bf16(value: f32) -> bf16 {
+    let bits = value.to_bits();
+    // Halves go to the even one.
+    let rounded = bits.wrapping_add(0x7FFF + ((bits >> 16) & 1)) >> 16;
+    let quiet = (bits >> 16) | 0x40;
+    bf16::from_bits(if value.is_nan() { quiet } else { rounded } as u16)
+}
 
 /// Elements that are reduced together: their sums stay in the nearest cache.
 const BLOCK: usize = 1024;
@@ -192,7 +205,43 @@ impl<T: Element> NullaryFnOnce for Round<'_, T> {
     }
 }
 
+/// Rounds sums to what travels.
+pub(super) fn narrow<T: Element>(sums: &[T::Sum], values: &mut [T]) {
+    pulp::Arch::new().dispatch(Round { op: ReduceOp::Sum, world: 1, sums, values });
+}
+
+/// Makes of sums what is left of them when they have travelled.
+pub(super) fn round<T: Element>(sums: &mut [T::Sum]) {
+    pulp::Arch::new().dispatch(There::<T>(sums));
+}
+
+struct There<'a, T: Element>(&'a mut [T::Sum]);
+
+impl<T: Element> NullaryFnOnce for There<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn call(self) {
+        self.0.iter_mut().for_each(|sum| *sum = T::narrow(*sum).widen());
+    }
+}
+
 /// Makes means of sums over so many ranks.
 pub(super) fn divide<T: Element>(values: &mut [T], ranks: usize) {
     values.iter_mut().for_each(|value| *value = T::narrow(T::divide(value.widen(), ranks)));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_are_rounded_to_bf16_as_half_does() {
+        let numbers = (0..=u16::MAX).flat_map(|high| {
+            [0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF].map(|low| u32::from(high) << 16 | low)
+        });
+        for number in numbers.map(f32::from_bits) {
+            assert_eq!(to_bf16(number).to_bits(), bf16::from_f32(number).to_bits(), "{number:e}");
+        }
+    }
 }

@@ -5,7 +5,7 @@ use super::element::divide;
 use super::links::Wanted;
 use super::shared::SharedMemory;
 use super::tcp::Tcp;
-use super::{Element, Exchange, LONG, Parts, ReduceOp, Way};
+use super::{Compression, Element, Exchange, LONG, Parts, ReduceOp, Values, Way};
 use crate::Result;
 use mobula_core::Shard;
 
@@ -15,6 +15,8 @@ pub(super) struct Ways {
     pub(super) shard: Shard,
     /// The host of each rank, in the order of their first ranks.
     pub(super) hosts: Vec<usize>,
+    /// How gradients travel to other hosts.
+    pub(super) compression: Compression,
     /// The other ranks of this host, if there are any.
     pub(super) local: Option<SharedMemory>,
     /// The other hosts, if this is the one that speaks for its own.
@@ -26,22 +28,34 @@ impl Way for Ways {
         let (operation, patience) = (exchange.operation, exchange.patience);
         let (code, len) = (exchange.code::<T>(), values.len());
         let wanted = Wanted { operation, code, len, patience };
-        match exchange.reduce {
-            Some(op) if size_of::<T>() < size_of::<T::Sum>() => {
-                let mut sums: Vec<T::Sum> = values.iter().map(|value| value.widen()).collect();
-                self.reduce(&mut sums, exchange, op, &wanted)?;
-                values.iter_mut().zip(sums).for_each(|(to, sum)| *to = T::narrow(sum));
-                Ok(())
-            }
-            Some(op) => self.reduce(values, exchange, op, &wanted),
-            None => self.gather(values, exchange, &wanted),
+        let Some(op) = exchange.reduce else {
+            return self.gather(values, exchange, &wanted);
+        };
+        match T::values(values) {
+            Values::F32(values) => self.reduce(values, exchange, op, &wanted),
+            Values::F64(values) => self.reduce(values, exchange, op, &wanted),
+            Values::Bf16(values) => self.reduce_widened(values, exchange, op, &wanted),
+            Values::F16(values) => self.reduce_widened(values, exchange, op, &wanted),
         }
     }
 }
 
 impl Ways {
+    fn reduce_widened<T: Element>(
+        &mut self,
+        values: &mut [T],
+        exchange: &Exchange,
+        op: ReduceOp,
+        wanted: &Wanted,
+    ) -> Result<()> {
+        let mut sums: Vec<T::Sum> = values.iter().map(|value| value.widen()).collect();
+        self.reduce(&mut sums, exchange, op, wanted)?;
+        values.iter_mut().zip(sums).for_each(|(to, sum)| *to = T::narrow(sum));
+        Ok(())
+    }
+
     /// All ranks get the whole result: that of each host goes to all others in any case.
-    fn reduce<T: Element>(
+    fn reduce<T: Element<Sum = T>>(
         &mut self,
         values: &mut [T],
         exchange: &Exchange,
@@ -51,7 +65,12 @@ impl Ways {
         let sum = if op == ReduceOp::Mean { ReduceOp::Sum } else { op };
         self.locally(values, exchange, wanted, Some(sum), 0)?;
         if let Some(far) = &mut self.far {
-            far.all_reduce(wanted, values, sum)?;
+            let (rounded, exact) = values.split_at_mut(match self.compression {
+                Compression::None => 0,
+                Compression::Bf16 => exchange.rounded,
+            });
+            far.all_reduce::<T::Wire>(wanted, rounded, sum)?;
+            far.all_reduce::<T>(wanted, exact, sum)?;
             if op == ReduceOp::Mean {
                 divide(values, self.shard.world);
             }

@@ -5,9 +5,12 @@ mod connect;
 mod element;
 mod hosts;
 mod links;
+#[cfg(test)]
+mod model;
 mod region;
 mod shared;
 mod tcp;
+mod turns;
 
 pub use element::{Element, ReduceOp, Values};
 
@@ -34,6 +37,19 @@ pub enum Transport {
     Auto,
     /// Over sockets also on one host: to measure and to test what happens between hosts.
     Tcp,
+}
+
+/// How gradients travel between hosts. On one host they are never rounded.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Compression {
+    /// As they are, in `f32`.
+    #[default]
+    None,
+    /// In half as many bytes, as with PyTorch's `bf16_compress_hook`. What is on its way is rounded
+    /// to `bf16`, added up in `f32`, and the sum rounded once more: each of at most as many roundings
+    /// as there are hosts is off by at most 2⁻⁸ of the sum so far. All ranks get the same bits.
+    Bf16,
 }
 
 /// What the ranks of a group do with values that each of them has as many of, in place. All ranks must
@@ -66,6 +82,8 @@ pub struct Exchange {
     reduce: Option<ReduceOp>,
     /// Whether all ranks get all parts.
     gather: bool,
+    /// How many values, the first ones, are gradients, which may be rounded between hosts.
+    rounded: usize,
     /// The least time that a rank waits for the others, whatever the timeout is.
     patience: Duration,
 }
@@ -121,6 +139,16 @@ impl dyn Collective + '_ {
         self.run("all_reduce", values, Parts::Equal, Some(op), true)
     }
 
+    /// Sums gradients, which [`Compression`] is for, and `exact` more numbers behind them, which it is
+    /// not.
+    pub(crate) fn sum_gradients(&self, values: &mut [f32], exact: usize) -> Result<()> {
+        let rounded = values.len().saturating_sub(exact);
+        let (parts, reduce, patience) = (Parts::Equal, Some(ReduceOp::Sum), Duration::ZERO);
+        let operation = "all_reduce";
+        let exchange = Exchange { operation, parts, reduce, gather: true, rounded, patience };
+        self.exchange(Values::F32(values), &exchange)
+    }
+
     /// Replaces the `part` of this rank by its reduction over all ranks. What becomes of
     /// the other parts is not said.
     pub fn reduce_scatter<T: Element>(&self, values: &mut [T], op: ReduceOp) -> Result<()> {
@@ -132,18 +160,20 @@ impl dyn Collective + '_ {
         self.run("all_gather", values, Parts::Equal, None, true)
     }
 
-    /// The same for parts that begin at these places; the last is the number of values.
-    pub(crate) fn reduce_scatter_parts<T: Element>(
+    /// Sums gradients of which each rank gets a part; parts begin at these places, and the last is their
+    /// number.
+    pub(crate) fn scatter_gradients(
         &self,
-        values: &mut [T],
+        values: &mut [f32],
         bounds: &Arc<[usize]>,
-        op: ReduceOp,
     ) -> Result<()> {
-        let parts = Parts::Bounds(Arc::clone(bounds));
-        self.run("reduce_scatter", values, parts, Some(op), false)
+        let (parts, reduce) = (Parts::Bounds(Arc::clone(bounds)), Some(ReduceOp::Sum));
+        let (operation, rounded, patience) = ("reduce_scatter", values.len(), Duration::ZERO);
+        let exchange = Exchange { operation, parts, reduce, gather: false, rounded, patience };
+        self.exchange(Values::F32(values), &exchange)
     }
 
-    /// The same for these.
+    /// The same as `all_gather` for such parts.
     pub(crate) fn all_gather_parts<T: Element>(
         &self,
         values: &mut [T],
@@ -173,7 +203,7 @@ impl dyn Collective + '_ {
 
     fn wait_for_all(&self, patience: Duration, here: bool) -> Result<bool> {
         let (operation, parts, reduce) = ("barrier", Parts::Equal, Some(ReduceOp::Max));
-        let exchange = Exchange { operation, parts, reduce, gather: true, patience };
+        let exchange = Exchange { operation, parts, reduce, gather: true, rounded: 0, patience };
         let mut any = [f32::from(u8::from(here))];
         self.exchange(Values::F32(&mut any), &exchange)?;
         Ok(any[0] > 0.0)
@@ -203,8 +233,9 @@ impl dyn Collective + '_ {
         reduce: Option<ReduceOp>,
         gather: bool,
     ) -> Result<()> {
-        let patience = Duration::ZERO;
-        self.exchange(T::values(values), &Exchange { operation, parts, reduce, gather, patience })
+        let (rounded, patience) = (0, Duration::ZERO);
+        let exchange = Exchange { operation, parts, reduce, gather, rounded, patience };
+        self.exchange(T::values(values), &exchange)
     }
 }
 

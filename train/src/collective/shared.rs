@@ -1,84 +1,17 @@
-//! Exchanges through shared memory, a piece at a time.
-//!
-//! Each rank has its part of the values. In each turn it gives the piece after the next of every
-//! other part to the rank whose part it is, reduces what it was given for the next piece of its own,
-//! and takes the results of two turns before. So ranks need not keep in step, and what they have in
-//! hand stays in the caches: of the values themselves each number is read once and written once.
-//! A ring over sockets would move each through the kernel 2·(P−1)/P times more.
-//!
-//! Invariant, for cells that are used again after [`SETS`] turns (SHM-2). In turn t a rank gives for
-//! t+1, waits until all have given for t, reduces, and takes t−2.
-//! * It gives where it gave for t−3, which all have reduced: it has waited for their results of t−3
-//!   in turn t−1.
-//! * Its result goes where that of t−4 was, which all have taken: they did in their turn t−2, and
-//!   gave for t, which it has waited for, in their turn t−1.
-//! * At the end of an exchange it has waited for all results of all turns, and the others give for
-//!   the next one when they have taken all of this one.
+//! Ranks of one host, which exchange values through shared memory.
 
-use super::element::reduce;
 use super::region::{Cell, Region};
+use super::turns::{Memory, Turns};
 use super::{Element, Exchange, Way, barrier};
-use crate::{Error, Result};
+use crate::Result;
 use mobula_core::Member;
-use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::AtomicU64;
 use std::time::Duration;
-
-/// Turns between a result and the taking of it.
-const BEHIND: usize = 2;
-/// Counter of the turns for which a rank has given.
-const GIVEN: usize = 0;
-/// Counter of the turns whose result a rank has ready.
-const READY: usize = 1;
-/// How many values a rank brought, and what it wants of them.
-const LENGTH: usize = 2;
-const WANTED: usize = 3;
 
 /// One rank's view of the shared region.
 #[derive(Debug)]
-pub(super) struct SharedMemory {
-    member: Arc<Member>,
-    /// The ranks that share it, the lowest first.
-    ranks: Vec<usize>,
-    /// This one's place among them.
-    me: usize,
-    region: Region,
-    timeout: Duration,
-    /// Turns done.
-    turn: u64,
-}
-
-/// One exchange under way.
-struct Job<'a, T> {
-    exchange: &'a Exchange,
-    code: u64,
-    values: &'a mut [T],
-    parts: Vec<Range<usize>>,
-    /// Elements of a piece.
-    piece: usize,
-}
-
-impl<T> Job<'_, T> {
-    /// The next piece of a rank's part.
-    fn piece(&self, rank: usize, at: usize) -> Range<usize> {
-        let part = &self.parts[rank];
-        let start = (part.start + at * self.piece).min(part.end);
-        start..(start + self.piece).min(part.end)
-    }
-
-    /// Turns, one at least: in that the ranks compare what they want.
-    fn turns(&self) -> usize {
-        let longest = self.parts.iter().map(Range::len).max().unwrap_or(0);
-        longest.div_ceil(self.piece).max(1)
-    }
-}
-
-impl Way for SharedMemory {
-    fn exchange<T: Element>(&mut self, values: &mut [T], exchange: &Exchange) -> Result<()> {
-        self.exchange_as(values, exchange, exchange.code::<T>())
-    }
-}
+pub(super) struct SharedMemory(Turns<Host>);
 
 impl SharedMemory {
     pub(super) fn new(
@@ -89,7 +22,8 @@ impl SharedMemory {
     ) -> Self {
         let me = ranks.iter().position(|rank| *rank == member.rank());
         let me = me.expect("a rank is among those of its host");
-        Self { member: Arc::clone(member), ranks, me, region, timeout, turn: 0 }
+        let host = Host { member: Arc::clone(member), region, timeout };
+        Self(Turns::new(host, ranks, me))
     }
 
     /// `code` is the same for operations that fit each other.
@@ -99,115 +33,52 @@ impl SharedMemory {
         exchange: &Exchange,
         code: u64,
     ) -> Result<()> {
-        let world = self.ranks.len();
-        let parts = (0..world).map(|rank| exchange.parts.of(rank, world, values.len())).collect();
-        let piece = Region::cell_bytes(world) / size_of::<T>();
-        let mut job = Job { exchange, code, values, parts, piece };
-        self.store(LENGTH, job.values.len() as u64);
-        self.store(WANTED, code);
-        let turns = job.turns();
-        self.give(&job, 0);
-        for at in 0..turns + BEHIND {
-            if at + 1 < turns {
-                self.give(&job, at + 1);
-            }
-            if at < turns {
-                self.reduce(&mut job, at)?;
-            }
-            if at >= BEHIND {
-                self.take(&mut job, at - BEHIND)?;
-            }
-        }
-        self.turn += turns as u64;
-        Ok(())
+        self.0.exchange(values, exchange, code)
+    }
+}
+
+impl Way for SharedMemory {
+    fn exchange<T: Element>(&mut self, values: &mut [T], exchange: &Exchange) -> Result<()> {
+        self.exchange_as(values, exchange, exchange.code::<T>())
+    }
+}
+
+#[derive(Debug)]
+struct Host {
+    member: Arc<Member>,
+    region: Region,
+    timeout: Duration,
+}
+
+impl Memory for Host {
+    type Counter = AtomicU64;
+
+    fn cell_bytes(&self, world: usize) -> usize {
+        Region::cell_bytes(world)
     }
 
-    fn give<T: Element>(&self, job: &Job<'_, T>, at: usize) {
-        let turn = self.turn + at as u64;
-        for index in (0..self.ranks.len()).filter(|rank| *rank != self.me) {
-            if job.exchange.reduce.is_some() {
-                let cell = Cell { owner: self.me, turn, index };
-                self.region.write(cell, 0, &job.values[job.piece(index, at)]);
-            }
-        }
-        self.count(GIVEN, turn);
+    #[inline]
+    fn counter(&self, rank: usize, index: usize) -> &AtomicU64 {
+        self.region.counter(rank, index)
     }
 
-    /// The next piece of this rank's part, reduced or as it is, for itself and the others.
-    fn reduce<T: Element>(&self, job: &mut Job<'_, T>, at: usize) -> Result<()> {
-        let turn = self.turn + at as u64;
-        self.wait(job.exchange, GIVEN, turn)?;
-        if at == 0 {
-            // Nobody says what it wants next before this rank is ready.
-            self.check(job)?;
-        }
-        self.reduce_given(job, at, turn);
-        self.count(READY, turn);
-        Ok(())
+    #[inline]
+    fn write<T: Element>(&self, cell: Cell, first: usize, values: &[T]) {
+        self.region.write(cell, first, values);
     }
 
-    fn reduce_given<T: Element>(&self, job: &mut Job<'_, T>, at: usize, turn: u64) {
-        let (world, own) = (self.ranks.len(), job.piece(self.me, at));
-        let result = Cell { owner: self.me, turn, index: world };
-        let Some(op) = job.exchange.reduce else {
-            return self.region.write(result, 0, &job.values[own]);
-        };
-        let others = |rank| {
-            let given = Cell { owner: rank, turn, index: self.me };
-            self.region.read(given, own.len())
-        };
-        reduce(op, &mut job.values[own.clone()], (self.me, world), others, |first, block| {
-            if job.exchange.gather {
-                self.region.write(result, first, block);
-            }
-        });
+    #[inline]
+    fn read<T: Element>(&self, cell: Cell, len: usize) -> &[T] {
+        self.region.read(cell, len)
     }
 
-    /// The other ranks' results of a turn.
-    fn take<T: Element>(&self, job: &mut Job<'_, T>, at: usize) -> Result<()> {
-        let turn = self.turn + at as u64;
-        self.wait(job.exchange, READY, turn)?;
-        if !job.exchange.gather {
-            return Ok(());
-        }
-        let world = self.ranks.len();
-        for owner in (0..world).filter(|rank| *rank != self.me) {
-            let piece = job.piece(owner, at);
-            let result = self.region.read(Cell { owner, turn, index: world }, piece.len());
-            job.values[piece].copy_from_slice(result);
-        }
-        Ok(())
-    }
-
-    fn check<T: Element>(&self, job: &Job<'_, T>) -> Result<()> {
-        let counter = |rank, index| self.region.counter(rank, index).load(Ordering::Relaxed);
-        let (len, wanted) = (job.values.len() as u64, job.code);
-        for (at, other) in self.ranks.iter().copied().enumerate() {
-            let (rank, other_len) = (self.member.rank(), counter(at, LENGTH));
-            if other_len != len {
-                let (len, other_len) = (len as usize, other_len as usize);
-                return Err(Error::CollectiveLength { rank, len, other, other_len });
-            }
-            if counter(at, WANTED) != wanted {
-                let operation = job.exchange.operation;
-                return Err(Error::CollectiveMismatch { rank, operation, other });
-            }
-        }
-        Ok(())
-    }
-
-    fn store(&self, index: usize, value: u64) {
-        self.region.counter(self.me, index).store(value, Ordering::Relaxed);
-    }
-
-    /// This turn is done.
-    fn count(&self, index: usize, turn: u64) {
-        self.region.counter(self.me, index).store(turn + 1, Ordering::Release);
-    }
-
-    fn wait(&self, exchange: &Exchange, counter: usize, turn: u64) -> Result<()> {
-        let (region, member) = (&self.region, &self.member);
-        let (operation, timeout) = (exchange.operation, self.timeout.max(exchange.patience));
-        barrier::wait(region, member, &self.ranks, counter, turn + 1, operation, timeout)
+    fn wait(
+        &self,
+        exchange: &Exchange,
+        ranks: &[usize],
+        is_late: impl Fn(usize) -> bool,
+    ) -> Result<()> {
+        let timeout = self.timeout.max(exchange.patience);
+        barrier::wait(&self.member, ranks, exchange.operation, timeout, is_late)
     }
 }

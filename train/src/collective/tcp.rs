@@ -7,9 +7,11 @@
 //! depends on the size and the number of ranks, unless that order is to be that of a tree: the halves of the ranks,
 //! of these the halves, and so on.
 
+use super::element::{narrow, round};
 use super::links::{Links, SEGMENT, Transfer, Wanted};
 use super::{Element, ReduceOp};
 use crate::Result;
+use bytemuck::Pod;
 use std::ops::Range;
 
 /// Bytes a rank from which on a ring is faster: then each of its messages is long enough that their
@@ -26,6 +28,8 @@ pub(super) struct Tcp {
     /// Whether ranks are added up in a tree.
     in_tree: bool,
     links: Links,
+    /// What is sent, where it travels as something else. Aligned for every type.
+    packed: Vec<u64>,
 }
 
 impl Tcp {
@@ -47,19 +51,22 @@ impl Tcp {
     }
 
     pub(super) fn new(ranks: Vec<usize>, me: usize, in_tree: bool, links: Links) -> Self {
-        Self { ranks, me, in_tree, links }
+        Self { ranks, me, in_tree, links, packed: Vec::new() }
     }
 
-    /// Replaces the values on all ranks by their reduction, but for the division of a mean.
-    pub(super) fn all_reduce<T: Element>(
+    /// Replaces the values on all ranks by their reduction, but for the division of a mean. They
+    /// travel as `W`: what is added up is rounded to it before each of its ways, and the results
+    /// once more, before they go to all.
+    pub(super) fn all_reduce<W: Element>(
         &mut self,
         wanted: &Wanted,
-        values: &mut [T],
+        values: &mut [W::Sum],
         op: ReduceOp,
     ) -> Result<()> {
-        match self.in_tree || size_of_val(values) < RING * self.ranks.len() {
-            true => self.halve_and_double(wanted, values, op),
-            false => self.ring(wanted, values, op),
+        let bytes = values.len() * size_of::<W>();
+        match self.in_tree || bytes < RING * self.ranks.len() {
+            true => self.halve_and_double::<W>(wanted, values, op),
+            false => self.ring::<W>(wanted, values, op),
         }
     }
 
@@ -84,12 +91,17 @@ impl Tcp {
             .collect();
         for (send, receive) in steps {
             let step = Step { to: next, send, from: before, receive };
-            self.exchange(wanted, values, step, replace)?;
+            self.exchange(wanted, values, step, |send, _| bytemuck::cast_slice(send), replace)?;
         }
         Ok(())
     }
 
-    fn ring<T: Element>(&mut self, wanted: &Wanted, values: &mut [T], op: ReduceOp) -> Result<()> {
+    fn ring<W: Element>(
+        &mut self,
+        wanted: &Wanted,
+        values: &mut [W::Sum],
+        op: ReduceOp,
+    ) -> Result<()> {
         let (me, world, len) = (self.me, self.ranks.len(), values.len());
         let (next, before) = ((me + 1) % world, (me + world - 1) % world);
         let part = |rank: usize| len * rank / world..len * (rank + 1) / world;
@@ -97,21 +109,22 @@ impl Tcp {
             let (send, receive) = ((me + world - step) % world, (me + world - step - 1) % world);
             let (send, receive) = (part(send), part(receive));
             let step = Step { to: next, send, from: before, receive };
-            self.exchange(wanted, values, step, combine(op))?;
+            self.exchange_as::<W>(wanted, values, step, combine::<W>(op))?;
         }
+        Self::settle::<W>(&mut values[part(next)]);
         for step in 0..world - 1 {
             let (send, receive) = ((me + world + 1 - step) % world, (me + world - step) % world);
             let (send, receive) = (part(send), part(receive));
             let step = Step { to: next, send, from: before, receive };
-            self.exchange(wanted, values, step, replace)?;
+            self.exchange_as::<W>(wanted, values, step, replace)?;
         }
         Ok(())
     }
 
-    fn halve_and_double<T: Element>(
+    fn halve_and_double<W: Element>(
         &mut self,
         wanted: &Wanted,
-        values: &mut [T],
+        values: &mut [W::Sum],
         op: ReduceOp,
     ) -> Result<()> {
         let (me, world, all) = (self.me, self.ranks.len(), 0..values.len());
@@ -121,13 +134,13 @@ impl Tcp {
             // Too many for a power of two: another one works for this one.
             let other = me - core;
             let there = Step::with(other, all.clone(), none());
-            self.exchange(wanted, values, there, combine(op))?;
-            return self.exchange(wanted, values, Step::with(other, none(), all), replace);
+            self.exchange_as::<W>(wanted, values, there, combine::<W>(op))?;
+            return self.exchange_as::<W>(wanted, values, Step::with(other, none(), all), replace);
         }
         let extra = (me + core < world).then_some(me + core);
         if let Some(extra) = extra {
             let here = Step::with(extra, none(), all.clone());
-            self.exchange(wanted, values, here, combine(op))?;
+            self.exchange_as::<W>(wanted, values, here, combine::<W>(op))?;
         }
         let (mut own, mut halves) = (all.clone(), Vec::new());
         for bit in 0..core.ilog2() {
@@ -136,40 +149,61 @@ impl Tcp {
             let (low, high) = (own.start..middle, middle..own.end);
             let (kept, given) = if me < other { (low, high) } else { (high, low) };
             let step = Step::with(other, given.clone(), kept.clone());
-            self.exchange(wanted, values, step, combine(op))?;
+            self.exchange_as::<W>(wanted, values, step, combine::<W>(op))?;
             halves.push((other, given));
             own = kept;
         }
+        Self::settle::<W>(&mut values[own.clone()]);
         for (other, given) in halves.into_iter().rev() {
             let step = Step::with(other, own.clone(), given.clone());
-            self.exchange(wanted, values, step, replace)?;
+            self.exchange_as::<W>(wanted, values, step, replace)?;
             own = own.start.min(given.start)..own.end.max(given.end);
         }
         match extra {
-            Some(extra) => self.exchange(wanted, values, Step::with(extra, all, none()), replace),
+            Some(extra) => {
+                self.exchange_as::<W>(wanted, values, Step::with(extra, all, none()), replace)
+            }
             None => Ok(()),
         }
     }
 
-    /// Sends a part of the values, and puts what comes to another.
-    fn exchange<T: Element>(
+    /// What goes to all ranks from here is what this one has, too.
+    fn settle<W: Element>(values: &mut [W::Sum]) {
+        if !is_exact::<W>() {
+            round::<W>(values);
+        }
+    }
+
+    /// Sends a part of the values as `W`, and puts what comes to another.
+    fn exchange_as<W: Element>(
+        &mut self,
+        wanted: &Wanted,
+        values: &mut [W::Sum],
+        step: Step,
+        put: impl Fn(&mut W::Sum, W::Sum),
+    ) -> Result<()> {
+        self.exchange(wanted, values, step, pack::<W>, |old, new: W| put(old, new.widen()))
+    }
+
+    fn exchange<T: Pod, W: Pod>(
         &mut self,
         wanted: &Wanted,
         values: &mut [T],
         step: Step,
-        put: impl Fn(&mut T, T),
+        pack: impl for<'a> Fn(&'a [T], &'a mut Vec<u64>) -> &'a [u8],
+        put: impl Fn(&mut T, W),
     ) -> Result<()> {
         let (send, place) = split(values, step.send, step.receive);
         let job = Transfer {
             wanted,
             to: self.ranks[step.to],
-            send: bytemuck::cast_slice(send),
+            send: pack(send, &mut self.packed),
             from: self.ranks[step.from],
-            receive: size_of_val(place),
-            grain: size_of::<T>(),
+            receive: place.len() * size_of::<W>(),
+            grain: size_of::<W>(),
         };
         self.links.transfer(&job, |at, bytes| {
-            let (first, came) = (at / size_of::<T>(), bytemuck::cast_slice::<_, T>(bytes));
+            let (first, came) = (at / size_of::<W>(), bytemuck::cast_slice::<_, W>(bytes));
             place[first..].iter_mut().zip(came).for_each(|(old, new)| put(old, *new));
         })
     }
@@ -190,8 +224,24 @@ impl Step {
 }
 
 /// Adds what comes.
-fn combine<T: Element>(op: ReduceOp) -> impl Fn(&mut T, T) {
-    move |old, new| *old = T::narrow(T::combine(op, old.widen(), new.widen()))
+fn combine<W: Element>(op: ReduceOp) -> impl Fn(&mut W::Sum, W::Sum) {
+    move |old, new| *old = W::combine(op, *old, new)
+}
+
+/// Whether sums travel as they are.
+fn is_exact<W: Element>() -> bool {
+    size_of::<W>() == size_of::<W::Sum>()
+}
+
+/// The values as they travel.
+fn pack<'a, W: Element>(values: &'a [W::Sum], packed: &'a mut Vec<u64>) -> &'a [u8] {
+    if is_exact::<W>() {
+        return bytemuck::cast_slice(values);
+    }
+    packed.resize(size_of_val(values).div_ceil(8), 0);
+    let packed = &mut bytemuck::cast_slice_mut(packed)[..values.len()];
+    narrow::<W>(values, packed);
+    bytemuck::cast_slice(packed)
 }
 
 /// Takes what comes for what was there.

@@ -3,6 +3,7 @@
 
 mod checkpoints;
 mod collectives;
+mod compression;
 mod devices;
 mod digits;
 mod faults;
@@ -11,6 +12,7 @@ mod hosts;
 mod local;
 mod loss_scale;
 mod models;
+mod network;
 mod optim;
 mod overlap;
 mod precision;
@@ -28,6 +30,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     if let Some(folder) = hosts::folder() {
         return hosts::run(&folder);
     }
+    if let Some(folder) = network::folder() {
+        return network::run(&folder);
+    }
     let gpus = Resources::of_this_machine().gpus;
     let runtime = mobula_core::init_with(Resources::cpus(4.0).with_gpus(gpus))?;
     let mut arguments = Arguments::from_args();
@@ -35,6 +40,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let tests = [
         checkpoints::TESTS,
         collectives::TESTS,
+        compression::TESTS,
         devices::TESTS,
         faults::TESTS,
         fit::TESTS,
@@ -60,7 +66,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             Ok(())
         })
     });
-    libtest_mimic::run(&arguments, trials.collect()).exit();
+    libtest_mimic::run(&arguments, trials.chain(network::trials()).collect()).exit();
 }
 
 /// A test under its name.
