@@ -41,6 +41,7 @@ mod error;
 mod fit;
 mod keeper;
 pub mod optim;
+mod pace;
 mod report;
 mod saver;
 mod snapshot;

@@ -142,7 +142,7 @@ impl<'a> TrainLoop<'a> {
             context.report(state, &named(&metrics))?;
         }
         match !self.callbacks.is_empty() && context.any(stop)? {
-            true => context.stop_here(state),
+            true => context.stop(state),
             false => Ok(()),
         }
     }

@@ -1,7 +1,7 @@
 //! When checkpoints are taken, what is in them, and what happens when one cannot be written.
 
 use crate::Test;
-use crate::digits::{Config, Harm, How, Outcome, Place, copy, train};
+use crate::digits::{Config, Harm, How, Outcome, Place, copy, is_of_time, train};
 use mobula_core::checkpoint::Checkpoint;
 use mobula_core::{Placement, RunDir, Runtime};
 use mobula_train::optim::{Clip, LossScaleOptions, Mode, PlateauOptions, Schedule, UpdaterOptions};
@@ -56,7 +56,7 @@ type Fit = Result<TrainingResult<Outcome>, Error>;
 fn content(checkpoint: &Checkpoint) -> Vec<Content> {
     let mut saved: SavedState = checkpoint.json("state.json").expect("state");
     saved.tally.elapsed = Duration::ZERO;
-    saved.metrics.remove("samples_per_second");
+    saved.metrics.retain(|name, _| !is_of_time(name));
     let saved = Content::from([("state".to_owned(), serde_json::to_vec(&saved).expect("JSON"))]);
     let names = ["model.safetensors", "optimizer.safetensors", "ema.safetensors"];
     names.into_iter().map(|name| tensors(&checkpoint.file(name))).chain([saved]).collect()

@@ -8,12 +8,14 @@ mod digits;
 mod faults;
 mod fit;
 mod hosts;
+mod limits;
 mod loss_scale;
 mod models;
 mod optim;
 mod precision;
 mod pytorch;
 mod shards;
+mod stopping;
 mod sync;
 mod training;
 mod updater;
@@ -24,6 +26,9 @@ use mobula_core::{Resources, Runtime};
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     if let Some(folder) = hosts::folder() {
         return hosts::run(&folder);
+    }
+    if let Some(folder) = limits::folder() {
+        return limits::run(&folder);
     }
     let gpus = Resources::of_this_machine().gpus;
     let runtime = mobula_core::init_with(Resources::cpus(4.0).with_gpus(gpus))?;
@@ -36,12 +41,14 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         faults::TESTS,
         fit::TESTS,
         hosts::TESTS,
+        limits::TESTS,
         loss_scale::TESTS,
         models::TESTS,
         optim::TESTS,
         precision::TESTS,
         pytorch::TESTS,
         shards::TESTS,
+        stopping::TESTS,
         sync::TESTS,
         training::TESTS,
         updater::TESTS,
