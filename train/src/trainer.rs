@@ -497,3 +497,30 @@ impl Journal {
         Ok(self.metrics.as_mut().map_or(Ok(()), |metrics| metrics.log(step, values))?)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn progress(step_ms: f64) -> WorkerReport {
+        let (step, epoch, epochs) = (1, 0, 2);
+        let (loss, lr, samples_per_second) = (0.5, 0.1, 100.0);
+        let progress = Progress { step, epoch, epochs, loss, lr, samples_per_second, step_ms };
+        WorkerReport::Progress(progress)
+    }
+
+    #[test]
+    fn the_slowest_rank_is_shown_until_all_begin_anew() {
+        let mut journal = Journal::new("test", None).expect("a journal");
+        let mut shown = |reports: Vec<(usize, WorkerReport)>| {
+            for (rank, report) in reports {
+                journal.record(rank, report).expect("recorded");
+            }
+            journal.show(0, 2, 1, 0.5, 100.0).map(|spread| spread.to_string())
+        };
+        assert_eq!(shown(vec![(0, progress(5.14))]), None);
+        let others = vec![(1, WorkerReport::StepMs(9.76)), (2, WorkerReport::StepMs(6.0))];
+        assert_eq!(shown(others).as_deref(), Some("steps 5.1-9.8 ms, rank 1 slowest"));
+        assert_eq!(shown(vec![(0, WorkerReport::Resumed(Resumed::default()))]), None);
+    }
+}
