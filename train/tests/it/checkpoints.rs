@@ -140,7 +140,18 @@ fn in_background(runtime: &Runtime) {
     assert!(all.keys().copied().eq(1..=30));
     // One is written at a time; what is due meanwhile waits. How many there are depends on the disk.
     assert!([1, 30].iter().all(|step| some.contains_key(step)), "{:?}", some.keys());
-    assert!(some.iter().all(|(step, content)| all[step] == *content));
+    for (step, mut content) in some {
+        let mut expected = all[&step].clone();
+        if step == 10 || step == 20 {
+            // Of the step, if it was still being written when that of the epoch was due.
+            for content in [&mut content, &mut expected] {
+                content.retain(|file| !file.contains_key("state"));
+            }
+        }
+        let differ = content.iter().zip(&expected).filter(|(file, expected)| file != expected);
+        let names: Vec<_> = differ.flat_map(|(file, _)| file.keys()).collect();
+        assert!(content == expected, "at step {step}: {names:?}");
+    }
 }
 
 /// The first epochs have the highest losses: old when the training ends.
