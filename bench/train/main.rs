@@ -6,12 +6,15 @@
 //! bench-train recover                                 how long a killed worker takes
 //! bench-train checkpoint [waited-for]                 how long a large checkpoint takes
 //! bench-train shards WORKERS                          what virtual shards cost
+//! bench-train fashion-fixture SEED PATH               write weights and the order of the rows
+//! bench-train fashion DATA FIXTURE WORKERS EPOCHS     how long 90 % of Fashion-MNIST take
 //! ```
 //!
 //! The requests are described in xtask/src/bench/worker.rs. With `tcp`, workers exchange gradients
 //! over sockets, as those of different hosts do.
 #![forbid(unsafe_code)]
 
+mod fashion;
 mod survive;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -46,8 +49,12 @@ fn main() -> Result<()> {
         ["shards", workers] => survive::shards(&runtime, workers.parse()?),
         ["checkpoint"] => survive::checkpoint(&runtime, true),
         ["checkpoint", "waited-for"] => survive::checkpoint(&runtime, false),
+        ["fashion-fixture", seed, path] => fashion::fixture(seed.parse()?, path.as_ref()),
+        ["fashion", data, fixture, workers, epochs] => {
+            fashion::train(&runtime, [data, fixture, workers, epochs])
+        }
         _ => bail!(
-            "usage: bench-train fixture MODEL PATH | train MODEL FIXTURE WORKERS [cpu|tcp|cuda] | recover | checkpoint [waited-for] | shards WORKERS"
+            "usage: bench-train fixture MODEL PATH | train MODEL FIXTURE WORKERS [cpu|tcp|cuda] | recover | checkpoint [waited-for] | shards WORKERS | fashion-fixture SEED PATH | fashion DATA FIXTURE WORKERS EPOCHS"
         ),
     }
 }

@@ -102,29 +102,53 @@ impl CheckpointStore {
         &self.dir
     }
 
-    /// Commits what `write` puts into the folder that it is given, then drops the oldest ones.
+    /// Commits what `write` puts into the folder that it is given, then drops the oldest ones. What an
+    /// earlier save has left unfinished goes, too: one process at a time may save.
     pub fn save(
         &self,
         step: u64,
         write: impl FnOnce(&Path) -> Result<(), Error>,
     ) -> Result<Checkpoint, Error> {
         fs::create_dir_all(&self.dir).at("create", &self.dir)?;
+        self.remove_unfinished()?;
         let name = format!("{PREFIX}{step:010}");
         let (temporary, path) = (self.dir.join(format!("{TEMPORARY}{name}")), self.dir.join(&name));
-        remove_if_there(&temporary)?;
         fs::create_dir(&temporary).at("create", &temporary)?;
-        write(&temporary)?;
-        Manifest::commit(&temporary, step)?;
+        let saved = self.commit(step, write, &temporary, &path);
+        if saved.is_err() {
+            // The error is what counts. A full disk gets back what was written.
+            let _ = remove_if_there(&temporary);
+        }
+        saved
+    }
+
+    fn commit(
+        &self,
+        step: u64,
+        write: impl FnOnce(&Path) -> Result<(), Error>,
+        temporary: &Path,
+        path: &Path,
+    ) -> Result<Checkpoint, Error> {
+        write(temporary)?;
+        Manifest::commit(temporary, step)?;
         if path.exists() {
             // At no time is there none of this step.
-            exchange(&temporary, &path)?;
-            remove_if_there(&temporary)?;
+            exchange(temporary, path)?;
+            remove_if_there(temporary)?;
         } else {
-            fs::rename(&temporary, &path).at("rename", &temporary)?;
+            fs::rename(temporary, path).at("rename", temporary)?;
         }
         sync(&self.dir)?;
         self.prune()?;
-        Ok(Checkpoint { path, step })
+        Ok(Checkpoint { path: path.to_owned(), step })
+    }
+
+    /// What a process that was killed while it wrote has left. If it stays, it only takes room.
+    fn remove_unfinished(&self) -> Result<(), Error> {
+        for path in self.with_prefix(TEMPORARY)? {
+            let _ = remove_if_there(&path);
+        }
+        Ok(())
     }
 
     /// The newest valid checkpoint. Notes each invalid one that it passes over on stderr; errors
@@ -145,13 +169,17 @@ impl CheckpointStore {
 
     /// The folders of all checkpoints, oldest first, valid or not.
     pub fn paths(&self) -> Result<Vec<PathBuf>, Error> {
+        self.with_prefix(PREFIX)
+    }
+
+    fn with_prefix(&self, prefix: &str) -> Result<Vec<PathBuf>, Error> {
         if !self.dir.exists() {
             return Ok(Vec::new());
         }
         let mut paths = Vec::new();
         for entry in fs::read_dir(&self.dir).at("list", &self.dir)? {
             let path = entry.at("list", &self.dir)?.path();
-            if path.file_name().is_some_and(|n| n.to_string_lossy().starts_with(PREFIX)) {
+            if path.file_name().is_some_and(|n| n.to_string_lossy().starts_with(prefix)) {
                 paths.push(path);
             }
         }
@@ -395,9 +423,17 @@ mod tests {
     #[test]
     fn a_failed_write_leaves_nothing_behind_that_counts() {
         let (_dir, store) = store_with(&[1], 5);
-        let failed = store.save(2, |_| Err(Error::Internal("disk full".into())));
-        assert!(failed.is_err());
+        let write = |d: &Path| fs::write(d.join("half"), b"of it").at("write", d);
+        let full = |d: &Path| write(d).and(Err(Error::Internal("disk full".into())));
+        assert!(store.save(2, full).is_err());
+        let entries = || fs::read_dir(store.dir()).expect("list").count();
         assert_eq!(store.latest().expect("latest").expect("some").step(), 1);
-        store.save(2, |_| Ok(())).expect("the next save is not disturbed");
+        assert_eq!(entries(), 1, "the disk gets back what was written");
+        // A process that is killed cannot tidy up: the next one that saves does.
+        let left = store.dir().join(".tmp-step-0000000003");
+        fs::create_dir(&left).expect("folder");
+        write(&left).expect("write");
+        store.save(4, |_| Ok(())).expect("the next save is not disturbed");
+        assert_eq!(entries(), 2);
     }
 }

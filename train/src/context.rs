@@ -5,6 +5,7 @@ use crate::collective::{self, Alone, Collective, Compression, Element, ReduceOp,
 use crate::keeper::Keeper;
 use crate::outer::LocalSgd;
 use crate::overlap::{EarlySums, Overlap};
+use crate::pace::{Spread, Timed};
 use crate::report::{EpochReport, Meter, Resumed, WorkerReport};
 use crate::share::Share;
 use crate::snapshot::broadcast_text;
@@ -117,6 +118,8 @@ impl<'a> WorkerContext<'a> {
             || setup.local_sgd.is_some();
         let overlap = if in_turns { Overlap::Never } else { setup.overlap };
         let early_sums = EarlySums::new(&collective, overlap);
+        let (clock, waits) = (Arc::clone(&meter.clock), Arc::clone(&meter.waits));
+        let collective = Arc::new(Timed { inner: collective, clock, waits });
         Self { place, collective, setup, device, meter, early_sums, is_due: false }
     }
 
@@ -303,7 +306,8 @@ impl<'a> WorkerContext<'a> {
         hears: impl FnOnce(&mut TrainState, &EpochReport) -> Result<Flow>,
     ) -> Result<()> {
         self.synchronise(state)?;
-        let metrics = self.epoch_metrics(state, metrics)?;
+        let spread = self.epoch_spread()?;
+        let metrics = self.epoch_metrics(state, spread, metrics)?;
         let observed = self.plateau_metric(state, &metrics)?;
         let (epoch, epochs, step) = (state.epoch() + 1, state.epochs(), state.step());
         let report = EpochReport { epoch, epochs, step, metrics: metrics.clone() };
@@ -323,9 +327,16 @@ impl<'a> WorkerContext<'a> {
         Ok(())
     }
 
+    /// Of what the ranks have computed in the steps of this epoch, the same on all.
+    fn epoch_spread(&mut self) -> Result<Option<Spread>> {
+        let step_ms = self.meter.take_epoch_pace().step_ms();
+        Ok(Spread::of(self.collective.gather_one(step_ms)?.into_iter().enumerate()))
+    }
+
     fn epoch_metrics(
         &self,
         state: &TrainState,
+        spread: Option<Spread>,
         metrics: &[(&str, f64)],
     ) -> Result<BTreeMap<String, f64>> {
         let mut all = BTreeMap::from([
@@ -340,7 +351,9 @@ impl<'a> WorkerContext<'a> {
         if let Some(steps) = state.non_finite_steps() {
             all.insert("non_finite_steps".to_owned(), steps as f64);
         }
-        all.extend(metrics.iter().map(|(name, value)| ((*name).to_owned(), *value)));
+        let spread = spread.map(|spread| spread.metrics());
+        let metrics = spread.iter().flatten().chain(metrics);
+        all.extend(metrics.map(|(name, value)| ((*name).to_owned(), *value)));
         match &self.setup.best {
             Some(best) if !all.contains_key(&best.metric) => {
                 let (metric, names) = (best.metric.clone(), all.into_keys().collect());
@@ -376,8 +389,10 @@ impl<'a> WorkerContext<'a> {
         }
     }
 
-    /// Ends the training within an epoch, with a checkpoint if there are any.
-    pub(crate) fn stop_here(&mut self, state: &mut TrainState) -> Result<()> {
+    /// Ends the training within an epoch, with a checkpoint if there are any: `state` is finished
+    /// afterwards. All ranks must call it alike, and without [`end_epoch`](Self::end_epoch) for the
+    /// epoch that is not over. A training that goes on from there ends the epoch.
+    pub fn stop(&mut self, state: &mut TrainState) -> Result<()> {
         state.stop();
         match state.has_position() {
             true => self.checkpoint(state),
@@ -385,8 +400,10 @@ impl<'a> WorkerContext<'a> {
         }
     }
 
-    /// Whether the training is to end soon, as the trainer or whoever runs it asks for. All ranks must
-    /// call it alike, and get the same answer.
+    /// Whether the training is to end soon, as [`Trainer::fit_with`](crate::Trainer::fit_with) or
+    /// whoever started the group asks for. [`end_epoch`](Self::end_epoch) ends it then by itself;
+    /// a function that asks after a step, and calls [`stop`](Self::stop), ends sooner. All ranks must
+    /// call it alike, and get the same answer: it costs a collective of one number.
     pub fn should_stop(&self) -> Result<bool> {
         let asked = match &self.place {
             Place::Member(member, _) => member.stop_requested(),
@@ -494,10 +511,12 @@ impl<'a> WorkerContext<'a> {
 
     fn report_progress(&mut self, state: &TrainState) -> Result<()> {
         if let Place::Member(member, _) = &self.place
-            && member.rank() == 0
             && let Some(progress) = self.meter.progress(state)
         {
-            member.report(&WorkerReport::Progress(progress))?;
+            member.report(&match member.rank() {
+                0 => WorkerReport::Progress(progress),
+                _ => WorkerReport::StepMs(progress.step_ms),
+            })?;
         }
         Ok(())
     }

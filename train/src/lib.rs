@@ -43,6 +43,7 @@ mod keeper;
 pub mod optim;
 mod outer;
 mod overlap;
+mod pace;
 mod report;
 mod saver;
 mod share;

@@ -181,7 +181,7 @@ impl WorkerContext<'_> {
                 }
             }
             if let Some(early) = early {
-                early.finish(gradients)?;
+                self.meter.waiting(|| early.finish(gradients))?;
             }
             if self.shard().world > 1 && self.setup.local_sgd.is_none() {
                 let sums = BufferSums::of(model.params(), rows)?;

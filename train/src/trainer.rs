@@ -6,6 +6,7 @@ use crate::keeper;
 use crate::optim::Mode;
 use crate::outer::LocalSgd;
 use crate::overlap::Overlap;
+use crate::pace::Spread;
 use crate::report::{EpochReport, Progress, Resumed, WorkerReport};
 use crate::saver::remove_parts;
 use crate::{Error, Result};
@@ -14,8 +15,8 @@ use mobula_core::console::{self, Progress as Bar};
 use mobula_core::group::decode_report;
 use mobula_core::run::{MetricsWriter, RunDir, RunState};
 use mobula_core::{
-    Group, GroupEvent, GroupOptions, GroupTask, OnLoss, Placement, Resources, RestartPolicy,
-    Runtime,
+    BoxError, Flow, Group, GroupEvent, GroupOptions, GroupTask, OnLoss, Placement, Resources,
+    RestartPolicy, Runtime,
 };
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -234,6 +235,9 @@ pub struct TrainingResult<T> {
     pub values: Vec<T>,
 }
 
+/// Who hears of each epoch, and may end the training.
+type OnEpoch<'a> = dyn FnMut(&EpochReport) -> Result<Flow, BoxError> + 'a;
+
 impl<T> Trainer<T> {
     /// A trainer of what `some_function::remote(config)` describes: a `#[mobula::remote]`
     /// function whose first parameter is a [`Member`](mobula_core::Member).
@@ -279,6 +283,18 @@ impl<T> Trainer<T> {
 
     /// Trains until the function has returned on every rank.
     pub fn fit(&self, runtime: &Runtime) -> Result<TrainingResult<T>> {
+        self.fit_with(runtime, |_| Ok(Flow::Continue))
+    }
+
+    /// The same. `on_epoch` hears of each epoch here, where the trainer is, and may ask the training to
+    /// stop: it ends with the epoch that it is in by then, or, where the function asks
+    /// [`should_stop`](crate::WorkerContext::should_stop), sooner. Fitted again, the run goes on. An
+    /// error of `on_epoch` ends the training at once.
+    pub fn fit_with(
+        &self,
+        runtime: &Runtime,
+        mut on_epoch: impl FnMut(&EpochReport) -> Result<Flow, BoxError>,
+    ) -> Result<TrainingResult<T>> {
         self.scaling.check()?;
         if self.checkpoint.every_steps == Some(0) {
             let (option, got) = ("every_steps", "0".to_owned());
@@ -289,7 +305,7 @@ impl<T> Trainer<T> {
         let _interrupted = mobula_core::on_interrupt(move || {
             run.and_then(|run| run.set_state(RunState::Interrupted).err()).map(|e| e.to_string())
         });
-        let result = self.fit_with_restarts(runtime);
+        let result = self.fit_with_restarts(runtime, &mut on_epoch);
         let state = if result.is_ok() { RunState::Finished } else { RunState::Failed };
         // A status that cannot be written must not hide how the training ended.
         if let Some(Err(error)) = self.run.as_ref().map(|run| run.set_state(state)) {
@@ -298,7 +314,11 @@ impl<T> Trainer<T> {
         result
     }
 
-    fn fit_with_restarts(&self, runtime: &Runtime) -> Result<TrainingResult<T>> {
+    fn fit_with_restarts(
+        &self,
+        runtime: &Runtime,
+        on_epoch: &mut OnEpoch<'_>,
+    ) -> Result<TrainingResult<T>> {
         let mut journal = Journal::new(&self.name, self.run.as_ref())?;
         let setup = self.setup()?;
         if let Some(checkpoints) = &setup.checkpoints {
@@ -309,7 +329,15 @@ impl<T> Trainer<T> {
         let mut values: Vec<Option<T>> = (0..self.scaling.num_workers).map(|_| None).collect();
         while values.iter().any(Option::is_none) {
             match next(&mut group) {
-                GroupEvent::Report { payload, .. } => journal.record(decode_report(&payload)?)?,
+                GroupEvent::Report { rank, payload, .. } => {
+                    let report = decode_report(&payload)?;
+                    if let WorkerReport::Epoch(epoch) = &report
+                        && on_epoch(epoch).map_err(Error::program)?.is_stop()
+                    {
+                        group.stop();
+                    }
+                    journal.record(rank, report)?;
+                }
                 GroupEvent::Finished { rank, value } => values[rank] = Some(value),
                 GroupEvent::Restarting { .. } => {
                     restarts += 1;
@@ -431,6 +459,8 @@ struct Journal {
     run: Option<RunDir>,
     metrics: Option<MetricsWriter>,
     last: BTreeMap<String, f64>,
+    /// How long each rank computes in a step, as far as it has told.
+    step_ms: BTreeMap<usize, f64>,
 }
 
 impl Journal {
@@ -441,12 +471,20 @@ impl Journal {
             run: run.cloned(),
             metrics: run.map(RunDir::metrics_writer).transpose()?,
             last: BTreeMap::new(),
+            step_ms: BTreeMap::new(),
         })
     }
 
-    fn record(&mut self, report: WorkerReport) -> Result<()> {
+    fn record(&mut self, rank: usize, report: WorkerReport) -> Result<()> {
         match report {
-            WorkerReport::Progress(progress) => self.progress(&progress),
+            WorkerReport::Progress(progress) => {
+                self.step_ms.insert(rank, progress.step_ms);
+                self.progress(&progress)
+            }
+            WorkerReport::StepMs(step_ms) => {
+                self.step_ms.insert(rank, step_ms);
+                Ok(())
+            }
             WorkerReport::Epoch(report) => self.epoch(report),
             WorkerReport::Metrics { step, metrics } => self.log(step, &metrics),
             WorkerReport::Resumed(resumed) => self.resume(resumed),
@@ -466,6 +504,7 @@ impl Journal {
             _ => format!("{}: continuing from step {step}{kept}", self.name),
         });
         self.last = metrics;
+        self.step_ms.clear();
         if let Some(run) = &self.run {
             run.rewind_metrics(step, epoch)?;
             self.metrics = Some(run.metrics_writer()?);
@@ -474,11 +513,13 @@ impl Journal {
     }
 
     fn progress(&mut self, progress: &Progress) -> Result<()> {
-        let Progress { step, epoch, epochs, loss, lr, samples_per_second } = progress;
-        self.show(*epoch, *epochs, *step, *loss, *samples_per_second);
+        let Progress { step, epoch, epochs, loss, lr, samples_per_second, .. } = progress;
+        let spread = self.show(*epoch, *epochs, *step, *loss, *samples_per_second);
         let values = [("loss", *loss), ("lr", *lr), ("samples_per_second", *samples_per_second)];
+        let spread = spread.map(|spread| spread.metrics());
+        let values = values.into_iter().chain(spread.into_iter().flatten());
         let values = values.map(|(name, value)| (format!("step/{name}"), value));
-        self.log(*step, &BTreeMap::from(values))
+        self.log(*step, &values.collect())
     }
 
     fn epoch(&mut self, report: EpochReport) -> Result<()> {
@@ -491,12 +532,43 @@ impl Journal {
         self.log(report.step, &values)
     }
 
-    fn show(&mut self, epoch: u64, epochs: u64, step: u64, loss: f64, rate: f64) {
+    /// With how the ranks differ, as far as that is known, which it gives.
+    fn show(&mut self, epoch: u64, epochs: u64, step: u64, loss: f64, rate: f64) -> Option<Spread> {
+        let spread = Spread::of(self.step_ms.clone());
+        let shown = spread.map_or(String::new(), |spread| format!("  {spread}"));
         let bar = self.bar.get_or_insert_with(|| Bar::new(format!("{} epoch", self.name), epochs));
-        bar.update(epoch, format!("step {step}  loss {loss:.4}  {rate:.0} samples/s"));
+        bar.update(epoch, format!("step {step}  loss {loss:.4}  {rate:.0} samples/s{shown}"));
+        spread
     }
 
     fn log(&mut self, step: u64, values: &BTreeMap<String, f64>) -> Result<()> {
         Ok(self.metrics.as_mut().map_or(Ok(()), |metrics| metrics.log(step, values))?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn progress(step_ms: f64) -> WorkerReport {
+        let (step, epoch, epochs) = (1, 0, 2);
+        let (loss, lr, samples_per_second) = (0.5, 0.1, 100.0);
+        let progress = Progress { step, epoch, epochs, loss, lr, samples_per_second, step_ms };
+        WorkerReport::Progress(progress)
+    }
+
+    #[test]
+    fn the_slowest_rank_is_shown_until_all_begin_anew() {
+        let mut journal = Journal::new("test", None).expect("a journal");
+        let mut shown = |reports: Vec<(usize, WorkerReport)>| {
+            for (rank, report) in reports {
+                journal.record(rank, report).expect("recorded");
+            }
+            journal.show(0, 2, 1, 0.5, 100.0).map(|spread| spread.to_string())
+        };
+        assert_eq!(shown(vec![(0, progress(5.14))]), None);
+        let others = vec![(1, WorkerReport::StepMs(9.76)), (2, WorkerReport::StepMs(6.0))];
+        assert_eq!(shown(others).as_deref(), Some("steps 5.1-9.8 ms, rank 1 slowest"));
+        assert_eq!(shown(vec![(0, WorkerReport::Resumed(Resumed::default()))]), None);
     }
 }

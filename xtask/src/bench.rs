@@ -2,6 +2,7 @@
 
 mod agreement;
 mod core;
+mod fashion;
 mod nn;
 mod peers;
 mod survival;

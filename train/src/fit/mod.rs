@@ -153,7 +153,7 @@ impl<'a> TrainLoop<'a> {
         self.stop |= stop;
         let agree = !self.callbacks.is_empty() && state.is_synchronised();
         match agree && context.any(self.stop)? {
-            true => context.stop_here(state),
+            true => context.stop(state),
             false => Ok(()),
         }
     }

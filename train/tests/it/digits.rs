@@ -11,11 +11,13 @@ use mobula_nn::{Model, ModelSpec, Pass, Precision, metrics};
 use mobula_train::{
     AdamW, AdamWOptions, NonFinite, TrainState, Updater, UpdaterOptions, WorkerContext,
 };
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 pub(crate) const FEATURES: usize = 8;
 pub(crate) const CLASSES: usize = 3;
@@ -82,6 +84,16 @@ pub(crate) enum Harm {
     Half,
     /// Rank 1 has a label that no class has.
     BadLabel,
+    /// Rank 0 can write no large file from the second of the six steps of this epoch to its end, and then
+    /// until its checkpoint is over.
+    FullDisk {
+        epoch: u64,
+    },
+    /// Each rank leaves its process id in the folder at this step, and goes no further.
+    Wait {
+        at_step: u64,
+        folder: PathBuf,
+    },
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
@@ -90,6 +102,8 @@ pub(crate) enum How {
     /// It hangs.
     Stop,
     Abort,
+    /// It is refused the memory that it asks for.
+    OutOfMemory,
 }
 
 /// Where in the training, all but the first at step 15.
@@ -337,8 +351,43 @@ fn signal(how: How) {
         How::Kill => Signal::KILL,
         How::Stop => Signal::STOP,
         How::Abort => std::process::abort(),
+        How::OutOfMemory => return ask_for_too_much(),
     };
     let _ = rustix::process::kill_process(rustix::process::getpid(), signal);
+}
+
+/// As in a container that has no more: so Rust ends the process.
+fn ask_for_too_much() {
+    let maximum = getrlimit(Resource::As).maximum;
+    let little = Rlimit { current: Some(1 << 20), maximum };
+    setrlimit(Resource::As, little).expect("a limit");
+    std::hint::black_box(vec![1u8; 1 << 30]);
+}
+
+/// In the epoch that is said, and frees it again in the next one. After the first step of each, when the
+/// thread that writes the checkpoint of the one before has a name by which it is known.
+fn fill_disk(epoch: u64, step: u64) {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while is_saving().expect("threads") {
+        assert!(Instant::now() < deadline, "it writes for ever");
+        std::thread::yield_now();
+    }
+    let maximum = getrlimit(Resource::Fsize).maximum;
+    // In the middle of the weights.
+    let current = if step / 6 == epoch { Some(100_000) } else { maximum };
+    setrlimit(Resource::Fsize, Rlimit { current, maximum }).expect("a limit");
+}
+
+/// Whether the thread that writes checkpoints is there.
+fn is_saving() -> std::io::Result<bool> {
+    for thread in std::fs::read_dir("/proc/self/task")? {
+        // It may have ended meanwhile.
+        let name = std::fs::read_to_string(thread?.path().join("comm")).unwrap_or_default();
+        if name.trim() == "checkpoint" {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 /// If this is the place, and a marker is not there yet.
@@ -364,6 +413,15 @@ fn do_harm(harm: &Harm, rank: usize, step: u64) {
             if !marker.exists() {
                 let _ = std::fs::write(marker, "");
                 signal(How::Kill);
+            }
+        }
+        Harm::FullDisk { epoch } if rank == 0 && step % 6 == 1 => fill_disk(*epoch, step),
+        Harm::Wait { at_step, folder } if step == *at_step => {
+            let (pid, file) = (std::process::id().to_string(), folder.join(rank.to_string()));
+            let _ = std::fs::write(file.with_extension("tmp"), pid);
+            let _ = std::fs::rename(file.with_extension("tmp"), file);
+            loop {
+                std::thread::park();
             }
         }
         Harm::KillAlways { at_step } if rank == 1 && step == *at_step => signal(How::Kill),
@@ -426,6 +484,11 @@ fn spoil(harm: &Harm, rank: usize, step: u64, batch: &Batch) -> Result<(Tensor, 
         Harm::BadLabel if rank == 1 => (x, (y.ones_like()? * 12.0)?),
         _ => (x, y),
     })
+}
+
+/// Whether a metric differs from run to run.
+pub(crate) fn is_of_time(name: &str) -> bool {
+    name == "samples_per_second" || name.starts_with("ranks/")
 }
 
 /// A folder of files, such as a checkpoint.

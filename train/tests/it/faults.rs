@@ -95,6 +95,7 @@ fn places(runtime: &Runtime) {
         (How::Kill, Place::Start(0), 0),
         (How::Kill, Place::Forward, 15),
         (How::Abort, Place::Forward, 15),
+        (How::OutOfMemory, Place::Forward, 15),
         (How::Kill, Place::Backward, 15),
         (How::Kill, Place::Sum, 15),
         (How::Kill, Place::Validation, 18),

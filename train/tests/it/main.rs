@@ -9,6 +9,7 @@ mod digits;
 mod faults;
 mod fit;
 mod hosts;
+mod limits;
 mod local;
 mod loss_scale;
 mod models;
@@ -18,6 +19,7 @@ mod overlap;
 mod precision;
 mod pytorch;
 mod shards;
+mod stopping;
 mod sync;
 mod training;
 mod updater;
@@ -33,6 +35,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     if let Some(folder) = network::folder() {
         return network::run(&folder);
     }
+    if let Some(folder) = limits::folder() {
+        return limits::run(&folder);
+    }
     let gpus = Resources::of_this_machine().gpus;
     let runtime = mobula_core::init_with(Resources::cpus(4.0).with_gpus(gpus))?;
     let mut arguments = Arguments::from_args();
@@ -45,6 +50,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         faults::TESTS,
         fit::TESTS,
         hosts::TESTS,
+        limits::TESTS,
         local::TESTS,
         loss_scale::TESTS,
         models::TESTS,
@@ -53,6 +59,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         precision::TESTS,
         pytorch::TESTS,
         shards::TESTS,
+        stopping::TESTS,
         sync::TESTS,
         training::TESTS,
         updater::TESTS,

@@ -18,6 +18,7 @@ pub(crate) const TESTS: &[Test] = &[
     ("training::two_workers_train_like_one", worlds_agree),
     ("training::uneven_shares_are_weighted_by_their_rows", uneven),
     ("training::a_run_records_metrics_logs_and_checkpoints", records),
+    ("training::several_workers_tell_how_long_their_steps_take", step_times),
     ("training::a_stopped_run_resumes_to_the_same_bits", resumes),
     ("training::a_finished_run_is_not_trained_again", finished),
     ("training::ranks_draw_different_dropout_masks", masks_differ),
@@ -83,6 +84,28 @@ fn records(runtime: &Runtime) {
         saved.extend(var.flatten_all().and_then(|t| t.to_vec1::<f32>()).expect("values"));
     }
     assert_eq!(saved, result.values[0].weights);
+}
+
+/// Which of them is slow is for the clock to say: here, that it is told, and in which order.
+fn step_times(runtime: &Runtime) {
+    let of = |workers| {
+        let root = tempfile::tempdir().expect("temporary folder");
+        let run = RunDir::create(root.path(), "r", 5, &()).expect("run");
+        let trainer = Trainer::new(train::remote(Config::new(2))).with_run(&run);
+        let trainer = trainer.with_logs_shown(false).with_scaling(ScalingConfig::workers(workers));
+        let fit = trainer.fit(runtime).expect("fit");
+        let epochs = run.metrics().expect("metrics").into_iter().map(|line| line.values);
+        let epochs: Vec<_> = epochs.filter(|values| values.contains_key("epoch")).collect();
+        (fit.metrics, epochs)
+    };
+    let (metrics, epochs) = of(3);
+    for metrics in epochs.iter().chain([&metrics]) {
+        let [min, max, slowest] = ["step_ms_min", "step_ms_max", "slowest"]
+            .map(|name| metrics.get(&format!("ranks/{name}")).copied().expect(name));
+        assert!(0.0 < min && min <= max && [0.0, 1.0, 2.0].contains(&slowest), "{metrics:?}");
+    }
+    let (metrics, _) = of(1);
+    assert!(metrics.keys().all(|name| !name.starts_with("ranks/")), "{metrics:?}");
 }
 
 /// Trains 2 of 5 epochs, then goes on, with as many workers and with fewer.

@@ -1,7 +1,7 @@
 //! What goes with an optimizer: schedules, averages, accumulation, scales, in trainings.
 
 use crate::Test;
-use crate::digits::{CLASSES, Config, FEATURES, Rows, learn_with, train};
+use crate::digits::{CLASSES, Config, FEATURES, Rows, is_of_time, learn_with, train};
 use crate::optim::{build, some_gradients, some_params, values};
 use candle_core::{DType, Device, Tensor};
 use mobula_core::{
@@ -143,7 +143,8 @@ fn resumes(runtime: &Runtime) {
         };
         let mut state: serde_json::Value =
             serde_json::from_slice(&file("state.json")).expect("state");
-        state["metrics"].as_object_mut().expect("metrics").remove("samples_per_second");
+        let metrics = state["metrics"].as_object_mut().expect("metrics");
+        metrics.retain(|name, _| !is_of_time(name));
         (tensors("optimizer.safetensors"), tensors("ema.safetensors"), state)
     };
     fit("stopped", 2);

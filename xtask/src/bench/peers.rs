@@ -48,7 +48,7 @@ fn install(environment: &Path, python: &Path, requirements: &Path) -> Result<()>
 }
 
 /// Where things that can be made again are kept: `$XDG_CACHE_HOME/mobula` or `~/.cache/mobula`.
-fn cache() -> Result<PathBuf> {
+pub(super) fn cache() -> Result<PathBuf> {
     let base = match std::env::var_os("XDG_CACHE_HOME") {
         Some(cache) => PathBuf::from(cache),
         None => PathBuf::from(

@@ -74,12 +74,12 @@ fn recovery(bench: &Bench) -> Result<Vec<Case>> {
     Ok(vec![both("SIGKILL to the next step, 2 workers", "s", |one| one.seconds), lost])
 }
 
-fn script(name: &str) -> String {
+pub(super) fn script(name: &str) -> String {
     command::root().join("bench/train").join(name).display().to_string()
 }
 
 /// The last line of JSON that it prints.
-fn answer<T: serde::de::DeserializeOwned>(mut command: Command) -> Result<T> {
+pub(super) fn answer<T: serde::de::DeserializeOwned>(mut command: Command) -> Result<T> {
     let program = format!("{command:?}");
     let output = command.stderr(Stdio::null()).output().with_context(|| program.clone())?;
     let text = String::from_utf8_lossy(&output.stdout);

@@ -3,7 +3,7 @@
 
 use super::agreement::same_loss;
 use super::worker::Worker;
-use super::{Case, Scratch, median, peers, survival};
+use super::{Case, Scratch, fashion, median, peers, survival};
 use crate::command;
 use anyhow::{Context, Result};
 use std::path::PathBuf;
@@ -27,7 +27,7 @@ const MODELS: &[(&str, &str, usize, usize)] = &[
 ];
 
 pub(super) struct Bench {
-    scratch: Scratch,
+    pub(super) scratch: Scratch,
     pub(super) ours: PathBuf,
     pub(super) python: PathBuf,
     peer: String,
@@ -51,6 +51,9 @@ pub(super) fn run(quick: bool, only: &str) -> Result<Vec<Case>> {
     }
     if "survival".contains(only) {
         cases.extend(survival::cases(&bench)?);
+    }
+    if "fashion".contains(only) {
+        cases.extend(fashion::cases(&bench, quick)?);
     }
     for (name, label, rows, steps) in MODELS.iter().filter(|model| model.1.contains(only)) {
         let mut alone = None;
