@@ -50,6 +50,7 @@ mod stream;
 mod sync;
 mod tensors;
 mod trainer;
+mod workers;
 
 pub use collective::{Collective, Element, ReduceOp, Transport};
 pub use context::WorkerContext;
@@ -63,3 +64,4 @@ pub use step::Loss;
 pub use trainer::{
     BestCheckpoints, CheckpointConfig, FailureConfig, ScalingConfig, Trainer, TrainingResult,
 };
+pub use workers::WorkerCount;

@@ -5,6 +5,7 @@ mod checkpoints;
 mod collectives;
 mod devices;
 mod digits;
+mod elastic;
 mod faults;
 mod fit;
 mod hosts;
@@ -25,14 +26,20 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     if let Some(folder) = hosts::folder() {
         return hosts::run(&folder);
     }
+    if let Some(folder) = elastic::folder() {
+        return elastic::run(&folder);
+    }
     let gpus = Resources::of_this_machine().gpus;
-    let runtime = mobula_core::init_with(Resources::cpus(4.0).with_gpus(gpus))?;
+    // Seats are for a test that nobody else is to disturb.
+    let resources = Resources::cpus(4.0).with_gpus(gpus).with_custom("seat", 4.0);
+    let runtime = mobula_core::init_with(resources)?;
     let mut arguments = Arguments::from_args();
     arguments.test_threads.get_or_insert(2);
     let tests = [
         checkpoints::TESTS,
         collectives::TESTS,
         devices::TESTS,
+        elastic::TESTS,
         faults::TESTS,
         fit::TESTS,
         hosts::TESTS,
