@@ -29,13 +29,13 @@ const LONG: Duration = Duration::from_secs(120);
 const ROWS: usize = 116;
 const BATCH: usize = 16;
 const STEPS: u64 = ROWS.div_ceil(BATCH) as u64;
-/// In the second epoch a machine is lost in this step, and before that one another joins.
+/// In the second epoch a machine is lost in this step, and before that one another has joined.
 const SHRINK_AT: u64 = STEPS + 2;
 const GROW_AT: u64 = STEPS + 5;
 
 pub(crate) const TESTS: &[Test] = &[
     ("elastic::fewer_and_more_workers_lose_no_row_and_no_bit", machines),
-    ("elastic::one_worker_becomes_two_when_another_job_ends", one_and_two),
+    ("elastic::workers_become_more_when_another_job_ends", more),
     ("elastic::what_cannot_be_is_refused", refused),
 ];
 
@@ -48,10 +48,10 @@ pub(crate) fn folder() -> Option<String> {
 struct Plan {
     folder: PathBuf,
     dropout: f64,
-    /// The process of the machine that is not lost, if one is.
-    survivor: Option<u32>,
-    /// Whether it waits for others before [`GROW_AT`].
-    grows: bool,
+    /// The ranks on the machine that is lost.
+    lost: Vec<usize>,
+    /// In which step it says that there may be more workers, for whom it waits before [`GROW_AT`].
+    grow_from: Option<u64>,
 }
 
 /// Rows that know their numbers; each rank takes every `world`-th one of a batch.
@@ -120,11 +120,6 @@ impl Plan {
     }
 }
 
-/// The machine that this worker runs on: the fork server is between them.
-fn machine() -> Option<u32> {
-    std::env::var("MOBULA_DRIVER_PID").ok()?.parse().ok()
-}
-
 #[remote(crate = mobula_core)]
 fn train(member: Member, plan: Plan) -> Result<Vec<f32>, BoxError> {
     let generation = member.generation();
@@ -141,13 +136,17 @@ fn train(member: Member, plan: Plan) -> Result<Vec<f32>, BoxError> {
     while !state.is_finished() {
         while let Some(batch) = stream.next_batch()? {
             let step = state.step();
-            if step == GROW_AT && plan.grows && world < 4 {
+            if let Some(from) = plan.grow_from.filter(|from| world < 4 && step >= *from) {
                 plan.tell("smaller", "");
-                wait_for_more(&mut context, &plan)?;
+                if step == GROW_AT {
+                    wait_for_more(&mut context, &plan)?;
+                }
+                // So that others come in one step or another.
+                std::thread::sleep(Duration::from_millis(if from < GROW_AT { 20 } else { 0 }));
             }
             plan.record(generation, rank, step, &batch.get("id")?.to_vec1::<u32>()?)?;
             context.step(&mut state, &batch, |model, pass, batch| {
-                if step == SHRINK_AT && generation == 0 {
+                if step == SHRINK_AT && generation == 0 && plan.lost.contains(&rank) {
                     wait_for_the_end(&plan);
                 }
                 let logits = model.forward(batch.get("x")?, pass)?;
@@ -172,13 +171,11 @@ fn wait_for_more(context: &mut WorkerContext<'_>, plan: &Plan) -> Result<(), Box
 }
 
 /// In the middle of a step, on the machine that is to be lost.
-fn wait_for_the_end(plan: &Plan) {
-    if plan.survivor.is_some() && machine() != plan.survivor {
-        let machine = machine().unwrap_or(0);
-        plan.tell("victim", &machine.to_string());
-        loop {
-            std::thread::park();
-        }
+fn wait_for_the_end(plan: &Plan) -> ! {
+    // The agent: the fork server is between them.
+    plan.tell("victim", &std::env::var("MOBULA_DRIVER_PID").unwrap_or_default());
+    loop {
+        std::thread::park();
     }
 }
 
@@ -249,27 +246,32 @@ fn wait_until(mut done: impl FnMut() -> bool) {
 pub(crate) fn run(folder: &str) -> Result<(), Box<dyn std::error::Error>> {
     let runtime = mobula_core::init_with(Resources::cpus(2.0))?;
     wait_until(|| runtime.nodes().len() == 2);
-    let plan = |name: &str, dropout, is_disturbed: bool| {
+    let plan = |name: &str, dropout, lost: &[usize]| {
         let folder = Path::new(folder).join(name);
         std::fs::create_dir_all(&folder).expect("folder");
-        let survivor = is_disturbed.then(std::process::id);
-        Plan { folder, dropout, survivor, grows: is_disturbed }
+        let grow_from = (!lost.is_empty()).then_some(GROW_AT);
+        Plan { folder, dropout, lost: lost.to_vec(), grow_from }
     };
-    let in_shards = |scaling| ScalingConfig { virtual_shards: Some(4), ..scaling };
-    let whole = plan("whole", 0.3, false);
-    let undisturbed = fit(&runtime, &whole, in_shards(ScalingConfig::workers(4)));
-    assert_each_row_once(&whole.folder, &[0]);
-    for (name, dropout) in [("shards", 0.3), ("plain", 0.0)] {
-        let plan = plan(name, dropout, true);
-        let workers = ScalingConfig::workers(2..=4);
-        let scaling = if name == "shards" { in_shards(workers) } else { workers };
-        let fit = fit(&runtime, &plan, scaling);
+    let disturbed = |plan: &Plan, scaling| {
+        let fit = fit(&runtime, plan, scaling);
         assert_eq!((fit.restarts, fit.values.len()), (1, 4));
         assert_each_row_once(&plan.folder, &[0, SHRINK_AT, GROW_AT]);
-        if name == "shards" {
-            assert_eq!(fit.values[0], undisturbed.values[0], "to the bit");
-        }
-    }
+        fit
+    };
+    let in_shards = |scaling| ScalingConfig { virtual_shards: Some(4), ..scaling };
+    let whole = plan("whole", 0.3, &[]);
+    let undisturbed = fit(&runtime, &whole, in_shards(ScalingConfig::workers(4)));
+    assert_each_row_once(&whole.folder, &[0]);
+    let shards = plan("shards", 0.3, &[2, 3]);
+    let shards = disturbed(&shards, in_shards(ScalingConfig::workers(2..=4)));
+    assert_eq!(shards.values[0], undisturbed.values[0], "to the bit");
+    // Now the first ranks are lost, and those that are left have other ranks then.
+    let plain = plan("plain", 0.0, &[0, 1]);
+    plain.tell("two machines", "");
+    let here = PlacementGroupOptions::new("all that is here", vec![Resources::cpus(2.0)]);
+    let _here = runtime.placement_group(&here)?;
+    wait_until(|| runtime.nodes().len() == 3);
+    disturbed(&plain, ScalingConfig::workers(2..=4));
     Ok(())
 }
 
@@ -302,6 +304,10 @@ fn machines(_: &Runtime) {
         std::fs::read_to_string(path).expect("reads")
     };
     for name in ["shards", "plain"] {
+        if name == "plain" {
+            wait_for_file(folder.join(name).join("two machines"));
+            agents.push(copy(folder, "MOBULA_JOIN", &address));
+        }
         let victim = wait_for_file(folder.join(name).join("victim"));
         let agent = agents.iter_mut().find(|agent| agent.id().to_string() == victim);
         agent.expect("an agent").kill().expect("kill -9");
@@ -312,35 +318,45 @@ fn machines(_: &Runtime) {
     agents.iter_mut().for_each(|agent| drop(agent.kill().and_then(|()| agent.wait())));
     let log = log();
     assert!(status.success(), "{status}: {log}");
-    let shrunk = "train: rank 2, rank 3 lost and not replaced: continuing with 2 workers";
-    let shrunk = format!("{shrunk} from step {SHRINK_AT}, which rank 0 has kept");
+    let shrunk = |lost: &str| {
+        let text = format!("train: {lost} lost and not replaced: continuing with 2 workers");
+        format!("{text} from step {SHRINK_AT}, which rank 0 has kept")
+    };
     let grown = "train: 2 workers have joined: continuing with 4 workers";
     let grown = format!("{grown} from step {GROW_AT}, which rank 0 has kept");
-    assert_eq!([log.matches(&shrunk).count(), log.matches(&grown).count()], [2, 2], "{log}");
+    assert!(log.contains(&shrunk("rank 2, rank 3")), "{log}");
+    assert!(log.contains(&shrunk("rank 0, rank 1")), "{log}");
+    assert_eq!(log.matches(&grown).count(), 2, "{log}");
 }
 
 /// CPUs are for other tests, and seats for this one.
-fn one_and_two(runtime: &Runtime) {
-    let folder = tempfile::tempdir().expect("temporary folder");
-    let (path, dropout) = (folder.path().to_owned(), 0.0);
-    let plan = Plan { folder: path.clone(), dropout, survivor: None, grows: true };
-    let seat = Resources::default().with_custom("seat", 1.0);
-    let options = PlacementGroupOptions::new("another job", vec![seat.clone(); 3]);
-    let others = runtime.placement_group(&options).expect("three seats of four");
-    let job = std::thread::spawn(move || {
-        wait_until(|| path.join("smaller").exists());
-        drop(others);
-    });
-    let scaling = ScalingConfig { resources_per_worker: seat, ..ScalingConfig::workers(1..=4) };
-    let fit = fit(runtime, &plan, scaling);
-    job.join().expect("ends");
-    assert_eq!((fit.restarts, fit.values.len()), (0, 4));
-    assert_each_row_once(folder.path(), &[0, GROW_AT]);
+fn more(runtime: &Runtime) {
+    for (workers, from) in [(1, GROW_AT), (2, 2), (2, SHRINK_AT)] {
+        let folder = tempfile::tempdir().expect("temporary folder");
+        let (path, dropout) = (folder.path().to_owned(), 0.0);
+        let (lost, grow_from) = (Vec::new(), Some(from));
+        let plan = Plan { folder: path.clone(), dropout, lost, grow_from };
+        let seat = Resources::default().with_custom("seat", 1.0);
+        let options = PlacementGroupOptions::new("another job", vec![seat.clone(); 4 - workers]);
+        let others = runtime.placement_group(&options).expect("there are four seats");
+        let job = std::thread::spawn(move || {
+            wait_until(|| path.join("smaller").exists());
+            drop(others);
+        });
+        let elastic = ScalingConfig::workers(workers..=4);
+        let scaling = ScalingConfig { resources_per_worker: seat, ..elastic };
+        let fit = fit(runtime, &plan, scaling);
+        job.join().expect("ends");
+        assert_eq!((fit.restarts, fit.values.len()), (0, 4));
+        let grew_at = committed(folder.path()).1[1];
+        assert!((from..=GROW_AT).contains(&grew_at), "{grew_at}");
+        assert_each_row_once(folder.path(), &[0, grew_at]);
+    }
 }
 
 fn refused(runtime: &Runtime) {
     let folder = std::env::temp_dir();
-    let plan = Plan { folder, dropout: 0.0, survivor: None, grows: false };
+    let plan = Plan { folder, dropout: 0.0, lost: Vec::new(), grow_from: None };
     let error = |scaling: ScalingConfig, failure: FailureConfig| {
         let trainer = Trainer::new(train::remote(plan.clone())).with_scaling(scaling);
         trainer.with_failure(failure).fit(runtime).expect_err("refused").to_string()
