@@ -221,10 +221,10 @@ fn committed(folder: &Path) -> (BTreeMap<u64, Vec<u32>>, Vec<u64>) {
     (steps, began)
 }
 
-/// INV-ONCE: in each epoch each row is in exactly one step that counts.
-fn assert_each_row_once(folder: &Path, began: &[u64]) {
-    let (steps, generations) = committed(folder);
-    assert_eq!(generations, began);
+/// INV-ONCE: in each epoch each row is in exactly one step that counts. Gives the steps that
+/// generations began with.
+fn assert_each_row_once(folder: &Path) -> Vec<u64> {
+    let (steps, began) = committed(folder);
     assert!(steps.keys().copied().eq(0..3 * STEPS), "{:?}", steps.keys());
     for epoch in 0..3 {
         let steps = steps.range(epoch * STEPS..(epoch + 1) * STEPS);
@@ -232,6 +232,7 @@ fn assert_each_row_once(folder: &Path, began: &[u64]) {
         ids.sort_unstable();
         assert!(ids.into_iter().eq(0..ROWS as u32), "epoch {epoch}");
     }
+    began
 }
 
 fn wait_until(mut done: impl FnMut() -> bool) {
@@ -255,13 +256,16 @@ pub(crate) fn run(folder: &str) -> Result<(), Box<dyn std::error::Error>> {
     let disturbed = |plan: &Plan, scaling| {
         let fit = fit(&runtime, plan, scaling);
         assert_eq!((fit.restarts, fit.values.len()), (1, 4));
-        assert_each_row_once(&plan.folder, &[0, SHRINK_AT, GROW_AT]);
+        let began = assert_each_row_once(&plan.folder);
+        // The lost ones may have done a step whose sum the others had yet to get.
+        assert!([SHRINK_AT - 1, SHRINK_AT].contains(&began[1]), "{began:?}");
+        assert_eq!((began.len(), began[2]), (3, GROW_AT));
         fit
     };
     let in_shards = |scaling| ScalingConfig { virtual_shards: Some(4), ..scaling };
     let whole = plan("whole", 0.3, &[]);
     let undisturbed = fit(&runtime, &whole, in_shards(ScalingConfig::workers(4)));
-    assert_each_row_once(&whole.folder, &[0]);
+    assert_eq!(assert_each_row_once(&whole.folder), [0]);
     let shards = plan("shards", 0.3, &[2, 3]);
     let shards = disturbed(&shards, in_shards(ScalingConfig::workers(2..=4)));
     assert_eq!(shards.values[0], undisturbed.values[0], "to the bit");
@@ -318,14 +322,12 @@ fn machines(_: &Runtime) {
     agents.iter_mut().for_each(|agent| drop(agent.kill().and_then(|()| agent.wait())));
     let log = log();
     assert!(status.success(), "{status}: {log}");
-    let shrunk = |lost: &str| {
-        let text = format!("train: {lost} lost and not replaced: continuing with 2 workers");
-        format!("{text} from step {SHRINK_AT}, which rank 0 has kept")
-    };
+    for lost in ["rank 2, rank 3", "rank 0, rank 1"] {
+        let shrunk = format!("train: {lost} lost and not replaced: continuing with 2 workers from");
+        assert!(log.contains(&shrunk), "{log}");
+    }
     let grown = "train: 2 workers have joined: continuing with 4 workers";
-    let grown = format!("{grown} from step {GROW_AT}, which rank 0 has kept");
-    assert!(log.contains(&shrunk("rank 2, rank 3")), "{log}");
-    assert!(log.contains(&shrunk("rank 0, rank 1")), "{log}");
+    let grown = format!("{grown} from step {GROW_AT}, which rank ");
     assert_eq!(log.matches(&grown).count(), 2, "{log}");
 }
 
@@ -348,9 +350,8 @@ fn more(runtime: &Runtime) {
         let fit = fit(runtime, &plan, scaling);
         job.join().expect("ends");
         assert_eq!((fit.restarts, fit.values.len()), (0, 4));
-        let grew_at = committed(folder.path()).1[1];
-        assert!((from..=GROW_AT).contains(&grew_at), "{grew_at}");
-        assert_each_row_once(folder.path(), &[0, grew_at]);
+        let began = assert_each_row_once(folder.path());
+        assert!(began.len() == 2 && (from..=GROW_AT).contains(&began[1]), "{began:?}");
     }
 }
 
