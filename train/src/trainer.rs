@@ -25,8 +25,8 @@ use std::time::Duration;
 pub struct ScalingConfig {
     /// Workers. With a range the training is elastic: it begins with as many as there is room for,
     /// goes on with those that are left when lost ones cannot be replaced, and with more when there is
-    /// room again, which processes have that others end or machines that join. Those on threads stay as
-    /// many as they were. Default: 1.
+    /// room again, as another job has ended or a machine has joined. Workers on threads stay as many as
+    /// they are at the start. Default: 1.
     pub num_workers: WorkerCount,
     /// How long after its start, or another change of the workers, an elastic training may take in more
     /// of them. They begin behind the step that the others are in. Default: 10 seconds.

@@ -12,7 +12,7 @@ use mobula_nn::models::MlpOptions;
 use mobula_nn::{Model, ModelSpec, loss::cross_entropy};
 use mobula_train::{
     AdamW, AdamWOptions, FailureConfig, ScalingConfig, TrainState, Trainer, TrainingResult,
-    WorkerContext,
+    WorkerContext, WorkerCount,
 };
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -362,7 +362,8 @@ fn refused(runtime: &Runtime) {
         let trainer = Trainer::new(train::remote(plan.clone())).with_scaling(scaling);
         trainer.with_failure(failure).fit(runtime).expect_err("refused").to_string()
     };
-    let text = error(ScalingConfig::workers(4..=2), FailureConfig::default());
+    let reversed = WorkerCount { min: 4, max: 2 };
+    let text = error(ScalingConfig::workers(reversed), FailureConfig::default());
     assert!(text.starts_with("option num_workers is 4..=2, expected the fewest first"), "{text}");
     let shards = ScalingConfig { virtual_shards: Some(8), ..ScalingConfig::workers(5..=7) };
     let text = error(shards, FailureConfig::default());
