@@ -14,6 +14,7 @@ pub(crate) const TESTS: &[Test] = &[
     ("elastic::it_goes_on_without_a_lost_machine_and_grows_when_another_joins", comes_and_goes),
     ("elastic::who_is_no_power_of_two_is_let_go", powers_of_two),
     ("elastic::with_fewer_than_its_least_size_it_ends", too_few),
+    ("elastic::who_is_lost_alone_is_replaced", replaced),
     ("elastic::it_grows_when_others_free_what_they_hold", grows),
     ("elastic::so_does_the_group_of_a_task", nested),
     ("elastic::what_cannot_be_is_refused", refused),
@@ -220,6 +221,17 @@ pub(crate) fn with_too_few(runtime: &Runtime) {
         "gang has room for 2 of its members, needs 3 at least, and found no room for more";
     assert!(text.starts_with(expected), "{text}");
     assert!(!error.is_retryable());
+}
+
+/// Its machine is there, and so is its room.
+fn replaced(runtime: &Runtime) {
+    let mut group = runtime.group(&options(2, 2), &stay::remote()).expect("starts");
+    let before = roll_call(&mut group);
+    kill(before[0].0);
+    assert_eq!(restarting(&mut group), (1, vec![0]));
+    let after = roll_call(&mut group);
+    assert_eq!(after[1], before[1]);
+    assert_ne!(after[0].0, before[0].0);
 }
 
 fn grows(_: &Runtime) {
