@@ -37,8 +37,8 @@
 
 pub use mobula_core::{
     ActorOptions, ActorPool, ActorRef, Backoff, Batch, BatchSource, BatchStream, BoxError, Bundle,
-    Checkpoint, CheckpointStore, Error, Flow, Group, GroupEvent, GroupOptions, GroupTask, Member,
-    Node, NodeInfo, ObjectRef, ObjectStream, OnLoss, Placement, PlacementGroup,
+    Checkpoint, CheckpointStore, Elastic, Error, Flow, Group, GroupEvent, GroupOptions, GroupTask,
+    Member, Node, NodeInfo, ObjectRef, ObjectStream, OnLoss, Placement, PlacementGroup,
     PlacementGroupOptions, PlacementStrategy, RemoteActor, Rendezvous, Resources, RestartPolicy,
     RunDir, Runtime, Shard, StreamTask, Task, TaskOptions, World, Yield, collect, console, init,
     init_with, on_interrupt, random, remote, run, status, value, wait, world,

@@ -277,6 +277,9 @@ impl Round<'_> {
                     // Every member is called again, whether its process is a new one or not.
                     (finished, reports) = ([false; 2], 0);
                 }
+                Some(GroupEvent::Resized { size, .. }) => {
+                    bail!("a group of 2, which is not elastic, has {size} members")
+                }
                 Some(GroupEvent::Failed { error, .. }) => {
                     let is_explained = self.plan.is_rough && is_loss(&error);
                     ensure!(is_explained, "a group failed, and nothing explains it: {error}");

@@ -80,6 +80,32 @@ pub enum Error {
         /// What was asked for.
         asked: Box<Resources>,
     },
+    /// Options of a group that do not fit each other.
+    #[error("{option} of group {group} is {got}, expected {expected}")]
+    InvalidGroup {
+        /// Its name.
+        group: String,
+        /// Which option.
+        option: &'static str,
+        /// What it is.
+        got: String,
+        /// What it may be.
+        expected: String,
+    },
+    /// An elastic group has lost more members than it can do without.
+    #[error(
+        "{group} has room for {left} of its members, needs {min} at least, and found no room for more within {after:?}; add machines, or let it go on with fewer"
+    )]
+    TooFewMembers {
+        /// The group.
+        group: String,
+        /// For how many there is room.
+        left: usize,
+        /// How many it needs.
+        min: usize,
+        /// How long room was looked for.
+        after: Duration,
+    },
     /// A metric named like a field that every line has.
     #[error("a metric cannot be named {name:?}: every line of metrics has a field of that name")]
     ReservedMetric {
@@ -132,7 +158,7 @@ pub enum Error {
     },
     /// A member of a group works for a generation that is over.
     #[error(
-        "{member} is of generation {generation}, and generation {newest} follows a loss: return this error to be called again, or go on from Member::rendezvous"
+        "{member} is of generation {generation}, and generation {newest} follows: return this error to be called again, or go on from Member::rendezvous"
     )]
     Reformed {
         /// Who.

@@ -146,7 +146,10 @@ impl<T: Send + Sync + 'static> Job<T> {
 
     fn can_be_cancelled_in_queue(&self) {
         let (runtime, id) = (self.runtime.clone(), self.id);
-        self.promise.object().on_cancel(Box::new(move || runtime.cancel(id)));
+        let cancel = move || {
+            runtime.cancel(id);
+        };
+        self.promise.object().on_cancel(Box::new(cancel));
     }
 
     fn request(&self) -> Request {

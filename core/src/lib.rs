@@ -61,7 +61,9 @@ pub use actor::{
 pub use batch::{Batch, BatchSource, BatchStream, Shard, StreamState};
 pub use checkpoint::{Checkpoint, CheckpointStore};
 pub use error::{BoxError, Error};
-pub use group::{Group, GroupEvent, GroupOptions, GroupTask, Host, Member, OnLoss, Rendezvous};
+pub use group::{
+    Elastic, Group, GroupEvent, GroupOptions, GroupTask, Host, Member, OnLoss, Rendezvous,
+};
 pub use init::{init, init_with};
 pub use interrupt::{InterruptGuard, on_interrupt};
 pub use mobula_macros::remote;

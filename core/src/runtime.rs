@@ -337,12 +337,12 @@ impl Runtime {
         self.step_with(event, |state| drop(state.starts.insert(id, Waiting { request, start })));
     }
 
-    /// Takes a request back that has not had its turn.
-    pub(crate) fn cancel(&self, id: Id) {
+    /// Takes a request back that has not had its turn. Says whether it has not.
+    pub(crate) fn cancel(&self, id: Id) -> bool {
         let mut waiting = None;
         self.step_with(Event::Cancel { id }, |state| waiting = state.starts.remove(&id));
         // What it holds is dropped outside of the lock.
-        drop(waiting);
+        waiting.is_some()
     }
 
     /// Waits for resources on behalf of an actor or a group.
@@ -377,9 +377,12 @@ impl Runtime {
                 console::note(format!("{name} waits for {resources}; free now: {free}"));
             }
         }
-        self.cancel(id);
-        // It may have been granted in this very moment; then it is dropped here.
-        drop(receiver);
+        // It may have had its turn in this very moment; then what it got is on its way.
+        if !self.cancel(id)
+            && let Ok(lease) = receiver.recv()
+        {
+            return lease;
+        }
         Err(Error::NotPlaced {
             name: name.to_string(),
             asked: Box::new(resources),

@@ -36,8 +36,10 @@ pub(crate) struct Setup {
     pub(crate) every_steps: Option<u64>,
     pub(crate) asynchronous: bool,
     pub(crate) resume_from: Option<Checkpoint>,
-    /// Whether lost ranks get what the others have.
+    /// Whether new ranks get what the others have.
     pub(crate) heals: bool,
+    /// Whether there may be more or fewer ranks later.
+    pub(crate) is_elastic: bool,
     pub(crate) sync_batch_norm: bool,
     pub(crate) shard_optimizer: bool,
     pub(crate) overlap: Overlap,
@@ -253,7 +255,7 @@ impl<'a> WorkerContext<'a> {
         let mut sums = vec![vec![0.0; numbers + 1]; self.own_shards().len()];
         while let Some(batch) = stream.next_batch()? {
             // Others may be waiting for this rank to begin anew with them.
-            self.keeper().map_or(Ok(()), |keeper| keeper.check_generation())?;
+            self.before_step()?;
             for (sums, part) in sums.iter_mut().zip(batch.parts()?) {
                 if part.rows() > 0 {
                     let totals = totals(&part).map_err(Error::program)?;
@@ -473,6 +475,11 @@ impl<'a> WorkerContext<'a> {
         broadcast_text(self.collective(), &mut reason, 0)?;
         saved?;
         Err(Error::Unwritten { rank: 0, reason })
+    }
+
+    /// Leaves for the next generation, if there is one, before it computes what nobody will sum up.
+    pub(crate) fn before_step(&mut self) -> Result<()> {
+        self.keeper().map_or(Ok(()), |keeper| keeper.check_generation())
     }
 
     /// The weights are about to change.

@@ -13,10 +13,10 @@ use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
 
-/// What the ranks of this process had when their functions ended, by training and rank. A function
-/// that is called again in the next generation finds it here. Only of workers in processes, which end
-/// with their group.
-static LEFT: LazyLock<Mutex<HashMap<(u64, usize), Left>>> = LazyLock::new(Mutex::default);
+/// What the rank of this process had when its function ended, by training. A function that is called
+/// again in the next generation, maybe as another rank, finds it here. Only of workers in processes,
+/// which are of one group and end with it.
+static LEFT: LazyLock<Mutex<HashMap<u64, Left>>> = LazyLock::new(Mutex::default);
 
 #[derive(Default)]
 struct Left {
@@ -26,14 +26,14 @@ struct Left {
     saver: Option<Saver>,
 }
 
-fn left() -> MutexGuard<'static, HashMap<(u64, usize), Left>> {
+fn left() -> MutexGuard<'static, HashMap<u64, Left>> {
     LEFT.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 pub(crate) struct Keeper {
     member: Arc<Member>,
     training: u64,
-    /// Whether lost ranks get what the others have.
+    /// Whether new ranks get what the others have.
     heals: bool,
     last: Vec<Option<Source>>,
     /// States restored so far.
@@ -45,12 +45,11 @@ pub(crate) struct Keeper {
 
 impl Keeper {
     pub(crate) fn new(member: &Arc<Member>, setup: &Setup) -> Self {
-        let key = (setup.training, member.rank());
-        let Left { last, saver } = left().remove(&key).unwrap_or_default();
+        let Left { last, saver } = left().remove(&setup.training).unwrap_or_default();
         Self {
             member: Arc::clone(member),
             training: setup.training,
-            heals: setup.heals && member.world_size() > 1,
+            heals: setup.heals && (setup.is_elastic || member.world_size() > 1),
             last,
             restored: 0,
             saver,
@@ -62,7 +61,7 @@ impl Keeper {
         self.member.generation() == 0
     }
 
-    /// Errors when a member was lost and is replaced.
+    /// Errors when a newer generation follows.
     pub(crate) fn check_generation(&self) -> Result<()> {
         Ok(self.member.check_generation()?)
     }
@@ -190,7 +189,7 @@ impl Drop for Keeper {
         // function is not known to be called again.
         let saver = self.saver.take().filter(|_| self.check_generation().is_err());
         let last = std::mem::take(&mut self.last);
-        left().insert((self.training, self.member.rank()), Left { last, saver });
+        left().insert(self.training, Left { last, saver });
     }
 }
 

@@ -54,6 +54,7 @@ mod stream;
 mod sync;
 mod tensors;
 mod trainer;
+mod workers;
 
 pub use collective::{Collective, Compression, Element, ReduceOp, Transport};
 pub use context::WorkerContext;
@@ -69,3 +70,4 @@ pub use step::Loss;
 pub use trainer::{
     BestCheckpoints, CheckpointConfig, FailureConfig, ScalingConfig, Trainer, TrainingResult,
 };
+pub use workers::WorkerCount;

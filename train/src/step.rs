@@ -108,6 +108,7 @@ impl WorkerContext<'_> {
         let mut loss = |model: &Model, pass: &Pass, batch: &Batch| {
             loss(model, pass, batch).map(Into::into).map_err(Error::program)
         };
+        self.before_step()?;
         self.prepare(state)?;
         let passes = state.passes(batches.iter().map(Batch::global_rows).sum());
         let shards = self.shards(batches, passes.global_rows)?;

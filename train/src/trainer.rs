@@ -9,14 +9,15 @@ use crate::overlap::Overlap;
 use crate::pace::Spread;
 use crate::report::{EpochReport, Progress, Resumed, WorkerReport};
 use crate::saver::remove_parts;
+use crate::workers::{Changes, WorkerCount};
 use crate::{Error, Result};
 use mobula_core::checkpoint::Checkpoint;
 use mobula_core::console::{self, Progress as Bar};
 use mobula_core::group::decode_report;
 use mobula_core::run::{MetricsWriter, RunDir, RunState};
 use mobula_core::{
-    BoxError, Flow, Group, GroupEvent, GroupOptions, GroupTask, OnLoss, Placement, Resources,
-    RestartPolicy, Runtime,
+    BoxError, Elastic, Flow, Group, GroupEvent, GroupOptions, GroupTask, OnLoss, Placement,
+    Resources, RestartPolicy, Runtime,
 };
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -26,8 +27,14 @@ use std::time::Duration;
 /// How many workers, and what each one holds.
 #[derive(Clone, Debug)]
 pub struct ScalingConfig {
-    /// Workers. Default: 1.
-    pub num_workers: usize,
+    /// Workers. With a range the training is elastic: it begins with as many as there is room for,
+    /// goes on with those that are left when lost ones cannot be replaced, and with more when there is
+    /// room again, as another job has ended or a machine has joined. Workers on threads stay as many as
+    /// they are at the start. Default: 1.
+    pub num_workers: WorkerCount,
+    /// How long after its start, or another change of the workers, an elastic training may take in more
+    /// of them. They begin behind the step that the others are in. Default: 10 seconds.
+    pub grow_interval: Duration,
     /// What each worker holds. One that holds a GPU, or a part of one, computes there. Default: 1 CPU.
     pub resources_per_worker: Resources,
     /// Where workers run. Default: each in a process of its own.
@@ -46,7 +53,8 @@ pub struct ScalingConfig {
     pub shard_optimizer: bool,
     /// Cuts each batch into so many shards, whose gradients are computed one by one and added up in
     /// one tree, so that any number of workers trains to the same bits. A power of two; then the number
-    /// of workers has to be one too, and the batch's rows are best a multiple of it. Batch norms take
+    /// of workers has to be one too, and those of a range that are too many for one are let go. The
+    /// batch's rows are best a multiple of it. Batch norms take
     /// their statistics over a shard. The computation of a worker is that of smaller batches, and costs what
     /// these do. Default: no.
     pub virtual_shards: Option<usize>,
@@ -72,7 +80,8 @@ pub struct ScalingConfig {
 impl Default for ScalingConfig {
     fn default() -> Self {
         Self {
-            num_workers: 1,
+            num_workers: 1.into(),
+            grow_interval: Elastic::default().grow_interval,
             resources_per_worker: Resources::cpus(1.0),
             placement: Placement::Process,
             sync_batch_norm: false,
@@ -88,17 +97,19 @@ impl Default for ScalingConfig {
 }
 
 impl ScalingConfig {
-    /// So many worker processes with 1 CPU each.
-    pub fn workers(num_workers: usize) -> Self {
-        Self { num_workers, ..Self::default() }
+    /// So many worker processes with 1 CPU each: `4`, or `2..=4` of an elastic training.
+    pub fn workers(num_workers: impl Into<WorkerCount>) -> Self {
+        Self { num_workers: num_workers.into(), ..Self::default() }
     }
 
     fn check(&self) -> Result<()> {
         let (workers, invalid) = (self.num_workers, |option, got: String, expected| {
             Err(Error::Option { option, got, expected })
         });
+        workers.check()?;
         let each_step =
             self.virtual_shards.is_some() || self.sync_batch_norm || self.shard_optimizer;
+        let most = workers.power_of_two();
         match self.virtual_shards {
             _ if self.local_sgd.as_ref().is_some_and(|local| local.every_steps == 0) => {
                 invalid("local_sgd.every_steps", "0".to_owned(), "at least 1")
@@ -107,13 +118,12 @@ impl ScalingConfig {
                 let expected = "none with `virtual_shards`, `sync_batch_norm` or `shard_optimizer`, which meet in each step";
                 invalid("local_sgd", "some".to_owned(), expected)
             }
-            _ if workers == 0 => invalid("num_workers", "0".to_owned(), "at least 1"),
             None => self.check_gpus(),
-            Some(shards) if !shards.is_power_of_two() || shards < workers => {
+            Some(shards) if !shards.is_power_of_two() || shards < most.unwrap_or(workers.max) => {
                 let expected = "a power of two, and at least the number of workers";
                 invalid("virtual_shards", shards.to_string(), expected)
             }
-            Some(_) if !workers.is_power_of_two() => {
+            Some(_) if most.is_none() => {
                 let expected = "a power of two where there are virtual shards";
                 invalid("num_workers", workers.to_string(), expected)
             }
@@ -156,11 +166,19 @@ pub struct FailureConfig {
     /// memory, so that no step is lost; the newest checkpoint counts where nobody has anything. With
     /// [`OnLoss::RestartAll`] all get new ones, and go on from the newest checkpoint.
     pub on_loss: OnLoss,
+    /// How long an elastic training looks for room in place of a machine that it has lost, before it
+    /// goes on with fewer workers, or ends where that are too few. Default: 5 seconds.
+    pub replace_within: Duration,
 }
 
 impl Default for FailureConfig {
     fn default() -> Self {
-        Self { max_failures: 3, window: Duration::MAX, on_loss: OnLoss::ReplaceLost }
+        Self {
+            max_failures: 3,
+            window: Duration::MAX,
+            on_loss: OnLoss::ReplaceLost,
+            replace_within: Elastic::default().replace_within,
+        }
     }
 }
 
@@ -231,7 +249,7 @@ pub struct TrainingResult<T> {
     pub best_checkpoint: Option<Checkpoint>,
     /// How often workers were lost and the group started again.
     pub restarts: u32,
-    /// What the training function returned, by rank.
+    /// What the training function returned, by rank: of as many as there were at the end.
     pub values: Vec<T>,
 }
 
@@ -286,6 +304,23 @@ impl<T> Trainer<T> {
         self.fit_with(runtime, |_| Ok(Flow::Continue))
     }
 
+    /// Where workers may join, all have what they are to go on from.
+    fn check_range(&self) -> Result<()> {
+        let is_parted = self.scaling.shard_optimizer || self.scaling.local_sgd.is_some();
+        let (option, got, expected) = match self.failure.on_loss {
+            _ if !self.is_elastic() => return Ok(()),
+            OnLoss::RestartAll => {
+                ("on_loss", "RestartAll", "ReplaceLost where num_workers is a range")
+            }
+            OnLoss::ReplaceLost if is_parted => {
+                let expected = "one number with `shard_optimizer` or `local_sgd`: to grow would lose the steps since the checkpoint";
+                ("num_workers", "a range", expected)
+            }
+            OnLoss::ReplaceLost => return Ok(()),
+        };
+        Err(Error::Option { option, got: got.to_owned(), expected })
+    }
+
     /// The same. `on_epoch` hears of each epoch here, where the trainer is, and may ask the training to
     /// stop: it ends with the epoch that it is in by then, or, where the function asks
     /// [`should_stop`](crate::WorkerContext::should_stop), sooner. Fitted again, the run goes on. An
@@ -296,6 +331,7 @@ impl<T> Trainer<T> {
         mut on_epoch: impl FnMut(&EpochReport) -> Result<Flow, BoxError>,
     ) -> Result<TrainingResult<T>> {
         self.scaling.check()?;
+        self.check_range()?;
         if self.checkpoint.every_steps == Some(0) {
             let (option, got) = ("every_steps", "0".to_owned());
             return Err(Error::Option { option, got, expected: "at least 1, or none" });
@@ -326,7 +362,8 @@ impl<T> Trainer<T> {
         }
         let mut restarts = 0;
         let mut group = self.start(runtime, &setup, &mut restarts)?;
-        let mut values: Vec<Option<T>> = (0..self.scaling.num_workers).map(|_| None).collect();
+        let none = |workers| (0..workers).map(|_| None).collect();
+        let mut values: Vec<Option<T>> = none(group.size());
         while values.iter().any(Option::is_none) {
             match next(&mut group) {
                 GroupEvent::Report { rank, payload, .. } => {
@@ -339,12 +376,17 @@ impl<T> Trainer<T> {
                     journal.record(rank, report)?;
                 }
                 GroupEvent::Finished { rank, value } => values[rank] = Some(value),
-                GroupEvent::Restarting { .. } => {
+                GroupEvent::Restarting { replaced, .. } => {
                     restarts += 1;
                     // What has been done since the checkpoint is done again, on all ranks.
                     values.fill_with(|| None);
-                    let training = setup.training;
-                    group.set_context(&Setup { training, ..self.setup()? })?;
+                    journal.changes.lost(replaced);
+                    self.set_context(&mut group, &setup)?;
+                }
+                GroupEvent::Resized { gone, size, .. } => {
+                    journal.changes.resized(values.len(), &gone, size);
+                    values = none(size);
+                    self.set_context(&mut group, &setup)?;
                 }
                 GroupEvent::Failed { error, .. } => return Err(self.failure(error, restarts)),
             }
@@ -356,6 +398,16 @@ impl<T> Trainer<T> {
             restarts,
             values: values.into_iter().flatten().collect(),
         })
+    }
+
+    /// The newest checkpoint is for the next generation.
+    fn set_context(&self, group: &mut Group<T>, first: &Setup) -> Result<()> {
+        let training = first.training;
+        Ok(group.set_context(&Setup { training, ..self.setup()? })?)
+    }
+
+    fn is_elastic(&self) -> bool {
+        self.scaling.num_workers.is_elastic()
     }
 
     /// A machine may be lost in the very moment in which workers are started there.
@@ -400,8 +452,9 @@ impl<T> Trainer<T> {
             heals: replaces
                 && !self.scaling.shard_optimizer
                 && self.scaling.local_sgd.is_none()
-                && self.failure.max_failures > 0
+                && (self.failure.max_failures > 0 || self.is_elastic())
                 && self.scaling.placement == Placement::Process,
+            is_elastic: self.is_elastic(),
             sync_batch_norm: self.scaling.sync_batch_norm,
             shard_optimizer: self.scaling.shard_optimizer,
             virtual_shards: self.scaling.virtual_shards,
@@ -428,14 +481,22 @@ impl<T> Trainer<T> {
     }
 
     fn group_options(&self, setup: &Setup) -> Result<GroupOptions> {
+        let workers = self.scaling.num_workers;
+        let elastic = Elastic {
+            min_size: workers.min,
+            powers_of_two: self.scaling.virtual_shards.is_some(),
+            replace_within: self.failure.replace_within,
+            grow_interval: self.scaling.grow_interval,
+        };
         let options = GroupOptions {
+            elastic: workers.is_elastic().then_some(elastic),
             resources: self.scaling.resources_per_worker.clone(),
             placement: self.scaling.placement,
             restart: self.failure.restart_policy(),
             on_loss: self.failure.on_loss,
             log_dir: self.run.as_ref().map(|run| run.path().join("logs")),
             show_logs: self.show_logs,
-            ..GroupOptions::new(&self.name, self.scaling.num_workers)
+            ..GroupOptions::new(&self.name, workers.max)
         };
         Ok(options.with_context(setup)?)
     }
@@ -461,6 +522,7 @@ struct Journal {
     last: BTreeMap<String, f64>,
     /// How long each rank computes in a step, as far as it has told.
     step_ms: BTreeMap<usize, f64>,
+    changes: Changes,
 }
 
 impl Journal {
@@ -472,6 +534,7 @@ impl Journal {
             metrics: run.map(RunDir::metrics_writer).transpose()?,
             last: BTreeMap::new(),
             step_ms: BTreeMap::new(),
+            changes: Changes::default(),
         })
     }
 
@@ -499,9 +562,10 @@ impl Journal {
     fn resume(&mut self, resumed: Resumed) -> Result<()> {
         let Resumed { step, epoch, metrics, from_rank } = resumed;
         let kept = from_rank.map_or(String::new(), |rank| format!(", which rank {rank} has kept"));
+        let (changes, workers) = self.changes.take();
         console::note(match step {
-            0 => format!("{}: beginning anew", self.name),
-            _ => format!("{}: continuing from step {step}{kept}", self.name),
+            0 => format!("{}: {changes}beginning anew{workers}", self.name),
+            _ => format!("{}: {changes}continuing{workers} from step {step}{kept}", self.name),
         });
         self.last = metrics;
         self.step_ms.clear();

@@ -1,5 +1,6 @@
 //! The running group itself: takes in what its members say, and sees to it that they go on.
 
+use super::elastic::Sizes;
 use super::launch::Port;
 use super::reform::Reform;
 use super::room::Placed;
@@ -29,12 +30,18 @@ pub(crate) struct Gang<T> {
     pub(super) args: Vec<Parcel>,
     notices: Receiver<Notice>,
     pub(super) notify: SyncSender<Notice>,
+    /// By rank.
     pub(super) members: Vec<Port>,
+    /// Processes started so far.
+    pub(super) processes: u64,
+    pub(super) sizes: Sizes,
+    /// How many members it had, if it grows and the driver has yet to be told.
+    pub(super) grown_from: Option<usize>,
     pub(super) gathering: HashMap<String, Vec<Option<Bytes>>>,
     pub(super) reform: Reform,
     /// The first loss since a generation was announced.
     pub(super) cause: Option<Error>,
-    failures: VecDeque<Failure>,
+    pub(super) failures: VecDeque<Failure>,
     pub(super) is_stopping: bool,
     /// Until it is about to go: then nobody looks for room for it, or waits for its events.
     pub(super) is_wanted: Arc<AtomicBool>,
@@ -42,7 +49,7 @@ pub(crate) struct Gang<T> {
 
 /// A member's function has failed. It may be the consequence of a loss of which nobody has heard yet:
 /// until then the driver is not told.
-struct Failure {
+pub(super) struct Failure {
     rank: usize,
     error: Error,
     until: Instant,
@@ -60,8 +67,8 @@ impl<T> std::fmt::Debug for Gang<T> {
 
 /// What a group is told by its members and helpers.
 pub(super) enum Notice {
-    /// By the process that the member was given in that generation.
-    Member { rank: usize, process: u64, event: WorkerEvent },
+    /// By a process that was started for a member.
+    Member { process: u64, event: WorkerEvent },
     /// There is room for new members, or there is none.
     Placed(Result<Placed, Error>),
     /// It is not wanted any more.
@@ -84,12 +91,13 @@ impl HangUp {
 }
 
 impl<T> Gang<T> {
-    /// One without members yet.
+    /// One of so many members, and without them yet.
     pub(super) fn new(
         runtime: Runtime,
         options: &GroupOptions,
         task: &GroupTask<T>,
         args: Vec<Parcel>,
+        size: usize,
     ) -> Self {
         let (notify, notices) = sync_channel(EVENTS);
         let (on_loss, restart) = (options.on_loss, options.restart);
@@ -100,9 +108,12 @@ impl<T> Gang<T> {
             args,
             notices,
             notify,
-            members: Vec::with_capacity(options.size),
+            members: Vec::with_capacity(size),
+            processes: 0,
+            sizes: Sizes::new(options.elastic, options.size, Instant::now()),
+            grown_from: None,
             gathering: HashMap::new(),
-            reform: Reform::new(on_loss, restart, options.generation, options.size),
+            reform: Reform::new(on_loss, restart, options.generation, size),
             cause: None,
             failures: VecDeque::new(),
             is_stopping: false,
@@ -119,7 +130,10 @@ impl<T> Gang<T> {
             }
             let event = match self.next_notice(deadline) {
                 Some(notice) => self.take_in(notice),
-                None if self.wake().is_some_and(|wake| wake < deadline) => None,
+                None if self.wake().is_some_and(|wake| wake < deadline) => {
+                    self.grow(Instant::now());
+                    None
+                }
                 None => return None,
             };
             if event.is_some() {
@@ -131,6 +145,10 @@ impl<T> Gang<T> {
 
     pub(super) fn generation(&self) -> u64 {
         self.reform.generation()
+    }
+
+    pub(super) fn size(&self) -> usize {
+        self.members.len()
     }
 
     pub(crate) fn set_context(&mut self, context: Bytes) {
@@ -171,12 +189,17 @@ impl<T> Gang<T> {
     /// When there is something to do that nobody will notify of.
     fn wake(&self) -> Option<Instant> {
         let failure = self.failures.front().map(|failure| failure.until);
-        self.reform.due().into_iter().chain(failure).min()
+        self.reform.due().into_iter().chain(failure).chain(self.resize_at()).min()
     }
 
     /// Takes the next step towards the next generation, or tells of a failure, if it is time.
     fn advance(&mut self) -> Option<GroupEvent<T>> {
-        if let Some(replaced) = self.reform.place(self.must_move()) {
+        if let Some(event) = self.settle_size(Instant::now()) {
+            return Some(event);
+        }
+        if self.sizes.seek_at().is_none()
+            && let Some(replaced) = self.reform.place(self.must_move())
+        {
             replaced.iter().for_each(|rank| self.members[*rank].doom());
             let sought = self.find_room(&replaced);
             return sought.err().and_then(|error| self.not_begun(error));
@@ -192,19 +215,23 @@ impl<T> Gang<T> {
 
     /// The driver hears of the next generation before it begins.
     fn announce(&mut self) -> Option<GroupEvent<T>> {
-        let replaced = self.reform.announce(self.must_move());
+        let mut replaced = self.reform.announce(self.must_move());
         replaced.iter().for_each(|rank| self.members[*rank].doom());
-        let error = self.cause.take()?;
+        let Some(error) = self.cause.take() else {
+            return self.grown();
+        };
+        replaced.retain(|rank| self.grown_from.is_none_or(|size| *rank < size));
         Some(GroupEvent::Restarting { generation: self.reform.generation(), replaced, error })
     }
 
     fn take_in(&mut self, notice: Notice) -> Option<GroupEvent<T>> {
         match notice {
-            Notice::Member { rank, process, event } if self.members[rank].is(process) => {
+            Notice::Member { process, event } => {
+                // None, if it has been replaced.
+                let rank = self.members.iter().position(|member| member.is(process))?;
                 self.heard(rank, event)
             }
-            // Of one that has been replaced.
-            Notice::Member { .. } | Notice::HungUp => None,
+            Notice::HungUp => None,
             Notice::Placed(placed) => {
                 let begun = placed.and_then(|placed| self.begin(placed));
                 begun.err().and_then(|error| self.not_begun(error))
@@ -213,7 +240,7 @@ impl<T> Gang<T> {
     }
 
     /// The next generation cannot begin. If that is for another loss, there is one more attempt.
-    fn not_begun(&mut self, error: Error) -> Option<GroupEvent<T>> {
+    pub(super) fn not_begun(&mut self, error: Error) -> Option<GroupEvent<T>> {
         let rank = self.reform.abandon();
         if error.is_retryable() {
             return self.restart_for(rank, error);

@@ -25,7 +25,7 @@ pub(super) const GOODBYE: Duration = Duration::from_secs(3);
 #[derive(Debug)]
 pub(super) struct Port {
     route: Route,
-    /// The generation in which it was given its process.
+    /// Which of the processes of the group is its own.
     process: u64,
     state: PortState,
     pub(super) lease: Option<Arc<Lease>>,
@@ -46,11 +46,19 @@ enum PortState {
 
 #[derive(Debug)]
 enum Route {
+    /// It has yet to be started.
+    None,
     Thread(Arc<Inbox>),
     Process(WorkerLink),
 }
 
 impl Port {
+    /// That of a member which has a place, and nothing more.
+    pub(super) fn vacant(lease: Arc<Lease>) -> Self {
+        let (route, state, lease) = (Route::None, PortState::Doomed, Some(lease));
+        Self { route, process: 0, state, lease, has_lent: false, _args: Vec::new() }
+    }
+
     pub(super) fn send(&self, frame: ToWorker) {
         match (&self.route, frame) {
             (Route::Process(link), frame) => drop(link.send(frame)),
@@ -60,14 +68,14 @@ impl Port {
             (Route::Thread(inbox), ToWorker::Told { message }) => inbox.told(message),
             (Route::Thread(inbox), ToWorker::Stop) => inbox.stop(),
             (Route::Thread(inbox), ToWorker::Shutdown) => inbox.close(),
-            (Route::Thread(_), _) => {}
+            (Route::Thread(_) | Route::None, _) => {}
         }
     }
 
     pub(super) fn pid(&self) -> Option<u32> {
         match &self.route {
             Route::Process(link) => link.process().map(|process| process.pid),
-            Route::Thread(_) => None,
+            Route::Thread(_) | Route::None => None,
         }
     }
 
@@ -145,14 +153,15 @@ impl Runtime {
         if options.placement == Placement::Process {
             self.host()?;
         }
-        let request = options.request(options.size);
-        let lease = self.lease_while(request, options.placement_timeout, is_wanted)?;
-        let mut gang = Gang::new(self.inside(), options, task, args);
+        options.elastic.map_or(Ok(()), |elastic| elastic.check(options))?;
+        let leases = self.first_room(options, is_wanted)?;
+        let mut gang = Gang::new(self.inside(), options, task, args, leases.len());
+        gang.members.extend(leases.iter().cloned().map(Port::vacant));
         // An error half-way drops the gang, which ends the members that have started.
-        for (rank, lease) in lease.split().into_iter().enumerate() {
-            let port = gang.start(rank, lease)?;
-            gang.members.push(port);
+        for (rank, lease) in leases.into_iter().enumerate() {
+            gang.members[rank] = gang.start(rank, lease)?;
         }
+        gang.sizes.begun(Instant::now());
         Ok(gang)
     }
 }
@@ -178,7 +187,7 @@ impl<T> Gang<T> {
         MemberSpec {
             group: self.options.name.clone(),
             rank,
-            world: self.options.size,
+            world: self.members.len(),
             generation: self.reform.generation(),
             threads: self.options.resources.threads(),
             host: Host { node: node.0, address: crate::nodes::address_of(node) },
@@ -186,28 +195,34 @@ impl<T> Gang<T> {
         }
     }
 
-    pub(super) fn start(&self, rank: usize, lease: Arc<Lease>) -> Result<Port, Error> {
+    pub(super) fn start(&mut self, rank: usize, lease: Arc<Lease>) -> Result<Port, Error> {
         let spec = self.spec(rank, Some(&lease));
-        let process = spec.generation;
+        self.processes += 1;
+        let process = self.processes;
         let (route, args) = match self.options.placement {
-            Placement::Thread => (self.start_thread(spec, &lease)?, Vec::new()),
-            Placement::Process => self.start_process(spec, &lease)?,
+            Placement::Thread => (self.start_thread(process, spec, &lease)?, Vec::new()),
+            Placement::Process => self.start_process(process, spec, &lease)?,
         };
         let lease = Some(lease);
         let state = PortState::Running;
         Ok(Port { route, process, state, lease, has_lent: false, _args: args })
     }
 
-    fn start_thread(&self, spec: MemberSpec, lease: &Arc<Lease>) -> Result<Route, Error> {
+    fn start_thread(
+        &self,
+        process: u64,
+        spec: MemberSpec,
+        lease: &Arc<Lease>,
+    ) -> Result<Route, Error> {
         let (inbox, args, function) =
             (Arc::new(Inbox::default()), self.args.clone(), self.task.function);
-        let (rank, generation, threads) = (spec.rank, spec.generation, spec.threads);
+        let (generation, threads) = (spec.generation, spec.threads);
         let port = Arc::clone(&inbox);
         let current = Current { object: None, lease: Some(Arc::clone(lease)), call: None };
         let notify = self.notify.clone();
         let send = move |frame| {
             let event = WorkerEvent::Frame(frame);
-            let sent = notify.send(Notice::Member { rank, process: generation, event });
+            let sent = notify.send(Notice::Member { process, event });
             sent.map_err(|_| lost("the driver", "it dropped the group".to_owned()))
         };
         let line: super::member::Line = Arc::new(send);
@@ -231,11 +246,12 @@ impl<T> Gang<T> {
 
     fn start_process(
         &self,
+        process: u64,
         spec: MemberSpec,
         lease: &Arc<Lease>,
     ) -> Result<(Route, Vec<store::Lease>), Error> {
         let (sender, inbox) = mpsc::channel(EVENTS);
-        let (options, rank, process) = (&self.options, spec.rank, spec.generation);
+        let (options, rank) = (&self.options, spec.rank);
         bring(&self.args, lease.node())?;
         let (args, kept) = pack_all(&self.args, lease.node())?;
         let log = LogTarget {
@@ -247,7 +263,7 @@ impl<T> Gang<T> {
         let sink = Sink::holding(Arc::clone(lease), sender);
         let environment = Environment::of(&lease.grants[0]).with_memory_limit(options.memory_limit);
         let link = self.runtime.host()?.start(environment, log, sink)?;
-        forward(rank, process, inbox, self.notify.clone())?;
+        forward(process, inbox, self.notify.clone())?;
         link.send(ToWorker::Run { function: self.task.function.to_owned(), args, member: spec });
         Ok((Route::Process(link), kept))
     }
@@ -262,9 +278,8 @@ impl<T> Drop for Gang<T> {
     }
 }
 
-/// Passes a worker's events on as those of the member, until the worker or the group ends.
+/// Passes a worker's events on as those of that process, until the worker or the group ends.
 fn forward(
-    rank: usize,
     process: u64,
     mut inbox: mpsc::Receiver<WorkerEvent>,
     notify: SyncSender<Notice>,
@@ -272,7 +287,7 @@ fn forward(
     let thread = std::thread::Builder::new().name("mobula-events".to_owned());
     let pass_on = move || {
         while let Some(event) = inbox.blocking_recv() {
-            if notify.send(Notice::Member { rank, process, event }).is_err() {
+            if notify.send(Notice::Member { process, event }).is_err() {
                 return;
             }
         }

@@ -79,18 +79,19 @@ impl Member {
         Arc::clone(&self.life)
     }
 
-    /// This member, in `0..world_size()`.
+    /// This member, in `0..world_size()`. In an elastic group another generation may have another
+    /// rank for it.
     pub fn rank(&self) -> usize {
-        self.spec.rank
+        self.life().spec.rank
     }
 
-    /// All members.
+    /// All members of this generation.
     pub fn world_size(&self) -> usize {
-        self.spec.world
+        self.life().spec.world
     }
 
     /// Which generation of the group this member takes part in: 0 at first, one more each time
-    /// that lost members were replaced.
+    /// that lost members were replaced, or the group has grown.
     pub fn generation(&self) -> u64 {
         self.life().generation()
     }
@@ -133,8 +134,8 @@ impl Member {
         message.map(|message| decode("a message to a group", &message)).transpose()
     }
 
-    /// Errors with [`Error::Reformed`] when a member was lost and is replaced: no gathering of this
-    /// generation will be complete any more. To be asked where a long wait or computation depends
+    /// Errors with [`Error::Reformed`] when a newer generation follows, as a member was lost or the
+    /// group grows: no gathering of this generation will be complete any more. To be asked where a long wait or computation depends
     /// on the other members.
     pub fn check_generation(&self) -> Result<(), Error> {
         let current = self.generation();
@@ -217,7 +218,7 @@ impl Member {
     }
 
     fn who(&self) -> String {
-        format!("{} rank {}", self.spec.group, self.spec.rank)
+        format!("{} rank {}", self.spec.group, self.rank())
     }
 
     fn life(&self) -> MutexGuard<'_, Life> {
@@ -240,7 +241,7 @@ pub(crate) struct Inbox {
 #[derive(Debug, Default)]
 struct Mail {
     gathered: HashMap<String, Vec<Bytes>>,
-    /// The number of the newest generation that follows a loss.
+    /// The number of the newest generation that follows.
     coming: u64,
     /// The newest one that has begun, if it is not the member's first.
     newest: Option<MemberSpec>,
@@ -270,7 +271,7 @@ impl Inbox {
         self.arrived.notify_all();
     }
 
-    /// Members were lost, and this generation follows.
+    /// This generation follows.
     pub(crate) fn reforming(&self, generation: u64) {
         lock(&self.mail).expect(generation);
         self.arrived.notify_all();

@@ -1,15 +1,19 @@
 //! Groups: gangs of ranked workers that run one function together, placed all or nothing.
 //!
 //! A group has a generation. When a member is lost and the group may restart, the next generation is
-//! formed: of new members only, or of the survivors and a new member for each lost one.
+//! formed: of new members only, or of the survivors and a new member for each lost one. An elastic
+//! group may have fewer members in the next generation, and more in a later one.
 
+mod elastic;
 mod gang;
 mod launch;
 mod member;
 mod reform;
 mod remote;
+mod resize;
 mod room;
 
+pub use elastic::Elastic;
 pub(crate) use gang::{Gang, HangUp};
 pub use member::{Host, Member, Rendezvous};
 pub(crate) use member::{Inbox, Line};
@@ -34,8 +38,11 @@ use std::time::{Duration, Instant};
 pub struct GroupOptions {
     /// Its name in errors and logs.
     pub name: String,
-    /// Members. Default: 1.
+    /// Members; the most, if it is elastic. Default: 1.
     pub size: usize,
+    /// Whether there may be fewer of them, in processes, and when their number changes. Default: it
+    /// does not.
+    pub elastic: Option<Elastic>,
     /// What each member holds. Default: 1 CPU.
     pub resources: Resources,
     /// Where the members run. Default: each in a process of its own.
@@ -78,6 +85,7 @@ impl GroupOptions {
         Self {
             name: name.into(),
             size,
+            elastic: None,
             resources: Resources::cpus(1.0),
             placement: Placement::Process,
             strategy: PlacementStrategy::default(),
@@ -173,10 +181,22 @@ pub enum GroupEvent<T> {
     Restarting {
         /// The number of the new generation.
         generation: u64,
-        /// Who gets a new process, the lowest rank first.
+        /// Who gets a new process, the lowest rank first; in an elastic group, if there is room.
         replaced: Vec<usize>,
         /// The first loss.
         error: Error,
+    },
+    /// An elastic group has more or fewer members in the generation that is formed when the next event
+    /// is asked for. Follows `Restarting` where there was no room for those that were lost; a growth
+    /// comes alone, and whatever members have finished is void. Those that stay keep their order, and
+    /// new ones have the highest ranks.
+    Resized {
+        /// The number of the new generation.
+        generation: u64,
+        /// Which ranks are not in it any more, the lowest first.
+        gone: Vec<usize>,
+        /// How many members it has.
+        size: usize,
     },
 }
 
@@ -188,7 +208,6 @@ pub fn decode_report<R: DeserializeOwned>(payload: &[u8]) -> Result<R, Error> {
 /// A running group. Dropping it ends all of its members.
 pub struct Group<T> {
     name: String,
-    size: usize,
     seat: Seat<T>,
     /// The CPUs of the task that watches over the group; back when the group is gone.
     _lent: Option<current::Lent>,
@@ -213,9 +232,10 @@ impl<T> std::fmt::Debug for Group<T> {
 }
 
 impl Runtime {
-    /// Starts a group, all members or none. Waits for its arguments and its resources; errors at once
-    /// when they can never be had, or when processes are asked for in a program without `init()`. In a
-    /// worker process, it is the driver that starts the members that are processes.
+    /// Starts a group, all members or none; of an elastic one as many as there is room for. Waits for
+    /// its arguments and its resources; errors at once when they can never be had, or when processes
+    /// are asked for in a program without `init()`. In a worker process, it is the driver that starts
+    /// the members that are processes.
     ///
     /// A task that watches over a group lends its CPUs until the group is dropped.
     pub fn group<T>(&self, options: &GroupOptions, task: &GroupTask<T>) -> Result<Group<T>, Error> {
@@ -230,7 +250,7 @@ impl Runtime {
             }
             _ => Seat::Here(Box::new(self.gang(options, task, args, &|| true)?)),
         };
-        Ok(Group { name: options.name.clone(), size: options.size, seat, _lent: lent })
+        Ok(Group { name: options.name.clone(), seat, _lent: lent })
     }
 }
 
@@ -252,6 +272,14 @@ impl<T> Group<T> {
         }
     }
 
+    /// Members of the generation that runs, or is being formed.
+    pub fn size(&self) -> usize {
+        match &self.seat {
+            Seat::Here(gang) => gang.size(),
+            Seat::Driver(remote) => remote.size(),
+        }
+    }
+
     /// What [`Member::context`] gives to the members of the next generation.
     pub fn set_context(&mut self, context: &impl Serialize) -> Result<(), Error> {
         let context = encode("the context of a group", context)?;
@@ -266,7 +294,7 @@ impl<T> Group<T> {
     /// failure. Reports are dropped.
     pub fn join(mut self, timeout: Duration) -> Result<Vec<T>, Error> {
         let deadline = far_deadline(timeout);
-        let mut values: Vec<Option<T>> = (0..self.size).map(|_| None).collect();
+        let mut values: Vec<Option<T>> = (0..self.size()).map(|_| None).collect();
         while values.iter().any(Option::is_none) {
             let left = deadline.saturating_duration_since(Instant::now());
             match self.next_event(left) {
@@ -274,6 +302,9 @@ impl<T> Group<T> {
                 Some(GroupEvent::Failed { error, .. }) => return Err(error),
                 Some(GroupEvent::Report { .. }) => {}
                 Some(GroupEvent::Restarting { .. }) => values.fill_with(|| None),
+                Some(GroupEvent::Resized { size, .. }) => {
+                    values = (0..size).map(|_| None).collect();
+                }
                 None => {
                     let what = format!("group {}", self.name);
                     return Err(Error::Timeout { what, after: timeout });

@@ -1,8 +1,9 @@
-//! What the losses of members lead to. Pure: times go in.
+//! What the losses of members, and room for more, lead to. Pure: times go in.
 //!
 //! A loss sets a time for the next generation. When that has come it is announced, then room is
 //! found for the new processes, then they are started and the generation has begun. Losses before
-//! the announcement belong to it; later ones lead to one more generation.
+//! room is looked for belong to it; later ones lead to one more generation. An elastic group knows
+//! before that step where all of its members have room, and goes on without those that have none.
 
 use crate::actor::RestartPolicy;
 use crate::actor::supervisor::Supervisor;
@@ -28,6 +29,7 @@ enum State {
     Finished {
         is_gone: bool,
     },
+    /// It has no process.
     Lost,
 }
 
@@ -108,6 +110,16 @@ impl Reform {
         self.states.contains(&State::Running)
     }
 
+    /// Whether the next generation is announced, and nobody has been placed for it.
+    pub(super) fn is_announced(&self) -> bool {
+        matches!(self.phase, Phase::Announced { .. })
+    }
+
+    /// Whether all members run, and are to go on.
+    pub(super) fn is_steady(&self) -> bool {
+        !self.is_under_way() && self.states.iter().all(|state| *state == State::Running)
+    }
+
     /// A member's function has ended.
     pub(super) fn ended(&mut self, rank: usize) {
         if self.states[rank] == State::Running {
@@ -151,6 +163,25 @@ impl Reform {
         self.generation += 1;
         self.phase = Phase::Announced { replaced: replaced.clone() };
         replaced
+    }
+
+    /// The generation that is announced goes on without these.
+    pub(super) fn shrink(&mut self, gone: &[usize]) {
+        let stays = |rank: &usize| !gone.contains(rank);
+        if let Phase::Announced { replaced } = &mut self.phase {
+            replaced.retain(stays);
+            let before = |rank: usize| gone.iter().filter(|gone| **gone < rank).count();
+            replaced.iter_mut().for_each(|rank| *rank -= before(*rank));
+            let states = std::mem::take(&mut self.states).into_iter().enumerate();
+            self.states = states.filter(|(rank, _)| stays(rank)).map(|(_, state)| state).collect();
+        }
+    }
+
+    /// Where all is steady, a generation with so many more members is to be announced then. That is no
+    /// restart, and neither is what is lost until then.
+    pub(super) fn grow(&mut self, more: usize, at: Instant) {
+        self.states.resize(self.states.len() + more, State::Lost);
+        self.phase = Phase::Running { due: Some(at) };
     }
 
     /// The driver has heard of it: room is to be found for these, and for whom has been lost since.
@@ -298,6 +329,49 @@ mod tests {
         assert_eq!(reform.due(), None);
     }
 
+    #[test]
+    fn it_goes_on_without_those_that_have_no_room() {
+        let mut reform = Reform::new(OnLoss::ReplaceLost, RestartPolicy::at_most(2), 0, 5);
+        let now = Instant::now();
+        for rank in [0, 2, 3] {
+            reform.lost(rank, now).expect("restarts");
+        }
+        assert_eq!(reform.announce(false), [0, 2, 3]);
+        // Room is being looked for.
+        reform.lost(4, now).expect("restarts");
+        reform.shrink(&[0, 2]);
+        // Of 1, 3 and 4, which are 0, 1 and 2 now.
+        assert_eq!(reform.place(false), Some(vec![1, 2]));
+        assert_eq!(reform.begin(), [1, 2]);
+        assert_eq!((reform.generation(), reform.due()), (1, None));
+        assert_eq!(reform.states, [State::Running; 3]);
+    }
+
+    #[test]
+    fn growth_is_no_loss() {
+        let (mut reform, now) = (reform(OnLoss::ReplaceLost, 1), Instant::now());
+        assert!(reform.is_steady());
+        reform.grow(2, now);
+        assert!(!reform.is_steady());
+        assert_eq!((reform.generation(), reform.coming(), reform.due()), (0, 1, Some(now)));
+        assert_eq!(next(&mut reform), [3, 4]);
+        assert_eq!(reform.states, [State::Running; 5]);
+        reform.lost(4, now).expect("the one restart that there is");
+        reform.ended(0);
+        assert_eq!(next(&mut reform), [4]);
+        reform.ended(0);
+        assert!(!reform.is_steady(), "it is about to end");
+    }
+
+    #[test]
+    fn a_loss_while_it_grows_belongs_to_the_growth() {
+        let (mut reform, now) = (reform(OnLoss::ReplaceLost, 1), Instant::now());
+        reform.grow(1, now);
+        assert_eq!(reform.lost(1, now), Some(Duration::ZERO));
+        assert_eq!(next(&mut reform), [1, 3]);
+        assert_eq!(reform.due(), None);
+    }
+
     #[derive(Clone, Copy, Debug)]
     enum Act {
         End(usize),
@@ -305,15 +379,19 @@ mod tests {
         Lose(usize),
         Step,
         Abandon,
+        Grow,
+        Shrink(usize),
     }
 
     fn act() -> impl Strategy<Value = Act> {
         prop_oneof![
-            2 => (0usize..3).prop_map(Act::End),
-            2 => (0usize..3).prop_map(Act::Go),
-            3 => (0usize..3).prop_map(Act::Lose),
+            2 => (0usize..4).prop_map(Act::End),
+            2 => (0usize..4).prop_map(Act::Go),
+            3 => (0usize..4).prop_map(Act::Lose),
             6 => Just(Act::Step),
             1 => Just(Act::Abandon),
+            1 => Just(Act::Grow),
+            2 => (0usize..4).prop_map(Act::Shrink),
         ]
     }
 
@@ -329,10 +407,20 @@ mod tests {
             let on_loss = if replaces { OnLoss::ReplaceLost } else { OnLoss::RestartAll };
             let mut reform = reform(on_loss, restarts);
             let now = Instant::now();
-            let mut has_process = [true; 3];
+            let mut has_process = vec![true; 3];
             for act in acts {
                 let before = reform.generation();
                 match act {
+                    Act::End(rank) | Act::Go(rank) | Act::Lose(rank) | Act::Shrink(rank)
+                        if rank >= has_process.len() => {}
+                    Act::Grow if reform.is_steady() && has_process.len() < 4 => {
+                        reform.grow(1, now);
+                        has_process.push(false);
+                    }
+                    Act::Shrink(rank) if reform.is_announced() && has_process.len() > 1 => {
+                        reform.shrink(&[rank]);
+                        has_process.remove(rank);
+                    }
                     Act::End(rank) => reform.ended(rank),
                     Act::Go(rank) if has_process[rank] => {
                         has_process[rank] = false;
@@ -363,8 +451,8 @@ mod tests {
                 }
                 prop_assert!(reform.generation() - before <= 1);
                 if !reform.is_under_way() {
-                    for (state, has_process) in reform.states.iter().zip(has_process) {
-                        prop_assert!(*state != State::Running || has_process, "{reform:?}");
+                    for (state, has_process) in reform.states.iter().zip(&has_process) {
+                        prop_assert!(*state != State::Running || *has_process, "{reform:?}");
                     }
                 }
                 prop_assert_eq!(

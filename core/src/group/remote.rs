@@ -38,14 +38,18 @@ impl<T> Remote<T> {
         task: &GroupTask<T>,
         args: &[Parcel],
     ) -> Result<Self, Error> {
-        Ok(Self {
+        let mut remote = Self {
             up: nested.start_group(options, task.function, args)?,
             size: options.size,
             generation: options.generation,
             said: VecDeque::new(),
             is_lost: false,
             decode: task.decode,
-        })
+        };
+        if options.elastic.is_some() {
+            remote.size = remote.ask::<Vec<Option<u32>>>(Ask::Pids)?.len();
+        }
+        Ok(remote)
     }
 
     pub(super) fn next_event(&mut self, timeout: Duration) -> Option<GroupEvent<T>> {
@@ -69,11 +73,19 @@ impl<T> Remote<T> {
                 self.generation = generation;
                 GroupEvent::Restarting { generation, replaced, error: error.into() }
             }
+            Said::Resized { generation, gone, size } => {
+                (self.generation, self.size) = (generation, size);
+                GroupEvent::Resized { generation, gone, size }
+            }
         })
     }
 
     pub(super) fn generation(&self) -> u64 {
         self.generation
+    }
+
+    pub(super) fn size(&self) -> usize {
+        self.size
     }
 
     pub(super) fn set_context(&mut self, context: Bytes) -> Result<(), Error> {

@@ -36,7 +36,7 @@ impl<T> Gang<T> {
             && self.members.iter().any(|port| self.is_homeless(port))
     }
 
-    fn is_homeless(&self, port: &Port) -> bool {
+    pub(super) fn is_homeless(&self, port: &Port) -> bool {
         port.lease.as_ref().is_none_or(|lease| !self.runtime.has_node(lease.node()))
     }
 
@@ -84,6 +84,7 @@ impl<T> Gang<T> {
             self.members[*rank] = self.start(*rank, lease)?;
         }
         self.reform.begin();
+        self.sizes.begun(Instant::now());
         if !self.reform.is_under_way() {
             self.cause = None;
         }

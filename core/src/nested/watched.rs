@@ -131,6 +131,9 @@ impl State {
             GroupEvent::Restarting { generation, replaced, error } => {
                 Said::Restarting { generation, replaced, error: Failure::from(&error) }
             }
+            GroupEvent::Resized { generation, gone, size } => {
+                Said::Resized { generation, gone, size }
+            }
         }
     }
 }

@@ -101,6 +101,11 @@ pub(crate) enum Said {
         replaced: Vec<usize>,
         error: Failure,
     },
+    Resized {
+        generation: u64,
+        gone: Vec<usize>,
+        size: usize,
+    },
 }
 
 /// How an actor is.

@@ -64,7 +64,7 @@ pub(crate) enum ToWorker {
     Resume,
     /// A message of the group's maker to a member.
     Told { message: Bytes },
-    /// Members were lost, and this generation follows.
+    /// Members were lost, or are to join, and this generation follows.
     Reforming { generation: u64 },
     /// It has begun: who this one is in it.
     Reformed { member: MemberSpec },

@@ -5,6 +5,7 @@ mod actors;
 mod checkpoints;
 mod concurrent_actors;
 mod driver;
+mod elastic;
 mod fork_server;
 mod graphs;
 mod groups;
@@ -53,6 +54,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         checkpoints::TESTS,
         concurrent_actors::TESTS,
         driver::TESTS,
+        elastic::TESTS,
         fork_server::TESTS,
         graphs::TESTS,
         groups::TESTS,

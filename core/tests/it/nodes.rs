@@ -71,6 +71,11 @@ pub(crate) fn run() -> Result<(), Box<dyn std::error::Error>> {
         "workers have actors" => scenarios::workers_have_actors,
         "groups of tasks" => crate::nested_groups::on_two_cpus,
         "groups of tasks elsewhere" => crate::nested_groups::on_two_machines,
+        "elastic" => crate::elastic::on_machines,
+        "elastic by powers of two" => crate::elastic::by_powers_of_two,
+        "elastic with too few" => crate::elastic::with_too_few,
+        "elastic on one machine" => crate::elastic::on_one_machine,
+        "elastic group of a task" => crate::elastic::of_a_task,
         "long task" => scenarios::long_task,
         "count" => scenarios::count,
         "silent machine" => scenarios::silent_machine,
@@ -407,7 +412,7 @@ fn folder() -> PathBuf {
 }
 
 /// Written beside and renamed, so that who reads it reads all of it.
-fn tell(name: &str, text: &str) {
+pub(crate) fn tell(name: &str, text: &str) {
     let path = folder().join(name);
     let draft = path.with_extension(format!("{}.tmp", std::process::id()));
     std::fs::write(&draft, text).and_then(|()| std::fs::rename(&draft, &path)).expect("writes");

@@ -138,7 +138,7 @@ impl Config {
 }
 
 /// Class `c` has its rows around its own corner; row and class follow from the index alone.
-fn row(index: usize) -> ([f32; FEATURES], u32) {
+pub(crate) fn row(index: usize) -> ([f32; FEATURES], u32) {
     let mut rng = Stream::new(1, "rows").at(0, index as u32);
     let class = index % CLASSES;
     let value = |i| if i % CLASSES == class { 1.0 } else { 0.0 };

@@ -258,6 +258,8 @@ fn refused(runtime: &Runtime) {
     let skipping = Config { non_finite: NonFinite::Skip { in_a_row: 1 }, ..config(1) };
     let text = error(local(), skipping);
     assert!(text.contains("option local_sgd is some, expected none where steps"), "{text}");
+    let text = error(ScalingConfig { num_workers: (2..=3).into(), ..local() }, config(1));
+    assert!(text.starts_with("option num_workers is a range, expected one number"), "{text}");
     let outer = OptimizerSpec::Sgd(SgdOptions { lr: -1.0, ..Default::default() });
     let text = error(scaling(LocalSgd { every_steps: 3, outer }), config(1));
     assert!(text.contains("lr"), "{text}");

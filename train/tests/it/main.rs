@@ -6,6 +6,7 @@ mod collectives;
 mod compression;
 mod devices;
 mod digits;
+mod elastic;
 mod faults;
 mod fit;
 mod hosts;
@@ -38,8 +39,13 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     if let Some(folder) = limits::folder() {
         return limits::run(&folder);
     }
+    if let Some(folder) = elastic::folder() {
+        return elastic::run(&folder);
+    }
     let gpus = Resources::of_this_machine().gpus;
-    let runtime = mobula_core::init_with(Resources::cpus(4.0).with_gpus(gpus))?;
+    // Seats are for a test that nobody else is to disturb.
+    let resources = Resources::cpus(4.0).with_gpus(gpus).with_custom("seat", 4.0);
+    let runtime = mobula_core::init_with(resources)?;
     let mut arguments = Arguments::from_args();
     arguments.test_threads.get_or_insert(2);
     let tests = [
@@ -47,6 +53,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         collectives::TESTS,
         compression::TESTS,
         devices::TESTS,
+        elastic::TESTS,
         faults::TESTS,
         fit::TESTS,
         hosts::TESTS,
