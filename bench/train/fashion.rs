@@ -187,7 +187,7 @@ pub(crate) fn train(runtime: &Runtime, arguments: [&str; 4]) -> Result<()> {
     let [data, fixture, workers, epochs] = arguments;
     let job = Job { data: data.into(), fixture: fixture.into(), epochs: epochs.parse()? };
     let trainer = Trainer::new(classify::remote(job)).with_logs_shown(false);
-    let scaling = ScalingConfig::workers(workers.parse()?);
+    let scaling = ScalingConfig::workers(workers.parse::<usize>()?);
     let fit = trainer.with_scaling(scaling).fit(runtime)?;
     let curve = fit.values.into_iter().next().context("a rank 0")?;
     let (accuracies, seconds): (Vec<f64>, Vec<f64>) = curve.into_iter().unzip();
