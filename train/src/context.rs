@@ -386,6 +386,8 @@ impl<'a> WorkerContext<'a> {
                 if member.rank() == 0 {
                     member.report(&WorkerReport::Epoch(report))?;
                 }
+                // Else the report may be of a generation that counts no more: the epoch ends again.
+                member.check_generation()?;
                 Ok(Flow::stop_if(member.stop_requested()))
             }
         }
@@ -395,7 +397,11 @@ impl<'a> WorkerContext<'a> {
     /// afterwards. All ranks must call it alike, and without [`end_epoch`](Self::end_epoch) for the
     /// epoch that is not over. A training that goes on from there ends the epoch.
     pub fn stop(&mut self, state: &mut TrainState) -> Result<()> {
+        self.synchronise(state)?;
         state.stop();
+        if let Some(keeper) = self.keeper() {
+            keeper.remember(state)?;
+        }
         match state.has_position() {
             true => self.checkpoint(state),
             false => Ok(()),

@@ -125,7 +125,9 @@ impl Keeper {
     /// Training begins, and will have checkpoints in the background.
     pub(crate) fn make_room(&mut self, state: &TrainState, setup: &Setup) -> Result<()> {
         let is_first = self.member.rank() == 0;
-        if let Some(saver) = self.saver(state, setup).filter(|_| setup.asynchronous) {
+        if let Some(saver) =
+            self.saver(state, setup).filter(|saver| setup.asynchronous && saver.is_new())
+        {
             saver.make_room(Snapshot::blank(state, is_first)?);
         }
         Ok(())

@@ -7,7 +7,10 @@
 
 use crate::buffers::BufferSums;
 use crate::collective::{Collective, ReduceOp};
-use crate::optim::{Optimizer, OptimizerSpec, OptimizerState, SgdOptions, in_place};
+use crate::optim::{
+    Now, Optimizer, OptimizerSpec, OptimizerState, ParamOptions, ParamState, SgdOptions, Slot,
+    in_place,
+};
 use crate::state::{EpochTally, TrainState};
 use crate::{Error, Result, WorkerContext};
 use mobula_nn::{Gradients, Params};
@@ -99,6 +102,7 @@ impl Outer {
     fn meet(
         &mut self,
         params: &Params,
+        inner: &dyn Optimizer,
         gradients: &mut Gradients,
         start: &[f32],
         collective: &dyn Collective,
@@ -117,7 +121,51 @@ impl Outer {
         ways.iter_mut().zip(start).for_each(|(way, start)| *way = start - *way);
         let state = Arc::make_mut(&mut self.state);
         state.lr = self.optimizer.lr();
-        self.optimizer.update(params, gradients, state)
+        Moving { outer: self.optimizer.as_ref(), inner }.update(params, gradients, state)
+    }
+}
+
+/// An outer optimizer that leaves alone what the inner one does: frozen parameters stay what they are.
+#[derive(Debug)]
+struct Moving<'a> {
+    outer: &'a dyn Optimizer,
+    inner: &'a dyn Optimizer,
+}
+
+impl Optimizer for Moving<'_> {
+    fn name(&self) -> &str {
+        self.outer.name()
+    }
+
+    fn options(&self) -> serde_json::Value {
+        self.outer.options()
+    }
+
+    fn lr(&self) -> f64 {
+        self.outer.lr()
+    }
+
+    fn weight_decay(&self) -> f64 {
+        self.outer.weight_decay()
+    }
+
+    fn slots(&self, shape: &[usize]) -> Vec<Slot> {
+        self.outer.slots(shape)
+    }
+
+    fn update_param(
+        &self,
+        now: Now,
+        values: &mut [f32],
+        gradient: &[f32],
+        state: &mut ParamState,
+    ) -> Result<()> {
+        self.outer.update_param(now, values, gradient, state)
+    }
+
+    fn param_options(&self, name: &str, shape: &[usize]) -> Option<ParamOptions> {
+        self.inner.param_options(name, shape)?;
+        self.outer.param_options(name, shape)
     }
 }
 
@@ -154,7 +202,8 @@ impl TrainState {
         };
         let params = self.model.params();
         self.updater.average(collective)?;
-        outer.meet(params, &mut self.gradients, &start, collective)?;
+        let inner = self.updater.optimizer();
+        outer.meet(params, inner, &mut self.gradients, &start, collective)?;
         outer.spare = start;
         BufferSums::of(params, 1)?.average(params, collective)?;
         let weight = self.tally.weight - counted.weight;

@@ -13,7 +13,8 @@ use std::ops::Range;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-/// Whether gradients are summed over the workers while the backward pass still computes.
+/// Whether gradients are summed over the workers while the backward pass still computes. For steps of one
+/// model: where two take turns, the order is agreed upon anew each time.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Overlap {
@@ -199,6 +200,12 @@ impl EarlySums {
                 let _ = full.as_ref().map(|full| full.send(bucket));
             }
         })));
+    }
+
+    /// It has failed: whatever is under way is forgotten.
+    pub(crate) fn reset(&mut self, gradients: &mut Gradients) {
+        gradients.set_listener(None);
+        (self.lens, self.writes, self.lane, self.pass) = (Vec::new(), None, None, Arc::default());
     }
 
     /// It is over: sends what is left, and puts the sums in the place of the gradients.

@@ -28,6 +28,13 @@ pub(crate) enum WorkerReport {
     Note(String),
 }
 
+impl WorkerReport {
+    /// The end of an epoch, if that is what it tells.
+    pub(crate) fn epoch(&self) -> Option<EpochReport> {
+        if let Self::Epoch(epoch) = self { Some(epoch.clone()) } else { None }
+    }
+}
+
 /// Training goes on from what was saved, or from what a rank still had, or, by default, anew.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Resumed {

@@ -63,11 +63,13 @@ impl Saver {
         Self { store: Arc::new(store), saves: 0, spare: None, room: None, under_way: None }
     }
 
+    /// Whether it has written nothing so far.
+    pub(crate) fn is_new(&self) -> bool {
+        self.saves == 0
+    }
+
     /// Gets the memory of the first copy while training begins.
     pub(crate) fn make_room(&mut self, blank: Snapshot) {
-        if self.saves > 0 {
-            return;
-        }
         let touch = move || {
             step_back();
             blank.touch()
@@ -184,6 +186,10 @@ impl Store {
     /// with everything else.
     fn write_in_parts(&self, snapshot: &Snapshot, files: &Files, save: u64) -> Result<()> {
         let parts = self.parts(save);
+        if self.member.rank() == 0 {
+            // No other rank is further than this one, and none is at an earlier save.
+            remove_parts(self.checkpoints.dir(), Some(&parts));
+        }
         let name = std::fs::create_dir_all(&parts)
             .map_err(|error| Error::program(format!("cannot create {}: {error}", parts.display())))
             .and_then(|()| snapshot.write_optimizer(&parts, &self.labels));
@@ -228,9 +234,14 @@ impl Store {
             for (name, content) in files {
                 std::fs::write(dir.join(name), content).map_err(mobula_core::Error::layer)?;
             }
-            for part in parts {
+            for (rank, part) in parts.enumerate() {
                 let name = part.file_name().unwrap_or_default();
-                std::fs::rename(&part, dir.join(name)).map_err(mobula_core::Error::layer)?;
+                std::fs::rename(&part, dir.join(name)).map_err(|error| {
+                    let part = part.display();
+                    mobula_core::Error::layer(format!(
+                        "cannot take rank {rank}'s part {part}: {error}; do all workers see the run directory?"
+                    ))
+                })?;
             }
             Ok(())
         })?;
@@ -246,12 +257,14 @@ const PARTS: &str = ".parts-";
 /// How long ranks may take to write their parts. A lost one is noticed sooner.
 const LONG: Duration = Duration::from_secs(600);
 
-/// Removes what an earlier training has left of checkpoints that it did not finish.
-pub(crate) fn remove_parts(checkpoints: &Path) {
+/// Removes what is left of checkpoints that were not finished, but for those parts.
+pub(crate) fn remove_parts(checkpoints: &Path, but: Option<&Path>) {
     let entries = std::fs::read_dir(checkpoints).into_iter().flatten().flatten();
-    for entry in entries.filter(|entry| entry.file_name().to_string_lossy().starts_with(PARTS)) {
+    let is_part = |name: &std::ffi::OsStr| name.to_string_lossy().starts_with(PARTS);
+    let paths = entries.filter(|entry| is_part(&entry.file_name())).map(|entry| entry.path());
+    for path in paths.filter(|path| but != Some(path)) {
         // It costs room only.
-        let _ = std::fs::remove_dir_all(entry.path());
+        let _ = std::fs::remove_dir_all(path);
     }
 }
 

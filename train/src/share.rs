@@ -2,7 +2,8 @@
 //! 1910.02054).
 //!
 //! Each rank has the gradients' sums of some parameters only, updates these, and gives the new
-//! weights to the others. What is added up, and in which order, is what it is without: so are the bits.
+//! weights to the others. What is added up is what it is without; so is the order, but for rings between
+//! machines, where it depends on what else travels along.
 
 use crate::Result;
 use crate::collective::{Collective, ReduceOp};

@@ -117,11 +117,15 @@ impl WorkerContext<'_> {
             false => None,
         };
         let mut early = self.early_sums.take();
-        match self.setup.virtual_shards {
-            None => self.add_batches(state, &passes, &shards[0], early.as_mut(), &mut loss)?,
-            Some(_) => self.add_shards(state, &passes, &shards, &mut loss)?,
+        let added = match self.setup.virtual_shards {
+            None => self.add_batches(state, &passes, &shards[0], early.as_mut(), &mut loss),
+            Some(_) => self.add_shards(state, &passes, &shards, &mut loss),
+        };
+        if let Some(early) = early.as_mut().filter(|_| added.is_err()) {
+            early.reset(&mut state.gradients);
         }
         self.early_sums = early;
+        added?;
         let position = batches.last().and_then(Batch::position).cloned();
         let loss = self.finish_step(state, passes.global_rows, before.as_ref())?;
         state.count_step(position);

@@ -45,9 +45,9 @@ pub struct ScalingConfig {
     /// in each step. Default: no.
     pub sync_batch_norm: bool,
     /// Whether each worker keeps the optimizer's state of a part of the parameters only, updates these,
-    /// and gives the new weights to the others: ZeRO, stage 1. Trains to the same bits, and saves
-    /// all of that memory but one part in so many. Parts are of whole parameters, so none is smaller than
-    /// the largest parameter. Checkpoints hold the parts in files of their own, which any number of workers
+    /// and gives the new weights to the others: ZeRO, stage 1. Trains as without it, on one machine to the
+    /// same bits, and saves all of that memory but one part in so many. Parts are of whole parameters, so
+    /// the largest is no smaller than the largest parameter. Checkpoints hold the parts in files of their own, which any number of workers
     /// goes on from. A lost worker takes its part with it, so training goes on from the newest checkpoint
     /// then. Default: no.
     pub shard_optimizer: bool,
@@ -63,7 +63,8 @@ pub struct ScalingConfig {
     /// [`Overlap::Auto`], between machines.
     pub overlap: Overlap,
     /// Has workers take steps of their own, over their own rows, and meet now and then: for networks
-    /// that are too slow to meet in each step. Not with any of the options above. A lost worker means
+    /// that are too slow to meet in each step. Not with `shard_optimizer`, `sync_batch_norm` or
+    /// `virtual_shards`; `overlap` and `compression` have nothing to do then. A lost worker means
     /// the newest checkpoint, and checkpoints are taken when workers meet. Default: no.
     pub local_sgd: Option<LocalSgd>,
     /// How workers reach each other. Default: by the fastest way that there is.
@@ -358,7 +359,7 @@ impl<T> Trainer<T> {
         let mut journal = Journal::new(&self.name, self.run.as_ref())?;
         let setup = self.setup()?;
         if let Some(checkpoints) = &setup.checkpoints {
-            remove_parts(checkpoints);
+            remove_parts(checkpoints, None);
         }
         let mut restarts = 0;
         let mut group = self.start(runtime, &setup, &mut restarts)?;
@@ -367,13 +368,14 @@ impl<T> Trainer<T> {
         while values.iter().any(Option::is_none) {
             match next(&mut group) {
                 GroupEvent::Report { rank, payload, .. } => {
-                    let report = decode_report(&payload)?;
-                    if let WorkerReport::Epoch(epoch) = &report
-                        && on_epoch(epoch).map_err(Error::program)?.is_stop()
+                    let report: WorkerReport = decode_report(&payload)?;
+                    let epoch = report.epoch();
+                    journal.record(rank, report)?;
+                    if let Some(epoch) = epoch
+                        && on_epoch(&epoch).map_err(Error::program)?.is_stop()
                     {
                         group.stop();
                     }
-                    journal.record(rank, report)?;
                 }
                 GroupEvent::Finished { rank, value } => values[rank] = Some(value),
                 GroupEvent::Restarting { replaced, .. } => {

@@ -1,6 +1,6 @@
 //! How many members a group has, and when that changes. Pure: times go in.
 
-use super::GroupOptions;
+use super::{GroupOptions, far};
 use crate::{Error, PlacementStrategy};
 use serde::{Deserialize, Serialize};
 use std::time::{Duration, Instant};
@@ -61,6 +61,10 @@ impl Elastic {
     }
 }
 
+fn grow_at(elastic: Option<Elastic>, now: Instant) -> Instant {
+    far(now, elastic.map_or(Duration::ZERO, |elastic| elastic.grow_interval))
+}
+
 /// The size of a group, and the room that it looks for.
 #[derive(Debug)]
 pub(super) struct Sizes {
@@ -74,7 +78,7 @@ pub(super) struct Sizes {
 
 impl Sizes {
     pub(super) fn new(elastic: Option<Elastic>, max: usize, now: Instant) -> Self {
-        let grow_at = now + elastic.map_or(Duration::ZERO, |elastic| elastic.grow_interval);
+        let grow_at = grow_at(elastic, now);
         Self { elastic, max, seek: None, grow_at }
     }
 
@@ -95,7 +99,7 @@ impl Sizes {
 
     /// A generation has begun.
     pub(super) fn begun(&mut self, now: Instant) {
-        self.grow_at = now + self.elastic.map_or(Duration::ZERO, |elastic| elastic.grow_interval);
+        self.grow_at = grow_at(self.elastic, now);
     }
 
     /// So many members are without a place: for how many to ask, the most first, or nothing if it is
@@ -107,7 +111,7 @@ impl Sizes {
         now: Instant,
     ) -> Option<Vec<usize>> {
         let elastic = self.elastic?;
-        let (until, next) = *self.seek.get_or_insert((now + elastic.replace_within, now));
+        let (until, next) = *self.seek.get_or_insert((far(now, elastic.replace_within), now));
         if now < next {
             return None;
         }

@@ -263,8 +263,9 @@ impl<T> Gang<T> {
             WorkerEvent::Frame(FromWorker::Hello { build }) => {
                 check_build(&build).err().map(|error| GroupEvent::Failed { rank, error })
             }
+            // Once members know that another generation follows, an answer would be taken for one in that.
             WorkerEvent::Frame(FromWorker::Gather { generation, key, value })
-                if generation == self.reform.generation() =>
+                if generation == self.reform.generation() && self.reform.due().is_none() =>
             {
                 self.gather(rank, key, value);
                 None

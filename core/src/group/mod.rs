@@ -345,6 +345,11 @@ impl<T> Group<T> {
 
 /// A time that one can count with, however long the timeout.
 fn far_deadline(timeout: Duration) -> Instant {
+    far(Instant::now(), timeout)
+}
+
+/// The same from then on.
+fn far(from: Instant, timeout: Duration) -> Instant {
     const YEAR: Duration = Duration::from_secs(365 * 24 * 3600);
-    Instant::now() + timeout.min(YEAR)
+    from + timeout.min(YEAR)
 }

@@ -101,6 +101,7 @@ impl<'a> TrainLoop<'a> {
         batches: &mut dyn BatchStream,
     ) -> Result<BTreeMap<String, f64>> {
         self.check()?;
+        self.stop = false;
         context.restore(state, batches)?;
         self.callbacks.iter_mut().try_for_each(|callback| restore(callback.as_mut(), state))?;
         let flow = tell(&mut self.callbacks, state, |callback| callback.on_start())?;
@@ -166,7 +167,8 @@ impl<'a> TrainLoop<'a> {
     ) -> Result<()> {
         let metrics = self.validate(context, state)?;
         context.end_epoch_with(state, batches, &named(&metrics), |state, report| {
-            tell(&mut self.callbacks, state, |callback| callback.on_epoch(report))
+            let flow = tell(&mut self.callbacks, state, |callback| callback.on_epoch(report))?;
+            Ok(Flow::stop_if(flow.is_stop() | self.stop))
         })
     }
 

@@ -11,7 +11,8 @@ use std::fmt::Debug;
 /// A rule that changes parameters by their gradients. Its settings do not change; what it
 /// remembers is in an [`OptimizerState`].
 ///
-/// Of one's own it needs the first six functions; `update_param` sees one parameter at a time.
+/// Of one's own it needs the first six functions; `update_param` sees one parameter at a time. Where it
+/// is wrapped, by groups or by `ScalingConfig::shard_optimizer`, an `update` of one's own is not called.
 pub trait Optimizer: Debug + Send + Sync {
     /// The name that checkpoints and configurations know it by, such as `"adamw"`.
     fn name(&self) -> &str;

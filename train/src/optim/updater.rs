@@ -417,7 +417,8 @@ fn optimizer_files(dir: &Path) -> Result<Vec<PathBuf>> {
     let names = entries.map_err(unreadable)?.into_iter().map(|entry| entry.file_name());
     let names: BTreeSet<_> = names.filter_map(|name| name.into_string().ok()).collect();
     let first = names.iter().find_map(|name| name.strip_prefix(OPTIMIZER_PART)?.get(9..14));
-    let Some(world) = first.and_then(|world| world.parse().ok()) else {
+    let world = first.and_then(|world| world.parse().ok()).filter(|world| *world > 0);
+    let Some(world) = world else {
         return Ok(vec![dir.join(OPTIMIZER)]);
     };
     // One that is missing will be named when it is read.

@@ -9,7 +9,7 @@ use mobula_core::{
 };
 use mobula_nn::models::MlpOptions;
 use mobula_nn::{Gradients, Model, ModelSpec, Pass, loss::cross_entropy};
-use mobula_train::optim::{Clip, OptimizerSpec, Sgd, SgdOptions, UpdaterOptions};
+use mobula_train::optim::{Clip, OptimizerSpec, ParamGroup, Sgd, SgdOptions, UpdaterOptions};
 use mobula_train::{
     CheckpointConfig, LocalSgd, NonFinite, ScalingConfig, TrainState, Trainer, TrainingResult,
     WorkerContext,
@@ -21,6 +21,7 @@ pub(crate) const TESTS: &[Test] = &[
     ("local::workers_part_and_meet_as_the_papers_say", as_told),
     ("local::a_meeting_after_each_step_is_data_parallel", each_step),
     ("local::a_run_goes_on_from_every_meeting_to_the_same_bits", resumes),
+    ("local::frozen_parameters_stay_what_they_are", frozen),
     ("local::a_lost_worker_means_the_newest_checkpoint", killed),
     ("local::what_cannot_be_is_refused", refused),
 ];
@@ -216,6 +217,23 @@ fn resumes(runtime: &Runtime) {
             trainer(config(4), scaling(LocalSgd::diloco(3)), &from).fit(runtime).expect("fit");
         assert_eq!(bits(&resumed), bits(&whole), "{name}");
         assert_eq!(resumed.metrics["loss"].to_bits(), whole.metrics["loss"].to_bits(), "{name}");
+    }
+}
+
+/// The mean of three equal numbers need not be that number, and an outer optimizer may decay weights.
+fn frozen(runtime: &Runtime) {
+    let frozen = ParamGroup { frozen: true, ..ParamGroup::named(["fc1.*"]) };
+    let updater = UpdaterOptions { groups: vec![frozen], ..Default::default() };
+    let adamw = OptimizerSpec::AdamW(Default::default());
+    for local in [LocalSgd::diloco(3), LocalSgd { every_steps: 3, outer: adamw }] {
+        let config = Config { updater: Some(updater.clone()), ..config(2) };
+        let trainer = Trainer::new(train::remote(config)).with_logs_shown(false);
+        let fit = trainer.with_scaling(scaling(local)).fit(runtime).expect("fit");
+        let (before, after) =
+            (weights(&model().expect("model")).expect("weights"), &fit.values[0].weights);
+        let fc1 = 16 + 16 * FEATURES;
+        assert_eq!(after[..fc1], before[..fc1]);
+        assert_ne!(after[fc1..], before[fc1..]);
     }
 }
 
