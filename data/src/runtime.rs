@@ -22,6 +22,30 @@ pub(crate) fn threads() -> usize {
     std::thread::available_parallelism().map_or(1, |n| n.get())
 }
 
+/// What runs on the crate's own threads.
+#[derive(Debug)]
+pub(crate) struct Pending<T>(mpsc::Receiver<Result<T>>);
+
+impl<T> Pending<T> {
+    pub(crate) fn wait(self) -> Result<T> {
+        // A panic drops the sender, so this wait always ends.
+        self.0.recv().unwrap_or_else(|_| Err(Error::Internal("reading data panicked".to_owned())))
+    }
+}
+
+/// Runs `future` on the crate's own threads.
+pub(crate) fn spawn<T: Send + 'static>(
+    future: impl Future<Output = Result<T>> + Send + 'static,
+) -> Result<Pending<T>> {
+    let runtime = RUNTIME.as_ref().map_err(|error| Error::Internal(error.to_string()))?;
+    let (sender, receiver) = mpsc::sync_channel(1);
+    runtime.spawn(async move {
+        // The receiver is gone only if nobody waits any more.
+        let _ = sender.send(future.await);
+    });
+    Ok(Pending(receiver))
+}
+
 /// Runs `future` on the crate's own threads and waits for it.
 ///
 /// The caller may be a thread of another tokio runtime, where `Runtime::block_on` would panic:
@@ -32,12 +56,5 @@ pub(crate) fn block_on<T: Send + 'static>(
     if OURS.get() {
         return Err(Error::Reentrant);
     }
-    let runtime = RUNTIME.as_ref().map_err(|error| Error::Internal(error.to_string()))?;
-    let (sender, receiver) = mpsc::sync_channel(1);
-    runtime.spawn(async move {
-        // The receiver is gone only if the waiting thread is.
-        let _ = sender.send(future.await);
-    });
-    // A panic drops the sender, so this wait always ends.
-    receiver.recv().unwrap_or_else(|_| Err(Error::Internal("reading data panicked".to_owned())))
+    spawn(future)?.wait()
 }

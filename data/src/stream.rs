@@ -1,5 +1,6 @@
 //! Tensor batches for training: which rows a step has, for every rank of every world.
 
+mod blocks;
 mod columns;
 mod order;
 mod reader;
@@ -16,6 +17,9 @@ use serde::{Deserialize, Serialize};
 /// Lanes that a stream has if the batch size allows them.
 const LANES: usize = 16;
 
+/// Batches that are made ahead, unless told otherwise.
+const PREFETCH: usize = 2;
+
 /// What a stream makes of a dataset.
 ///
 /// ```
@@ -28,6 +32,7 @@ pub struct StreamOptions {
     batch_size: usize,
     shuffle: Option<u64>,
     lanes: Option<usize>,
+    prefetch: usize,
 }
 
 impl StreamOptions {
@@ -47,7 +52,14 @@ impl StreamOptions {
     /// The same without a label, for prediction.
     pub fn unlabelled<S: Into<String>>(features: impl IntoIterator<Item = S>) -> Self {
         let features = features.into_iter().map(Into::into).collect();
-        Self { features, label: None, batch_size: 32, shuffle: None, lanes: None }
+        Self {
+            features,
+            label: None,
+            batch_size: 32,
+            shuffle: None,
+            lanes: None,
+            prefetch: PREFETCH,
+        }
     }
 
     /// Sets the rows of a step over all ranks together.
@@ -64,6 +76,12 @@ impl StreamOptions {
     /// must divide the batch size. Default: the largest divisor that is at most 16.
     pub fn with_lanes(self, lanes: usize) -> Self {
         Self { lanes: Some(lanes), ..self }
+    }
+
+    /// Sets how many batches are made ahead of who takes them, on a thread of its own; 0: none, and no
+    /// thread. Default: 2.
+    pub fn with_prefetch(self, batches: usize) -> Self {
+        Self { prefetch: batches, ..self }
     }
 
     fn shape(&self) -> Result<Shape> {
@@ -99,7 +117,8 @@ impl StreamOptions {
 /// Without a shuffle the steps follow the dataset's order, and lane `l` is the `l`-th piece of
 /// every step.
 ///
-/// A rank keeps at most five decoded blocks for each of its lanes. It reads the blocks that its
+/// A rank keeps at most five decoded blocks for each of its lanes, and two for each processor that are
+/// read ahead. It reads the blocks that its
 /// lanes touch: with few, large blocks that is most of them.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct TensorSource {
@@ -108,6 +127,7 @@ pub struct TensorSource {
     shape: Shape,
     shuffle: Option<u64>,
     rows: Vec<u64>,
+    prefetch: usize,
     manifest: String,
 }
 
@@ -122,8 +142,9 @@ impl TensorSource {
         if rows.iter().sum::<u64>() == 0 {
             return Err(Error::Empty { after: " after its filters and splits" });
         }
-        let shuffle = options.shuffle;
-        let mut source = Self { dataset, columns, shape, shuffle, rows, manifest: String::new() };
+        let StreamOptions { shuffle, prefetch, .. } = options;
+        let manifest = String::new();
+        let mut source = Self { dataset, columns, shape, shuffle, rows, prefetch, manifest };
         source.manifest = source.hash_of_everything()?;
         Ok(source)
     }
@@ -175,6 +196,6 @@ impl BatchSource for TensorSource {
                 got: self.manifest.clone(),
             });
         }
-        Ok(Box::new(Reader::new(self, shard)?))
+        Ok(Box::new(Reader::new(self, shard)))
     }
 }

@@ -8,6 +8,7 @@ use arrow::compute::cast;
 use arrow::datatypes::{DataType, Float32Type, Int64Type, Schema, UInt8Type};
 use candle_core::{Device, Tensor};
 use serde::{Deserialize, Serialize};
+use std::ops::Range;
 
 /// A column of a stream and the tensor that it becomes.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -86,20 +87,22 @@ impl ColumnSpec {
         Ok(Column::Class(values.values().iter().map(class).collect::<Result<Vec<_>>>()?.into()))
     }
 
-    /// The tensor of the rows given, each as a decoded column and an index into it.
+    /// The tensor of the rows given, as runs of them in decoded columns.
     pub(super) fn gather<'a>(
         &self,
         rows: usize,
-        sources: impl Iterator<Item = (&'a Column, usize)>,
+        runs: impl Iterator<Item = (&'a Column, Range<usize>)>,
     ) -> Result<Tensor> {
         let width = self.width.unwrap_or(1);
         if self.class {
             let mut classes = Vec::with_capacity(rows);
-            sources.for_each(|(column, row)| column.push_class(row, &mut classes));
+            runs.for_each(|(column, rows)| column.push_classes(rows, &mut classes));
             return Ok(Tensor::from_vec(classes, rows, &Device::Cpu)?);
         }
         let mut values = Vec::with_capacity(rows * width);
-        sources.for_each(|(column, row)| column.push_row(row, width, &mut values));
+        runs.for_each(|(column, rows)| {
+            column.push(rows.start * width..rows.end * width, &mut values);
+        });
         Ok(match self.width {
             Some(width) => Tensor::from_vec(values, (rows, width), &Device::Cpu)?,
             None => Tensor::from_vec(values, rows, &Device::Cpu)?,
@@ -116,8 +119,7 @@ pub(super) enum Column {
 }
 
 impl Column {
-    fn push_row(&self, row: usize, width: usize, out: &mut Vec<f32>) {
-        let elements = row * width..(row + 1) * width;
+    fn push(&self, elements: Range<usize>, out: &mut Vec<f32>) {
         match self {
             Self::U8(values) => out.extend(values[elements].iter().map(|v| f32::from(*v))),
             Self::F32(values) => out.extend_from_slice(&values[elements]),
@@ -125,11 +127,11 @@ impl Column {
         }
     }
 
-    fn push_class(&self, row: usize, out: &mut Vec<u32>) {
+    fn push_classes(&self, rows: Range<usize>, out: &mut Vec<u32>) {
         match self {
-            Self::Class(values) => out.push(values[row]),
-            Self::U8(values) => out.push(u32::from(values[row])),
-            Self::F32(values) => out.push(values[row] as u32),
+            Self::Class(values) => out.extend_from_slice(&values[rows]),
+            Self::U8(values) => out.extend(values[rows].iter().map(|v| u32::from(*v))),
+            Self::F32(values) => out.extend(values[rows].iter().map(|v| *v as u32)),
         }
     }
 }

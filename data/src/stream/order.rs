@@ -25,11 +25,20 @@ impl Shape {
     }
 }
 
-/// A row of a block.
+/// Rows of a block that follow each other.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) struct RowAt {
+pub(super) struct Run {
     pub(super) block: usize,
     pub(super) row: usize,
+    pub(super) rows: usize,
+}
+
+/// Blocks of a lane whose rows are mixed, and the places in the epoch that they have.
+struct Group {
+    /// Their place among the blocks of the epoch.
+    blocks: Range<usize>,
+    places: Range<u64>,
+    keys: [u32; ROUNDS as usize],
 }
 
 /// The order of one epoch. Memory: two words a block.
@@ -63,9 +72,32 @@ impl EpochOrder {
     }
 
     /// Rows of `step`, lane by lane, for the lanes given.
-    pub(super) fn step(&self, step: u64, lanes: impl Iterator<Item = usize>) -> Vec<RowAt> {
-        let rows = |lane| self.step_of_lane(step, lane).map(move |place| self.row(lane, place));
-        lanes.flat_map(rows).collect()
+    pub(super) fn step(&self, step: u64, lanes: impl Iterator<Item = usize>) -> Vec<Run> {
+        let mut runs = Vec::new();
+        for lane in lanes {
+            let places = self.step_of_lane(step, lane);
+            match &self.shuffle {
+                None => self.in_order(places, &mut runs),
+                Some(stream) => self.mixed(stream, lane, places, &mut runs),
+            }
+        }
+        runs
+    }
+
+    /// The blocks that have rows of `step` of a lane, and perhaps some more.
+    pub(super) fn blocks(&self, step: u64, lane: usize) -> &[usize] {
+        let places = self.step_of_lane(step, lane);
+        if places.is_empty() {
+            return &[];
+        }
+        let (first, last) = match &self.shuffle {
+            None => (self.block_at(places.start), self.block_at(places.end - 1)),
+            Some(stream) => {
+                let group = |place| self.group(stream, lane, place).blocks;
+                (group(places.start).start, group(places.end - 1).end - 1)
+            }
+        };
+        &self.blocks[first..=last]
     }
 
     /// Rows of `step` over all lanes.
@@ -98,29 +130,45 @@ impl EpochOrder {
         cut(lane)..cut(lane + 1)
     }
 
-    /// The row that a lane has at a place.
-    fn row(&self, lane: usize, place: u64) -> RowAt {
-        let place = match &self.shuffle {
-            None => place,
-            Some(stream) => self.mixed(stream, lane, place),
-        };
-        let at = self.block_at(place);
-        RowAt { block: self.blocks[at], row: (place - self.starts[at]) as usize }
+    fn in_order(&self, mut places: Range<u64>, runs: &mut Vec<Run>) {
+        while !places.is_empty() {
+            let at = self.block_at(places.start);
+            let end = self.starts[at + 1].min(places.end);
+            let (row, rows) = (places.start - self.starts[at], end - places.start);
+            runs.push(Run { block: self.blocks[at], row: row as usize, rows: rows as usize });
+            places.start = end;
+        }
     }
 
-    /// The place whose row is at `place` once the rows of a group of blocks are mixed. Groups are
-    /// counted from the lane's first block and end where the lane ends.
-    fn mixed(&self, stream: &Stream, lane: usize, place: u64) -> u64 {
+    fn mixed(&self, stream: &Stream, lane: usize, mut places: Range<u64>, runs: &mut Vec<Run>) {
+        while !places.is_empty() {
+            let Group { blocks, places: all, keys } = self.group(stream, lane, places.start);
+            let (begin, length) = (all.start, all.end - all.start);
+            let starts = &self.starts[blocks.clone()];
+            let end = all.end.min(places.end);
+            runs.extend((places.start..end).map(|place| {
+                let place = begin + permute(place - begin, length, keys);
+                let at = starts.partition_point(|start| *start <= place) - 1;
+                let (block, row) = (self.blocks[blocks.start + at], place - starts[at]);
+                Run { block, row: row as usize, rows: 1 }
+            }));
+            places.start = end;
+        }
+    }
+
+    /// The group whose rows are mixed that has a place of a lane. Groups are counted from the lane's first
+    /// block and end where the lane ends.
+    fn group(&self, stream: &Stream, lane: usize, place: u64) -> Group {
         let bounds = self.lane(lane);
         let first = self.block_at(bounds.start);
         let group = (self.block_at(place) - first) / GROUP_BLOCKS;
         let begin = first + group * GROUP_BLOCKS;
         let end = (begin + GROUP_BLOCKS).min(self.blocks.len());
-        let begin = self.starts[begin].max(bounds.start);
-        let length = self.starts[end].min(bounds.end) - begin;
+        let places = self.starts[begin].max(bounds.start)..self.starts[end].min(bounds.end);
+        // Blocks behind the lane's last one have no row of it.
+        let end = self.block_at(places.end - 1) + 1;
         let mut words = stream.at(group as u64, lane as u32);
-        let keys = std::array::from_fn(|_| words.word());
-        begin + permute(place - begin, length, keys)
+        Group { blocks: begin..end, places, keys: std::array::from_fn(|_| words.word()) }
     }
 
     /// Index of the block that has `place`.
@@ -174,12 +222,21 @@ mod tests {
             let shape = Shape { lanes, per_lane };
             let order = EpochOrder::new(&rows, shape, seed, epoch);
             let steps = 0..shape.steps(rows.iter().sum());
-            let mut seen: Vec<RowAt> = steps.flat_map(|step| order.step(step, 0..lanes)).collect();
+            let of = |run: Run| (run.row..run.row + run.rows).map(move |row| (run.block, row));
+            let mut seen = Vec::new();
+            for step in steps {
+                for lane in 0..lanes {
+                    let runs = order.step(step, lane..lane + 1);
+                    let blocks = order.blocks(step, lane);
+                    prop_assert!(runs.iter().all(|run| blocks.contains(&run.block)));
+                    seen.extend(runs.into_iter().flat_map(of));
+                }
+            }
             if seed.is_some() {
                 seen.sort();
             }
-            let all: Vec<RowAt> = (0..rows.len())
-                .flat_map(|block| (0..rows[block] as usize).map(move |row| RowAt { block, row }))
+            let all: Vec<_> = (0..rows.len())
+                .flat_map(|block| (0..rows[block] as usize).map(move |row| (block, row)))
                 .collect();
             prop_assert_eq!(seen, all, "and without a shuffle in the order of the data");
         }

@@ -1,71 +1,65 @@
-//! The stream of one rank: the order's rows, out of a few decoded blocks, as tensors.
+//! The stream of one rank: the order's rows, out of a few decoded blocks, as tensors. A thread of
+//! its own makes them ahead of who takes them.
 
 use super::TensorSource;
-use super::columns::{Column, ColumnSpec};
-use super::order::{EpochOrder, GROUP_BLOCKS, RowAt, VERSION};
+use super::blocks::{Blocks, Decoded};
+use super::order::{EpochOrder, GROUP_BLOCKS, VERSION};
 use crate::error::{Error, Result};
-use crate::plan::Compiled;
-use crate::runtime::block_on;
-use arrow::compute::concat_batches;
+use crate::runtime::threads;
 use mobula_core::{Batch, BatchStream, Shard, StreamState};
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::sync::Arc;
+use std::sync::mpsc::{Receiver, sync_channel};
+use std::thread::JoinHandle;
 
 /// A rank's place in a [`TensorSource`].
 pub(super) struct Reader {
     source: TensorSource,
     shard: Shard,
-    blocks: Blocks,
-    order: EpochOrder,
+    /// What makes batches, from this place on; none before the first is asked for, or after an error.
+    ahead: Option<Ahead>,
+    place: Place,
+}
+
+/// Where a stream stands.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Place {
     epoch: u64,
     /// Steps consumed in the epoch.
     step: u64,
 }
 
+impl Place {
+    /// Behind the next step, or, where there is none, at the start of the next epoch.
+    fn next(self, steps: u64) -> Self {
+        match self.step == steps {
+            true => Self { epoch: self.epoch + 1, step: 0 },
+            false => Self { step: self.step + 1, ..self },
+        }
+    }
+}
+
 impl Reader {
-    pub(super) fn new(source: &TensorSource, shard: Shard) -> Result<Self> {
-        let lanes = (shard.rank..source.shape.lanes).step_by(shard.world).len();
-        let blocks = Blocks {
-            compiled: source.dataset.compile()?,
-            columns: source.columns.clone(),
-            rows: source.rows.clone(),
-            decoded: HashMap::new(),
-            capacity: lanes * (GROUP_BLOCKS + 1),
-            clock: 0,
-        };
-        let order = order(source, 0);
-        Ok(Self { source: source.clone(), shard, blocks, order, epoch: 0, step: 0 })
+    pub(super) fn new(source: &TensorSource, shard: Shard) -> Self {
+        Self { source: source.clone(), shard, ahead: None, place: Place { epoch: 0, step: 0 } }
     }
 
-    fn batch(&mut self) -> Result<Batch> {
-        let lanes = (self.shard.rank..self.source.shape.lanes).step_by(self.shard.world);
-        let rows = self.order.step(self.step, lanes);
-        let blocks = self.blocks.of(&rows)?;
-        let tensors = self
-            .source
-            .columns
-            .iter()
-            .enumerate()
-            .map(|(i, spec)| {
-                let sources = rows.iter().map(|at| (&blocks[&at.block].0[i], at.row));
-                Ok((spec.name().to_owned(), spec.gather(rows.len(), sources)?))
-            })
-            .collect::<Result<Vec<_>>>()?;
-        Ok(Batch::new(tensors)?.with_global_rows(self.order.step_rows(self.step)))
+    fn next(&mut self) -> Result<Option<Batch>> {
+        let ahead = match self.ahead.take() {
+            Some(ahead) => ahead,
+            None => Ahead::start(Producer::new(&self.source, self.shard, self.place)?)?,
+        };
+        let batch = ahead.next()?;
+        self.ahead = Some(ahead);
+        self.place = self.place.next(self.steps_per_epoch());
+        Ok(batch)
     }
 }
 
 impl BatchStream for Reader {
     fn next_batch(&mut self) -> Result<Option<Batch>, mobula_core::Error> {
-        if self.step == self.steps_per_epoch() {
-            (self.epoch, self.step) = (self.epoch + 1, 0);
-            self.order = order(&self.source, self.epoch);
-            return Ok(None);
-        }
-        let batch = self.batch()?;
-        self.step += 1;
-        Ok(Some(batch))
+        Ok(self.next()?)
     }
 
     fn state(&self) -> StreamState {
@@ -73,8 +67,8 @@ impl BatchStream for Reader {
             manifest: self.source.manifest.clone(),
             version: VERSION,
             seed: self.source.shuffle.unwrap_or(0),
-            epoch: self.epoch,
-            step: self.step,
+            epoch: self.place.epoch,
+            step: self.place.step,
         }
     }
 
@@ -87,18 +81,16 @@ impl BatchStream for Reader {
             let steps = format!("at most {}", self.steps_per_epoch());
             return Err(mismatch("step", steps, state.step.to_string()));
         }
-        (self.epoch, self.step) = (state.epoch, state.step);
-        self.order = order(&self.source, self.epoch);
+        let place = Place { epoch: state.epoch, step: state.step };
+        if place != self.place {
+            (self.ahead, self.place) = (None, place);
+        }
         Ok(())
     }
 
     fn steps_per_epoch(&self) -> u64 {
         self.source.steps_per_epoch()
     }
-}
-
-fn order(source: &TensorSource, epoch: u64) -> EpochOrder {
-    EpochOrder::new(&source.rows, source.shape, source.shuffle, epoch)
 }
 
 fn same<T>(what: &'static str, own: &T, state: &T) -> Result<(), mobula_core::Error>
@@ -112,61 +104,141 @@ fn mismatch(what: &'static str, expected: String, got: String) -> mobula_core::E
     mobula_core::Error::StreamMismatch { what, expected, got }
 }
 
-/// The columns of a block, ready to gather from.
-struct Decoded(Vec<Column>);
-
-/// The blocks used last.
-struct Blocks {
-    compiled: Compiled,
-    columns: Vec<ColumnSpec>,
-    /// Rows that every block must have.
-    rows: Vec<u64>,
-    /// With the time of the last use.
-    decoded: HashMap<usize, (Arc<Decoded>, u64)>,
-    capacity: usize,
-    clock: u64,
+/// Makes batches, on the thread of whoever asks or on one of its own.
+enum Ahead {
+    Here(Box<std::cell::RefCell<Producer>>),
+    There { made: Option<Receiver<Result<Option<Batch>>>>, thread: Option<JoinHandle<()>> },
 }
 
-impl Blocks {
-    /// The blocks that have the given rows.
-    fn of(&mut self, rows: &[RowAt]) -> Result<HashMap<usize, Arc<Decoded>>> {
-        let mut needed = HashMap::new();
-        for at in rows {
-            if let Entry::Vacant(entry) = needed.entry(at.block) {
-                entry.insert(self.get(at.block)?);
-            }
+impl Ahead {
+    fn start(mut producer: Producer) -> Result<Self> {
+        let prefetch = producer.source.prefetch;
+        if prefetch == 0 {
+            return Ok(Self::Here(Box::new(producer.into())));
         }
-        Ok(needed)
+        // One more is being made, and one waits to be taken in.
+        let (sender, made) = sync_channel(prefetch - 1);
+        let produce = move || {
+            loop {
+                let made = producer.next();
+                let is_last = made.is_err();
+                if sender.send(made).is_err() || is_last {
+                    return;
+                }
+            }
+        };
+        let thread = std::thread::Builder::new().name("mobula-data-stream".to_owned());
+        let thread = thread.spawn(produce).map_err(|error| Error::Internal(error.to_string()))?;
+        Ok(Self::There { made: Some(made), thread: Some(thread) })
     }
 
-    fn get(&mut self, block: usize) -> Result<Arc<Decoded>> {
-        self.clock += 1;
-        if let Some((decoded, used)) = self.decoded.get_mut(&block) {
-            *used = self.clock;
-            return Ok(decoded.clone());
-        }
-        let decoded = Arc::new(self.load(block)?);
-        if self.decoded.len() >= self.capacity {
-            let oldest = self.decoded.iter().min_by_key(|(_, (_, used))| *used);
-            if let Some(oldest) = oldest.map(|(block, _)| *block) {
-                self.decoded.remove(&oldest);
+    fn next(&self) -> Result<Option<Batch>> {
+        let gone = || Error::Internal("reading data panicked".to_owned());
+        match self {
+            Self::Here(producer) => producer.borrow_mut().next(),
+            Self::There { made, .. } => {
+                made.as_ref().and_then(|made| made.recv().ok()).ok_or_else(gone)?
             }
         }
-        self.decoded.insert(block, (decoded.clone(), self.clock));
-        Ok(decoded)
+    }
+}
+
+impl Drop for Ahead {
+    /// Nothing is left behind: the thread ends when it has nobody to give its next batch to.
+    fn drop(&mut self) {
+        if let Self::There { made, thread } = self {
+            *made = None;
+            let _ = thread.take().map(JoinHandle::join);
+        }
+    }
+}
+
+/// Goes through the order, and has the blocks read that will be needed.
+struct Producer {
+    source: TensorSource,
+    shard: Shard,
+    blocks: Blocks,
+    order: EpochOrder,
+    place: Place,
+    /// The step of this epoch up to which blocks are being read.
+    fetched: u64,
+}
+
+impl Producer {
+    fn new(source: &TensorSource, shard: Shard, place: Place) -> Result<Self> {
+        let lanes = (shard.rank..source.shape.lanes).step_by(shard.world).len();
+        let at_once = if source.shuffle.is_some() { lanes * (GROUP_BLOCKS + 1) } else { 2 };
+        // With room for those that are read ahead.
+        let capacity = at_once + 2 * threads();
+        let (blocks, order) = (Blocks::new(source, capacity)?, order(source, place.epoch));
+        Ok(Self { source: source.clone(), shard, blocks, order, place, fetched: place.step })
     }
 
-    fn load(&self, block: usize) -> Result<Decoded> {
-        let compiled = self.compiled.clone();
-        let batches = block_on(async move { compiled.execute(block).await })?;
-        let whole = concat_batches(&self.compiled.schema(), &batches)?;
-        let place = self.compiled.source().name(block);
-        let (expected, got) = (self.rows[block], whole.num_rows() as u64);
-        if got != expected {
-            return Err(Error::Changed { place, expected, got });
+    fn next(&mut self) -> Result<Option<Batch>> {
+        let steps = self.source.steps_per_epoch();
+        let (place, next) = (self.place, self.place.next(steps));
+        if place.step == steps {
+            self.order = order(&self.source, next.epoch);
+            (self.place, self.fetched) = (next, 0);
+            return Ok(None);
         }
-        let columns = self.columns.iter().zip(whole.columns());
-        let decode = |(spec, array): (&ColumnSpec, _)| spec.decode(array, &place);
-        Ok(Decoded(columns.map(decode).collect::<Result<_>>()?))
+        self.fetch(steps)?;
+        let batch = self.batch(place.step)?;
+        self.place = next;
+        Ok(Some(batch))
     }
+
+    fn lanes(&self) -> impl Iterator<Item = usize> + use<> {
+        (self.shard.rank..self.source.shape.lanes).step_by(self.shard.world)
+    }
+
+    /// Has the blocks of this step read, and keeps as many more coming as there are threads.
+    fn fetch(&mut self, steps: u64) -> Result<()> {
+        self.blocks.begin();
+        self.fetch_step(self.place.step, true)?;
+        self.fetched = self.fetched.max(self.place.step + 1);
+        while self.fetched < steps
+            && self.blocks.coming() < threads()
+            && self.fetch_step(self.fetched, false)?
+        {
+            self.fetched += 1;
+        }
+        Ok(())
+    }
+
+    /// Whether there was room for all blocks of a step.
+    fn fetch_step(&mut self, step: u64, is_now: bool) -> Result<bool> {
+        for lane in self.lanes() {
+            for block in self.order.blocks(step, lane) {
+                if !self.blocks.fetch(*block, is_now)? {
+                    return Ok(false);
+                }
+            }
+        }
+        Ok(true)
+    }
+
+    fn batch(&mut self, step: u64) -> Result<Batch> {
+        let runs = self.order.step(step, self.lanes());
+        let rows = runs.iter().map(|run| run.rows).sum();
+        let mut blocks: HashMap<usize, Arc<Decoded>> = HashMap::new();
+        for run in &runs {
+            if let Entry::Vacant(entry) = blocks.entry(run.block) {
+                entry.insert(self.blocks.get(run.block)?);
+            }
+        }
+        // So that a row is not looked up by its block for each column.
+        let runs = runs.iter().map(|run| (&blocks[&run.block].0, run.row..run.row + run.rows));
+        let runs: Vec<_> = runs.collect();
+        let tensors = self.source.columns.iter().enumerate().map(|(at, spec)| {
+            let runs = runs.iter().map(|(columns, rows)| (&columns[at], rows.clone()));
+            Ok((spec.name().to_owned(), spec.gather(rows, runs)?))
+        });
+        let tensors = tensors.collect::<Result<Vec<_>>>()?;
+        Ok(Batch::new(tensors)?.with_global_rows(self.order.step_rows(step)))
+    }
+}
+
+fn order(source: &TensorSource, epoch: u64) -> EpochOrder {
+    EpochOrder::new(&source.rows, source.shape, source.shuffle, epoch)
 }
