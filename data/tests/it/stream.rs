@@ -60,8 +60,9 @@ proptest! {
         per_lane in 1usize..7,
         shuffle in prop::option::of(any::<u64>()),
         cut in any::<prop::sample::Index>(),
+        prefetch in 0usize..4,
     ) {
-        let options = by_id().with_batch_size(5 * per_lane).with_lanes(5);
+        let options = by_id().with_batch_size(5 * per_lane).with_lanes(5).with_prefetch(prefetch);
         let options = match shuffle {
             Some(seed) => options.with_shuffle(seed),
             None => options,
