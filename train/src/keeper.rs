@@ -6,7 +6,7 @@ use crate::report::{Resumed, WorkerReport};
 use crate::saver::{Saver, Store};
 use crate::snapshot::{Labels, Snapshot, Source};
 use crate::state::{STATE, SavedState, TrainState};
-use crate::{Result, context::Setup};
+use crate::{Result, setup::Setup};
 use mobula_core::Member;
 use mobula_core::checkpoint::CheckpointStore;
 use std::collections::{BTreeMap, HashMap};
@@ -216,7 +216,7 @@ pub(crate) fn store(dir: &Path, setup: &Setup) -> CheckpointStore {
     }
 }
 
-impl crate::trainer::BestCheckpoints {
+impl crate::config::BestCheckpoints {
     /// The metric of the epoch that it was taken after, so that more is better.
     pub(crate) fn score(&self, checkpoint: &Path) -> Option<f64> {
         let text = std::fs::read(checkpoint.join(STATE)).ok()?;

@@ -35,10 +35,14 @@
 //! of hyperparameter search.
 
 mod buffers;
+mod checkpointing;
 pub mod collective;
+mod config;
 mod context;
+mod epochs;
 mod error;
 mod fit;
+mod journal;
 mod keeper;
 pub mod optim;
 mod outer;
@@ -46,6 +50,7 @@ mod overlap;
 mod pace;
 mod report;
 mod saver;
+mod setup;
 mod share;
 mod snapshot;
 mod state;
@@ -57,6 +62,7 @@ mod trainer;
 mod workers;
 
 pub use collective::{Collective, Compression, Element, ReduceOp, Transport};
+pub use config::{BestCheckpoints, CheckpointConfig, FailureConfig, ScalingConfig};
 pub use context::WorkerContext;
 pub use error::{Error, Result};
 pub use fit::{Callback, EarlyStopping, StepReport, TimeBudget, TrainLoop};
@@ -67,7 +73,5 @@ pub use overlap::Overlap;
 pub use report::EpochReport;
 pub use state::{EpochTally, NonFinite, SavedState, Skips, TrainState, load_model};
 pub use step::Loss;
-pub use trainer::{
-    BestCheckpoints, CheckpointConfig, FailureConfig, ScalingConfig, Trainer, TrainingResult,
-};
+pub use trainer::{Trainer, TrainingResult};
 pub use workers::WorkerCount;
