@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! bench-train fixture MODEL PATH                      write initial weights and batches
-//! bench-train train MODEL FIXTURE WORKERS [cpu|tcp|cuda]  answer requests on standard input
+//! bench-train train MODEL FIXTURE WORKERS [WAY]       answer requests on standard input
 //! bench-train recover                                 how long a killed worker takes
 //! bench-train checkpoint [waited-for]                 how long a large checkpoint takes
 //! bench-train shards WORKERS                          what virtual shards cost
@@ -10,18 +10,20 @@
 //! bench-train fashion DATA FIXTURE WORKERS EPOCHS     how long 90 % of Fashion-MNIST take
 //! ```
 //!
-//! The requests are described in xtask/src/bench/worker.rs. With `tcp`, workers exchange gradients
-//! over sockets, as those of different hosts do.
+//! The requests are described in xtask/src/bench/worker.rs. The ways are `cpu`, `cuda`, and those over
+//! sockets, as between hosts: `tcp`, `tcp-whole` without sums within the backward pass, and `tcp-bf16`.
 #![forbid(unsafe_code)]
 
 mod fashion;
 mod survive;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, bail};
 use mobula_bench::{Fixture, SEED, case, optimizer};
 use mobula_core::{Batch, Member, Resources, Runtime, Shard};
 use mobula_nn::loss;
-use mobula_train::{ReduceOp, ScalingConfig, TrainState, Trainer, Transport, WorkerContext};
+use mobula_train::{
+    Compression, Overlap, ReduceOp, ScalingConfig, TrainState, Trainer, Transport, WorkerContext,
+};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 use std::io::{BufRead, Write};
@@ -54,7 +56,7 @@ fn main() -> Result<()> {
             fashion::train(&runtime, [data, fixture, workers, epochs])
         }
         _ => bail!(
-            "usage: bench-train fixture MODEL PATH | train MODEL FIXTURE WORKERS [cpu|tcp|cuda] | recover | checkpoint [waited-for] | shards WORKERS | fashion-fixture SEED PATH | fashion DATA FIXTURE WORKERS EPOCHS"
+            "usage: bench-train fixture MODEL PATH | train MODEL FIXTURE WORKERS [cpu|tcp|tcp-whole|tcp-bf16|cuda] | recover | checkpoint [waited-for] | shards WORKERS | fashion-fixture SEED PATH | fashion DATA FIXTURE WORKERS EPOCHS"
         ),
     }
 }
@@ -157,7 +159,13 @@ impl Training<'_> {
 /// Answers the lines of standard input until it ends.
 fn serve(runtime: &Runtime, arguments: &[&str; 4]) -> Result<()> {
     let [model, fixture, workers, device] = *arguments;
-    ensure!(["cpu", "tcp", "cuda"].contains(&device), "expected cpu, tcp or cuda, got {device:?}");
+    let (transport, overlap, compression) = match device {
+        "cpu" | "cuda" => (Transport::Auto, Overlap::Auto, Compression::None),
+        "tcp" => (Transport::Tcp, Overlap::Auto, Compression::None),
+        "tcp-whole" => (Transport::Tcp, Overlap::Never, Compression::None),
+        "tcp-bf16" => (Transport::Tcp, Overlap::Auto, Compression::Bf16),
+        _ => bail!("expected cpu, tcp, tcp-whole, tcp-bf16 or cuda, got {device:?}"),
+    };
     let workers: usize = workers.parse()?;
     let gpus = if device == "cuda" { 1.0 / workers as f64 } else { 0.0 };
     let scratch = tempfile::tempdir()?;
@@ -165,7 +173,9 @@ fn serve(runtime: &Runtime, arguments: &[&str; 4]) -> Result<()> {
         runtime,
         scaling: ScalingConfig {
             resources_per_worker: Resources::cpus(1.0).with_gpus(gpus),
-            transport: if device == "tcp" { Transport::Tcp } else { Transport::Auto },
+            transport,
+            overlap,
+            compression,
             ..ScalingConfig::workers(workers)
         },
         job: Job {

@@ -3,6 +3,7 @@
 mod agreement;
 mod core;
 mod fashion;
+mod link;
 mod nn;
 mod peers;
 mod survival;

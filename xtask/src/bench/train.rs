@@ -3,7 +3,7 @@
 
 use super::agreement::same_loss;
 use super::worker::Worker;
-use super::{Case, Scratch, fashion, median, peers, survival};
+use super::{Case, Scratch, fashion, link, median, peers, survival};
 use crate::command;
 use anyhow::{Context, Result};
 use std::path::PathBuf;
@@ -55,6 +55,9 @@ pub(super) fn run(quick: bool, only: &str) -> Result<Vec<Case>> {
     if "fashion".contains(only) {
         cases.extend(fashion::cases(&bench, quick)?);
     }
+    if "link".contains(only) {
+        cases.extend(link::cases(&bench)?);
+    }
     for (name, label, rows, steps) in MODELS.iter().filter(|model| model.1.contains(only)) {
         let mut alone = None;
         for workers in [1, 2] {
@@ -73,6 +76,20 @@ pub(super) fn run(quick: bool, only: &str) -> Result<Vec<Case>> {
 
 impl Bench {
     fn start(&self, is_peer: bool, model: &str, workers: usize, way: &str) -> Result<Worker> {
+        let mut command = self.command(is_peer, model, workers, way)?;
+        // What it shows of its progress would hide ours.
+        command.stderr(std::process::Stdio::null());
+        Worker::start(command)
+    }
+
+    /// What starts a side.
+    pub(super) fn command(
+        &self,
+        is_peer: bool,
+        model: &str,
+        workers: usize,
+        way: &str,
+    ) -> Result<Command> {
         let fixture = self.scratch.path().join(format!("{model}.safetensors"));
         if !fixture.exists() {
             let mut write = Command::new(&self.ours);
@@ -92,9 +109,7 @@ impl Bench {
             }
         };
         command.arg(model).arg(&fixture).args([&workers.to_string(), way]);
-        // What it shows of its progress would hide ours.
-        command.stderr(std::process::Stdio::null());
-        Worker::start(command)
+        Ok(command)
     }
 
     /// The sum over the workers, through shared memory and over sockets.
