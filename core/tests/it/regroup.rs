@@ -19,6 +19,7 @@ pub(crate) const TESTS: &[Test] = &[
     ("regroup::a_survivor_that_gives_up_early_is_called_again", early),
     ("regroup::a_new_generation_gets_a_new_context", context),
     ("regroup::what_an_old_generation_says_does_not_count", stale),
+    ("regroup::what_an_old_generation_asks_is_not_answered", unanswered),
     ("regroup::a_stop_reaches_those_who_come_later", stop),
     ("regroup::too_many_losses_are_the_end", too_many),
     ("regroup::an_error_is_no_loss", error_is_no_loss),
@@ -143,6 +144,33 @@ fn rendezvous(runtime: &Runtime) {
     assert_eq!(values[0], [all(), vec![1], vec![2]], "a survivor of both losses");
     assert_eq!(values[1], [all(), vec![2]], "its first meeting is in generation 1");
     assert_eq!(values[2], [all()]);
+}
+
+/// In generation 0 rank 1 gives its part and is lost; the other one gives its own when it knows that.
+#[remote(crate = mobula_core)]
+fn ask_again(member: Member) -> Result<Vec<u8>, BoxError> {
+    let generation = member.generation() as u8;
+    if generation == 0 && member.rank() == 1 {
+        let early = member.all_gather("key", &[generation], Duration::ZERO);
+        member.report(&early.is_err())?;
+        loop {
+            std::thread::yield_now();
+        }
+    }
+    while generation == 0 && member.check_generation().is_ok() {
+        std::thread::yield_now();
+    }
+    let all = member.all_gather("key", &[generation], LONG)?;
+    Ok(all.iter().map(|value| value[0]).collect())
+}
+
+fn unanswered(runtime: &Runtime) {
+    let options = options(OnLoss::ReplaceLost, 2);
+    let mut group = runtime.group(&options, &ask_again::remote()).expect("starts");
+    assert_eq!(reports(&mut group, 1), [(1, true)]);
+    kill(&group, 1);
+    assert_eq!(restarting(&mut group).1, [1]);
+    assert_eq!(group.join(LONG).expect("ends"), [[1, 1], [1, 1]]);
 }
 
 /// Rank 0 ends at once; the other one goes on until it is lost.
