@@ -7,10 +7,7 @@
 
 use crate::buffers::BufferSums;
 use crate::collective::{Collective, ReduceOp};
-use crate::optim::{
-    Now, Optimizer, OptimizerSpec, OptimizerState, ParamOptions, ParamState, SgdOptions, Slot,
-    in_place,
-};
+use crate::optim::{Optimizer, OptimizerSpec, OptimizerState, SgdOptions, in_place, update_by};
 use crate::state::{EpochTally, TrainState};
 use crate::{Error, Result, WorkerContext};
 use mobula_nn::{Gradients, Params};
@@ -121,51 +118,12 @@ impl Outer {
         ways.iter_mut().zip(start).for_each(|(way, start)| *way = start - *way);
         let state = Arc::make_mut(&mut self.state);
         state.lr = self.optimizer.lr();
-        Moving { outer: self.optimizer.as_ref(), inner }.update(params, gradients, state)
-    }
-}
-
-/// An outer optimizer that leaves alone what the inner one does: frozen parameters stay what they are.
-#[derive(Debug)]
-struct Moving<'a> {
-    outer: &'a dyn Optimizer,
-    inner: &'a dyn Optimizer,
-}
-
-impl Optimizer for Moving<'_> {
-    fn name(&self) -> &str {
-        self.outer.name()
-    }
-
-    fn options(&self) -> serde_json::Value {
-        self.outer.options()
-    }
-
-    fn lr(&self) -> f64 {
-        self.outer.lr()
-    }
-
-    fn weight_decay(&self) -> f64 {
-        self.outer.weight_decay()
-    }
-
-    fn slots(&self, shape: &[usize]) -> Vec<Slot> {
-        self.outer.slots(shape)
-    }
-
-    fn update_param(
-        &self,
-        now: Now,
-        values: &mut [f32],
-        gradient: &[f32],
-        state: &mut ParamState,
-    ) -> Result<()> {
-        self.outer.update_param(now, values, gradient, state)
-    }
-
-    fn param_options(&self, name: &str, shape: &[usize]) -> Option<ParamOptions> {
-        self.inner.param_options(name, shape)?;
-        self.outer.param_options(name, shape)
+        let outer = self.optimizer.as_ref();
+        // What the inner one leaves alone stays what it is: a mean of equal numbers may be another.
+        update_by(outer, params, gradients, state, &|name, shape| {
+            inner.param_options(name, shape)?;
+            outer.param_options(name, shape)
+        })
     }
 }
 

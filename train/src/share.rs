@@ -7,7 +7,7 @@
 
 use crate::Result;
 use crate::collective::{Collective, ReduceOp};
-use crate::optim::{Now, Optimizer, OptimizerState, ParamOptions, ParamState, Slot, in_place};
+use crate::optim::{Optimizer, OptimizerState, ParamOptions, in_place};
 use mobula_core::Shard;
 use mobula_nn::{Gradients, Params};
 use std::ops::Range;
@@ -116,52 +116,14 @@ impl Share {
         }
     }
 
-    /// The optimizer, which leaves parameters of others alone.
-    pub(crate) fn optimizer<'a>(&'a self, optimizer: &'a dyn Optimizer) -> Shared<'a> {
-        Shared { optimizer, share: self }
-    }
-}
-
-/// An optimizer that updates the parameters of a share.
-#[derive(Debug)]
-pub(crate) struct Shared<'a> {
-    optimizer: &'a dyn Optimizer,
-    share: &'a Share,
-}
-
-impl Optimizer for Shared<'_> {
-    fn name(&self) -> &str {
-        self.optimizer.name()
-    }
-
-    fn options(&self) -> serde_json::Value {
-        self.optimizer.options()
-    }
-
-    fn lr(&self) -> f64 {
-        self.optimizer.lr()
-    }
-
-    fn weight_decay(&self) -> f64 {
-        self.optimizer.weight_decay()
-    }
-
-    fn slots(&self, shape: &[usize]) -> Vec<Slot> {
-        self.optimizer.slots(shape)
-    }
-
-    fn update_param(
+    /// How the optimizer treats a parameter: those of other ranks it leaves alone.
+    pub(crate) fn options(
         &self,
-        now: Now,
-        values: &mut [f32],
-        gradient: &[f32],
-        state: &mut ParamState,
-    ) -> Result<()> {
-        self.optimizer.update_param(now, values, gradient, state)
-    }
-
-    fn param_options(&self, name: &str, shape: &[usize]) -> Option<ParamOptions> {
-        if self.share.has(name) { self.optimizer.param_options(name, shape) } else { None }
+        optimizer: &dyn Optimizer,
+        name: &str,
+        shape: &[usize],
+    ) -> Option<ParamOptions> {
+        self.has(name).then(|| optimizer.param_options(name, shape)).flatten()
     }
 }
 

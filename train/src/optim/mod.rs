@@ -66,6 +66,7 @@ pub use loss_scale::{LossScale, LossScaleOptions};
 pub(crate) use pass::{add, in_place, scale};
 pub use plateau::{Mode, Plateau, PlateauOptions, ThresholdMode};
 pub use rmsprop::{RmsProp, RmsPropOptions};
+pub(crate) use rule::update_by;
 pub use rule::{Now, Optimizer, ParamOptions};
 pub use schedule::{Anneal, Schedule};
 pub use sgd::{Sgd, SgdOptions};

@@ -57,25 +57,36 @@ pub trait Optimizer: Debug + Send + Sync {
         gradients: &Gradients,
         state: &mut OptimizerState,
     ) -> Result<()> {
-        let vars = params.vars();
-        let (expected, got) = (state.num_elements(), gradients.values().len());
-        if !fits(state, gradients, &vars) {
-            return Err(Error::OptimizerModel { expected, got });
-        }
-        state.step += 1;
-        let lr = state.lr;
-        let places = gradients.places().iter().zip(&vars);
-        for (((_, range), (_, var)), param) in places.zip(&mut state.params) {
-            let Some(options) = self.param_options(&param.name, &param.shape) else {
-                continue;
-            };
-            let now = Now { lr: lr * options.lr_scale, weight_decay: options.weight_decay };
-            param.steps += 1;
-            let gradient = &gradients.values()[range.clone()];
-            pass::in_place(var, |values| self.update_param(now, values, gradient, param))?;
-        }
-        Ok(())
+        update_by(self, params, gradients, state, &|name, shape| self.param_options(name, shape))
     }
+}
+
+/// One step of the parameters that have `options`.
+pub(crate) fn update_by<O: Optimizer + ?Sized>(
+    optimizer: &O,
+    params: &Params,
+    gradients: &Gradients,
+    state: &mut OptimizerState,
+    options: &dyn Fn(&str, &[usize]) -> Option<ParamOptions>,
+) -> Result<()> {
+    let vars = params.vars();
+    let (expected, got) = (state.num_elements(), gradients.values().len());
+    if !fits(state, gradients, &vars) {
+        return Err(Error::OptimizerModel { expected, got });
+    }
+    state.step += 1;
+    let lr = state.lr;
+    let places = gradients.places().iter().zip(&vars);
+    for (((_, range), (_, var)), param) in places.zip(&mut state.params) {
+        let Some(options) = options(&param.name, &param.shape) else {
+            continue;
+        };
+        let now = Now { lr: lr * options.lr_scale, weight_decay: options.weight_decay };
+        param.steps += 1;
+        let gradient = &gradients.values()[range.clone()];
+        pass::in_place(var, |values| optimizer.update_param(now, values, gradient, param))?;
+    }
+    Ok(())
 }
 
 /// The state before the first step; parameters that are left alone have none.

@@ -154,18 +154,18 @@ impl OptimizerState {
     /// Sets it to what [`OptimizerState::save`] wrote for the same optimizer and parameters. The
     /// learning rate stays. Errors when the file is of others; then nothing has changed.
     pub fn load(&mut self, optimizer: &dyn Optimizer, path: &Path) -> Result<()> {
-        self.load_parts(optimizer, &[path.to_owned()])
+        let moves = |name: &str, shape: &[usize]| optimizer.param_options(name, shape).is_some();
+        self.load_parts(optimizer, &[path.to_owned()], &moves)
     }
 
-    /// The same from several files, each of some parameters.
+    /// The same from several files, each of some parameters, for those that are updated here.
     pub(crate) fn load_parts(
         &mut self,
         optimizer: &dyn Optimizer,
         paths: &[PathBuf],
+        moves: &dyn Fn(&str, &[usize]) -> bool,
     ) -> Result<()> {
-        let moves =
-            |param: &&ParamState| optimizer.param_options(&param.name, &param.shape).is_some();
-        let moving = self.params.iter().filter(moves);
+        let moving = self.params.iter().filter(|param| moves(&param.name, &param.shape));
         let wanted: Vec<String> = moving.map(|param| format!("{}.", param.name)).collect();
         let mut saved = Saved::read(&paths[0], &wanted)?;
         for path in &paths[1..] {
@@ -175,7 +175,8 @@ impl OptimizerState {
             let reason = format!("it is of the optimizer {name}, expected {}", optimizer.name());
             return Err(saved.bad(reason));
         }
-        let load = |param: &ParamState| saved.param(param, optimizer);
+        let load =
+            |param: &ParamState| saved.param(param, optimizer, moves(&param.name, &param.shape));
         let params = self.params.iter().map(load).collect::<Result<_>>()?;
         (self.step, self.params) = (saved.step, params);
         Ok(())
@@ -222,10 +223,14 @@ impl<'a> Saved<'a> {
     }
 
     /// A parameter that was never updated has no tensors there, and a frozen one needs none.
-    fn param(&self, param: &ParamState, optimizer: &dyn Optimizer) -> Result<ParamState> {
+    fn param(
+        &self,
+        param: &ParamState,
+        optimizer: &dyn Optimizer,
+        moves: bool,
+    ) -> Result<ParamState> {
         let (name, shape) = (param.name.clone(), param.shape.clone());
         let steps = self.steps.get(&name).copied().unwrap_or(self.step);
-        let moves = optimizer.param_options(&name, &shape).is_some();
         let mut slots = if moves { optimizer.slots(&shape) } else { Vec::new() };
         for slot in slots.iter_mut().filter(|_| steps > 0) {
             slot.values = self.values(&name, slot)?;

@@ -2,7 +2,7 @@
 
 use super::{
     Clip, Ema, Grouped, LossScale, LossScaleOptions, Optimizer, OptimizerSpec, OptimizerState,
-    ParamGroup, Plateau, PlateauOptions, Schedule,
+    ParamGroup, Plateau, PlateauOptions, Schedule, update_by,
 };
 use crate::collective::{Collective, ReduceOp};
 use crate::saver::Gate;
@@ -218,7 +218,11 @@ impl Updater {
         let norm = self.clip.map_or(Ok(None), |clip| self.clip_moving(clip, state, gradients))?;
         match &self.share {
             None => self.optimizer.update(params, gradients, state)?,
-            Some(share) => share.optimizer(self.optimizer()).update(params, gradients, state)?,
+            Some(share) => {
+                update_by(self.optimizer(), params, gradients, state, &|name, shape| {
+                    share.options(self.optimizer(), name, shape)
+                })?
+            }
         }
         Ok(norm)
     }
@@ -382,12 +386,11 @@ impl Updater {
     /// that were not kept then begin with the next step.
     pub fn load(&mut self, params: &Params, dir: &Path, saved: &SavedUpdater) -> Result<()> {
         let mut state = self.fresh_state(params)?;
-        match &self.share {
-            None => state.load_parts(self.optimizer(), &optimizer_files(dir)?)?,
-            Some(share) => {
-                state.load_parts(&share.optimizer(self.optimizer()), &optimizer_files(dir)?)?;
-            }
-        }
+        state.load_parts(self.optimizer(), &optimizer_files(dir)?, &|name, shape| {
+            let options =
+                self.share.as_ref().map(|share| share.options(self.optimizer(), name, shape));
+            options.unwrap_or_else(|| self.optimizer.param_options(name, shape)).is_some()
+        })?;
         if let (Some(ema), Some(_)) = (&mut self.ema, saved.ema) {
             Arc::make_mut(ema).load(params, &dir.join(EMA))?;
         }

@@ -49,6 +49,32 @@ fn fit_on_loss(on_loss: OnLoss, runtime: &Runtime, config: Config, run: Option<&
 /// INV-RECOVER: after a real `kill -9` in the middle of an epoch the weights are, bit by bit,
 /// those of a run that nothing happened to; whether every worker begins anew, from the newest
 /// checkpoint, or only the lost one, with what the other still has.
+/// A worker is lost at a step: all begin where the checkpoint was taken, and come to the undisturbed weights.
+pub(crate) fn goes_on_from_the_newest_checkpoint(
+    runtime: &Runtime,
+    scaling: &ScalingConfig,
+    config: &Config,
+    at_step: u64,
+    began_at: u64,
+) {
+    // So that there is one when the worker is lost.
+    let waited_for = CheckpointConfig { asynchronous: false, ..Default::default() };
+    let root = tempfile::tempdir().expect("temporary folder");
+    let fit = |name, harm| {
+        let run = RunDir::create(root.path(), name, 5, &()).expect("run");
+        let trainer = Trainer::new(train::remote(Config { harm, ..config.clone() }));
+        let trainer = trainer.with_logs_shown(false).with_run(&run).with_scaling(scaling.clone());
+        trainer.with_checkpoints(waited_for.clone()).fit(runtime).expect("fit")
+    };
+    let whole = fit("whole", Harm::None);
+    let marker = root.path().join("marker");
+    let killed = fit("killed", Harm::KillOnce { at_step, marker });
+    assert_eq!((killed.restarts, killed.values[0].began_at), (1, began_at));
+    for (killed, whole) in killed.values.iter().zip(&whole.values) {
+        assert_eq!(killed.weights, whole.weights);
+    }
+}
+
 fn killed_once(runtime: &Runtime) {
     let undisturbed = fit(runtime, Config::new(5), None).expect("fit");
     for on_loss in [OnLoss::RestartAll, OnLoss::ReplaceLost] {

@@ -1,7 +1,7 @@
 //! Workers that take steps of their own and meet now and then.
 
-use crate::Test;
-use crate::digits::{CLASSES, Config, FEATURES, Harm, Outcome, Rows, train};
+use crate::digits::{CLASSES, Config, FEATURES, Outcome, Rows, train};
+use crate::{Test, faults};
 use candle_core::Device;
 use mobula_core::{
     Batch, BatchStream, BoxError, GroupOptions, Member, Placement, Resources, RunDir, Runtime,
@@ -238,23 +238,9 @@ fn frozen(runtime: &Runtime) {
 }
 
 fn killed(runtime: &Runtime) {
-    // So that there is one when the worker is lost.
-    let waited_for = CheckpointConfig { asynchronous: false, ..Default::default() };
-    let root = tempfile::tempdir().expect("temporary folder");
-    let fit = |name, harm| {
-        let run = run_in(root.path(), name);
-        let local_sgd = Some(LocalSgd::diloco(3));
-        let scaling = ScalingConfig { local_sgd, ..ScalingConfig::workers(2) };
-        trainer(Config { harm, ..config(3) }, scaling, &run)
-            .with_checkpoints(waited_for.clone())
-            .fit(runtime)
-            .expect("fit")
-    };
-    let whole = fit("whole", Harm::None);
-    let marker = root.path().join("marker");
-    let killed = fit("killed", Harm::KillOnce { at_step: 13, marker });
-    assert_eq!((killed.restarts, killed.values[0].began_at), (1, 8));
-    assert_eq!(bits(&killed), bits(&whole));
+    let local_sgd = Some(LocalSgd::diloco(3));
+    let scaling = ScalingConfig { local_sgd, ..ScalingConfig::workers(2) };
+    faults::goes_on_from_the_newest_checkpoint(runtime, &scaling, &config(3), 13, 8);
 }
 
 fn refused(runtime: &Runtime) {

@@ -1,7 +1,7 @@
 //! ZeRO, stage 1: each rank has a part of the optimizer's state.
 
-use crate::Test;
 use crate::digits::{CLASSES, Config, FEATURES, Harm, Outcome, train};
+use crate::{Test, faults};
 use mobula_core::{GroupOptions, Placement, Resources, RunDir, Runtime, checkpoint::Checkpoint};
 use mobula_train::optim::{Clip, LossScaleOptions, OptimizerSpec, PlateauOptions, UpdaterOptions};
 use mobula_train::{CheckpointConfig, Error, NonFinite, ScalingConfig, Trainer, TrainingResult};
@@ -166,22 +166,8 @@ fn in_background(runtime: &Runtime) {
 }
 
 fn killed(runtime: &Runtime) {
-    // So that there is one when the worker is lost.
-    let waited_for = CheckpointConfig { asynchronous: false, ..Default::default() };
-    let root = tempfile::tempdir().expect("temporary folder");
-    let fit = |name, harm| {
-        let run = run_in(root.path(), name);
-        let scaling = ScalingConfig { shard_optimizer: true, ..ScalingConfig::workers(2) };
-        trainer(Config { harm, ..config(3) }, scaling, &run)
-            .with_checkpoints(waited_for.clone())
-            .fit(runtime)
-            .expect("fit")
-    };
-    let whole = fit("whole", Harm::None);
-    let marker = root.path().join("marker");
-    let killed = fit("killed", Harm::KillOnce { at_step: 15, marker });
-    assert_eq!((killed.restarts, killed.values[0].began_at), (1, 10));
-    assert!(killed.values.iter().all(|rank| bits(rank) == bits(&whole.values[0])));
+    let scaling = ScalingConfig { shard_optimizer: true, ..ScalingConfig::workers(2) };
+    faults::goes_on_from_the_newest_checkpoint(runtime, &scaling, &config(3), 15, 10);
 }
 
 /// A file is where the first folder of parts should be.
