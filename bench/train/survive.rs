@@ -68,8 +68,15 @@ struct Job {
     kill: Option<(u64, PathBuf)>,
 }
 
-/// The step that it began with, and when each one ended.
-type Ran = (u64, Vec<f64>);
+/// The step that it began with, when each one ended, and what the process had in memory at most, in MB.
+type Ran = (u64, Vec<f64>, f64);
+
+fn peak_mb() -> Result<f64> {
+    let status = std::fs::read_to_string("/proc/self/status")?;
+    let peak =
+        status.lines().find_map(|line| line.strip_prefix("VmHWM:")?.split_whitespace().next());
+    Ok(peak.context("a peak")?.parse::<f64>()? / 1024.0)
+}
 
 fn now() -> Result<f64> {
     Ok(SystemTime::now().duration_since(SystemTime::UNIX_EPOCH)?.as_secs_f64())
@@ -92,7 +99,7 @@ fn go_on(member: Member, job: Job) -> Result<Ran> {
         })?;
         ends.push(now()?);
     }
-    Ok((began, ends))
+    Ok((began, ends, peak_mb()?))
 }
 
 fn kill_once(job: &Job, shard: Shard, step: u64) -> Result<()> {
@@ -122,7 +129,7 @@ pub(crate) fn recover(runtime: &Runtime) -> Result<()> {
     let trainer = Trainer::new(go_on::remote(job)).with_run(&run).with_logs_shown(false);
     let fit = trainer.with_scaling(ScalingConfig::workers(2)).fit(runtime)?;
     let killed: f64 = std::fs::read_to_string(&marker)?.parse()?;
-    let (began, ends) = fit.values.first().context("a rank 0")?;
+    let (began, ends, _) = fit.values.first().context("a rank 0")?;
     let seconds = ends.first().context("a step after it")? - killed;
     super::answer(json!({ "seconds": seconds, "lost_steps": at - began, "restarts": fit.restarts }))
 }
@@ -135,9 +142,28 @@ pub(crate) fn shards(runtime: &Runtime, workers: usize) -> Result<()> {
         let scaling = ScalingConfig { virtual_shards, ..ScalingConfig::workers(workers) };
         let trainer = Trainer::new(go_on::remote(job)).with_logs_shown(false);
         let fit = trainer.with_scaling(scaling).fit(runtime)?;
-        let (_, ends) = fit.values.first().context("a rank 0")?;
+        let (_, ends, _) = fit.values.first().context("a rank 0")?;
         let lengths: Vec<f64> = ends.windows(2).map(|pair| pair[1] - pair[0]).collect();
         super::answer(json!({ "virtual_shards": virtual_shards, "seconds": lengths }))?;
+    }
+    Ok(())
+}
+
+/// The steps of so many workers over 100 million parameters, and the memory of each worker, with the
+/// optimizer's state whole and in parts.
+pub(crate) fn zero(runtime: &Runtime, workers: usize) -> Result<()> {
+    for shard_optimizer in [false, true, false, true] {
+        let source = Same { rows: 16, inputs: 4096 };
+        let job = Job { source, hidden: vec![4096; 6], steps: 15, kill: None };
+        let scaling = ScalingConfig { shard_optimizer, ..ScalingConfig::workers(workers) };
+        let trainer = Trainer::new(go_on::remote(job)).with_logs_shown(false);
+        let fit = trainer.with_scaling(scaling).fit(runtime)?;
+        let (_, ends, _) = fit.values.first().context("a rank 0")?;
+        let lengths: Vec<f64> = ends.windows(2).map(|pair| pair[1] - pair[0]).collect();
+        let peaks: Vec<f64> = fit.values.iter().map(|rank| rank.2).collect();
+        super::answer(
+            json!({ "shard_optimizer": shard_optimizer, "seconds": lengths, "peak_mb": peaks }),
+        )?;
     }
     Ok(())
 }
@@ -158,7 +184,7 @@ pub(crate) fn checkpoint(runtime: &Runtime, asynchronous: bool) -> Result<()> {
     };
     let trainer = Trainer::new(go_on::remote(job)).with_run(&run).with_logs_shown(false);
     let fit = trainer.with_checkpoints(checkpoints).fit(runtime)?;
-    let (_, ends) = fit.values.first().context("a rank 0")?;
+    let (_, ends, _) = fit.values.first().context("a rank 0")?;
     let lengths: Vec<f64> = ends.windows(2).map(|pair| pair[1] - pair[0]).collect();
     super::answer(json!({ "seconds": lengths, "every": every }))
 }

@@ -12,7 +12,8 @@ use std::fmt::Debug;
 /// remembers is in an [`OptimizerState`].
 ///
 /// Of one's own it needs the first six functions; `update_param` sees one parameter at a time. Where it
-/// is wrapped, by groups or by `ScalingConfig::shard_optimizer`, an `update` of one's own is not called.
+/// is wrapped or of some parameters only (groups, `ScalingConfig::shard_optimizer`, `local_sgd`), an `update` of
+/// one's own is not called.
 pub trait Optimizer: Debug + Send + Sync {
     /// The name that checkpoints and configurations know it by, such as `"adamw"`.
     fn name(&self) -> &str;
