@@ -103,18 +103,21 @@ fn start(width: usize, job: Job) -> Result<(), Refused> {
     })
 }
 
-fn serve(width: usize, first: Job) {
-    // It cannot be built where the system has no more threads; then the job runs in rayon's
-    // global pool, slower but right.
+/// Makes this thread the first of a pool of its own, for as long as the pool lives: what it hands
+/// to rayon then never waits for another thread to wake up. `None` where the system has no more
+/// threads; then it works with rayon's global pool, slower but right.
+pub(crate) fn own_pool(width: usize) -> Option<rayon::ThreadPool> {
     let pool = rayon::ThreadPoolBuilder::new()
         .num_threads(width)
         .use_current_thread()
         .stack_size(STACK_BYTES)
         .start_handler(|_| panics::keep_quiet_here())
         .build();
-    if let Err(error) = &pool {
-        tracing::warn!(%error, width, "no thread pool for a task");
-    }
+    pool.inspect_err(|error| tracing::warn!(%error, width, "no thread pool for a task")).ok()
+}
+
+fn serve(width: usize, first: Job) {
+    let _pool = own_pool(width);
     OWN.with_borrow_mut(|own| *own = Some(Own { width, winding_up: false, next: None }));
     let mut job = Some(first);
     while let Some(work) = job {

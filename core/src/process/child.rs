@@ -10,7 +10,7 @@ use crate::group::{Inbox, Line, Member};
 use crate::parcel::{Outgoing, Packed, reader};
 use crate::remote::RemoteFn;
 use crate::store::Offer;
-use crate::threads::STACK_BYTES;
+use crate::threads::{STACK_BYTES, own_pool};
 use crate::value::Encoded;
 use crate::{BoxError, Error, nested, panics};
 use hyper_util::rt::TokioIo;
@@ -143,6 +143,7 @@ fn start(
     let name = format!("rank {}", spec.rank);
     let thread = std::thread::Builder::new().name(name).stack_size(STACK_BYTES);
     thread.spawn(move || {
+        let _pool = own_pool(rayon::current_num_threads());
         let frames = outbound.clone();
         let send = move |frame| frames.blocking_send(frame).map_err(|_| driver_gone());
         let reader = reader();

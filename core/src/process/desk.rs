@@ -12,7 +12,7 @@ use crate::parcel::{Outgoing, Packed, reader};
 use crate::remote::RemoteFn;
 use crate::store::{Offer, Reader};
 use crate::stream::{Outbox, Outlet};
-use crate::threads::STACK_BYTES;
+use crate::threads::{STACK_BYTES, own_pool};
 use crate::{Error, panics};
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -87,7 +87,10 @@ impl Desk {
         let desk = Self { inner: Arc::new(inner), outbound, tokio };
         let thread = std::thread::Builder::new().name("mobula-task".into()).stack_size(STACK_BYTES);
         let copy = desk.clone();
-        let spawned = thread.spawn(move || copy.work());
+        let spawned = thread.spawn(move || {
+            let _pool = own_pool(rayon::current_num_threads());
+            copy.work();
+        });
         spawned.map_err(|source| Error::system("starting a thread", source))?;
         Ok(desk)
     }
@@ -349,6 +352,7 @@ impl Place<Work> for Desk {
         let thread = std::thread::Builder::new().name("mobula-task".into()).stack_size(STACK_BYTES);
         let spawned = thread.spawn(move || {
             let _end = EndWithThread;
+            let _pool = own_pool(rayon::current_num_threads());
             help();
         });
         spawned.map(drop).map_err(|source| Error::system("starting a thread", source))
