@@ -119,15 +119,34 @@ pub enum Error {
         /// The categories that were fitted.
         known: Vec<String>,
     },
-    /// A class label that cannot be one.
+    /// A value that the elements of a tensor cannot have.
     #[error(
-        "label column {column:?} has the value {value}, expected a class number from 0 to 4294967295"
+        "column {column:?} has the value {value} in {place}, which {dtype} has not; choose another type with TensorSpec::with_dtype{}",
+        if *dtype == "u32" { "; a class number is at least 0" } else { "" }
     )]
-    LabelRange {
+    ElementRange {
         /// The column.
         column: String,
         /// The first such value.
-        value: i64,
+        value: String,
+        /// The type of the tensor's elements.
+        dtype: &'static str,
+        /// Which part of the data.
+        place: String,
+    },
+    /// A list that is longer than the tensor has room for.
+    #[error(
+        "column {column:?} has a list of {got} values in {place}, the tensor has room for {expected}; give TensorSpec::with_length the length of the longest"
+    )]
+    ListLength {
+        /// The column.
+        column: String,
+        /// Values of the list.
+        got: usize,
+        /// Values that fit.
+        expected: usize,
+        /// Which part of the data.
+        place: String,
     },
     /// An option that makes no sense.
     #[error("{option} is {got}, expected {expected}")]

@@ -47,4 +47,4 @@ pub use preprocess::{
     Preprocessor, SimpleImputer, StandardScaler, Step, Unknown, Value,
 };
 pub use source::csv::CsvOptions;
-pub use stream::{StreamOptions, TensorSource};
+pub use stream::{StreamOptions, TensorSource, TensorSpec};

@@ -18,6 +18,7 @@ use arrow::record_batch::RecordBatch;
 use datafusion::catalog::streaming::StreamingTable;
 use datafusion::common::Column;
 use datafusion::common::tree_node::{TreeNode, TreeNodeRecursion};
+use datafusion::execution::SendableRecordBatchStream;
 use datafusion::execution::context::SQLOptions;
 use datafusion::logical_expr::{Expr, LogicalPlan, Volatility};
 use datafusion::physical_plan::{ExecutionPlan, ExecutionPlanProperties};
@@ -108,9 +109,12 @@ impl Compiled {
 
     /// The rows of one block, in order. Runs on the crate's threads.
     pub(crate) async fn execute(&self, block: usize) -> Result<Vec<RecordBatch>> {
-        let stream =
-            self.plan.execute(block, session().task_ctx()).map_err(Error::engine("run"))?;
-        stream.try_collect().await.map_err(Error::engine("read rows"))
+        self.stream(block)?.try_collect().await.map_err(Error::engine("read rows"))
+    }
+
+    /// The same, a batch at a time.
+    pub(crate) fn stream(&self, block: usize) -> Result<SendableRecordBatchStream> {
+        self.plan.execute(block, session().task_ctx()).map_err(Error::engine("run"))
     }
 }
 

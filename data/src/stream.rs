@@ -1,18 +1,21 @@
 //! Tensor batches for training: which rows a step has, for every rank of every world.
 
 mod blocks;
-mod columns;
 mod order;
 mod reader;
+mod tensors;
+mod values;
+
+pub use tensors::TensorSpec;
 
 use crate::Dataset;
 use crate::error::{Error, Result};
 use crate::source::hash;
-use columns::ColumnSpec;
 use mobula_core::{BatchSource, BatchStream, Shard};
 use order::Shape;
 use reader::Reader;
 use serde::{Deserialize, Serialize};
+use tensors::Layout;
 
 /// Lanes that a stream has if the batch size allows them.
 const LANES: usize = 16;
@@ -25,9 +28,9 @@ const PREFETCH: usize = 2;
 /// ```
 /// let options = mobula_data::StreamOptions::new(["image"], "label").with_batch_size(64).with_shuffle(7);
 /// ```
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct StreamOptions {
-    features: Vec<String>,
+    tensors: Vec<TensorSpec>,
     label: Option<String>,
     batch_size: usize,
     shuffle: Option<u64>,
@@ -38,8 +41,9 @@ pub struct StreamOptions {
 impl StreamOptions {
     /// A tensor for each of the columns `features` and one for `label`, named as the columns are.
     ///
-    /// A feature is numeric and becomes `f32`: `[rows]`, or `[rows, n]` for a `FixedSizeList`. A
-    /// label of whole numbers becomes `u32`, `[rows]`; any other is treated as a feature is.
+    /// A feature is numeric and becomes `f32`, `[rows]`, or `[rows, n]` for a `FixedSizeList`: see
+    /// [`TensorSpec::column`]. A label of whole numbers becomes `u32`; any other is treated as a
+    /// feature is.
     ///
     /// Default: steps of 32 rows, in the dataset's order.
     pub fn new<S: Into<String>>(
@@ -51,15 +55,21 @@ impl StreamOptions {
 
     /// The same without a label, for prediction.
     pub fn unlabelled<S: Into<String>>(features: impl IntoIterator<Item = S>) -> Self {
-        let features = features.into_iter().map(Into::into).collect();
+        let tensors = features.into_iter().map(TensorSpec::column).collect();
         Self {
-            features,
+            tensors,
             label: None,
             batch_size: 32,
             shuffle: None,
             lanes: None,
             prefetch: PREFETCH,
         }
+    }
+
+    /// Adds a tensor.
+    pub fn with_tensor(mut self, tensor: TensorSpec) -> Self {
+        self.tensors.push(tensor);
+        self
     }
 
     /// Sets the rows of a step over all ranks together.
@@ -123,7 +133,7 @@ impl StreamOptions {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct TensorSource {
     dataset: Dataset,
-    columns: Vec<ColumnSpec>,
+    layout: Layout,
     shape: Shape,
     shuffle: Option<u64>,
     rows: Vec<u64>,
@@ -135,16 +145,17 @@ impl TensorSource {
     pub(crate) fn new(dataset: &Dataset, options: StreamOptions) -> Result<Self> {
         let shape = options.shape()?;
         let schema = dataset.schema()?;
-        let columns = columns::specs(&schema, &options.features, options.label.as_deref())?;
-        let names = columns.iter().map(|spec| spec.name().to_owned());
-        let dataset = dataset.select(names)?;
+        let StreamOptions { mut tensors, label, shuffle, prefetch, .. } = options;
+        tensors.extend(label.map(|label| TensorSpec::label(label, &schema)));
+        let layout = Layout::new(&schema, tensors)?;
+        layout.room(0)?;
+        let dataset = dataset.select(layout.columns.iter().cloned())?;
         let rows = dataset.count_blocks()?;
         if rows.iter().sum::<u64>() == 0 {
             return Err(Error::Empty { after: " after its filters and splits" });
         }
-        let StreamOptions { shuffle, prefetch, .. } = options;
         let manifest = String::new();
-        let mut source = Self { dataset, columns, shape, shuffle, rows, prefetch, manifest };
+        let mut source = Self { dataset, layout, shape, shuffle, rows, prefetch, manifest };
         source.manifest = source.hash_of_everything()?;
         Ok(source)
     }
@@ -172,7 +183,7 @@ impl TensorSource {
     /// What a resumed stream must have in common: content, operations, columns and batch size.
     fn hash_of_everything(&self) -> Result<String> {
         let content = self.dataset.open()?.fingerprint()?;
-        let description = (self.dataset.ops(), &self.columns, &self.shape, &self.rows);
+        let description = (self.dataset.ops(), &self.layout, &self.shape, &self.rows);
         let description = serde_json::to_vec(&description).map_err(mobula_core::Error::layer)?;
         let shuffled = [u8::from(self.shuffle.is_some())];
         Ok(hash([content.as_bytes(), &description, &shuffled]))

@@ -90,7 +90,9 @@ pub(crate) fn not_numeric(column: &str, got: &DataType) -> Error {
         DataType::Utf8 | DataType::LargeUtf8 | DataType::Utf8View => {
             "; encode it with OneHotEncoder or OrdinalEncoder"
         }
-        DataType::List(_) | DataType::LargeList(_) => "; give every row the same number of values",
+        DataType::List(_) | DataType::LargeList(_) => {
+            "; give every row the same number of values, or TensorSpec::with_length the largest"
+        }
         _ => "",
     };
     Error::ColumnType {
@@ -101,6 +103,6 @@ pub(crate) fn not_numeric(column: &str, got: &DataType) -> Error {
     }
 }
 
-fn is_number(data_type: &DataType) -> bool {
-    data_type.is_integer() || data_type.is_floating() || *data_type == DataType::Boolean
+pub(crate) fn is_number(data_type: &DataType) -> bool {
+    data_type.is_numeric() || *data_type == DataType::Boolean
 }

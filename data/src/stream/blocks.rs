@@ -1,16 +1,17 @@
 //! The decoded blocks of a stream: those used last, and those that will be needed next.
 
 use super::TensorSource;
-use super::columns::{Column, ColumnSpec};
+use super::tensors::Layout;
+use super::values::Values;
 use crate::error::{Error, Result};
 use crate::plan::Compiled;
 use crate::runtime::{Pending, spawn};
-use arrow::compute::concat_batches;
+use futures::TryStreamExt;
 use std::collections::HashMap;
 use std::sync::Arc;
 
-/// The columns of a block, ready to gather from.
-pub(super) struct Decoded(pub(super) Vec<Column>);
+/// The rows of a block as those of tensors, ready to gather from.
+pub(super) struct Decoded(pub(super) Vec<Values>);
 
 /// The blocks used last.
 pub(super) struct Blocks {
@@ -31,7 +32,7 @@ impl Blocks {
     pub(super) fn new(source: &TensorSource, capacity: usize) -> Result<Self> {
         let loader = Loader {
             compiled: source.dataset.compile()?,
-            columns: source.columns.clone(),
+            layout: source.layout.clone(),
             rows: source.rows.clone(),
         };
         Ok(Self { loader: Arc::new(loader), held: HashMap::new(), capacity, clock: 0 })
@@ -86,22 +87,27 @@ impl Blocks {
 /// Reads blocks.
 struct Loader {
     compiled: Compiled,
-    columns: Vec<ColumnSpec>,
+    layout: Layout,
     /// Rows that every block must have.
     rows: Vec<u64>,
 }
 
 impl Loader {
     async fn load(&self, block: usize) -> Result<Decoded> {
-        let batches = self.compiled.execute(block).await?;
-        let whole = concat_batches(&self.compiled.schema(), &batches)?;
         let place = self.compiled.source().name(block);
-        let (expected, got) = (self.rows[block], whole.num_rows() as u64);
-        if got != expected {
-            return Err(Error::Changed { place, expected, got });
+        let expected = self.rows[block];
+        let mut decoded = self.layout.room(expected as usize)?;
+        let (mut batches, mut got) = (self.compiled.stream(block)?, 0);
+        while let Some(batch) = batches.try_next().await.map_err(Error::engine("read rows"))? {
+            let row = got as usize;
+            got += batch.num_rows() as u64;
+            if got <= expected {
+                self.layout.put(&batch, row, &mut decoded, &place)?;
+            }
         }
-        let columns = self.columns.iter().zip(whole.columns());
-        let decode = |(spec, array): (&ColumnSpec, _)| spec.decode(array, &place);
-        Ok(Decoded(columns.map(decode).collect::<Result<_>>()?))
+        match got == expected {
+            true => Ok(Decoded(decoded)),
+            false => Err(Error::Changed { place, expected, got }),
+        }
     }
 }

@@ -227,12 +227,12 @@ impl Producer {
                 entry.insert(self.blocks.get(run.block)?);
             }
         }
-        // So that a row is not looked up by its block for each column.
+        // So that a row is not looked up by its block for each tensor.
         let runs = runs.iter().map(|run| (&blocks[&run.block].0, run.row..run.row + run.rows));
         let runs: Vec<_> = runs.collect();
-        let tensors = self.source.columns.iter().enumerate().map(|(at, spec)| {
-            let runs = runs.iter().map(|(columns, rows)| (&columns[at], rows.clone()));
-            Ok((spec.name().to_owned(), spec.gather(rows, runs)?))
+        let tensors = self.source.layout.tensors.iter().enumerate().map(|(at, tensor)| {
+            let runs = runs.iter().map(|(values, rows)| (&values[at], rows.clone()));
+            Ok((tensor.name().to_owned(), tensor.gather(rows, runs)?))
         });
         let tensors = tensors.collect::<Result<Vec<_>>>()?;
         Ok(Batch::new(tensors)?.with_global_rows(self.order.step_rows(step)))

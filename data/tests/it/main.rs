@@ -4,6 +4,7 @@ mod dataset;
 mod preprocess;
 mod sources;
 mod stream;
+mod tensors;
 
 use arrow::array::{ArrayRef, AsArray, FixedSizeListArray, Int64Array, UInt8Array};
 use arrow::datatypes::{DataType, Field, Int64Type};

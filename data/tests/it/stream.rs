@@ -289,7 +289,10 @@ fn bad_requests_are_named() {
     let negative = Dataset::from_batches([images(vec![1, 2], vec![-1])]).expect("data");
     let source = negative.stream(image()).expect("stream");
     let text = message(source.open(Shard::ALL).and_then(|mut s| s.next_batch()));
-    assert!(text.contains("label column \"label\" has the value -1"), "{text}");
+    assert!(
+        text.contains("column \"label\" has the value -1 in rows 0 to 0, which u32 has not"),
+        "{text}"
+    );
     let words = data.with_column("word", "'a'").expect("column");
     let text = message(words.stream(StreamOptions::new(["word"], "label")));
     assert!(text.contains("OneHotEncoder"), "{text}");

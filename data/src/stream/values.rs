@@ -1,0 +1,378 @@
+//! Numbers of any Arrow column as elements of a tensor: cast, with missing ones filled, in one pass
+//! from the column's buffer to their places.
+
+use arrow::array::types::{
+    Decimal128Type, Float16Type, Float32Type, Float64Type, Int8Type, Int16Type, Int32Type,
+    Int64Type, UInt8Type, UInt16Type, UInt32Type, UInt64Type,
+};
+use arrow::array::{
+    Array, ArrayRef, ArrowPrimitiveType, AsArray, GenericListArray, OffsetSizeTrait,
+};
+use arrow::buffer::NullBuffer;
+use arrow::compute::cast;
+use arrow::datatypes::DataType;
+use candle_core::{DType, Device, Shape, Tensor, WithDType};
+use half::{bf16, f16};
+use std::ops::Range;
+
+/// What a tensor can have for an element.
+pub(super) trait Element: WithDType {
+    /// The nearest value; none if it is out of range, or not whole where it has to be.
+    fn from_float(value: f64) -> Option<Self>;
+    fn from_whole(value: i64) -> Option<Self>;
+}
+
+macro_rules! whole_elements {
+    ($($element:ty)*) => {$(
+        impl Element for $element {
+            fn from_float(value: f64) -> Option<Self> {
+                let whole = value as i64;
+                (whole as f64 == value).then(|| Self::from_whole(whole)).flatten()
+            }
+
+            fn from_whole(value: i64) -> Option<Self> {
+                Self::try_from(value).ok()
+            }
+        }
+    )*};
+}
+
+macro_rules! float_elements {
+    ($($element:ty: $of:expr;)*) => {$(
+        impl Element for $element {
+            fn from_float(value: f64) -> Option<Self> {
+                let near: Self = $of(value);
+                (f64::from(near).is_finite() || !value.is_finite()).then_some(near)
+            }
+
+            fn from_whole(value: i64) -> Option<Self> {
+                Self::from_float(value as f64)
+            }
+        }
+    )*};
+}
+
+whole_elements!(u8 u32 i16 i32 i64);
+float_elements! {
+    f16: f16::from_f64;
+    bf16: bf16::from_f64;
+    f32: |value| value as f32;
+    f64: |value| value;
+}
+
+/// Rows of one tensor, one after the other.
+#[derive(Debug)]
+pub(super) enum Values {
+    U8(Vec<u8>),
+    U32(Vec<u32>),
+    I16(Vec<i16>),
+    I32(Vec<i32>),
+    I64(Vec<i64>),
+    F16(Vec<f16>),
+    BF16(Vec<bf16>),
+    F32(Vec<f32>),
+    F64(Vec<f64>),
+}
+
+/// Does the same to a vector of whatever type.
+macro_rules! with_vec {
+    ($values:expr, $vec:ident => $do:expr) => {
+        match $values {
+            Values::U8($vec) => $do,
+            Values::U32($vec) => $do,
+            Values::I16($vec) => $do,
+            Values::I32($vec) => $do,
+            Values::I64($vec) => $do,
+            Values::F16($vec) => $do,
+            Values::BF16($vec) => $do,
+            Values::F32($vec) => $do,
+            Values::F64($vec) => $do,
+        }
+    };
+}
+
+impl Values {
+    /// Zeros; none for a type that tensors have but data has not.
+    pub(super) fn zeros(dtype: DType, len: usize) -> Option<Self> {
+        Some(match dtype {
+            DType::U8 => Self::U8(vec![0; len]),
+            DType::U32 => Self::U32(vec![0; len]),
+            DType::I16 => Self::I16(vec![0; len]),
+            DType::I32 => Self::I32(vec![0; len]),
+            DType::I64 => Self::I64(vec![0; len]),
+            DType::F16 => Self::F16(vec![f16::ZERO; len]),
+            DType::BF16 => Self::BF16(vec![bf16::ZERO; len]),
+            DType::F32 => Self::F32(vec![0.0; len]),
+            DType::F64 => Self::F64(vec![0.0; len]),
+            _ => return None,
+        })
+    }
+
+    fn with_capacity(dtype: DType, len: usize) -> Option<Self> {
+        let mut values = Self::zeros(dtype, 0)?;
+        with_vec!(&mut values, vec => vec.reserve_exact(len));
+        Some(values)
+    }
+
+    pub(super) fn put(&mut self, column: &Part<'_>, place: &Place) -> Result<(), Misfit> {
+        with_vec!(self, vec => put(column, place, vec))
+    }
+
+    /// The elements of `runs`, in ranges of these vectors, as a tensor of another type or the same.
+    pub(super) fn gather<'a>(
+        dtype: DType,
+        shape: impl Into<Shape>,
+        runs: impl Iterator<Item = (&'a Self, Range<usize>)>,
+    ) -> candle_core::Result<Tensor> {
+        let shape = shape.into();
+        let Some(mut all) = Self::with_capacity(dtype, shape.elem_count()) else {
+            candle_core::bail!("no column can become a tensor of {dtype:?}");
+        };
+        runs.for_each(|(values, range)| all.extend(values, range));
+        with_vec!(all, vec => Tensor::from_vec(vec, shape, &Device::Cpu))
+    }
+
+    fn extend(&mut self, from: &Self, range: Range<usize>) {
+        match (self, from) {
+            (Self::F32(all), Self::F32(values)) => all.extend_from_slice(&values[range]),
+            (Self::F64(all), Self::F64(values)) => all.extend_from_slice(&values[range]),
+            (Self::F16(all), Self::F16(values)) => all.extend_from_slice(&values[range]),
+            (Self::BF16(all), Self::BF16(values)) => all.extend_from_slice(&values[range]),
+            (Self::U8(all), Self::U8(values)) => all.extend_from_slice(&values[range]),
+            (Self::U32(all), Self::U32(values)) => all.extend_from_slice(&values[range]),
+            (Self::I16(all), Self::I16(values)) => all.extend_from_slice(&values[range]),
+            (Self::I32(all), Self::I32(values)) => all.extend_from_slice(&values[range]),
+            (Self::I64(all), Self::I64(values)) => all.extend_from_slice(&values[range]),
+            // Bytes stay as small as they are until here.
+            (Self::F32(all), Self::U8(values)) => extend_by_bytes(all, &values[range]),
+            (Self::F64(all), Self::U8(values)) => extend_by_bytes(all, &values[range]),
+            (Self::F16(all), Self::U8(values)) => extend_by_bytes(all, &values[range]),
+            (Self::BF16(all), Self::U8(values)) => extend_by_bytes(all, &values[range]),
+            (all, values) => unreachable!("{values:?} are not kept for {all:?}"),
+        }
+    }
+}
+
+fn extend_by_bytes<T: From<u8>>(all: &mut Vec<T>, bytes: &[u8]) {
+    all.extend(bytes.iter().map(|byte| T::from(*byte)));
+}
+
+/// A column of some rows, with `width` values to each of them.
+pub(super) struct Part<'a> {
+    pub(super) array: &'a ArrayRef,
+    pub(super) width: usize,
+    /// What a missing value becomes.
+    pub(super) fill: Option<f64>,
+}
+
+/// Where a column goes among the elements of a tensor.
+#[derive(Clone, Copy)]
+pub(super) struct Place {
+    /// Of the first row of the column.
+    pub(super) row: usize,
+    /// Elements of a row of the tensor.
+    pub(super) stride: usize,
+    /// Of the column in a row.
+    pub(super) offset: usize,
+}
+
+/// Why a column's values cannot be elements.
+pub(super) enum Misfit {
+    /// So many rows have missing values.
+    Missing(usize),
+    /// A value that the type has not.
+    Range(String),
+    /// A list that is longer than there is room for.
+    Length(usize),
+    /// What Arrow cannot cast.
+    Cast(arrow::error::ArrowError),
+}
+
+/// One pass over a column.
+fn put<T: Element>(part: &Part<'_>, place: &Place, all: &mut [T]) -> Result<(), Misfit> {
+    let stride = place.stride;
+    let rows = part.array.len();
+    let out = &mut all[place.row * stride..(place.row + rows) * stride];
+    let out = Out { all: out, stride, offset: place.offset, width: part.width };
+    let fill = fill_of::<T>(part.fill)?;
+    match part.array.data_type() {
+        DataType::FixedSizeList(..) => {
+            let (values, missing) = flat(part.array);
+            if let (Some(nulls), None) = (&missing, fill) {
+                return Err(Misfit::Missing(nulls.null_count()));
+            }
+            out.put_array(&values, missing.as_ref(), fill)
+        }
+        DataType::List(_) => out.put_lists::<i32>(part.array.as_list(), fill),
+        DataType::LargeList(_) => out.put_lists::<i64>(part.array.as_list(), fill),
+        _ => out.put_array(part.array, None, fill),
+    }
+}
+
+fn fill_of<T: Element>(fill: Option<f64>) -> Result<Option<T>, Misfit> {
+    let Some(fill) = fill else { return Ok(None) };
+    T::from_float(fill).map(Some).ok_or_else(|| Misfit::Range(fill.to_string()))
+}
+
+/// The innermost values of lists of fixed sizes, and which of the outermost are missing.
+fn flat(array: &ArrayRef) -> (ArrayRef, Option<NullBuffer>) {
+    let lists = array.as_fixed_size_list();
+    let mut values = lists.values().clone();
+    while let DataType::FixedSizeList(..) = values.data_type() {
+        values = values.as_fixed_size_list().values().clone();
+    }
+    (values, lists.nulls().filter(|nulls| nulls.null_count() > 0).cloned())
+}
+
+/// The elements that a column becomes.
+struct Out<'a, T> {
+    all: &'a mut [T],
+    stride: usize,
+    offset: usize,
+    width: usize,
+}
+
+impl<T: Element> Out<'_, T> {
+    fn put_array(
+        self,
+        values: &ArrayRef,
+        missing: Option<&NullBuffer>,
+        fill: Option<T>,
+    ) -> Result<(), Misfit> {
+        let whole = |value: i64| T::from_whole(value);
+        match values.data_type() {
+            DataType::Float64 => self.put::<Float64Type>(values, missing, fill, T::from_float),
+            DataType::Float32 => {
+                self.put::<Float32Type>(values, missing, fill, |v| T::from_float(f64::from(v)))
+            }
+            DataType::Float16 => {
+                self.put::<Float16Type>(values, missing, fill, |v| T::from_float(f64::from(v)))
+            }
+            DataType::Int64 => self.put::<Int64Type>(values, missing, fill, whole),
+            DataType::Int32 => self.put::<Int32Type>(values, missing, fill, |v| whole(v.into())),
+            DataType::Int16 => self.put::<Int16Type>(values, missing, fill, |v| whole(v.into())),
+            DataType::Int8 => self.put::<Int8Type>(values, missing, fill, |v| whole(v.into())),
+            DataType::UInt32 => self.put::<UInt32Type>(values, missing, fill, |v| whole(v.into())),
+            DataType::UInt16 => self.put::<UInt16Type>(values, missing, fill, |v| whole(v.into())),
+            DataType::UInt8 => self.put::<UInt8Type>(values, missing, fill, |v| whole(v.into())),
+            DataType::UInt64 => self.put::<UInt64Type>(values, missing, fill, |v| {
+                i64::try_from(v).map_or_else(|_| T::from_float(v as f64), T::from_whole)
+            }),
+            DataType::Decimal128(_, scale) => {
+                let unit = 10f64.powi(i32::from(*scale));
+                self.put::<Decimal128Type>(values, missing, fill, |v| {
+                    // Two words wide: the conversion of one is much faster, and exact as often.
+                    let value = i64::try_from(v).map_or(v as f64, |v| v as f64);
+                    T::from_float(value / unit)
+                })
+            }
+            _ => {
+                let values = cast(values, &DataType::Float64).map_err(Misfit::Cast)?;
+                self.put::<Float64Type>(&values, missing, fill, T::from_float)
+            }
+        }
+    }
+
+    fn put<A: ArrowPrimitiveType>(
+        self,
+        array: &ArrayRef,
+        missing: Option<&NullBuffer>,
+        fill: Option<T>,
+        convert: impl Fn(A::Native) -> Option<T>,
+    ) -> Result<(), Misfit> {
+        let array = array.as_primitive::<A>();
+        let values = array.values();
+        let nulls = array.nulls().filter(|nulls| nulls.null_count() > 0);
+        if missing.is_some() || nulls.is_some() {
+            let Some(fill) = fill else {
+                let count = nulls.map_or(0, NullBuffer::null_count);
+                return Err(Misfit::Missing(count.div_ceil(self.width.max(1))));
+            };
+            let width = self.width;
+            let is_there = |at: usize| {
+                missing.is_none_or(|rows| rows.is_valid(at / width))
+                    && nulls.is_none_or(|nulls| nulls.is_valid(at))
+            };
+            let value = |at: usize| match is_there(at) {
+                true => convert(values[at]),
+                false => Some(fill),
+            };
+            return self.put_each(value).map_err(|at| Misfit::Range(format!("{:?}", values[at])));
+        }
+        let put = match self.width {
+            1 => self.put_column(values, convert),
+            _ => self.put_rows(values, convert),
+        };
+        put.map_err(|at| Misfit::Range(format!("{:?}", values[at])))
+    }
+
+    /// By their places; the error is that of one that does not fit.
+    fn put_each(self, value: impl Fn(usize) -> Option<T>) -> Result<(), usize> {
+        for (row, out) in self.all.chunks_exact_mut(self.stride).enumerate() {
+            for (at, out) in out[self.offset..][..self.width].iter_mut().enumerate() {
+                let at = row * self.width + at;
+                *out = value(at).ok_or(at)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn put_column<V: Copy>(
+        self,
+        values: &[V],
+        convert: impl Fn(V) -> Option<T>,
+    ) -> Result<(), usize> {
+        let out = self.all.iter_mut().skip(self.offset).step_by(self.stride);
+        for (at, (out, value)) in out.zip(values).enumerate() {
+            *out = convert(*value).ok_or(at)?;
+        }
+        Ok(())
+    }
+
+    fn put_rows<V: Copy>(
+        self,
+        values: &[V],
+        convert: impl Fn(V) -> Option<T>,
+    ) -> Result<(), usize> {
+        let (offset, width) = (self.offset, self.width);
+        if width == 0 {
+            return Ok(());
+        }
+        let rows = self.all.chunks_exact_mut(self.stride).zip(values.chunks_exact(width));
+        for (row, (out, values)) in rows.enumerate() {
+            for (at, (out, value)) in out[offset..][..width].iter_mut().zip(values).enumerate() {
+                *out = convert(*value).ok_or(row * width + at)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Lists of different lengths: what is behind their ends is filled.
+    fn put_lists<O: OffsetSizeTrait>(
+        self,
+        lists: &GenericListArray<O>,
+        fill: Option<T>,
+    ) -> Result<(), Misfit> {
+        let padding = fill.unwrap_or_else(|| T::from_f64(0.0));
+        for row in 0..lists.len() {
+            let out = &mut self.all[row * self.stride + self.offset..][..self.width];
+            out.fill(padding);
+            if lists.is_null(row) {
+                if fill.is_none() {
+                    return Err(Misfit::Missing(lists.null_count()));
+                }
+                continue;
+            }
+            let values = lists.value(row);
+            let len = values.len();
+            if len > self.width {
+                return Err(Misfit::Length(len));
+            }
+            let out = Out { all: &mut out[..len], stride: len.max(1), offset: 0, width: len };
+            if len > 0 {
+                out.put_array(&values, None, fill)?;
+            }
+        }
+        Ok(())
+    }
+}
