@@ -2,6 +2,7 @@
 
 mod agreement;
 mod core;
+mod data;
 mod fashion;
 mod link;
 mod nn;
@@ -34,6 +35,7 @@ pub(crate) struct Options {
 #[derive(Clone, Copy, clap::ValueEnum)]
 enum Layer {
     Core,
+    Data,
     Nn,
     Train,
 }
@@ -57,6 +59,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     warn_if_busy();
     let cases = match options.layer {
         Layer::Core => core::run(options.quick)?,
+        Layer::Data => data::run(options.quick, &options.only)?,
         Layer::Nn => nn::run(options.quick, &options.only)?,
         Layer::Train => train::run(options.quick, &options.only)?,
     };
@@ -103,9 +106,28 @@ fn print_table(cases: &[Case]) {
     println!("ratio > 1: ours is better");
 }
 
+fn case(
+    case: String,
+    unit: &'static str,
+    ours: f64,
+    peer: Option<(f64, String)>,
+    more_is_better: bool,
+) -> Case {
+    let (peer, peer_name) = peer.unzip();
+    let ratio = peer.map(|peer| if more_is_better { ours / peer } else { peer / ours });
+    Case { case, unit, ours, peer, peer_name, ratio, limit: None }
+}
+
 /// Builds one of our sides in release, and says where it is.
 fn build(binary: &str) -> Result<PathBuf> {
-    command::cargo(&format!("build --release --package mobula-bench --bin {binary}"))?;
+    build_with(binary, "")
+}
+
+/// The same with features of the package.
+fn build_with(binary: &str, features: &str) -> Result<PathBuf> {
+    command::cargo(&format!(
+        "build --release --package mobula-bench --bin {binary} --features={features}"
+    ))?;
     let metadata = MetadataCommand::new().current_dir(command::root()).no_deps().exec()?;
     Ok(metadata.target_directory.join("release").join(binary).into())
 }

@@ -15,23 +15,25 @@ use candle_core::{DType, Device, Shape, Tensor, WithDType};
 use half::{bf16, f16};
 use std::ops::Range;
 
-/// What a tensor can have for an element.
+/// What a tensor can have for an element. Conversions give what is nearest, and whether that will do:
+/// not so if the value is out of range, or a fraction where whole numbers are wanted. Without
+/// branches, so that many are converted at once.
 pub(super) trait Element: WithDType {
-    /// The nearest value; none if it is out of range, or not whole where it has to be.
-    fn from_float(value: f64) -> Option<Self>;
-    fn from_whole(value: i64) -> Option<Self>;
+    fn from_float(value: f64) -> (Self, bool);
+    fn from_whole(value: i64) -> (Self, bool);
 }
 
 macro_rules! whole_elements {
     ($($element:ty)*) => {$(
         impl Element for $element {
-            fn from_float(value: f64) -> Option<Self> {
-                let whole = value as i64;
-                (whole as f64 == value).then(|| Self::from_whole(whole)).flatten()
+            fn from_float(value: f64) -> (Self, bool) {
+                let near = value as $element;
+                (near, near as f64 == value)
             }
 
-            fn from_whole(value: i64) -> Option<Self> {
-                Self::try_from(value).ok()
+            fn from_whole(value: i64) -> (Self, bool) {
+                let near = value as $element;
+                (near, near as i64 == value)
             }
         }
     )*};
@@ -40,12 +42,12 @@ macro_rules! whole_elements {
 macro_rules! float_elements {
     ($($element:ty: $of:expr;)*) => {$(
         impl Element for $element {
-            fn from_float(value: f64) -> Option<Self> {
+            fn from_float(value: f64) -> (Self, bool) {
                 let near: Self = $of(value);
-                (f64::from(near).is_finite() || !value.is_finite()).then_some(near)
+                (near, f64::from(near).is_finite() | !value.is_finite())
             }
 
-            fn from_whole(value: i64) -> Option<Self> {
+            fn from_whole(value: i64) -> (Self, bool) {
                 Self::from_float(value as f64)
             }
         }
@@ -211,7 +213,10 @@ fn put<T: Element>(part: &Part<'_>, place: &Place, all: &mut [T]) -> Result<(), 
 
 fn fill_of<T: Element>(fill: Option<f64>) -> Result<Option<T>, Misfit> {
     let Some(fill) = fill else { return Ok(None) };
-    T::from_float(fill).map(Some).ok_or_else(|| Misfit::Range(fill.to_string()))
+    match T::from_float(fill) {
+        (fill, true) => Ok(Some(fill)),
+        _ => Err(Misfit::Range(fill.to_string())),
+    }
 }
 
 /// The innermost values of lists of fixed sizes, and which of the outermost are missing.
@@ -256,7 +261,7 @@ impl<T: Element> Out<'_, T> {
             DataType::UInt16 => self.put::<UInt16Type>(values, missing, fill, |v| whole(v.into())),
             DataType::UInt8 => self.put::<UInt8Type>(values, missing, fill, |v| whole(v.into())),
             DataType::UInt64 => self.put::<UInt64Type>(values, missing, fill, |v| {
-                i64::try_from(v).map_or_else(|_| T::from_float(v as f64), T::from_whole)
+                i64::try_from(v).map_or_else(|_| T::from_float(v as f64), whole)
             }),
             DataType::Decimal128(_, scale) => {
                 let unit = 10f64.powi(i32::from(*scale));
@@ -278,7 +283,7 @@ impl<T: Element> Out<'_, T> {
         array: &ArrayRef,
         missing: Option<&NullBuffer>,
         fill: Option<T>,
-        convert: impl Fn(A::Native) -> Option<T>,
+        convert: impl Fn(A::Native) -> (T, bool),
     ) -> Result<(), Misfit> {
         let array = array.as_primitive::<A>();
         let values = array.values();
@@ -295,7 +300,7 @@ impl<T: Element> Out<'_, T> {
             };
             let value = |at: usize| match is_there(at) {
                 true => convert(values[at]),
-                false => Some(fill),
+                false => (fill, true),
             };
             return self.put_each(value).map_err(|at| Misfit::Range(format!("{:?}", values[at])));
         }
@@ -307,24 +312,33 @@ impl<T: Element> Out<'_, T> {
     }
 
     /// By their places; the error is that of one that does not fit.
-    fn put_each(self, value: impl Fn(usize) -> Option<T>) -> Result<(), usize> {
+    fn put_each(self, value: impl Fn(usize) -> (T, bool)) -> Result<(), usize> {
         for (row, out) in self.all.chunks_exact_mut(self.stride).enumerate() {
             for (at, out) in out[self.offset..][..self.width].iter_mut().enumerate() {
                 let at = row * self.width + at;
-                *out = value(at).ok_or(at)?;
+                let (element, fits) = value(at);
+                *out = element;
+                fits.then_some(()).ok_or(at)?;
             }
         }
         Ok(())
     }
 
+    /// The same where there is one to a row: some in a row are converted at once, then go to their
+    /// places.
     fn put_column<V: Copy>(
         self,
         values: &[V],
-        convert: impl Fn(V) -> Option<T>,
+        convert: impl Fn(V) -> (T, bool),
     ) -> Result<(), usize> {
-        let out = self.all.iter_mut().skip(self.offset).step_by(self.stride);
-        for (at, (out, value)) in out.zip(values).enumerate() {
-            *out = convert(*value).ok_or(at)?;
+        const SOME: usize = 256;
+        let mut near = [T::zero(); SOME];
+        for (at, values) in values.chunks(SOME).enumerate() {
+            let first = at * SOME;
+            convert_all(values, &mut near, &convert).map_err(|at| first + at)?;
+            let out = self.all[first * self.stride..].iter_mut();
+            let out = out.skip(self.offset).step_by(self.stride);
+            out.zip(&near[..values.len()]).for_each(|(out, near)| *out = *near);
         }
         Ok(())
     }
@@ -332,17 +346,13 @@ impl<T: Element> Out<'_, T> {
     fn put_rows<V: Copy>(
         self,
         values: &[V],
-        convert: impl Fn(V) -> Option<T>,
+        convert: impl Fn(V) -> (T, bool),
     ) -> Result<(), usize> {
         let (offset, width) = (self.offset, self.width);
-        if width == 0 {
-            return Ok(());
-        }
-        let rows = self.all.chunks_exact_mut(self.stride).zip(values.chunks_exact(width));
+        let rows = self.all.chunks_exact_mut(self.stride).zip(values.chunks_exact(width.max(1)));
         for (row, (out, values)) in rows.enumerate() {
-            for (at, (out, value)) in out[offset..][..width].iter_mut().zip(values).enumerate() {
-                *out = convert(*value).ok_or(row * width + at)?;
-            }
+            let out = &mut out[offset..][..width];
+            convert_all(values, out, &convert).map_err(|at| row * width + at)?;
         }
         Ok(())
     }
@@ -353,7 +363,7 @@ impl<T: Element> Out<'_, T> {
         lists: &GenericListArray<O>,
         fill: Option<T>,
     ) -> Result<(), Misfit> {
-        let padding = fill.unwrap_or_else(|| T::from_f64(0.0));
+        let padding = fill.unwrap_or_else(T::zero);
         for row in 0..lists.len() {
             let out = &mut self.all[row * self.stride + self.offset..][..self.width];
             out.fill(padding);
@@ -374,5 +384,23 @@ impl<T: Element> Out<'_, T> {
             }
         }
         Ok(())
+    }
+}
+
+/// As many values as there are; the error is the place of the first that does not fit.
+fn convert_all<V: Copy, T: Element>(
+    values: &[V],
+    out: &mut [T],
+    convert: impl Fn(V) -> (T, bool),
+) -> Result<(), usize> {
+    let mut all_fit = true;
+    for (out, value) in out.iter_mut().zip(values) {
+        let (near, fits) = convert(*value);
+        *out = near;
+        all_fit &= fits;
+    }
+    match all_fit {
+        true => Ok(()),
+        false => Err(values.iter().position(|value| !convert(*value).1).unwrap_or(0)),
     }
 }

@@ -68,7 +68,7 @@ fn lists_of_lists_keep_their_shape() {
     let outer = FixedSizeListArray::new(item(inner.data_type().clone()), 2, Arc::new(inner), None);
     // Of the second row on, as a slice of a larger array is.
     let x = tensor([("x", Arc::new(outer.slice(1, 1)) as ArrayRef)], TensorSpec::column("x"));
-    let x = x.and_then(|x| Ok(x.to_vec3::<f32>().expect("three dimensions"))).expect("tensor");
+    let x = x.expect("tensor").to_vec3::<f32>().expect("three dimensions");
     assert_eq!(x, [[[6.0, 7.0, 8.0], [9.0, 10.0, 11.0]]]);
 }
 

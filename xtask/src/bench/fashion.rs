@@ -2,8 +2,8 @@
 //! weights and over the same batches, for several of both.
 
 use super::survival::{answer, script};
-use super::train::{Bench, case};
-use super::{Case, median, peers};
+use super::train::Bench;
+use super::{Case, case, median, peers};
 use crate::command;
 use anyhow::{Context, Result, ensure};
 use serde::Deserialize;

@@ -2,9 +2,9 @@
 //! and no more. What is sent while the backward pass computes is hidden there, and half as many bytes take
 //! half as long.
 
-use super::train::{Bench, case};
+use super::train::Bench;
 use super::worker::Worker;
-use super::{Case, median};
+use super::{Case, case, median};
 use anyhow::Result;
 use std::process::{Command, Stdio};
 

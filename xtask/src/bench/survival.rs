@@ -1,8 +1,8 @@
 //! What a training costs beside its steps: a lost worker, and checkpoints. Ours against torchrun's
 //! workers, which go on from their checkpoint, and PyTorch's distributed checkpoints.
 
-use super::train::{Bench, case};
-use super::{Case, Scratch, median};
+use super::train::Bench;
+use super::{Case, Scratch, case, median};
 use crate::command;
 use anyhow::{Context, Result, ensure};
 use serde::Deserialize;

@@ -3,7 +3,7 @@
 
 use super::agreement::same_loss;
 use super::worker::Worker;
-use super::{Case, Scratch, fashion, link, median, peers, survival};
+use super::{Case, Scratch, case, fashion, link, median, peers, survival};
 use crate::command;
 use anyhow::{Context, Result};
 use std::path::PathBuf;
@@ -171,16 +171,4 @@ impl Bench {
             ],
         ))
     }
-}
-
-pub(super) fn case(
-    case: String,
-    unit: &'static str,
-    ours: f64,
-    peer: Option<(f64, String)>,
-    more_is_better: bool,
-) -> Case {
-    let (peer, peer_name) = peer.unzip();
-    let ratio = peer.map(|peer| if more_is_better { ours / peer } else { peer / ours });
-    Case { case, unit, ours, peer, peer_name, ratio, limit: None }
 }

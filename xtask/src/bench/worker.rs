@@ -103,7 +103,8 @@ impl Worker {
         self.ask::<serde_json::Value>(&format!("save {}", path.display())).map(|_| ())
     }
 
-    fn ask<T: for<'a> Deserialize<'a>>(&mut self, question: &str) -> Result<T> {
+    /// The answer to any other line.
+    pub(super) fn ask<T: for<'a> Deserialize<'a>>(&mut self, question: &str) -> Result<T> {
         writeln!(self.input, "{question}").with_context(|| format!("{} has ended", self.name))?;
         self.answer()
     }

@@ -1,0 +1,174 @@
+"""The peers of reading data: `peer.py LIBRARY FILE`. Requests are described in xtask/src/bench/data.rs.
+
+Each library reads in the way that its guide calls the fast one, to C-ordered float32 arrays of
+8192 rows, or tensors where that is what it gives.
+"""
+
+import json
+import os
+import resource
+import sys
+import time
+
+LIBRARY, FILE = sys.argv[1:3]
+BATCH = 8192
+SEED = 7
+
+
+def cpu():
+    own = resource.getrusage(resource.RUSAGE_SELF)
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return own.ru_utime + own.ru_stime + children.ru_utime + children.ru_stime
+
+
+def peak():
+    with open("/proc/self/status") as status:
+        line = next(line for line in status if line.startswith("VmHWM:"))
+    return int(line.split()[1]) * 1024
+
+
+def polars(columns, order, rank, ranks):
+    import polars as pl
+
+    frame = pl.scan_parquet(FILE).select(pl.col(columns).cast(pl.Float32)).collect()
+    for part in frame.iter_slices(BATCH):
+        yield part.to_numpy(order="c")
+
+
+def as_table(batch, columns):
+    """Arrow columns as one C-ordered array."""
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    out = np.empty((batch.num_rows, len(columns)), dtype=np.float32)
+    for at, name in enumerate(columns):
+        column = batch.column(name)
+        if pa.types.is_decimal(column.type):
+            column = pc.cast(column, pa.float64())
+        out[:, at] = column.to_numpy(zero_copy_only=False)
+    return out
+
+
+def pyarrow(columns, order, rank, ranks):
+    import pyarrow.parquet as pq
+
+    for batch in pq.ParquetFile(FILE, pre_buffer=True).iter_batches(BATCH, columns=columns):
+        yield as_table(batch, columns)
+
+
+def duckdb(columns, order, rank, ranks):
+    import duckdb
+
+    casts = ", ".join(f"{name}::FLOAT AS {name}" for name in columns)
+    reader = duckdb.sql(f"SELECT {casts} FROM '{FILE}'").to_arrow_reader(BATCH)
+    for batch in reader:
+        yield as_table(batch, columns)
+
+
+def torch_loader(columns, order, rank, ranks):
+    """A DataLoader with two workers, which take turns by row group, on pyarrow."""
+    import pyarrow.parquet as pq
+    import torch
+    from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+    class Groups(IterableDataset):
+        def __iter__(self):
+            worker = get_worker_info()
+            file = pq.ParquetFile(FILE, pre_buffer=True)
+            groups = list(range(worker.id, file.num_row_groups, worker.num_workers))
+            for batch in file.iter_batches(BATCH, row_groups=groups, columns=columns):
+                yield torch.from_numpy(as_table(batch, columns))
+
+    yield from DataLoader(Groups(), batch_size=None, num_workers=2)
+
+
+def hugging_face(columns, order, rank, ranks):
+    import datasets
+    import numpy as np
+    from datasets.distributed import split_dataset_by_node
+
+    features = None
+    data = datasets.load_dataset("parquet", data_files=FILE, columns=columns, streaming=True, split="train")
+    if ranks > 1:
+        data = split_dataset_by_node(data, rank=rank, world_size=ranks)
+    if order == "shuffled":
+        data = data.shuffle(seed=SEED, buffer_size=100_000)
+    for batch in data.with_format("arrow").iter(BATCH):
+        yield as_table(batch.combine_chunks().to_batches()[0], columns)
+
+
+def ray(columns, order, rank, ranks):
+    import ray as engine
+
+    data = engine.data.read_parquet(FILE, columns=columns)
+    if order == "shuffled":
+        data = data.random_shuffle(seed=SEED)
+    for batch in data.iter_batches(batch_size=BATCH, batch_format="pyarrow", prefetch_batches=2):
+        yield as_table(batch.combine_chunks().to_batches()[0], columns)
+
+
+READERS = {
+    "polars": polars,
+    "pyarrow": pyarrow,
+    "duckdb": duckdb,
+    "torch": torch_loader,
+    "datasets": hugging_face,
+    "ray": ray,
+}
+
+
+def read(columns, order, rank, ranks, is_sum):
+    rows, total = 0, 0.0
+    for batch in READERS[LIBRARY](columns, order, rank, ranks):
+        rows += batch.shape[0]
+        if is_sum:
+            total += float(batch.sum(dtype="float64") if LIBRARY != "torch" else batch.double().sum())
+    return rows, total
+
+
+def epoch(columns, order, ranks, is_sum):
+    start, before = time.perf_counter(), cpu()
+    if ranks == 1:
+        parts = [read(columns, order, 0, 1, is_sum)]
+    else:
+        # A process a rank, as in training.
+        import multiprocessing
+
+        with multiprocessing.Pool(ranks) as pool:
+            jobs = [(columns, order, rank, ranks, is_sum) for rank in range(ranks)]
+            parts = pool.starmap(read, jobs)
+            pool.close()
+            pool.join()
+    seconds = time.perf_counter() - start
+    rows, total = (sum(part[at] for part in parts) for at in (0, 1))
+    return {"seconds": seconds, "cpu": cpu() - before, "rows": rows, "sum": total, "peak": peak()}
+
+
+def first(columns, order):
+    start = time.perf_counter()
+    batch = next(iter(READERS[LIBRARY](columns, order, 0, 1)))
+    return {"seconds": time.perf_counter() - start, "rows": batch.shape[0]}
+
+
+def main():
+    if LIBRARY == "ray":
+        import ray as engine
+
+        engine.init(num_cpus=os.cpu_count(), include_dashboard=False, log_to_driver=False)
+        engine.data.DataContext.get_current().enable_progress_bars = False
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # What libraries print is no answer.
+    print(json.dumps({"ready": LIBRARY}), file=answers, flush=True)
+    for line in sys.stdin:
+        what, columns, order, *rest = line.split()
+        columns = columns.split(",")
+        if what in ("epoch", "check"):
+            answer = epoch(columns, order, int(rest[0]), what == "check")
+        else:
+            answer = first(columns, order)
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()

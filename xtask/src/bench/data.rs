@@ -1,0 +1,208 @@
+//! Layer `data`: from Parquet to batches of tensors, ours against the readers of Python.
+//!
+//! The data are the rows of TPC-H's `lineitem` at scale factor 1, which `tpchgen-cli` writes: six
+//! million, in 53 row groups, of which four decimal columns are read. A side answers each line that it
+//! reads:
+//!
+//! * `epoch COLUMNS ORDER RANKS` reads all rows, in batches of 8192 × columns of `f32`, `in-order` or
+//!   `shuffled`, on so many ranks at once: `{"seconds": s, "cpu": s, "rows": n, "peak": bytes}`;
+//! * `check …`, the same, with the `"sum"` of all values;
+//! * `first COLUMNS ORDER` is from nothing to the first batch: `{"seconds": s, "rows": n}`;
+//! * `resume COLUMNS ORDER SHARE` is from a state at that share of the epoch to the next batch.
+
+use super::worker::Worker;
+use super::{Case, build_with, case, median, peers};
+use crate::command;
+use anyhow::{Context, Result, ensure};
+use serde::Deserialize;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+const COLUMNS: &str = "l_quantity,l_extendedprice,l_discount,l_tax";
+const ROWS: u64 = 6_001_215;
+/// By how much the sums of the sides may differ: they add in different orders.
+const SAME: f64 = 1e-9;
+
+/// Peers that read all rows in order.
+const READERS: &[&str] = &["duckdb", "pyarrow", "polars", "datasets", "torch", "ray"];
+/// Peers that shuffle over two ranks.
+const SHUFFLERS: &[&str] = &["datasets"];
+
+#[derive(Debug, Deserialize)]
+struct Pass {
+    seconds: f64,
+    /// Missing where the work is done by processes that cannot be asked.
+    cpu: Option<f64>,
+    rows: u64,
+    sum: Option<f64>,
+    peak: Option<f64>,
+}
+
+struct Sides {
+    ours: PathBuf,
+    file: PathBuf,
+    folder: PathBuf,
+    rounds: usize,
+}
+
+pub(super) fn run(quick: bool, only: &str) -> Result<Vec<Case>> {
+    let folder = command::root().join("bench");
+    let sides = Sides {
+        ours: build_with("bench-data", "data")?,
+        file: lineitem(&folder)?,
+        folder,
+        rounds: if quick { 3 } else { 9 },
+    };
+    let mut cases = Vec::new();
+    let is_wanted = |name: &str| name.contains(only);
+    if is_wanted("in order") {
+        cases.extend(sides.passes("in order", &format!("{COLUMNS} in-order 1"), READERS)?);
+    }
+    if is_wanted("shuffled") {
+        cases.extend(sides.passes(
+            "shuffled, 2 ranks",
+            &format!("{COLUMNS} shuffled 2"),
+            SHUFFLERS,
+        )?);
+    }
+    if is_wanted("first batch") {
+        cases.extend(sides.first("in-order", READERS)?);
+        cases.extend(sides.first("shuffled", &["datasets", "ray"])?);
+    }
+    if is_wanted("resume") {
+        cases.extend(sides.resume()?);
+    }
+    Ok(cases)
+}
+
+/// The file, written when it is not there.
+fn lineitem(bench: &Path) -> Result<PathBuf> {
+    let folder = peers::cache()?.join("tpch-sf1");
+    let file = folder.join("lineitem.parquet");
+    if !file.exists() {
+        std::fs::create_dir_all(&folder)
+            .with_context(|| format!("creating {}", folder.display()))?;
+        let python = peers::python(&bench.join("data/requirements.txt"))?;
+        let mut generate = Command::new(python.with_file_name("tpchgen-cli"));
+        generate.args(["parquet", "-s", "1", "-T", "lineitem", "-o"]).arg(&folder);
+        command::run(generate)?;
+    }
+    Ok(file)
+}
+
+impl Sides {
+    fn ours(&self) -> Result<Worker> {
+        let mut command = Command::new(&self.ours);
+        command.arg(&self.file);
+        Worker::start(command)
+    }
+
+    fn peer(&self, library: &str) -> Result<Worker> {
+        let python = peers::python(&self.folder.join("data/requirements.txt"))?;
+        let mut command = Command::new(&python);
+        command.arg(self.folder.join("data/peer.py")).arg(library).arg(&self.file);
+        let other = match library {
+            "torch" => Some("nn"),
+            "ray" => Some("core"),
+            _ => None,
+        };
+        if let Some(other) = other {
+            let list = self.folder.join(other).join("requirements.txt");
+            command.env("PYTHONPATH", packages(&peers::python(&list)?)?);
+        }
+        Worker::start(command)
+    }
+
+    /// Whole epochs: the time, the CPU time and the memory, against each of the peers.
+    fn passes(&self, name: &str, request: &str, libraries: &[&str]) -> Result<Vec<Case>> {
+        let mut sides = vec![self.ours()?];
+        for library in libraries {
+            sides.push(self.peer(library)?);
+        }
+        let check = format!("check {request}");
+        let sums = sides.iter_mut().map(|side| side.ask(&check)).collect::<Result<Vec<Pass>>>()?;
+        for (side, pass) in sides.iter().zip(&sums) {
+            let (first, sum) = (sums[0].sum.context("a sum")?, pass.sum.context("a sum")?);
+            ensure!(pass.rows == ROWS, "{}: {} rows, expected {ROWS}", side.name, pass.rows);
+            ensure!(
+                (sum / first - 1.0).abs() < SAME,
+                "{}: the values add up to {sum}, those of ours to {first}",
+                side.name
+            );
+        }
+        let mut passes: Vec<Vec<Pass>> = sides.iter().map(|_| Vec::new()).collect();
+        for _ in 0..self.rounds {
+            for (side, passes) in sides.iter_mut().zip(&mut passes) {
+                passes.push(side.ask(&format!("epoch {request}"))?);
+            }
+        }
+        let names: Vec<&str> = sides.iter().map(|side| side.name.as_str()).collect();
+        let mut cases = Vec::new();
+        type Figure = fn(&Pass) -> Option<f64>;
+        let figures: [(&str, &'static str, Figure); 3] = [
+            ("wall", "s", |pass| Some(pass.seconds)),
+            ("CPU", "s", |pass| pass.cpu),
+            ("peak memory", "MiB", |pass| pass.peak.map(|bytes| bytes / 1048576.0)),
+        ];
+        for (what, unit, figure) in figures {
+            let of = |passes: &[Pass]| {
+                let values: Option<Vec<f64>> = passes.iter().map(figure).collect();
+                values.map(|values| median(&values))
+            };
+            let ours = of(&passes[0]).context("ours tells all")?;
+            for (name_of, passes) in names.iter().zip(&passes).skip(1) {
+                let Some(theirs) = of(passes) else { continue };
+                let theirs = Some((theirs, (*name_of).to_owned()));
+                cases.push(case(format!("Parquet {name}, {what}"), unit, ours, theirs, false));
+            }
+        }
+        Ok(cases)
+    }
+
+    /// The first batch of a new process.
+    fn first(&self, order: &str, libraries: &[&str]) -> Result<Vec<Case>> {
+        let request = format!("first {COLUMNS} {order}");
+        let time = |start: &dyn Fn() -> Result<Worker>| {
+            let mut seconds = Vec::new();
+            for _ in 0..self.rounds.min(3) {
+                seconds.push(start()?.ask::<Pass>(&request)?.seconds);
+            }
+            Ok::<_, anyhow::Error>(median(&seconds) * 1e3)
+        };
+        let ours = time(&|| self.ours())?;
+        libraries
+            .iter()
+            .map(|library| {
+                let theirs = time(&|| self.peer(library))?;
+                let name = format!("first batch, {order}");
+                let theirs = Some((theirs, (*library).to_owned()));
+                Ok(case(name, "ms", ours, theirs, false))
+            })
+            .collect()
+    }
+
+    /// The next batch of a training that goes on, at several places of the epoch.
+    fn resume(&self) -> Result<Vec<Case>> {
+        let mut side = self.ours()?;
+        let mut cases = Vec::new();
+        for order in ["in-order", "shuffled"] {
+            for share in [0.1, 0.5, 0.9] {
+                let mut seconds = Vec::new();
+                for _ in 0..self.rounds {
+                    let pass: Pass = side.ask(&format!("resume {COLUMNS} {order} {share}"))?;
+                    seconds.push(pass.seconds);
+                }
+                let name = format!("resume at {share} of the epoch, {order}");
+                cases.push(case(name, "ms", median(&seconds) * 1e3, None, false));
+            }
+        }
+        Ok(cases)
+    }
+}
+
+/// Where the packages of a Python are.
+fn packages(python: &Path) -> Result<String> {
+    let mut ask = Command::new(python);
+    ask.args(["-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]);
+    Ok(command::output(ask)?.trim().to_owned())
+}
