@@ -9,7 +9,7 @@
 
 use anyhow::{Context, Result, bail};
 use candle_core::DType;
-use mobula_core::{Batch, BatchSource, BatchStream, Shard};
+use mobula_core::{Batch, BatchSource, Shard};
 use mobula_data::{Dataset, StreamOptions, TensorSource, TensorSpec};
 use serde_json::{Value, json};
 use std::io::{BufRead, Write};
@@ -69,7 +69,7 @@ fn sum(batch: &Batch) -> Result<(usize, f64)> {
 
 /// A whole epoch, each rank on a thread of its own.
 fn epoch(file: &str, columns: &str, order: &str, ranks: usize, measure: Measure) -> Result<Value> {
-    let (start, cpu) = (Instant::now(), cpu()?);
+    let (start, cpu) = (Instant::now(), cpu());
     let source = source(file, columns, order)?;
     let rank = |rank| read(&source, Shard { rank, world: ranks }, measure);
     let parts = std::thread::scope(|scope| {
@@ -77,7 +77,7 @@ fn epoch(file: &str, columns: &str, order: &str, ranks: usize, measure: Measure)
         threads.into_iter().map(|thread| thread.join().expect("a rank")).collect::<Result<Vec<_>>>()
     })?;
     let seconds = start.elapsed().as_secs_f64();
-    let cpu = (self::cpu()? - cpu).as_secs_f64();
+    let cpu = (self::cpu() - cpu).as_secs_f64();
     let rows: usize = parts.iter().map(|part| part.0).sum();
     let total: f64 = parts.iter().map(|part| part.1).sum();
     Ok(json!({ "seconds": seconds, "cpu": cpu, "rows": rows, "sum": total, "peak": peak()? }))
@@ -115,13 +115,10 @@ fn resume(file: &str, columns: &str, order: &str, share: f64) -> Result<Value> {
     Ok(json!({ "seconds": seconds, "rows": batch.rows() }))
 }
 
-/// Of this process so far.
-fn cpu() -> Result<Duration> {
-    let text = std::fs::read_to_string("/proc/self/stat")?;
-    let fields: Vec<&str> = text.rsplit(')').next().unwrap_or("").split_whitespace().collect();
-    let ticks = |at: usize| fields.get(at).and_then(|field| field.parse::<u64>().ok());
-    let ticks = ticks(11).zip(ticks(12)).context("user and system time in /proc/self/stat")?;
-    Ok(Duration::from_millis((ticks.0 + ticks.1) * 1000 / rustix::param::clock_ticks_per_second()))
+/// The CPU time of this process so far.
+fn cpu() -> Duration {
+    let time = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
+    Duration::new(time.tv_sec.unsigned_abs(), time.tv_nsec.unsigned_abs() as u32)
 }
 
 /// The most memory that this process has had, in bytes.
