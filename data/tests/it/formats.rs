@@ -14,6 +14,8 @@ use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
+type Reader = fn(String) -> Result<Dataset>;
+
 fn fixture(name: &str) -> String {
     let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name);
     path.to_str().expect("UTF-8").to_owned()
@@ -48,7 +50,7 @@ fn change(path: &str, bytes: &[u8]) {
 
 #[test]
 fn tables_of_other_programs() {
-    let read: [(&str, fn(String) -> Result<Dataset>); 6] = [
+    let read: [(&str, Reader); 6] = [
         ("pyarrow.arrow", |path| Dataset::read_ipc(path)),
         ("lz4.feather", |path| Dataset::read_ipc(path)),
         ("polars.arrow", |path| Dataset::read_ipc(path)),
@@ -216,7 +218,7 @@ fn files_that_change_are_named() {
     let arrow = fs::read(fixture("pyarrow.arrow")).expect("read");
     let png = fs::read(fixture("halves.png")).expect("read");
     let parquet = fs::read(crate::example("digits-0.parquet")).expect("read");
-    let read: [(&str, &[u8], fn(String) -> Result<Dataset>); 7] = [
+    let read: [(&str, &[u8], Reader); 7] = [
         ("a.csv", b"id\n1\n2\n", |path| read_csv(path)),
         ("a.jsonl", b"{\"id\": 1}\n", |path| Dataset::read_json(path)),
         ("a.txt", b"one\ntwo\n", |path| Dataset::read_text(path)),
