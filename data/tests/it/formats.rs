@@ -348,6 +348,9 @@ fn what_is_no_image_is_named() {
 #[test]
 fn binary_files_come_as_they_are() {
     let dir = folder(&[("a", b"\0\xff"), ("b.bin", b""), (".hidden", b"x")]);
+    // A folder that is being written, or was left behind, is hidden.
+    fs::create_dir(dir.path().join(".out.1-2")).expect("folder");
+    fs::write(dir.path().join(".out.1-2/part-00000.bin"), b"x").expect("write");
     let table = rows(Dataset::read_binary_files(dir.path().to_str().expect("UTF-8")));
     let bytes: Vec<_> = table.column(1).as_binary::<i32>().iter().flatten().collect();
     assert_eq!(bytes, [&b"\0\xff"[..], b""]);
