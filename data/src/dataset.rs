@@ -4,9 +4,8 @@ use crate::error::{Error, Result};
 use crate::plan::{self, Compiled};
 use crate::preprocess::Preprocessor;
 use crate::runtime::{block_on, threads};
-use crate::source::csv::CsvOptions;
-use crate::source::memory::MemoryTable;
-use crate::source::{OpenSource, Source, paths};
+use crate::source::query::Query;
+use crate::source::{OpenSource, Source};
 use crate::split::{Side, Split};
 use crate::stream::{StreamOptions, TensorSource};
 use arrow::compute::concat_batches;
@@ -16,7 +15,6 @@ use arrow::util::pretty::pretty_format_batches;
 use futures::{StreamExt, TryStreamExt, stream};
 use mobula_core::{Batch, BatchSource, Shard};
 use serde::{Deserialize, Serialize};
-use std::path::Path;
 use std::sync::{Arc, OnceLock};
 
 /// Rows of named columns: where they come from, and what is done to them.
@@ -28,7 +26,8 @@ use std::sync::{Arc, OnceLock};
 /// All operations but [`sql`](Self::sql) work row by row and keep the order of the source.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Dataset {
-    source: Source,
+    #[serde(with = "shared")]
+    source: Arc<dyn Source>,
     ops: Vec<Op>,
     /// Shared by everything derived from the same source, which is opened once.
     #[serde(skip)]
@@ -54,45 +53,22 @@ impl Op {
     }
 }
 
-/// Where datasets come from.
+/// Where datasets come from, beside what `read` has.
 impl Dataset {
-    /// Parquet files: a path, a folder, or a pattern such as `data/part-*.parquet`, which are
-    /// read in alphabetical order. Errors when no file matches, when one is not Parquet, and when
-    /// their columns differ.
-    pub fn read_parquet(pattern: impl AsRef<str>) -> Result<Self> {
-        let files = paths::expand(pattern.as_ref(), "parquet")?;
-        Self::from_source(Source::Parquet { files })
-    }
-
-    /// CSV files: a path, a folder or a pattern. Types are inferred from all rows; the rows are
-    /// kept in memory.
-    pub fn read_csv(pattern: impl AsRef<str>, options: CsvOptions) -> Result<Self> {
-        let files = paths::expand(pattern.as_ref(), "csv")?;
-        Self::from_source(Source::Csv { files, options })
-    }
-
-    /// A pair of IDX files as MNIST and Fashion-MNIST have them, gzipped or not. Columns: `image`
-    /// (a list of `height * width` bytes) and `label` (a byte). The rows are kept in memory.
-    pub fn read_idx(images: impl AsRef<Path>, labels: impl AsRef<Path>) -> Result<Self> {
-        let (images, labels) =
-            (paths::existing(images.as_ref())?, paths::existing(labels.as_ref())?);
-        Self::from_source(Source::Idx { images, labels })
-    }
-
-    /// Record batches of one schema. They travel with the description: for small data.
-    pub fn from_batches(batches: impl IntoIterator<Item = RecordBatch>) -> Result<Self> {
-        let table = MemoryTable::new(batches.into_iter().collect())?;
-        Self::from_source(Source::Memory(table))
-    }
-
-    fn from_source(source: Source) -> Result<Self> {
+    /// Rows of a [`Source`] of the program's own.
+    pub fn from_source(source: impl Source + 'static) -> Result<Self> {
         let dataset = Self::unopened(source);
         dataset.open()?;
         Ok(dataset)
     }
 
-    fn unopened(source: Source) -> Self {
-        Self { source, ops: Vec::new(), opened: Arc::default(), schema: OnceLock::new() }
+    fn unopened(source: impl Source + 'static) -> Self {
+        Self {
+            source: Arc::new(source),
+            ops: Vec::new(),
+            opened: Arc::default(),
+            schema: OnceLock::new(),
+        }
     }
 }
 
@@ -125,7 +101,7 @@ impl Dataset {
     pub fn sql(&self, query: impl Into<String>) -> Result<Self> {
         let query = query.into();
         let schema = plan::query_schema(self.schema()?, &query)?;
-        let result = Self::unopened(Source::Query { input: Box::new(self.clone()), query });
+        let result = Self::unopened(Query { input: self.clone(), query });
         result.schema.get_or_init(|| schema);
         Ok(result)
     }
@@ -243,7 +219,7 @@ impl Dataset {
         if let Some(source) = self.opened.get() {
             return Ok(source.clone());
         }
-        let source = Arc::new(self.source.open()?);
+        let source = Arc::new(OpenSource::new(&*self.source)?);
         Ok(self.opened.get_or_init(|| source).clone())
     }
 
@@ -291,4 +267,23 @@ fn map_blocks<T: Send + 'static>(
         let results = stream::iter(0..compiled.blocks()).map(run).buffered(threads());
         results.map(|result| result.map_err(failed)?).try_collect().await
     })
+}
+
+/// A shared description is written as one of its own: sharing saves copies, and means nothing.
+mod shared {
+    use super::{Arc, Source};
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    pub(super) fn serialize<S: Serializer>(
+        source: &Arc<dyn Source>,
+        serializer: S,
+    ) -> Result<S::Ok, S::Error> {
+        source.as_ref().serialize(serializer)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(
+        deserializer: D,
+    ) -> Result<Arc<dyn Source>, D::Error> {
+        Ok(Box::<dyn Source>::deserialize(deserializer)?.into())
+    }
 }

@@ -185,14 +185,26 @@ pub enum Error {
         /// " after its filters and splits", or nothing.
         after: &'static str,
     },
+    /// Something is where rows are to be written.
+    #[error("{} exists; {hint}", path.display())]
+    TargetExists {
+        /// The folder.
+        path: PathBuf,
+        /// The way out.
+        hint: &'static str,
+    },
     /// A file changed under an open dataset.
-    #[error(
-        "{place} has {got} rows, it had {expected} when the stream was made; make the stream again"
-    )]
+    #[error("{} changed since the dataset was opened; make the dataset again", path.display())]
+    FileChanged {
+        /// The file.
+        path: PathBuf,
+    },
+    /// A part of the data that has other rows than its source announced.
+    #[error("{place} has {got} rows, it had {expected} when it was opened; make the dataset again")]
     Changed {
         /// Which part of the data.
         place: String,
-        /// Rows when the stream was made.
+        /// Rows when it was opened.
         expected: u64,
         /// Rows now.
         got: u64,

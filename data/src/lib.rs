@@ -31,8 +31,10 @@ mod dataset;
 mod error;
 mod plan;
 mod preprocess;
+mod read;
 mod runtime;
 mod scan;
+mod sink;
 mod source;
 mod split;
 mod stream;
@@ -46,5 +48,12 @@ pub use preprocess::{
     Chain, Concatenator, Fill, LabelEncoder, MinMaxScaler, OneHotEncoder, OrdinalEncoder,
     Preprocessor, SimpleImputer, StandardScaler, Step, Unknown, Value,
 };
+pub use sink::{
+    CsvSink, IpcSink, JsonSink, ParquetCompression, ParquetSink, Sink, SinkFile, WriteOptions,
+    Written, WrittenFile,
+};
 pub use source::csv::CsvOptions;
+pub use source::{BatchIter, Blocks, Source};
 pub use stream::{StreamOptions, TensorSource, TensorSpec};
+/// For registering a [`Source`].
+pub use typetag;

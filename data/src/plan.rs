@@ -12,7 +12,7 @@ use crate::error::{Error, Result};
 use crate::runtime::block_on;
 use crate::scan::{self, MapStream, SourceTable};
 use crate::source::OpenSource;
-use crate::source::memory::MemorySource;
+use crate::source::memory::MemoryBlocks;
 use arrow::datatypes::SchemaRef;
 use arrow::record_batch::RecordBatch;
 use datafusion::catalog::streaming::StreamingTable;
@@ -186,7 +186,7 @@ pub(crate) fn query_schema(input: SchemaRef, query: &str) -> Result<SchemaRef> {
 
 /// Runs a query over a dataset. Its input is read in order and the engine is given one partition,
 /// so that every worker that runs it gets the same rows in the same order.
-pub(crate) fn run_query(input: &Dataset, query: &str) -> Result<MemorySource> {
+pub(crate) fn run_query(input: &Dataset, query: &str) -> Result<MemoryBlocks> {
     let compiled = input.compile()?;
     let query = query.to_owned();
     block_on(async move {
@@ -195,7 +195,7 @@ pub(crate) fn run_query(input: &Dataset, query: &str) -> Result<MemorySource> {
         let schema = Arc::new(frame.schema().as_arrow().clone());
         let batches = frame.collect().await.map_err(Error::sql(&query))?;
         let schema = batches.first().map_or(schema, RecordBatch::schema);
-        MemorySource::from_whole(schema, batches)
+        MemoryBlocks::from_whole(schema, batches)
     })
 }
 

@@ -214,7 +214,7 @@ fn same_columns(batch: &RecordBatch, schema: &SchemaRef) -> Result<()> {
     if batch.schema() == *schema {
         return Ok(());
     }
-    let columns = crate::source::memory::columns;
+    let columns = crate::source::columns;
     Err(Error::SchemaDiffers {
         path: "a batch from a batch function".into(),
         expected: columns(schema),

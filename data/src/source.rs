@@ -4,129 +4,130 @@
 //! what splits and shuffles are functions of.
 
 pub(crate) mod csv;
+mod file;
 pub(crate) mod idx;
+pub(crate) mod ipc;
+pub(crate) mod json;
 pub(crate) mod memory;
+pub(crate) mod npy;
+mod opened;
 pub(crate) mod parquet;
 pub(crate) mod paths;
+pub(crate) mod query;
+pub(crate) mod range;
+mod records;
+pub(crate) mod text;
+pub(crate) mod tfrecord;
+pub(crate) mod webdataset;
+pub(crate) mod whole;
 
-use crate::Dataset;
+pub(crate) use opened::{Block, OpenSource};
+
 use crate::error::Result;
 use arrow::datatypes::SchemaRef;
 use arrow::record_batch::RecordBatch;
-use memory::{MemorySource, MemoryTable};
-use parquet::ParquetSource;
-use serde::{Deserialize, Serialize};
-use std::path::PathBuf;
+use std::fmt::Debug;
 use std::sync::Arc;
 
-/// The description of a source. Paths are absolute, so that every worker means the same files.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub(crate) enum Source {
-    Parquet {
-        files: Vec<PathBuf>,
-    },
-    Csv {
-        files: Vec<PathBuf>,
-        options: csv::CsvOptions,
-    },
-    Idx {
-        images: PathBuf,
-        labels: PathBuf,
-    },
-    Memory(MemoryTable),
-    /// The result of a query over another dataset, computed where it is opened.
-    Query {
-        input: Box<Dataset>,
-        query: String,
-    },
+/// The description of where rows come from, which goes to the worker processes: what a
+/// [`Dataset`](crate::Dataset) is made of.
+///
+/// Implement it, and [`Blocks`], for data that Mobula does not read itself. The attribute
+/// registers the type by its name, so that a worker process, which is the same program, finds it.
+/// Paths should be absolute: a worker may run in another folder.
+///
+/// ```
+/// use arrow::array::{ArrayRef, UInt32Array};
+/// use arrow::datatypes::{DataType, Field, Schema, SchemaRef};
+/// use arrow::record_batch::RecordBatch;
+/// use mobula_data::{BatchIter, Blocks, Dataset, Result, Source, typetag};
+/// use serde::{Deserialize, Serialize};
+/// use std::sync::Arc;
+///
+/// /// The squares of 0, 1, 2, …
+/// #[derive(Debug, Serialize, Deserialize)]
+/// struct Squares {
+///     blocks: u32,
+/// }
+///
+/// #[typetag::serde]
+/// impl Source for Squares {
+///     fn open(&self) -> Result<Arc<dyn Blocks>> {
+///         let schema = Schema::new(vec![Field::new("square", DataType::UInt32, false)]);
+///         Ok(Arc::new(OpenSquares { schema: Arc::new(schema), blocks: self.blocks }))
+///     }
+/// }
+///
+/// #[derive(Debug)]
+/// struct OpenSquares {
+///     schema: SchemaRef,
+///     blocks: u32,
+/// }
+///
+/// impl Blocks for OpenSquares {
+///     fn schema(&self) -> SchemaRef {
+///         self.schema.clone()
+///     }
+///
+///     fn rows(&self) -> Vec<u64> {
+///         vec![100; self.blocks as usize]
+///     }
+///
+///     fn fingerprint(&self) -> Result<String> {
+///         Ok(format!("squares-{}", self.blocks))
+///     }
+///
+///     fn read(&self, block: usize, projection: &[usize]) -> Result<BatchIter> {
+///         let start = block as u32 * 100;
+///         let squares: ArrayRef = Arc::new((start..start + 100).map(|i| Some(i * i)).collect::<UInt32Array>());
+///         let batch = RecordBatch::try_new(self.schema.clone(), vec![squares])?.project(projection)?;
+///         Ok(Box::new(std::iter::once(Ok(batch))))
+///     }
+/// }
+///
+/// let squares = Dataset::from_source(Squares { blocks: 3 })?;
+/// assert_eq!(squares.filter("square % 2 = 1")?.count()?, 150);
+/// # Ok::<(), mobula_data::Error>(())
+/// ```
+#[typetag::serde]
+pub trait Source: Debug + Send + Sync {
+    /// Finds out the columns and the blocks. Called once in every process that reads rows.
+    fn open(&self) -> Result<Arc<dyn Blocks>>;
 }
 
-impl Source {
-    pub(crate) fn open(&self) -> Result<OpenSource> {
-        let memory = match self {
-            Self::Parquet { files } => return ParquetSource::open(files).map(OpenSource::Parquet),
-            Self::Csv { files, options } => csv::read(files, options)?,
-            Self::Idx { images, labels } => idx::read(images, labels)?,
-            Self::Memory(table) => table.open()?,
-            Self::Query { input, query } => crate::plan::run_query(input, query)?,
-        };
-        Ok(OpenSource::Memory(memory))
-    }
-}
+/// An opened [`Source`]: rows of known columns, in blocks of known length that can be read alone,
+/// in any order, by several threads, and again.
+pub trait Blocks: Debug + Send + Sync {
+    /// Names and types of the columns.
+    fn schema(&self) -> SchemaRef;
 
-/// A part of a source that is read as a whole.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Block {
-    /// Position of its first row in the source.
-    pub(crate) start: u64,
-    /// Rows before any operation.
-    pub(crate) rows: u64,
-}
+    /// How many rows each block has. A shuffle mixes whole blocks and keeps some in memory, so
+    /// some thousand rows are a good length.
+    fn rows(&self) -> Vec<u64>;
 
-impl Block {
-    /// Blocks of the given sizes, one after another.
-    pub(crate) fn sequence(rows: impl IntoIterator<Item = u64>) -> Vec<Self> {
-        let mut start = 0;
-        let next = |rows| {
-            start += rows;
-            Self { start: start - rows, rows }
-        };
-        rows.into_iter().map(next).collect()
-    }
-}
-
-/// A source whose schema and blocks are known.
-#[derive(Debug)]
-pub(crate) enum OpenSource {
-    Parquet(ParquetSource),
-    Memory(MemorySource),
-}
-
-impl OpenSource {
-    pub(crate) fn empty(schema: SchemaRef) -> Self {
-        Self::Memory(MemorySource::new(schema, Vec::new()))
-    }
-
-    pub(crate) fn schema(&self) -> &SchemaRef {
-        match self {
-            Self::Parquet(source) => source.schema(),
-            Self::Memory(source) => source.schema(),
-        }
-    }
-
-    pub(crate) fn blocks(&self) -> &[Block] {
-        match self {
-            Self::Parquet(source) => source.blocks(),
-            Self::Memory(source) => source.blocks(),
-        }
-    }
-
-    /// Changes when the content does; the same wherever the files lie.
-    pub(crate) fn fingerprint(&self) -> Result<String> {
-        match self {
-            Self::Parquet(source) => Ok(source.fingerprint().to_owned()),
-            Self::Memory(source) => source.fingerprint(),
-        }
-    }
+    /// Changes when the rows do, and is the same in every process: a stream that is resumed on
+    /// other data is refused.
+    fn fingerprint(&self) -> Result<String>;
 
     /// How messages call a block.
-    pub(crate) fn name(&self, block: usize) -> String {
-        match self {
-            Self::Parquet(source) => source.name(block),
-            Self::Memory(source) => source.name(block),
-        }
+    fn name(&self, block: usize) -> String {
+        format!("block {block}")
     }
 
-    /// The rows of a block, in order, with the columns at `projection`.
-    pub(crate) fn read(self: &Arc<Self>, block: usize, projection: &[usize]) -> Result<BatchIter> {
-        match &**self {
-            Self::Parquet(source) => source.read(block, projection),
-            Self::Memory(source) => source.read(block, projection),
-        }
-    }
+    /// The rows of a block, always in the same order, with the columns at `projection`, in that
+    /// order. An empty projection gives batches that have rows and no columns.
+    fn read(&self, block: usize, projection: &[usize]) -> Result<BatchIter>;
 }
 
-pub(crate) type BatchIter = Box<dyn Iterator<Item = Result<RecordBatch>> + Send>;
+/// The rows of a block.
+pub type BatchIter = Box<dyn Iterator<Item = Result<RecordBatch>> + Send>;
+
+/// "name: type, name: type" for messages.
+pub(crate) fn columns(schema: &SchemaRef) -> String {
+    let text: Vec<_> =
+        schema.fields().iter().map(|f| format!("{}: {}", f.name(), f.data_type())).collect();
+    text.join(", ")
+}
 
 /// FNV-1a over the parts, as 16 hex digits: tells data apart, guards against no adversary.
 pub(crate) fn hash<'a>(parts: impl IntoIterator<Item = &'a [u8]>) -> String {

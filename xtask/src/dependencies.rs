@@ -34,6 +34,7 @@ const DUPLICATES: &[Duplicate] = &[
     ("getrandom", &["0.3", "0.4"], "ahash and rand 0.9 are on 0.3"),
     ("hashbrown", &["0.14", "0.15", "0.16", "0.17"], "dashmap, petgraph, safetensors, arrow"),
     ("itertools", &["0.14", "0.15"], "tokenizers (candle) and object_store are on 0.14"),
+    ("miniz_oxide", &["0.8", "0.9"], "png is on 0.8"),
     ("num-bigint", &["0.4", "0.5"], "bigdecimal (DataFusion) is on 0.4"),
     ("rand", &["0.9", "0.10"], "candle and DataFusion are on 0.9"),
     ("rand_core", &["0.9", "0.10"], "follows rand"),

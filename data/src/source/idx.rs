@@ -3,22 +3,35 @@
 //! A file is two zero bytes, a type byte (8: unsigned bytes), the number of dimensions, each
 //! dimension as a big-endian `u32`, then the values.
 
-use super::memory::MemorySource;
+use super::file::read_unzipped;
+use super::memory::MemoryBlocks;
+use super::{Blocks, Source};
 use crate::error::{Error, Result};
 use arrow::array::{ArrayRef, FixedSizeListArray, UInt8Array};
 use arrow::datatypes::{DataType, Field, Schema};
 use arrow::record_batch::RecordBatch;
-use flate2::read::MultiGzDecoder;
-use mobula_core::error::AtPath;
-use std::fs;
-use std::io::Read;
-use std::path::Path;
+use serde::{Deserialize, Serialize};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 const UNSIGNED_BYTES: u8 = 8;
 
+/// A file of images and one of their labels.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Idx {
+    pub(crate) images: PathBuf,
+    pub(crate) labels: PathBuf,
+}
+
+#[typetag::serde(name = "idx")]
+impl Source for Idx {
+    fn open(&self) -> Result<Arc<dyn Blocks>> {
+        Ok(Arc::new(read(&self.images, &self.labels)?))
+    }
+}
+
 /// Columns `image` (the pixels of a row, row by row) and `label`.
-pub(crate) fn read(images: &Path, labels: &Path) -> Result<MemorySource> {
+fn read(images: &Path, labels: &Path) -> Result<MemoryBlocks> {
     let (image_dims, pixels) = read_file(images, 3)?;
     let (label_dims, classes) = read_file(labels, 1)?;
     if image_dims[0] != label_dims[0] {
@@ -40,11 +53,11 @@ pub(crate) fn read(images: &Path, labels: &Path) -> Result<MemorySource> {
         .map(|(name, column)| Field::new(name, column.data_type().clone(), false));
     let schema = Arc::new(Schema::new(fields.to_vec()));
     let batch = RecordBatch::try_new(schema.clone(), columns.to_vec())?;
-    Ok(MemorySource::new(schema, vec![batch]))
+    Ok(MemoryBlocks::new(schema, vec![batch]))
 }
 
 fn read_file(path: &Path, dimensions: usize) -> Result<(Vec<usize>, Vec<u8>)> {
-    let bytes = unzipped(path)?;
+    let bytes = read_unzipped(path, "IDX")?;
     let head = 4 + 4 * dimensions;
     let magic = [0, 0, UNSIGNED_BYTES, dimensions as u8];
     if bytes.len() < head || bytes[..4] != magic {
@@ -62,17 +75,6 @@ fn read_file(path: &Path, dimensions: usize) -> Result<(Vec<usize>, Vec<u8>)> {
         return Err(corrupt(path, format!("it has {got} values, its header says {dims:?}")));
     }
     Ok((dims, values))
-}
-
-fn unzipped(path: &Path) -> Result<Vec<u8>> {
-    let bytes = fs::read(path).at("read", path)?;
-    if !bytes.starts_with(&[0x1f, 0x8b]) {
-        return Ok(bytes);
-    }
-    let mut plain = Vec::new();
-    let read = MultiGzDecoder::new(&bytes[..]).read_to_end(&mut plain);
-    read.map_err(|error| corrupt(path, format!("it cannot be unzipped: {error}")))?;
-    Ok(plain)
 }
 
 fn corrupt(path: &Path, reason: String) -> Error {

@@ -1,6 +1,6 @@
 //! Record batches in memory: given by the program, or read whole from CSV, IDX or a query.
 
-use super::{BatchIter, Block};
+use super::{BatchIter, Block, Blocks, Source, columns};
 use crate::error::{Error, Result};
 use arrow::compute::concat_batches;
 use arrow::datatypes::SchemaRef;
@@ -34,17 +34,13 @@ impl MemoryTable {
         }
         Ok(Self { schema, batches: Arc::new(batches) })
     }
-
-    pub(crate) fn open(&self) -> Result<MemorySource> {
-        Ok(MemorySource::new(self.schema.clone(), self.batches.to_vec()))
-    }
 }
 
-/// "name: type, name: type" for messages.
-pub(crate) fn columns(schema: &SchemaRef) -> String {
-    let text: Vec<_> =
-        schema.fields().iter().map(|f| format!("{}: {}", f.name(), f.data_type())).collect();
-    text.join(", ")
+#[typetag::serde(name = "batches")]
+impl Source for MemoryTable {
+    fn open(&self) -> Result<Arc<dyn Blocks>> {
+        Ok(Arc::new(MemoryBlocks::new(self.schema.clone(), self.batches.to_vec())))
+    }
 }
 
 impl Serialize for MemoryTable {
@@ -96,14 +92,14 @@ fn encode(schema: &SchemaRef, batches: &[RecordBatch]) -> Result<Vec<u8>> {
 
 /// Batches cut into blocks.
 #[derive(Debug)]
-pub(crate) struct MemorySource {
+pub(crate) struct MemoryBlocks {
     schema: SchemaRef,
     batches: Vec<RecordBatch>,
     blocks: Vec<Block>,
     fingerprint: OnceLock<String>,
 }
 
-impl MemorySource {
+impl MemoryBlocks {
     /// Keeps the batches' bounds, except that none is longer than a block may be.
     pub(crate) fn new(schema: SchemaRef, batches: Vec<RecordBatch>) -> Self {
         let batches: Vec<_> = batches.iter().flat_map(slices).collect();
@@ -116,21 +112,23 @@ impl MemorySource {
         let whole = concat_batches(&schema, &batches)?;
         Ok(Self::new(schema, vec![whole]))
     }
+}
 
-    pub(crate) fn schema(&self) -> &SchemaRef {
-        &self.schema
+impl Blocks for MemoryBlocks {
+    fn schema(&self) -> SchemaRef {
+        self.schema.clone()
     }
 
-    pub(crate) fn blocks(&self) -> &[Block] {
-        &self.blocks
+    fn rows(&self) -> Vec<u64> {
+        self.blocks.iter().map(|block| block.rows).collect()
     }
 
-    pub(crate) fn name(&self, block: usize) -> String {
+    fn name(&self, block: usize) -> String {
         let Block { start, rows } = self.blocks[block];
         format!("rows {start} to {}", start + rows.saturating_sub(1))
     }
 
-    pub(crate) fn fingerprint(&self) -> Result<String> {
+    fn fingerprint(&self) -> Result<String> {
         if let Some(known) = self.fingerprint.get() {
             return Ok(known.clone());
         }
@@ -139,7 +137,7 @@ impl MemorySource {
         Ok(self.fingerprint.get_or_init(|| text).clone())
     }
 
-    pub(crate) fn read(&self, block: usize, projection: &[usize]) -> Result<BatchIter> {
+    fn read(&self, block: usize, projection: &[usize]) -> Result<BatchIter> {
         let batch = self.batches[block].project(projection)?;
         Ok(Box::new(std::iter::once(Ok(batch))))
     }

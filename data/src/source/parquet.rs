@@ -1,7 +1,7 @@
 //! Parquet files: a block is a row group.
 
-use super::memory::columns;
-use super::{BatchIter, Block, hash};
+use super::file::Stamped;
+use super::{BatchIter, Blocks, Source, columns, hash};
 use crate::error::{Error, Result};
 use arrow::datatypes::{Schema, SchemaRef};
 use arrow::record_batch::RecordBatch;
@@ -10,6 +10,7 @@ use datafusion::parquet::arrow::arrow_reader::{
     ArrowReaderMetadata, ArrowReaderOptions, ParquetRecordBatchReaderBuilder,
 };
 use mobula_core::error::AtPath;
+use serde::{Deserialize, Serialize};
 use std::fmt::Display;
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
@@ -18,12 +19,24 @@ use std::sync::Arc;
 
 const BATCH_ROWS: usize = 8192;
 
+/// Files in the order in which they are read.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Parquet {
+    pub(crate) files: Vec<PathBuf>,
+}
+
+#[typetag::serde(name = "parquet")]
+impl Source for Parquet {
+    fn open(&self) -> Result<Arc<dyn Blocks>> {
+        Ok(Arc::new(ParquetBlocks::open(&self.files)?))
+    }
+}
+
 /// Files with their footers read.
 #[derive(Debug)]
-pub(crate) struct ParquetSource {
+struct ParquetBlocks {
     schema: SchemaRef,
     files: Vec<ParquetFile>,
-    blocks: Vec<Block>,
     /// File and row group of each block.
     groups: Vec<(usize, usize)>,
     fingerprint: String,
@@ -31,14 +44,14 @@ pub(crate) struct ParquetSource {
 
 #[derive(Debug)]
 struct ParquetFile {
-    path: PathBuf,
+    stamped: Stamped,
     metadata: ArrowReaderMetadata,
     /// Length of the file and checksum of its footer, which has the statistics and offsets.
     identity: String,
 }
 
-impl ParquetSource {
-    pub(crate) fn open(paths: &[PathBuf]) -> Result<Self> {
+impl ParquetBlocks {
+    fn open(paths: &[PathBuf]) -> Result<Self> {
         let files = paths.iter().map(|path| ParquetFile::open(path)).collect::<Result<Vec<_>>>()?;
         let first = files.first().ok_or(Error::Empty { after: "" })?;
         let schema = first.schema();
@@ -48,30 +61,30 @@ impl ParquetSource {
             (0..file.metadata.metadata().num_row_groups()).map(move |group| (i, group))
         };
         let groups: Vec<_> = files.iter().enumerate().flat_map(groups_of).collect();
-        let rows = |&(file, group): &(usize, usize)| files[file].rows(group);
-        let blocks = Block::sequence(groups.iter().map(rows));
         let fingerprint = hash(files.iter().map(|file| file.identity.as_bytes()));
-        Ok(Self { schema, files, blocks, groups, fingerprint })
+        Ok(Self { schema, files, groups, fingerprint })
+    }
+}
+
+impl Blocks for ParquetBlocks {
+    fn schema(&self) -> SchemaRef {
+        self.schema.clone()
     }
 
-    pub(crate) fn schema(&self) -> &SchemaRef {
-        &self.schema
+    fn rows(&self) -> Vec<u64> {
+        self.groups.iter().map(|&(file, group)| self.files[file].rows(group)).collect()
     }
 
-    pub(crate) fn blocks(&self) -> &[Block] {
-        &self.blocks
+    fn fingerprint(&self) -> Result<String> {
+        Ok(self.fingerprint.clone())
     }
 
-    pub(crate) fn fingerprint(&self) -> &str {
-        &self.fingerprint
-    }
-
-    pub(crate) fn name(&self, block: usize) -> String {
+    fn name(&self, block: usize) -> String {
         let (file, group) = self.groups[block];
-        format!("{} (row group {group})", self.files[file].path.display())
+        format!("{} (row group {group})", self.files[file].stamped.path.display())
     }
 
-    pub(crate) fn read(&self, block: usize, projection: &[usize]) -> Result<BatchIter> {
+    fn read(&self, block: usize, projection: &[usize]) -> Result<BatchIter> {
         let (file, group) = self.groups[block];
         self.files[file].read(group, projection, &self.schema)
     }
@@ -79,11 +92,11 @@ impl ParquetSource {
 
 impl ParquetFile {
     fn open(path: &Path) -> Result<Self> {
-        let mut file = File::open(path).at("open", path)?;
+        let (stamped, mut file) = Stamped::new(path)?;
         let metadata = ArrowReaderMetadata::load(&file, ArrowReaderOptions::new())
             .map_err(|error| corrupt(path, error))?;
         let identity = identity(&mut file).at("read", path)?;
-        Ok(Self { path: path.to_owned(), metadata, identity })
+        Ok(Self { stamped, metadata, identity })
     }
 
     /// The columns, without the key-value metadata that writers add.
@@ -97,7 +110,7 @@ impl ParquetFile {
             return Ok(());
         }
         let (expected, got) = (columns(expected), columns(&got));
-        Err(Error::SchemaDiffers { path: self.path.clone(), expected, got })
+        Err(Error::SchemaDiffers { path: self.stamped.path.clone(), expected, got })
     }
 
     fn rows(&self, group: usize) -> u64 {
@@ -106,7 +119,7 @@ impl ParquetFile {
     }
 
     fn read(&self, group: usize, projection: &[usize], schema: &SchemaRef) -> Result<BatchIter> {
-        let file = File::open(&self.path).at("open", &self.path)?;
+        let (file, path) = (self.stamped.open()?, self.stamped.path.clone());
         let mask =
             ProjectionMask::roots(self.metadata.parquet_schema(), projection.iter().copied());
         let reader =
@@ -115,8 +128,8 @@ impl ParquetFile {
                 .with_projection(mask)
                 .with_batch_size(BATCH_ROWS)
                 .build()
-                .map_err(|error| corrupt(&self.path, error))?;
-        let (path, reorder) = (self.path.clone(), reorder(projection));
+                .map_err(|error| corrupt(&path, error))?;
+        let reorder = reorder(projection);
         let schema = Arc::new(schema.project(projection)?);
         Ok(Box::new(reader.map(move |batch| {
             let batch = batch.map_err(|error| corrupt(&path, error))?;
@@ -157,7 +170,7 @@ mod tests {
     #[test]
     fn columns_come_in_the_order_asked_for() {
         let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../examples/data/digits-0.parquet");
-        let source = ParquetSource::open(&[path.into()]).expect("open");
+        let source = ParquetBlocks::open(&[path.into()]).expect("open");
         let mut batches = source.read(0, &[1, 0]).expect("read");
         let batch = batches.next().expect("a batch").expect("rows");
         assert_eq!(batch.schema().field(0).name(), "label");

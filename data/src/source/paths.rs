@@ -1,21 +1,42 @@
 //! From what the user typed to a sorted list of absolute paths.
 
 use crate::error::{Error, Result};
+use glob::MatchOptions;
 use mobula_core::error::AtPath;
 use std::path::{Path, PathBuf};
 
 /// The files of a pattern: a path, a folder (its `*.extension` files) or a glob such as
 /// `data/part-*.parquet`. Sorted, absolute, at least one.
 pub(crate) fn expand(pattern: &str, extension: &str) -> Result<Vec<PathBuf>> {
+    expand_in(pattern, &format!("*.{extension}"))
+}
+
+/// The same with a pattern for the files of a folder, such as `**/*`.
+pub(crate) fn expand_in(pattern: &str, in_folder: &str) -> Result<Vec<PathBuf>> {
     let mut path = absolute(pattern)?;
     if path.is_file() {
         return Ok(vec![path]);
     }
     if path.is_dir() {
-        path.push(format!("*.{extension}"));
+        path.push(in_folder);
     }
     let files = matching(&path)?;
     if files.is_empty() { Err(Error::NoFiles { pattern: path }) } else { Ok(files) }
+}
+
+/// The images of a pattern; of a folder, those with an image's extension, at any depth.
+pub(crate) fn expand_images(pattern: &str) -> Result<Vec<PathBuf>> {
+    let files = expand_in(pattern, "**/*")?;
+    if !absolute(pattern)?.is_dir() {
+        return Ok(files);
+    }
+    let is_image = |path: &PathBuf| {
+        let extension = path.extension().map(|extension| extension.to_ascii_lowercase());
+        extension.is_some_and(|extension| ["jpeg", "jpg", "png"].iter().any(|e| *e == extension))
+    };
+    let files: Vec<_> = files.into_iter().filter(is_image).collect();
+    let pattern = || absolute(pattern).map(|path| path.join("**/*.{jpeg,jpg,png}"));
+    if files.is_empty() { Err(Error::NoFiles { pattern: pattern()? }) } else { Ok(files) }
 }
 
 /// A path that must be a file, made absolute.
@@ -35,7 +56,9 @@ fn matching(pattern: &Path) -> Result<Vec<PathBuf>> {
         got: format!("{:?}: {reason}", pattern.display()),
     };
     let text = pattern.to_str().ok_or_else(|| invalid("not UTF-8".to_owned()))?;
-    let paths = glob::glob(text).map_err(|error| invalid(error.msg.to_owned()))?;
+    // A folder that is being written is hidden until it is whole.
+    let visible = MatchOptions { require_literal_leading_dot: true, ..MatchOptions::default() };
+    let paths = glob::glob_with(text, visible).map_err(|error| invalid(error.msg.to_owned()))?;
     // `glob` yields paths in alphabetical order.
     let mut files = Vec::new();
     for path in paths {

@@ -1,10 +1,13 @@
 //! The crate through its public interface.
 
 mod dataset;
+mod formats;
+mod own_source;
 mod preprocess;
 mod sources;
 mod stream;
 mod tensors;
+mod write;
 
 use arrow::array::{ArrayRef, AsArray, FixedSizeListArray, Int64Array, UInt8Array};
 use arrow::datatypes::{DataType, Field, Int64Type};

@@ -1,0 +1,219 @@
+//! Where rows go: folders of files, whole or not there.
+
+mod folder;
+mod formats;
+mod part;
+
+pub use formats::{CsvSink, IpcSink, JsonSink, ParquetCompression, ParquetSink};
+
+use crate::Dataset;
+use crate::error::{Error, Result};
+use crate::plan::Compiled;
+use crate::runtime::{block_on, threads};
+use arrow::datatypes::SchemaRef;
+use arrow::record_batch::RecordBatch;
+use folder::NewFolder;
+use futures::{FutureExt, StreamExt, stream};
+use part::{Part, PartWriter, parts};
+use serde::{Deserialize, Serialize};
+use std::fmt::Debug;
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// Rows of a file, unless told otherwise.
+const FILE_ROWS: u64 = 1 << 20;
+
+/// Blocks of a file that are read at the same time.
+const BLOCKS_AHEAD: usize = 2;
+
+/// A format that [`Dataset::write`] writes files of. Implement it, and [`SinkFile`], for a format
+/// that Mobula does not write itself.
+pub trait Sink: Debug + Send + Sync {
+    /// The extension of the files' names, such as `parquet`.
+    fn extension(&self) -> &str;
+
+    /// Refuses columns that the format cannot hold, before anything is written. Default: it can
+    /// hold all.
+    fn check(&self, _schema: &SchemaRef) -> Result<()> {
+        Ok(())
+    }
+
+    /// Begins a file, in which rows of these columns will be.
+    fn begin(&self, file: File, schema: &SchemaRef) -> Result<Box<dyn SinkFile>>;
+}
+
+/// A file that is being written.
+pub trait SinkFile: Send {
+    /// Appends rows.
+    fn write(&mut self, batch: &RecordBatch) -> Result<()>;
+
+    /// Ends the file.
+    fn finish(self: Box<Self>) -> Result<()>;
+}
+
+/// How [`Dataset::write`] and its relatives write.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct WriteOptions {
+    /// The most rows of a file (default: 1,048,576). Files hold whole blocks where these fit.
+    pub rows_per_file: u64,
+    /// Whether a folder that was written before is replaced (default: no, it is an error).
+    pub overwrite: bool,
+}
+
+impl Default for WriteOptions {
+    fn default() -> Self {
+        Self { rows_per_file: FILE_ROWS, overwrite: false }
+    }
+}
+
+impl WriteOptions {
+    /// Sets the most rows of a file.
+    pub fn with_rows_per_file(self, rows_per_file: u64) -> Self {
+        Self { rows_per_file, ..self }
+    }
+
+    /// Says whether a folder that was written before is replaced.
+    pub fn with_overwrite(self, overwrite: bool) -> Self {
+        Self { overwrite, ..self }
+    }
+}
+
+/// What was written.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Written {
+    /// The files, in the order of the rows.
+    pub files: Vec<WrittenFile>,
+}
+
+impl Written {
+    /// Rows of all files.
+    pub fn rows(&self) -> u64 {
+        self.files.iter().map(|file| file.rows).sum()
+    }
+
+    /// Bytes of all files.
+    pub fn bytes(&self) -> u64 {
+        self.files.iter().map(|file| file.bytes).sum()
+    }
+}
+
+/// A file that was written.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WrittenFile {
+    /// Its name in the folder.
+    pub name: PathBuf,
+    /// Its rows.
+    pub rows: u64,
+    /// Its length.
+    pub bytes: u64,
+}
+
+/// What writes rows: `part-00000.parquet` and so on in a folder, in the order of the rows, and a
+/// list of them, `_written.json`.
+///
+/// The folder is whole or not there: files are written into a hidden one beside it, which gets the
+/// folder's name at the end. Several blocks are written at once, and no more than these are in
+/// memory. A dataset without rows is one file without rows.
+impl Dataset {
+    /// Writes files of the format that `sink` knows.
+    pub fn write(
+        &self,
+        folder: impl AsRef<Path>,
+        sink: impl Sink + 'static,
+        options: WriteOptions,
+    ) -> Result<Written> {
+        if options.rows_per_file == 0 {
+            let expected = "at least 1".to_owned();
+            let option = "rows_per_file";
+            return Err(Error::InvalidOption { option, expected, got: "0".to_owned() });
+        }
+        let compiled = self.compile()?;
+        sink.check(&compiled.schema())?;
+        let folder = NewFolder::begin(folder.as_ref(), options.overwrite)?;
+        let sink: Arc<dyn Sink> = Arc::new(sink);
+        let rows = write_parts(compiled, sink.clone(), folder.path(), options.rows_per_file)?;
+        folder.commit(sink.extension(), &rows)
+    }
+
+    /// Writes Parquet files with the default [`ParquetSink`]: ZSTD, row groups of 8192 rows.
+    pub fn write_parquet(
+        &self,
+        folder: impl AsRef<Path>,
+        options: WriteOptions,
+    ) -> Result<Written> {
+        self.write(folder, ParquetSink::default(), options)
+    }
+
+    /// Writes CSV files with a header; missing values are empty.
+    pub fn write_csv(&self, folder: impl AsRef<Path>, options: WriteOptions) -> Result<Written> {
+        self.write(folder, CsvSink::default(), options)
+    }
+
+    /// Writes files of JSON lines, `.jsonl`; missing values are `null`.
+    pub fn write_json(&self, folder: impl AsRef<Path>, options: WriteOptions) -> Result<Written> {
+        self.write(folder, JsonSink::default(), options)
+    }
+
+    /// Writes Arrow IPC files, `.arrow`, not compressed.
+    pub fn write_ipc(&self, folder: impl AsRef<Path>, options: WriteOptions) -> Result<Written> {
+        self.write(folder, IpcSink::default(), options)
+    }
+}
+
+/// Writes all rows; gives the files that were made, in order, and the rows of each.
+fn write_parts(
+    compiled: Compiled,
+    sink: Arc<dyn Sink>,
+    folder: &Path,
+    most: u64,
+) -> Result<Vec<(PathBuf, u64)>> {
+    let rows: Vec<_> = compiled.source().blocks().iter().map(|block| block.rows).collect();
+    let folder: Arc<Path> = folder.into();
+    block_on(async move {
+        let failed = Arc::new(AtomicBool::new(false));
+        let write = |part: Part| {
+            let schema = compiled.schema();
+            let writer = PartWriter::new(folder.clone(), part.number, sink.clone(), schema, most);
+            let work = write_part(compiled.clone(), part, writer, failed.clone());
+            tokio::spawn(work).map(joined)
+        };
+        // To the end, whatever fails: nobody may still write when the folder is removed.
+        let written = stream::iter(parts(&rows, most)).map(write).buffered(threads());
+        let written = written.collect::<Vec<_>>().await;
+        let mut files = written.into_iter().collect::<Result<Vec<_>>>()?.concat();
+        if files.is_empty() {
+            let (number, schema) = (rows.len(), compiled.schema());
+            files = PartWriter::new(folder, number, sink, schema, most).finish_empty()?;
+        }
+        Ok(files)
+    })
+}
+
+/// Writes a part, unless another one has `failed`.
+async fn write_part(
+    compiled: Compiled,
+    part: Part,
+    mut writer: PartWriter,
+    failed: Arc<AtomicBool>,
+) -> Result<Vec<(PathBuf, u64)>> {
+    let read = |block| {
+        let compiled = compiled.clone();
+        tokio::spawn(async move { compiled.execute(block).await }).map(joined)
+    };
+    let mut blocks = stream::iter(part.blocks).map(read).buffered(BLOCKS_AHEAD);
+    while let Some(batches) = blocks.next().await {
+        if failed.load(Ordering::Relaxed) {
+            break;
+        }
+        let written = batches.and_then(|b| b.iter().try_for_each(|batch| writer.write(batch)));
+        written.inspect_err(|_| failed.store(true, Ordering::Relaxed))?;
+    }
+    writer.finish()
+}
+
+fn joined<T>(result: Result<Result<T>, tokio::task::JoinError>) -> Result<T> {
+    result.unwrap_or_else(|error| Err(Error::Internal(error.to_string())))
+}

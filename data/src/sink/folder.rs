@@ -1,0 +1,126 @@
+//! A folder that is whole or not there.
+
+use super::{Written, WrittenFile};
+use crate::error::{Error, Result};
+use mobula_core::error::AtPath;
+use rustix::fs::{CWD, RenameFlags, renameat_with};
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+/// Says of a folder that it may be replaced, since it was written and not typed.
+const LIST: &str = "_written.json";
+
+/// A folder that is being written under a hidden name. It goes, unless it is committed.
+#[derive(Debug)]
+pub(super) struct NewFolder {
+    target: PathBuf,
+    hidden: PathBuf,
+    overwrite: bool,
+}
+
+impl NewFolder {
+    pub(super) fn begin(target: &Path, overwrite: bool) -> Result<Self> {
+        let target = std::path::absolute(target).at("resolve", target)?;
+        may_be_written(&target, overwrite)?;
+        let (Some(parent), Some(name)) = (target.parent(), target.file_name()) else {
+            return Err(exists(&target, "it is the root of the file system"));
+        };
+        fs::create_dir_all(parent).at("create", parent)?;
+        let time = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let (name, pid) = (name.to_string_lossy(), std::process::id());
+        let hidden = parent.join(format!(".{name}.{pid}-{}", time.as_nanos()));
+        fs::create_dir(&hidden).at("create", &hidden)?;
+        Ok(Self { target, hidden, overwrite })
+    }
+
+    pub(super) fn path(&self) -> &Path {
+        &self.hidden
+    }
+
+    /// Gives the files, and then the folder, the names that they are to have.
+    pub(super) fn commit(self, extension: &str, files: &[(PathBuf, u64)]) -> Result<Written> {
+        let finish = |(at, (path, rows)): (usize, &(PathBuf, u64))| {
+            let name = PathBuf::from(format!("part-{at:05}.{extension}"));
+            let bytes = sync(path)?;
+            fs::rename(path, self.hidden.join(&name)).at("rename", path)?;
+            Ok(WrittenFile { name, rows: *rows, bytes })
+        };
+        let files = files.iter().enumerate().map(finish).collect::<Result<_>>()?;
+        let written = Written { files };
+        let list = serde_json::to_vec_pretty(&written).map_err(mobula_core::Error::layer)?;
+        let path = self.hidden.join(LIST);
+        fs::write(&path, list).at("write", &path)?;
+        sync(&path)?;
+        sync(&self.hidden)?;
+        self.swap()?;
+        Ok(written)
+    }
+
+    fn swap(&self) -> Result<()> {
+        may_be_written(&self.target, self.overwrite)?;
+        if self.target.exists() {
+            exchange(&self.hidden, &self.target).at("replace", &self.target)?;
+        } else {
+            rename(&self.hidden, &self.target).at("create", &self.target)?;
+        }
+        self.target.parent().map_or(Ok(()), |parent| sync(parent).map(drop))
+    }
+}
+
+impl Drop for NewFolder {
+    /// What is left under the hidden name is unfinished, or was replaced.
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.hidden);
+    }
+}
+
+/// An error if something is there that may not be replaced.
+fn may_be_written(target: &Path, overwrite: bool) -> Result<()> {
+    if fs::symlink_metadata(target).is_err() {
+        return Ok(());
+    }
+    if !overwrite {
+        return Err(exists(target, "write elsewhere, or overwrite it"));
+    }
+    let is_ours = target.join(LIST).is_file();
+    let is_empty = || target.read_dir().is_ok_and(|mut entries| entries.next().is_none());
+    match is_ours || is_empty() {
+        true => Ok(()),
+        false => Err(exists(
+            target,
+            "it has no _written.json, so it is no folder that a dataset was written to; \
+             if nothing in it is needed, remove it",
+        )),
+    }
+}
+
+fn exists(target: &Path, hint: &'static str) -> Error {
+    Error::TargetExists { path: target.to_owned(), hint }
+}
+
+/// Onto nothing: who came first stays.
+fn rename(from: &Path, to: &Path) -> std::io::Result<()> {
+    match renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE) {
+        Err(error) if error != rustix::io::Errno::EXIST => fs::rename(from, to),
+        result => Ok(result?),
+    }
+}
+
+/// Gives each of two folders the other's name, at once where the file system can.
+fn exchange(one: &Path, other: &Path) -> std::io::Result<()> {
+    if renameat_with(CWD, one, CWD, other, RenameFlags::EXCHANGE).is_ok() {
+        return Ok(());
+    }
+    let aside = one.with_extension("replaced");
+    fs::rename(other, &aside)?;
+    fs::rename(one, other)?;
+    fs::rename(&aside, one)
+}
+
+/// Length of a file that is on the disk then.
+fn sync(path: &Path) -> Result<u64> {
+    let file = File::open(path).at("open", path)?;
+    file.sync_all().at("sync", path)?;
+    Ok(file.metadata().at("read", path)?.len())
+}

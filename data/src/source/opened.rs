@@ -1,0 +1,119 @@
+//! An opened source, with what the rest of the crate asks of it.
+
+use super::memory::MemoryBlocks;
+use super::{BatchIter, Blocks, Source, columns};
+use crate::error::{Error, Result};
+use arrow::datatypes::SchemaRef;
+use arrow::record_batch::RecordBatch;
+use std::sync::Arc;
+
+/// A part of a source that is read as a whole.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Block {
+    /// Position of its first row in the source.
+    pub(crate) start: u64,
+    /// Rows before any operation.
+    pub(crate) rows: u64,
+}
+
+impl Block {
+    /// Blocks of the given sizes, one after another.
+    pub(crate) fn sequence(rows: impl IntoIterator<Item = u64>) -> Vec<Self> {
+        let mut start = 0;
+        let next = |rows| {
+            start += rows;
+            Self { start: start - rows, rows }
+        };
+        rows.into_iter().map(next).collect()
+    }
+}
+
+/// A source whose schema and blocks are known.
+#[derive(Debug)]
+pub(crate) struct OpenSource {
+    inner: Arc<dyn Blocks>,
+    schema: SchemaRef,
+    blocks: Vec<Block>,
+}
+
+impl OpenSource {
+    pub(crate) fn new(source: &dyn Source) -> Result<Self> {
+        Ok(Self::opened(source.open()?))
+    }
+
+    pub(crate) fn empty(schema: SchemaRef) -> Self {
+        Self::opened(Arc::new(MemoryBlocks::new(schema, Vec::new())))
+    }
+
+    fn opened(inner: Arc<dyn Blocks>) -> Self {
+        let (schema, blocks) = (inner.schema(), Block::sequence(inner.rows()));
+        Self { inner, schema, blocks }
+    }
+
+    pub(crate) fn schema(&self) -> &SchemaRef {
+        &self.schema
+    }
+
+    pub(crate) fn blocks(&self) -> &[Block] {
+        &self.blocks
+    }
+
+    pub(crate) fn fingerprint(&self) -> Result<String> {
+        self.inner.fingerprint()
+    }
+
+    pub(crate) fn name(&self, block: usize) -> String {
+        self.inner.name(block)
+    }
+
+    /// The rows of a block, checked to be as many as were announced, of the columns announced.
+    pub(crate) fn read(&self, block: usize, projection: &[usize]) -> Result<BatchIter> {
+        let schema = Arc::new(self.schema.project(projection)?);
+        let batches = self.inner.read(block, projection)?;
+        let (name, expected) = (self.name(block), self.blocks[block].rows);
+        let mut checked = Checked { batches, schema, name, expected, got: 0, ended: false };
+        Ok(Box::new(std::iter::from_fn(move || checked.next())))
+    }
+}
+
+/// A block that keeps to what its source said of it. A row's position depends on it.
+struct Checked {
+    batches: BatchIter,
+    schema: SchemaRef,
+    name: String,
+    expected: u64,
+    got: u64,
+    ended: bool,
+}
+
+impl Checked {
+    fn next(&mut self) -> Option<Result<RecordBatch>> {
+        if self.ended {
+            return None;
+        }
+        let next = match self.batches.next() {
+            Some(batch) => Some(batch.and_then(|batch| self.check(batch))),
+            None if self.got == self.expected => None,
+            None => Some(Err(self.changed())),
+        };
+        self.ended = !matches!(next, Some(Ok(_)));
+        next
+    }
+
+    fn check(&mut self, batch: RecordBatch) -> Result<RecordBatch> {
+        let schema = batch.schema();
+        if schema.fields() != self.schema.fields() {
+            return Err(Error::SchemaDiffers {
+                path: (&self.name).into(),
+                expected: columns(&self.schema),
+                got: columns(&schema),
+            });
+        }
+        self.got += batch.num_rows() as u64;
+        if self.got > self.expected { Err(self.changed()) } else { Ok(batch) }
+    }
+
+    fn changed(&self) -> Error {
+        Error::Changed { place: self.name.clone(), expected: self.expected, got: self.got }
+    }
+}
