@@ -43,8 +43,10 @@ pub use error::{Error, Result};
 /// For registering a [`BatchFn`].
 pub use inventory;
 pub use preprocess::{
-    Chain, Concatenator, Fill, LabelEncoder, MinMaxScaler, OneHotEncoder, OrdinalEncoder,
-    Preprocessor, SimpleImputer, StandardScaler, Step, Unknown, Value,
+    Chain, Concatenator, Estimator, Fill, LabelEncoder, MinMaxScaler, OneHotEncoder,
+    OrdinalEncoder, Preprocessor, SimpleImputer, StandardScaler, Step, Transform, Unknown, Value,
 };
 pub use source::csv::CsvOptions;
 pub use stream::{StreamOptions, TensorSource};
+/// For writing a [`Transform`] of your own as JSON.
+pub use typetag;

@@ -1,7 +1,7 @@
 //! One pass over a dataset: a statistic per column, computed per block and merged in block order,
 //! so that its bits depend on the data alone and not on how many threads computed it.
 
-use super::index_of;
+use super::columns::index_of;
 use crate::Dataset;
 use crate::error::Result;
 use arrow::array::ArrayRef;

@@ -8,7 +8,7 @@ use candle_core::{Device, Tensor};
 use mobula_core::{Batch, BatchSource, Shard};
 use mobula_data::{
     Chain, Concatenator, CsvOptions, Dataset, Error, LabelEncoder, MinMaxScaler, OneHotEncoder,
-    OrdinalEncoder, Preprocessor, SimpleImputer, StandardScaler, StreamOptions, Unknown,
+    OrdinalEncoder, Preprocessor, SimpleImputer, StandardScaler, Step, StreamOptions, Unknown,
 };
 use std::sync::Arc;
 
@@ -151,11 +151,13 @@ fn encoders_number_the_categories() {
     assert!(unknown.contains("\"c\"") && unknown.contains("known: a, b"), "{unknown}");
 
     let nulls = dataset([("name", text(&[Some("c"), None, Some("a")]))]);
-    let lenient =
-        OneHotEncoder::of(["name"]).with_unknown(Unknown::Ignore).fit(&data).expect("fit");
+    let lenient = Step::from(OneHotEncoder::new(["name"]).with_unknown(Unknown::Ignore))
+        .fit(&data)
+        .expect("fit");
     assert_eq!(f32s(apply(&lenient, &nulls).column(0)), [0., 0., 0., 0., 1., 0.]);
-    let lenient =
-        OrdinalEncoder::of(["name"]).with_unknown(Unknown::Ignore).fit(&data).expect("fit");
+    let lenient = Step::from(OrdinalEncoder::new(["name"]).with_unknown(Unknown::Ignore))
+        .fit(&data)
+        .expect("fit");
     let codes = apply(&lenient, &nulls);
     assert_eq!(codes.column(0).as_primitive::<UInt32Type>().values()[..], [2, 2, 0]);
 }
@@ -211,6 +213,24 @@ fn tensors_of_the_wrong_shape_are_refused() {
     assert_eq!(serve("image", 64).expect("transform").rows(), 2);
     assert!(message(serve("image", 63)).contains("has 63 values a row, expected 64"));
     assert!(message(serve("picture", 64)).contains("no column \"image\"; available: picture"));
+}
+
+#[test]
+fn what_was_saved_before_there_were_custom_preprocessors_loads() {
+    let old = r#"{"Chain": [
+        {"SimpleImputer": [{"column": "x", "fill": {"Float": 2.5}}]},
+        {"Affine": [{"column": "x", "offset": [1.0], "scale": [0.5]}]},
+        {"OneHotEncoder": [{"column": "s", "categories": ["a", "b"], "unknown": "Error"}]},
+        {"OrdinalEncoder": [{"column": "y", "categories": [9, 10], "unknown": "Ignore"}]},
+        {"Concatenator": {"columns": [["x", 1], ["s", 2]], "output": "features"}}
+    ]}"#;
+    let loaded: Preprocessor = serde_json::from_str(old).expect("an old file");
+    let y: ArrayRef = Arc::new(Int64Array::from(vec![10, 7]));
+    let data =
+        dataset([("x", floats([None, Some(1.0)])), ("s", text(&[Some("b"), Some("a")])), ("y", y)]);
+    let rows = apply(&loaded, &data);
+    assert_eq!(rows.column(0).as_primitive::<UInt32Type>().values()[..], [1, 2]);
+    assert_eq!(f32s(rows.column(1)), [3.0, 0.0, 1.0, 0.0, 1.0, 0.0]);
 }
 
 #[test]
