@@ -119,6 +119,16 @@ pub enum Error {
         /// The categories that were fitted.
         known: Vec<String>,
     },
+    /// A number that a preprocessor cannot take.
+    #[error("column {column:?} has the value {value}, expected {expected}")]
+    OutOfRange {
+        /// The column.
+        column: String,
+        /// The first such value.
+        value: f64,
+        /// What it takes, and the way out.
+        expected: &'static str,
+    },
     /// A class label that cannot be one.
     #[error(
         "label column {column:?} has the value {value}, expected a class number from 0 to 4294967295"

@@ -43,8 +43,10 @@ pub use error::{Error, Result};
 /// For registering a [`BatchFn`].
 pub use inventory;
 pub use preprocess::{
-    Chain, Concatenator, Estimator, Fill, LabelEncoder, MinMaxScaler, OneHotEncoder,
-    OrdinalEncoder, Preprocessor, SimpleImputer, StandardScaler, Step, Transform, Unknown, Value,
+    Chain, Concatenator, CountVectorizer, Estimator, FeatureHasher, Fill, KBinsDiscretizer,
+    LabelEncoder, MaxAbsScaler, MinMaxScaler, MultiHotEncoder, Norm, Normalizer, OneHotEncoder,
+    OrdinalEncoder, Power, PowerTransformer, Preprocessor, RobustScaler, SimpleImputer,
+    StandardScaler, Step, Strategy, TfidfVectorizer, Tokenizer, Transform, Unknown, Value,
 };
 pub use source::csv::CsvOptions;
 pub use stream::{StreamOptions, TensorSource};

@@ -3,24 +3,46 @@
 //! Each is one file: an [`Estimator`], which is fitted, and a [`Transform`], which that makes.
 
 mod affine;
+mod bins;
 mod categories;
 mod chain;
 mod columns;
 mod concat;
 mod encode;
 mod estimator;
+mod hasher;
 mod impute;
+mod lists;
+mod max_abs;
+mod minimize;
+mod multi_hot;
+mod normalize;
 pub(crate) mod numbers;
+mod power;
+mod robust;
+mod sample;
 mod statistic;
 mod tensors;
+mod vectorize;
+mod vocabulary;
+mod words;
 
 pub use affine::{MinMaxScaler, StandardScaler};
+pub use bins::{KBinsDiscretizer, Strategy};
 pub use categories::Unknown;
 pub use chain::Chain;
 pub use concat::Concatenator;
 pub use encode::{LabelEncoder, OneHotEncoder, OrdinalEncoder};
 pub use estimator::{Estimator, Step};
+pub use hasher::FeatureHasher;
 pub use impute::{Fill, SimpleImputer, Value};
+pub use max_abs::MaxAbsScaler;
+pub use multi_hot::MultiHotEncoder;
+pub use normalize::{Norm, Normalizer};
+pub use power::{Power, PowerTransformer};
+pub use robust::RobustScaler;
+pub use vectorize::{CountVectorizer, TfidfVectorizer};
+pub use words::Tokenizer;
 
 use crate::error::{Error, Result};
 use arrow::record_batch::RecordBatch;

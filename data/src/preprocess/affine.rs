@@ -123,7 +123,7 @@ pub(super) fn must_have_values<'a>(
 }
 
 /// Count, mean and sum of squared deviations. Rows with a missing value do not count.
-#[derive(Default)]
+#[derive(Clone, Default)]
 pub(super) struct Moments {
     pub(super) count: f64,
     pub(super) mean: Vec<f64>,
@@ -171,7 +171,7 @@ impl Statistic for Moments {
     }
 }
 
-#[derive(Default)]
+#[derive(Clone, Default)]
 struct Range {
     count: f64,
     least: Vec<f64>,

@@ -42,6 +42,19 @@ impl Numbers {
         Ok(numbers)
     }
 
+    /// The numbers of a column that is no list.
+    pub(crate) fn of_scalars(column: &str, array: &ArrayRef) -> Result<Self> {
+        if array.data_type().is_nested() {
+            return Err(Error::ColumnType {
+                column: column.to_owned(),
+                expected: "a number a row",
+                got: array.data_type().to_string(),
+                hint: "",
+            });
+        }
+        Self::of(column, array)
+    }
+
     /// The rows that have all their values.
     pub(crate) fn complete(&self) -> impl Iterator<Item = &[f64]> {
         let rows = self.values.len() / self.width.max(1);

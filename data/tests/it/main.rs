@@ -2,6 +2,7 @@
 
 mod dataset;
 mod preprocess;
+mod sklearn;
 mod sources;
 mod stream;
 
