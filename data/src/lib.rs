@@ -29,8 +29,11 @@
 mod batch_fn;
 mod dataset;
 mod error;
+pub mod inspect;
 mod plan;
 mod preprocess;
+mod query;
+pub mod rows;
 mod runtime;
 mod scan;
 mod source;
@@ -48,6 +51,7 @@ pub use preprocess::{
     OrdinalEncoder, Power, PowerTransformer, Preprocessor, RobustScaler, SimpleImputer,
     StandardScaler, Step, Strategy, TfidfVectorizer, Tokenizer, Transform, Unknown, Value,
 };
+pub use query::query;
 pub use source::csv::CsvOptions;
 pub use stream::{StreamOptions, TensorSource};
 /// For writing a [`Transform`] of your own as JSON.

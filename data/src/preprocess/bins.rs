@@ -28,7 +28,7 @@ pub enum Strategy {
 ///
 /// Bins of quantiles that would be narrower than 1e-8 are joined, so that there may be fewer; a
 /// constant has one bin. The quantiles are exact (NumPy's `averaged_inverted_cdf`): fitting keeps
-/// the columns in memory, 8 bytes a value.
+/// the columns in memory, 8 bytes a value, for a moment twice that.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct KBinsDiscretizer {
     columns: Vec<String>,
@@ -89,16 +89,14 @@ impl Estimator for KBinsDiscretizer {
             return Err(Error::InvalidOption { option, expected: "2 or more".to_owned(), got });
         }
         let samples = self.columns.iter().zip(Sample::of(dataset, &self.columns)?);
-        let bins = samples.map(|(column, Sample(mut elements))| {
-            let expected = 1;
-            match (elements.pop(), elements.len()) {
-                (Some(values), 0) => {
-                    Ok(Bins { column: column.clone(), bounds: self.bounds(values) })
-                }
-                (_, more) => Err(Error::Width { column: column.clone(), expected, got: more + 1 }),
-            }
+        let bins = samples.map(|(column, Sample(elements))| Bins {
+            column: column.clone(),
+            bounds: elements.into_iter().next().map_or_else(Vec::new, |x| self.bounds(x)),
         });
-        Ok(Preprocessor::new(bins.collect::<Result<Vec<_>>>()?))
+        let bins = Preprocessor::new(bins.collect::<Vec<_>>());
+        // Of no rows: whether the columns are numbers, and not lists of them.
+        dataset.preprocess(&bins)?;
+        Ok(bins)
     }
 }
 

@@ -85,10 +85,10 @@ impl Values {
         })
     }
 
-    pub(super) fn iter(&self) -> Box<dyn Iterator<Item = Option<Key<'_>>> + '_> {
+    pub(super) fn get(&self, place: usize) -> Option<Key<'_>> {
         match self {
-            Self::Int(values) => Box::new(values.iter().map(|v| v.map(Key::Int))),
-            Self::Text(values) => Box::new(values.iter().map(|v| v.map(Key::Text))),
+            Self::Int(values) => values.is_valid(place).then(|| Key::Int(values.value(place))),
+            Self::Text(values) => values.is_valid(place).then(|| Key::Text(values.value(place))),
         }
     }
 }
@@ -109,15 +109,22 @@ impl Counts {
     }
 }
 
-impl Statistic for Counts {
-    fn add(&mut self, column: &str, array: &ArrayRef) -> Result<()> {
-        let (values, mut here) = (Values::of(column, array)?, HashMap::<_, u64>::new());
-        for key in values.iter().flatten() {
+impl Counts {
+    /// Counts the values at the places given.
+    pub(super) fn add_at(&mut self, values: &Values, places: impl Iterator<Item = usize>) {
+        let mut here = HashMap::<_, u64>::new();
+        for key in places.filter_map(|place| values.get(place)) {
             *here.entry(key).or_default() += 1;
         }
         for (key, count) in here {
             *self.0.entry(key.into()).or_default() += count;
         }
+    }
+}
+
+impl Statistic for Counts {
+    fn add(&mut self, column: &str, array: &ArrayRef) -> Result<()> {
+        self.add_at(&Values::of(column, array)?, 0..array.len());
         Ok(())
     }
 
@@ -155,19 +162,19 @@ impl Codes {
         self.categories.iter().map(|category| category.key().to_string()).collect()
     }
 
-    /// Calls `found(place, code)` for every value; no code if it is unknown or missing, and that
-    /// is allowed.
+    /// Calls `found(row, code)` for every row; no code if its value is unknown or missing, and
+    /// that is allowed.
     pub(super) fn encode(
         &self,
-        values: &ArrayRef,
+        array: &ArrayRef,
         mut found: impl FnMut(usize, Option<usize>),
     ) -> Result<()> {
-        self.refuse_missing(values.null_count())?;
-        for (place, key) in Values::of(&self.column, values)?.iter().enumerate() {
-            let code = key.map(|key| self.code(key)).transpose()?;
-            found(place, code.flatten());
-        }
-        Ok(())
+        self.refuse_missing(array.null_count())?;
+        let values = Values::of(&self.column, array)?;
+        (0..array.len()).try_for_each(|row| {
+            found(row, self.code(values.get(row))?);
+            Ok(())
+        })
     }
 
     pub(super) fn refuse_missing(&self, rows: usize) -> Result<()> {
@@ -178,7 +185,11 @@ impl Codes {
         Err(Error::Nulls { column, rows, place })
     }
 
-    fn code(&self, key: Key<'_>) -> Result<Option<usize>> {
+    /// The number of a value, if it has one, or may have none.
+    pub(super) fn code(&self, value: Option<Key<'_>>) -> Result<Option<usize>> {
+        let Some(key) = value else {
+            return self.refuse_missing(1).map(|()| None);
+        };
         match (self.categories.binary_search_by(|c| c.key().cmp(&key)), self.unknown) {
             (Ok(code), _) => Ok(Some(code)),
             (Err(_), Unknown::Ignore) => Ok(None),

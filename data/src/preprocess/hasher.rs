@@ -107,8 +107,8 @@ impl Sums {
             return Ok(());
         }
         let mut feature = format!("{column}=");
-        for (row, text) in Values::of(column, array)?.iter().enumerate() {
-            let Some(text) = text else { continue };
+        let values = Values::of(column, array)?;
+        for (row, text) in (0..array.len()).filter_map(|row| Some((row, values.get(row)?))) {
             feature.truncate(column.len() + 1);
             // Writing into a string does not fail.
             let _ = write!(feature, "{text}");

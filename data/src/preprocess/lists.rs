@@ -4,6 +4,7 @@ use crate::error::{Error, Result};
 use arrow::array::{Array, ArrayRef, AsArray, ListArray};
 use arrow::compute::cast;
 use arrow::datatypes::{DataType, Field};
+use std::ops::Range;
 use std::sync::Arc;
 
 /// The type of a list's items, or nothing if it is no list.
@@ -30,11 +31,19 @@ pub(super) fn of(column: &str, array: &ArrayRef, to: Option<DataType>) -> Result
     Ok(cast(array, &DataType::List(Arc::new(item)))?.as_list::<i32>().clone())
 }
 
-/// The items of each row; none where the list is missing.
-pub(super) fn rows(lists: &ListArray) -> impl Iterator<Item = std::ops::Range<usize>> + '_ {
-    let row = |row: usize| {
-        let [start, end] = [row, row + 1].map(|i| lists.value_offsets()[i] as usize);
+/// The items of all rows, one after another.
+pub(super) fn items(lists: &ListArray) -> ArrayRef {
+    let offsets = lists.value_offsets();
+    let (start, end) = (offsets[0] as usize, offsets[lists.len()] as usize);
+    lists.values().slice(start, end - start)
+}
+
+/// The places of each row's items among all items; none where the list is missing.
+pub(super) fn rows(lists: &ListArray) -> impl Iterator<Item = Range<usize>> + '_ {
+    let offsets = lists.value_offsets();
+    let row = move |row: usize| {
+        let [start, end] = [row, row + 1].map(|i| (offsets[i] - offsets[0]) as usize);
         start..if lists.nulls().is_none_or(|nulls| nulls.is_valid(row)) { end } else { start }
     };
-    (0..lists.value_offsets().len() - 1).map(row)
+    (0..lists.len()).map(row)
 }

@@ -1,6 +1,6 @@
 //! Sets of categories as numbers.
 
-use super::categories::{Codes, Counts, Unknown};
+use super::categories::{Codes, Counts, Unknown, Values};
 use super::columns::{PerColumn, each, others};
 use super::estimator::{names, of_columns};
 use super::lists;
@@ -54,9 +54,8 @@ struct ItemCounts(Counts);
 impl Statistic for ItemCounts {
     fn add(&mut self, column: &str, array: &ArrayRef) -> Result<()> {
         let lists = lists::of(column, array, None)?;
-        for row in lists::rows(&lists) {
-            self.0.add(column, &lists.values().slice(row.start, row.len()))?;
-        }
+        let items = Values::of(column, &lists::items(&lists))?;
+        self.0.add_at(&items, lists::rows(&lists).flatten());
         Ok(())
     }
 
@@ -93,13 +92,13 @@ impl PerColumn for MultiHot {
         let (lists, width) = (lists::of(self.column(), array, None)?, self.0.len());
         self.0.refuse_missing(lists.null_count())?;
         let mut values = vec![0.0; array.len() * width];
-        for (row, items) in lists::rows(&lists).enumerate() {
-            let items = lists.values().slice(items.start, items.len());
-            self.0.encode(&items, |_, code| {
-                if let Some(code) = code {
+        let items = Values::of(self.column(), &lists::items(&lists))?;
+        for (row, places) in lists::rows(&lists).enumerate() {
+            for place in places {
+                if let Some(code) = self.0.code(items.get(place))? {
                     values[row * width + code] = 1.0;
                 }
-            })?;
+            }
         }
         Ok(Arc::new(list(Float32Array::from(values), width, None)?))
     }

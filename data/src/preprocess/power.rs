@@ -28,7 +28,7 @@ pub enum Power {
 /// scales to mean 0 and standard deviation 1. `FixedSizeList` columns element by element. A
 /// constant is only centred. Gives `Float32`; missing values stay missing.
 ///
-/// Fitting keeps the columns in memory, 8 bytes a value.
+/// Fitting keeps the columns in memory, 8 bytes a value, for a moment twice that.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct PowerTransformer {
     columns: Vec<String>,

@@ -11,7 +11,8 @@ use serde::{Deserialize, Serialize};
 /// Takes the median away and divides by the range between two quantiles, 25 % and 75 % by default:
 /// outliers do not count. Otherwise as [`StandardScaler`](crate::StandardScaler).
 ///
-/// The quantiles are exact: fitting keeps the columns in memory, 8 bytes a value.
+/// The quantiles are exact: fitting keeps the columns in memory, 8 bytes a value, for a
+/// moment twice that.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct RobustScaler {
     columns: Vec<String>,

@@ -1,4 +1,5 @@
-//! All values of a column, for what no small statistic tells: 8 bytes a value while it is fitted.
+//! All values of a column, for what no small statistic tells: 8 bytes a value while it is fitted,
+//! and twice that while blocks are put together.
 
 use super::affine::must_have_values;
 use super::numbers::Numbers;

@@ -95,10 +95,11 @@ pub(super) fn tokens(
 ) -> Result<()> {
     if lists::item(array.data_type()).is_some_and(is_text) {
         let lists = lists::of(column, array, Some(DataType::Utf8))?;
-        let words = lists.values().as_string::<i32>();
+        let items = lists::items(&lists);
+        let words = items.as_string::<i32>();
         must_be_there(column, lists.null_count() + words.null_count())?;
-        for (row, items) in lists::rows(&lists).enumerate() {
-            items.for_each(|i| found(row, words.value(i)));
+        for (row, places) in lists::rows(&lists).enumerate() {
+            places.for_each(|place| found(row, words.value(place)));
         }
         return Ok(());
     }

@@ -10,7 +10,8 @@ use mobula_data::{
     Chain, Concatenator, CountVectorizer, CsvOptions, Dataset, Error, FeatureHasher,
     KBinsDiscretizer, LabelEncoder, MaxAbsScaler, MinMaxScaler, MultiHotEncoder, Normalizer,
     OneHotEncoder, OrdinalEncoder, Power, PowerTransformer, Preprocessor, RobustScaler,
-    SimpleImputer, StandardScaler, Step, StreamOptions, TfidfVectorizer, Tokenizer, Unknown,
+    SimpleImputer, StandardScaler, Step, Strategy, StreamOptions, TfidfVectorizer, Tokenizer,
+    Unknown,
 };
 use std::sync::Arc;
 
@@ -307,6 +308,9 @@ fn what_cannot_be_fitted_or_applied_is_said() {
     assert!(fit(PowerTransformer::of(["name"])).contains("is Utf8, expected a number"));
     let wrong = RobustScaler::new(["x"]).with_quantile_range(75.0, 25.0);
     assert!(fit(wrong.into()).contains("quantile_range is 75 to 25, expected two percentages"));
+    let pairs = dataset([("pair", lists(2, vec![1, 2]))]);
+    let wrong = message(KBinsDiscretizer::fit(&pairs, ["pair"]));
+    assert!(wrong.contains("expected a number a row"), "{wrong}");
     let wrong = KBinsDiscretizer::new(["x"]).with_bins(1);
     assert!(fit(wrong.into()).contains("bins is 1, expected 2 or more"));
     assert!(fit(FeatureHasher::of(["x"], 0, "h")).contains("num_features is 0, expected 1 to"));
