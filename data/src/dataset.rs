@@ -79,19 +79,6 @@ impl Dataset {
         Self::from_source(Source::Idx { images, labels })
     }
 
-    /// A file or a pattern whose ending says what it is: `.parquet` or `.csv`.
-    pub fn read(pattern: impl AsRef<str>) -> Result<Self> {
-        let pattern = pattern.as_ref();
-        let ending = Path::new(pattern).extension().and_then(|ending| ending.to_str());
-        match ending.map(str::to_lowercase).as_deref() {
-            Some("parquet") => Self::read_parquet(pattern),
-            Some("csv") => Self::read_csv(pattern, CsvOptions::default()),
-            _ => {
-                Err(Error::UnknownFormat { path: pattern.into(), known: vec![".parquet", ".csv"] })
-            }
-        }
-    }
-
     /// Record batches of one schema. They travel with the description: for small data.
     pub fn from_batches(batches: impl IntoIterator<Item = RecordBatch>) -> Result<Self> {
         let table = MemoryTable::new(batches.into_iter().collect())?;

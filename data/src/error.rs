@@ -111,7 +111,7 @@ pub enum Error {
         known: Vec<String>,
     },
     /// A file whose name does not say what it is.
-    #[error("cannot tell what {} is by its name; known endings: {}", path.display(), known.join(", "))]
+    #[error("cannot tell what {} is by its name; known endings: .{}", path.display(), known.join(", ."))]
     UnknownFormat {
         /// The file.
         path: PathBuf,

@@ -29,6 +29,7 @@
 mod batch_fn;
 mod dataset;
 mod error;
+mod formats;
 pub mod inspect;
 mod plan;
 mod preprocess;
