@@ -128,16 +128,6 @@ pub enum Error {
         /// The function.
         function: String,
     },
-    /// A value that was not there when the encoder was fitted.
-    #[error("column {column:?} has the value {value}, which was not there when the encoder was fitted; known: {}", known.join(", "))]
-    UnknownCategory {
-        /// The column.
-        column: String,
-        /// The value.
-        value: String,
-        /// The categories that were fitted.
-        known: Vec<String>,
-    },
     /// A number that a preprocessor cannot take.
     #[error("column {column:?} has the value {value}, expected {expected}")]
     OutOfRange {
@@ -147,6 +137,16 @@ pub enum Error {
         value: f64,
         /// What it takes, and the way out.
         expected: &'static str,
+    },
+    /// A value that was not there when the encoder was fitted.
+    #[error("column {column:?} has the value {value}, which was not there when the encoder was fitted; known: {}", known.join(", "))]
+    UnknownCategory {
+        /// The column.
+        column: String,
+        /// The value.
+        value: String,
+        /// The categories that were fitted.
+        known: Vec<String>,
     },
     /// A class label that cannot be one.
     #[error(
