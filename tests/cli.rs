@@ -1,6 +1,8 @@
 //! The `mobula` command as a user meets it: the real binary, its output, its exit codes.
 #![cfg(all(feature = "data", feature = "serve", feature = "train", feature = "tune"))]
 
+#[path = "cli/data.rs"]
+mod data;
 #[path = "cli/doctor.rs"]
 mod doctor;
 #[path = "cli/new.rs"]

@@ -99,6 +99,25 @@ pub enum Error {
         /// What the planner said.
         source: BoxError,
     },
+    /// A table of a query that is neither a name it was given nor a file.
+    #[error(
+        "there is no table {table:?}; known: {}; write a file as 'path.parquet', or give it a name: {table}=path.parquet",
+        if known.is_empty() { "none".to_owned() } else { known.join(", ") }
+    )]
+    NoSuchTable {
+        /// The name in the query.
+        table: String,
+        /// The names that there are.
+        known: Vec<String>,
+    },
+    /// A file whose name does not say what it is.
+    #[error("cannot tell what {} is by its name; known endings: .{}", path.display(), known.join(", ."))]
+    UnknownFormat {
+        /// The file.
+        path: PathBuf,
+        /// The endings that are known.
+        known: Vec<&'static str>,
+    },
     /// A function whose value differs from one evaluation to the next.
     #[error(
         "{sql:?} calls {function}(), which gives every worker another answer; use a seeded operation instead"
@@ -108,6 +127,16 @@ pub enum Error {
         sql: String,
         /// The function.
         function: String,
+    },
+    /// A number that a preprocessor cannot take.
+    #[error("column {column:?} has the value {value}, expected {expected}")]
+    OutOfRange {
+        /// The column.
+        column: String,
+        /// The first such value.
+        value: f64,
+        /// What it takes, and the way out.
+        expected: &'static str,
     },
     /// A value that was not there when the encoder was fitted.
     #[error("column {column:?} has the value {value}, which was not there when the encoder was fitted; known: {}", known.join(", "))]

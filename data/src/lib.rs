@@ -29,9 +29,13 @@
 mod batch_fn;
 mod dataset;
 mod error;
+mod formats;
+pub mod inspect;
 mod plan;
 mod preprocess;
+mod query;
 mod read;
+pub mod rows;
 mod runtime;
 mod scan;
 mod sink;
@@ -45,9 +49,12 @@ pub use error::{Error, Result};
 /// For registering a [`BatchFn`].
 pub use inventory;
 pub use preprocess::{
-    Chain, Concatenator, Fill, LabelEncoder, MinMaxScaler, OneHotEncoder, OrdinalEncoder,
-    Preprocessor, SimpleImputer, StandardScaler, Step, Unknown, Value,
+    Chain, Concatenator, CountVectorizer, Estimator, FeatureHasher, Fill, KBinsDiscretizer,
+    LabelEncoder, MaxAbsScaler, MinMaxScaler, MultiHotEncoder, Norm, Normalizer, OneHotEncoder,
+    OrdinalEncoder, Power, PowerTransformer, Preprocessor, RobustScaler, SimpleImputer,
+    StandardScaler, Step, Strategy, TfidfVectorizer, Tokenizer, Transform, Unknown, Value,
 };
+pub use query::query;
 pub use sink::{
     CsvSink, IpcSink, JsonSink, ParquetCompression, ParquetSink, Sink, SinkFile, WriteOptions,
     Written, WrittenFile,
@@ -55,5 +62,5 @@ pub use sink::{
 pub use source::csv::CsvOptions;
 pub use source::{BatchIter, Blocks, Source};
 pub use stream::{StreamOptions, TensorSource, TensorSpec};
-/// For registering a [`Source`].
+/// For registering a [`Source`], or writing a [`Transform`] of your own as JSON.
 pub use typetag;

@@ -35,7 +35,7 @@ pub(crate) fn session() -> &'static SessionContext {
     &SESSION
 }
 
-fn new_session() -> SessionContext {
+pub(crate) fn new_session() -> SessionContext {
     let off = false;
     let config = SessionConfig::new()
         // One partition of a query's result is one order of its rows.
@@ -202,11 +202,16 @@ pub(crate) fn run_query(input: &Dataset, query: &str) -> Result<MemoryBlocks> {
 async fn query_frame(table: SourceTable, query: &str) -> Result<DataFrame> {
     let session = new_session();
     session.register_table(TABLE, Arc::new(table)).map_err(Error::engine("plan"))?;
-    let read_only =
-        SQLOptions::new().with_allow_ddl(false).with_allow_dml(false).with_allow_statements(false);
-    let frame = session.sql_with_options(query, read_only).await.map_err(Error::sql(query))?;
+    let frame = read_only(&session, query).await?;
     plan_must_be_deterministic(frame.logical_plan(), query)?;
     Ok(frame)
+}
+
+/// A query that changes nothing.
+pub(crate) async fn read_only(session: &SessionContext, query: &str) -> Result<DataFrame> {
+    let options =
+        SQLOptions::new().with_allow_ddl(false).with_allow_dml(false).with_allow_statements(false);
+    session.sql_with_options(query, options).await.map_err(Error::sql(query))
 }
 
 fn plan_must_be_deterministic(plan: &LogicalPlan, sql: &str) -> Result<()> {

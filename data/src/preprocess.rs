@@ -1,28 +1,55 @@
 //! Preprocessors: fitted once, on the training rows, and applied the same in training and serving.
+//!
+//! Each is one file: an [`Estimator`], which is fitted, and a [`Transform`], which that makes.
 
 mod affine;
+mod bins;
+mod categories;
+mod chain;
+mod columns;
 mod concat;
 mod encode;
+mod estimator;
+mod hasher;
 mod impute;
+mod lists;
+mod max_abs;
+mod minimize;
+mod multi_hot;
+mod normalize;
 pub(crate) mod numbers;
+mod power;
+mod robust;
+mod sample;
 mod statistic;
 mod tensors;
+mod vectorize;
+mod vocabulary;
+mod words;
 
-pub use encode::{LabelEncoder, OneHotEncoder, OrdinalEncoder, Unknown};
+pub use affine::{MinMaxScaler, StandardScaler};
+pub use bins::{KBinsDiscretizer, Strategy};
+pub use categories::Unknown;
+pub use chain::Chain;
+pub use concat::Concatenator;
+pub use encode::{LabelEncoder, OneHotEncoder, OrdinalEncoder};
+pub use estimator::{Estimator, Step};
+pub use hasher::FeatureHasher;
 pub use impute::{Fill, SimpleImputer, Value};
+pub use max_abs::MaxAbsScaler;
+pub use multi_hot::MultiHotEncoder;
+pub use normalize::{Norm, Normalizer};
+pub use power::{Power, PowerTransformer};
+pub use robust::RobustScaler;
+pub use vectorize::{CountVectorizer, TfidfVectorizer};
+pub use words::Tokenizer;
 
-use crate::Dataset;
 use crate::error::{Error, Result};
-use affine::Affine;
-use arrow::array::ArrayRef;
-use arrow::datatypes::{Field, FieldRef, Schema};
 use arrow::record_batch::RecordBatch;
-use concat::Concatenation;
-use encode::{OneHot, Ordinal};
-use impute::Imputation;
 use mobula_core::checkpoint::write_atomically;
 use mobula_core::error::AtPath;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use std::fmt::Debug;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -39,67 +66,90 @@ use std::sync::Arc;
 /// # assert_eq!(scaled.column(0).to_data().buffers()[0].typed_data::<f32>(), [-1.0, 1.0]);
 /// # Ok::<(), mobula_data::Error>(())
 /// ```
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(transparent)]
-pub struct Preprocessor(Fitted);
+#[derive(Clone, Debug)]
+pub struct Preprocessor(Arc<dyn Transform>);
 
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-enum Fitted {
-    Affine(Vec<Affine>),
-    SimpleImputer(Vec<Imputation>),
-    OneHotEncoder(Vec<OneHot>),
-    OrdinalEncoder(Vec<Ordinal>),
-    Concatenator(Concatenation),
-    Chain(Vec<Preprocessor>),
+/// What a fitted preprocessor does to a batch, for preprocessors of your own.
+///
+/// It must do the same to a row whatever batch the row is in, and is also given empty batches, to
+/// learn what columns it makes. [`typetag`](crate::typetag) writes it as JSON under its name, which
+/// must be its own, and every program that reads that JSON must contain it.
+///
+/// ```
+/// use arrow::array::{ArrayRef, AsArray, Float64Array};
+/// use arrow::datatypes::Float64Type;
+/// use arrow::record_batch::RecordBatch;
+/// use mobula_data::{Preprocessor, Result, Transform, typetag};
+/// use serde::{Deserialize, Serialize};
+/// use std::sync::Arc;
+///
+/// /// Replaces a column of 64-bit floats by its logarithm.
+/// #[derive(Debug, Serialize, Deserialize)]
+/// struct Logarithm(String);
+///
+/// #[typetag::serde]
+/// impl Transform for Logarithm {
+///     fn transform(&self, batch: &RecordBatch) -> Result<RecordBatch> {
+///         let index = batch.schema().index_of(&self.0)?;
+///         let mut columns = batch.columns().to_vec();
+///         let numbers = columns[index].as_primitive::<Float64Type>();
+///         columns[index] = Arc::new(numbers.unary::<_, Float64Type>(f64::ln));
+///         Ok(RecordBatch::try_new(batch.schema(), columns)?)
+///     }
+///
+///     fn without(&self, column: &str) -> Preprocessor {
+///         if *column == self.0 { Preprocessor::identity() } else { Preprocessor::new(Self(self.0.clone())) }
+///     }
+/// }
+///
+/// let fitted = Preprocessor::new(Logarithm("price".into()));
+/// let price: ArrayRef = Arc::new(Float64Array::from(vec![1.0]));
+/// let batch = RecordBatch::try_from_iter([("price", price)])?;
+/// let again: Preprocessor = serde_json::from_str(&serde_json::to_string(&fitted).unwrap()).unwrap();
+/// assert_eq!(again.transform(&batch)?.column(0).as_primitive::<Float64Type>().value(0), 0.0);
+/// # Ok::<(), mobula_data::Error>(())
+/// ```
+#[typetag::serde]
+pub trait Transform: Debug + Send + Sync {
+    /// Applies it to a batch. Columns that it does not name should pass unchanged.
+    fn transform(&self, batch: &RecordBatch) -> Result<RecordBatch>;
+
+    /// The same without what works on `column`.
+    fn without(&self, column: &str) -> Preprocessor;
+
+    /// The categories or terms that `column` was encoded by, in the order of their codes, if it was.
+    fn classes(&self, column: &str) -> Option<Vec<String>> {
+        let _ = column;
+        None
+    }
 }
 
 impl Preprocessor {
+    /// One of your own.
+    pub fn new(transform: impl Transform + 'static) -> Self {
+        Self(Arc::new(transform))
+    }
+
+    /// One that changes nothing.
+    pub fn identity() -> Self {
+        Self::new(Vec::<Self>::new())
+    }
+
     /// Applies it to a batch. Columns that it does not name pass unchanged.
     pub fn transform(&self, batch: &RecordBatch) -> Result<RecordBatch> {
-        match &self.0 {
-            Fitted::Affine(columns) => each(batch, columns),
-            Fitted::SimpleImputer(columns) => each(batch, columns),
-            Fitted::OneHotEncoder(columns) => each(batch, columns),
-            Fitted::OrdinalEncoder(columns) => each(batch, columns),
-            Fitted::Concatenator(concatenation) => concatenation.apply(batch),
-            Fitted::Chain(steps) => {
-                steps.iter().try_fold(batch.clone(), |batch, step| step.transform(&batch))
-            }
-        }
+        self.0.transform(batch)
     }
 
     /// The same without the steps that work on `column`: for serving, where requests have no
     /// label to encode.
     pub fn without(&self, column: &str) -> Self {
-        Self(match &self.0 {
-            Fitted::Affine(columns) => Fitted::Affine(other_columns(columns, column)),
-            Fitted::SimpleImputer(columns) => Fitted::SimpleImputer(other_columns(columns, column)),
-            Fitted::OneHotEncoder(columns) => Fitted::OneHotEncoder(other_columns(columns, column)),
-            Fitted::OrdinalEncoder(columns) => {
-                Fitted::OrdinalEncoder(other_columns(columns, column))
-            }
-            Fitted::Concatenator(concatenation) => {
-                Fitted::Concatenator(concatenation.without(column))
-            }
-            Fitted::Chain(steps) => {
-                Fitted::Chain(steps.iter().map(|s| s.without(column)).collect())
-            }
-        })
+        self.0.without(column)
     }
 
     /// The categories of an encoded column, in the order of their codes: `classes("label")?[3]`
     /// is what class 3 was called.
     pub fn classes(&self, column: &str) -> Option<Vec<String>> {
-        match &self.0 {
-            Fitted::OneHotEncoder(columns) => {
-                columns.iter().find(|c| c.column() == column).map(|c| c.0.names())
-            }
-            Fitted::OrdinalEncoder(columns) => {
-                columns.iter().find(|c| c.column() == column).map(|c| c.0.names())
-            }
-            Fitted::Chain(steps) => steps.iter().find_map(|step| step.classes(column)),
-            _ => None,
-        }
+        self.0.classes(column)
     }
 
     /// Writes it as JSON, by convention to `preprocessor.json`; a reader never sees half of it.
@@ -120,171 +170,22 @@ impl Preprocessor {
     }
 }
 
-/// A preprocessor before it is fitted: a step of a [`Chain`].
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[non_exhaustive]
-pub enum Step {
-    /// See [`StandardScaler`].
-    StandardScaler(Vec<String>),
-    /// See [`MinMaxScaler`].
-    MinMaxScaler(Vec<String>),
-    /// See [`SimpleImputer`].
-    SimpleImputer(Vec<String>, Fill),
-    /// See [`OneHotEncoder`].
-    OneHotEncoder(Vec<String>, Unknown),
-    /// See [`OrdinalEncoder`].
-    OrdinalEncoder(Vec<String>, Unknown),
-    /// See [`Concatenator`].
-    Concatenator(Vec<String>, String),
-}
-
-impl Step {
-    /// Fits it on the rows of a dataset: give it the training side of a split.
-    pub fn fit(&self, dataset: &Dataset) -> Result<Preprocessor> {
-        let fitted = match self {
-            Self::StandardScaler(columns) => Fitted::Affine(affine::standard(dataset, columns)?),
-            Self::MinMaxScaler(columns) => Fitted::Affine(affine::min_max(dataset, columns)?),
-            Self::SimpleImputer(columns, fill) => {
-                Fitted::SimpleImputer(impute::fit(dataset, columns, fill)?)
-            }
-            Self::OneHotEncoder(columns, unknown) => {
-                Fitted::OneHotEncoder(encode::one_hot(dataset, columns, *unknown)?)
-            }
-            Self::OrdinalEncoder(columns, unknown) => {
-                Fitted::OrdinalEncoder(encode::ordinal(dataset, columns, *unknown)?)
-            }
-            Self::Concatenator(columns, output) => {
-                Fitted::Concatenator(Concatenation::fit(dataset, columns, output)?)
-            }
-        };
-        Ok(Preprocessor(fitted))
+/// Two are the same if they are written the same.
+impl PartialEq for Preprocessor {
+    fn eq(&self, other: &Self) -> bool {
+        let written = |one: &Self| serde_json::to_vec(one).ok();
+        written(self).is_some_and(|text| Some(text) == written(other))
     }
 }
 
-/// Scales to mean 0 and standard deviation 1 (of the population): numeric columns as a whole,
-/// `FixedSizeList` columns element by element. A constant is only centred. Gives `Float32`;
-/// missing values stay missing.
-#[derive(Debug)]
-pub struct StandardScaler;
-
-impl StandardScaler {
-    /// The step, not fitted.
-    pub fn of<S: Into<String>>(columns: impl IntoIterator<Item = S>) -> Step {
-        Step::StandardScaler(names(columns))
-    }
-
-    /// Fits it on the rows of a dataset: give it the training side of a split.
-    pub fn fit<S: Into<String>>(
-        dataset: &Dataset,
-        columns: impl IntoIterator<Item = S>,
-    ) -> Result<Preprocessor> {
-        Self::of(columns).fit(dataset)
+impl Serialize for Preprocessor {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        self.0.serialize(serializer)
     }
 }
 
-/// Scales to the range 0 to 1, by the minimum and the maximum; otherwise as [`StandardScaler`].
-#[derive(Debug)]
-pub struct MinMaxScaler;
-
-impl MinMaxScaler {
-    /// The step, not fitted.
-    pub fn of<S: Into<String>>(columns: impl IntoIterator<Item = S>) -> Step {
-        Step::MinMaxScaler(names(columns))
+impl<'de> Deserialize<'de> for Preprocessor {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        Ok(Self(Box::<dyn Transform>::deserialize(deserializer)?.into()))
     }
-
-    /// Fits it on the rows of a dataset: give it the training side of a split.
-    pub fn fit<S: Into<String>>(
-        dataset: &Dataset,
-        columns: impl IntoIterator<Item = S>,
-    ) -> Result<Preprocessor> {
-        Self::of(columns).fit(dataset)
-    }
-}
-
-/// Joins numeric columns and lists into one `FixedSizeList<Float32>`, the feature vector. The
-/// columns go, the new one comes last.
-#[derive(Debug)]
-pub struct Concatenator;
-
-impl Concatenator {
-    /// The step, which makes `output`.
-    pub fn of<S: Into<String>>(
-        columns: impl IntoIterator<Item = S>,
-        output: impl Into<String>,
-    ) -> Step {
-        Step::Concatenator(names(columns), output.into())
-    }
-}
-
-/// Several steps, one after another.
-///
-/// ```
-/// # use mobula_data::*;
-/// # use arrow::array::{ArrayRef, Float64Array, RecordBatch, StringArray};
-/// # use std::sync::Arc;
-/// # let mass: ArrayRef = Arc::new(Float64Array::from(vec![Some(1.0), None, Some(3.0)]));
-/// # let sex: ArrayRef = Arc::new(StringArray::from(vec!["f", "m", "f"]));
-/// # let train = Dataset::from_batches([RecordBatch::try_from_iter([("mass", mass), ("sex", sex)])?])?;
-/// let chain = Chain::fit(
-///     [
-///         SimpleImputer::mean(["mass"]),
-///         StandardScaler::of(["mass"]),
-///         OneHotEncoder::of(["sex"]),
-///         Concatenator::of(["mass", "sex"], "features"),
-///     ],
-///     &train,
-/// )?;
-/// # assert_eq!(train.preprocess(&chain)?.schema()?.field(0).name(), "features");
-/// # Ok::<(), mobula_data::Error>(())
-/// ```
-#[derive(Debug)]
-pub struct Chain;
-
-impl Chain {
-    /// Fits each step on what the steps before it make of the rows.
-    pub fn fit(steps: impl IntoIterator<Item = Step>, dataset: &Dataset) -> Result<Preprocessor> {
-        let (mut dataset, mut fitted) = (dataset.clone(), Vec::new());
-        for step in steps {
-            let preprocessor = step.fit(&dataset)?;
-            dataset = dataset.preprocess(&preprocessor)?;
-            fitted.push(preprocessor);
-        }
-        Ok(Preprocessor(Fitted::Chain(fitted)))
-    }
-}
-
-/// A fitted preprocessor that changes one column in place.
-trait PerColumn: Clone {
-    fn column(&self) -> &str;
-    fn apply(&self, array: &ArrayRef) -> Result<ArrayRef>;
-}
-
-fn each<P: PerColumn>(batch: &RecordBatch, columns: &[P]) -> Result<RecordBatch> {
-    columns.iter().try_fold(batch.clone(), |batch, fitted| {
-        let index = index_of(&batch.schema(), fitted.column())?;
-        let array = fitted.apply(batch.column(index))?;
-        replace(&batch, index, array)
-    })
-}
-
-fn replace(batch: &RecordBatch, index: usize, array: ArrayRef) -> Result<RecordBatch> {
-    let schema = batch.schema();
-    let (mut fields, mut columns): (Vec<FieldRef>, _) =
-        (schema.fields().to_vec(), batch.columns().to_vec());
-    let old = &fields[index];
-    fields[index] = Arc::new(Field::new(old.name(), array.data_type().clone(), old.is_nullable()));
-    columns[index] = array;
-    Ok(RecordBatch::try_new(Arc::new(Schema::new(fields)), columns)?)
-}
-
-fn other_columns<P: PerColumn>(columns: &[P], column: &str) -> Vec<P> {
-    columns.iter().filter(|c| c.column() != column).cloned().collect()
-}
-
-fn index_of(schema: &Schema, column: &str) -> Result<usize> {
-    schema.index_of(column).map_err(|_| Error::no_such_column(column, schema))
-}
-
-fn names<S: Into<String>>(columns: impl IntoIterator<Item = S>) -> Vec<String> {
-    columns.into_iter().map(Into::into).collect()
 }

@@ -28,6 +28,8 @@ pub(crate) enum SourceTable {
     Blocks { source: Arc<OpenSource>, splits: Arc<[Split]> },
     /// One partition: the blocks of a plan, one after another.
     InOrder(Compiled),
+    /// One partition: the blocks of a source, one after another, with the columns that are needed.
+    Sequence(Arc<OpenSource>),
 }
 
 impl SourceTable {
@@ -58,6 +60,9 @@ impl SourceTable {
             Self::InOrder(plan) => {
                 vec![Arc::new(ChainStream { plan: plan.clone(), projection, schema })]
             }
+            Self::Sequence(source) => {
+                vec![Arc::new(SequenceStream { source: source.clone(), projection, schema })]
+            }
         })
     }
 }
@@ -66,7 +71,7 @@ impl SourceTable {
 impl TableProvider for SourceTable {
     fn schema(&self) -> SchemaRef {
         match self {
-            Self::Blocks { source, .. } => source.schema().clone(),
+            Self::Blocks { source, .. } | Self::Sequence(source) => source.schema().clone(),
             Self::InOrder(plan) => plan.schema(),
         }
     }
@@ -128,6 +133,31 @@ impl PartitionStream for BlockStream {
             Ok(batches) => stream::iter(batches).map(|b| b.map_err(Into::into)).boxed(),
             Err(error) => stream::once(async { Err(error.into()) }).boxed(),
         };
+        Box::pin(RecordBatchStreamAdapter::new(self.schema.clone(), batches))
+    }
+}
+
+/// All blocks of a source, in order.
+#[derive(Debug)]
+struct SequenceStream {
+    source: Arc<OpenSource>,
+    projection: Arc<[usize]>,
+    schema: SchemaRef,
+}
+
+impl PartitionStream for SequenceStream {
+    fn schema(&self) -> &SchemaRef {
+        &self.schema
+    }
+
+    fn execute(&self, _context: Arc<TaskContext>) -> SendableRecordBatchStream {
+        let (source, projection) = (self.source.clone(), self.projection.clone());
+        let blocks = 0..source.blocks().len();
+        let batches = blocks.flat_map(move |block| match source.read(block, &projection) {
+            Ok(batches) => batches,
+            Err(error) => Box::new(std::iter::once(Err(error))) as _,
+        });
+        let batches = stream::iter(batches.map(|batch| batch.map_err(Into::into)));
         Box::pin(RecordBatchStreamAdapter::new(self.schema.clone(), batches))
     }
 }

@@ -1,6 +1,8 @@
 //! The subcommands, a file each.
 
 mod chaos;
+#[cfg(feature = "data")]
+mod data;
 mod doctor;
 mod duration;
 mod launch;
@@ -42,6 +44,10 @@ pub(crate) enum Driver {
     /// List runs, show one with its metrics, checkpoints and logs, or draw their curves
     #[command(subcommand)]
     Runs(runs::Command),
+    /// Look into files of data: what they have, and queries over them
+    #[cfg(feature = "data")]
+    #[command(subcommand)]
+    Data(data::Command),
     /// Search hyperparameters of any program
     #[cfg(feature = "tune")]
     #[command(subcommand)]
@@ -79,6 +85,8 @@ impl Driver {
         match self {
             Self::Doctor(options) => doctor::run(&options, runtime),
             Self::Runs(command) => runs::run(&command),
+            #[cfg(feature = "data")]
+            Self::Data(command) => data::run(&command),
             #[cfg(feature = "tune")]
             Self::Sweep(command) => sweep::run(&command, runtime),
             #[cfg(all(feature = "serve", feature = "train"))]

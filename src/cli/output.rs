@@ -25,6 +25,11 @@ pub(crate) fn table<const N: usize>(
     header: [&str; N],
     rows: impl IntoIterator<Item = [String; N]>,
 ) -> String {
+    lines(header.map(str::to_owned).to_vec(), rows.into_iter().map(Vec::from))
+}
+
+/// The same with any number of columns.
+pub(crate) fn lines(header: Vec<String>, rows: impl IntoIterator<Item = Vec<String>>) -> String {
     let mut table = Table::new();
     table.load_style(presets::NOTHING);
     table.set_header(header);

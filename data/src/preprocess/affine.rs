@@ -1,19 +1,75 @@
 //! Scalers: `(x - offset) / scale`, element by element.
 
-use super::PerColumn;
+use super::columns::{PerColumn, each, others};
+use super::estimator::{names, of_columns};
 use super::numbers::Numbers;
 use super::statistic::{Statistic, compute};
+use super::{Estimator, Preprocessor, Transform};
 use crate::Dataset;
 use crate::error::{Error, Result};
 use arrow::array::ArrayRef;
+use arrow::record_batch::RecordBatch;
 use serde::{Deserialize, Serialize};
+
+/// Scales to mean 0 and standard deviation 1 (of the population): numeric columns as a whole,
+/// `FixedSizeList` columns element by element. A constant is only centred. Gives `Float32`;
+/// missing values stay missing.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct StandardScaler(Vec<String>);
+
+of_columns!(StandardScaler);
+
+impl StandardScaler {
+    /// For these columns.
+    pub fn new<S: Into<String>>(columns: impl IntoIterator<Item = S>) -> Self {
+        Self(names(columns))
+    }
+}
+
+#[typetag::serde]
+impl Estimator for StandardScaler {
+    fn fit(&self, dataset: &Dataset) -> Result<Preprocessor> {
+        Ok(Preprocessor::new(standard(dataset, &self.0)?))
+    }
+}
+
+/// Scales to the range 0 to 1, by the minimum and the maximum; otherwise as [`StandardScaler`].
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct MinMaxScaler(Vec<String>);
+
+of_columns!(MinMaxScaler);
+
+impl MinMaxScaler {
+    /// For these columns.
+    pub fn new<S: Into<String>>(columns: impl IntoIterator<Item = S>) -> Self {
+        Self(names(columns))
+    }
+}
+
+#[typetag::serde]
+impl Estimator for MinMaxScaler {
+    fn fit(&self, dataset: &Dataset) -> Result<Preprocessor> {
+        Ok(Preprocessor::new(min_max(dataset, &self.0)?))
+    }
+}
 
 /// A fitted scaler of one column.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(super) struct Affine {
-    column: String,
-    offset: Vec<f64>,
-    scale: Vec<f64>,
+    pub(super) column: String,
+    pub(super) offset: Vec<f64>,
+    pub(super) scale: Vec<f64>,
+}
+
+#[typetag::serde(name = "Affine")]
+impl Transform for Vec<Affine> {
+    fn transform(&self, batch: &RecordBatch) -> Result<RecordBatch> {
+        each(batch, self)
+    }
+
+    fn without(&self, column: &str) -> Preprocessor {
+        others(self, column)
+    }
 }
 
 impl PerColumn for Affine {
@@ -22,16 +78,12 @@ impl PerColumn for Affine {
     }
 
     fn apply(&self, array: &ArrayRef) -> Result<ArrayRef> {
-        let numbers = Numbers::of(&self.column, array)?;
-        if numbers.width != self.offset.len() {
-            let (expected, got) = (self.offset.len(), numbers.width);
-            return Err(Error::Width { column: self.column.clone(), expected, got });
-        }
+        let numbers = Numbers::with_width(&self.column, array, self.offset.len())?;
         numbers.map(|i, x| (x - self.offset[i]) / self.scale[i])
     }
 }
 
-pub(super) fn standard(dataset: &Dataset, columns: &[String]) -> Result<Vec<Affine>> {
+fn standard(dataset: &Dataset, columns: &[String]) -> Result<Vec<Affine>> {
     let moments: Vec<Moments> = compute(dataset, columns)?;
     let fit = |(column, moments): (&String, Moments)| {
         must_have_values(column, moments.count, moments.mean.iter().chain(&moments.squares))?;
@@ -42,7 +94,7 @@ pub(super) fn standard(dataset: &Dataset, columns: &[String]) -> Result<Vec<Affi
     columns.iter().zip(moments).map(fit).collect()
 }
 
-pub(super) fn min_max(dataset: &Dataset, columns: &[String]) -> Result<Vec<Affine>> {
+fn min_max(dataset: &Dataset, columns: &[String]) -> Result<Vec<Affine>> {
     let ranges: Vec<Range> = compute(dataset, columns)?;
     let fit = |(column, range): (&String, Range)| {
         must_have_values(column, range.count, range.least.iter().chain(&range.most))?;
@@ -57,7 +109,7 @@ fn or_one(spread: f64) -> f64 {
     if spread > 0.0 { spread } else { 1.0 }
 }
 
-fn must_have_values<'a>(
+pub(super) fn must_have_values<'a>(
     column: &str,
     count: f64,
     mut values: impl Iterator<Item = &'a f64>,
@@ -71,7 +123,7 @@ fn must_have_values<'a>(
 }
 
 /// Count, mean and sum of squared deviations. Rows with a missing value do not count.
-#[derive(Default)]
+#[derive(Clone, Default)]
 pub(super) struct Moments {
     pub(super) count: f64,
     pub(super) mean: Vec<f64>,
@@ -119,7 +171,7 @@ impl Statistic for Moments {
     }
 }
 
-#[derive(Default)]
+#[derive(Clone, Default)]
 struct Range {
     count: f64,
     least: Vec<f64>,

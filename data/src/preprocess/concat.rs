@@ -1,14 +1,39 @@
 //! Joining columns into one feature vector.
 
-use super::index_of;
+use super::columns::{column_of, index_of, join};
+use super::estimator::names;
 use super::numbers::{Numbers, list, not_numeric, width};
+use super::{Estimator, Preprocessor, Step, Transform};
 use crate::Dataset;
 use crate::error::{Error, Result};
-use arrow::array::{Array, Float32Array};
-use arrow::datatypes::{Field, Schema};
+use arrow::array::Float32Array;
 use arrow::record_batch::RecordBatch;
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
+
+/// Joins numeric columns and lists into one `FixedSizeList<Float32>`, the feature vector. The
+/// columns go, the new one comes last.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Concatenator(Vec<String>, String);
+
+impl Concatenator {
+    /// The step, which makes `output`.
+    pub fn of<S: Into<String>>(
+        columns: impl IntoIterator<Item = S>,
+        output: impl Into<String>,
+    ) -> Step {
+        Self(names(columns), output.into()).into()
+    }
+}
+
+#[typetag::serde]
+impl Estimator for Concatenator {
+    fn fit(&self, dataset: &Dataset) -> Result<Preprocessor> {
+        let Self(columns, output) = self;
+        let (columns, output) = (with_widths(dataset, columns)?, output.clone());
+        Ok(Preprocessor::new(Concatenation { columns, output }))
+    }
+}
 
 /// Which columns, how wide each was when fitted, and what they become.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -17,29 +42,24 @@ pub(super) struct Concatenation {
     output: String,
 }
 
-impl Concatenation {
-    pub(super) fn fit(dataset: &Dataset, columns: &[String], output: &str) -> Result<Self> {
-        let schema = dataset.schema()?;
-        let with_width = |column: &String| {
-            let data_type = schema.field(index_of(&schema, column)?).data_type();
-            let width = width(data_type).ok_or_else(|| not_numeric(column, data_type))?;
-            Ok((column.clone(), width))
-        };
-        let columns = columns.iter().map(with_width).collect::<Result<_>>()?;
-        Ok(Self { columns, output: output.to_owned() })
-    }
+/// The columns and how wide they are.
+pub(super) fn with_widths(dataset: &Dataset, columns: &[String]) -> Result<Vec<(String, usize)>> {
+    let schema = dataset.schema()?;
+    let with_width = |column: &String| {
+        let data_type = schema.field(index_of(&schema, column)?).data_type();
+        let width = width(data_type).ok_or_else(|| not_numeric(column, data_type))?;
+        Ok((column.clone(), width))
+    };
+    columns.iter().map(with_width).collect()
+}
 
-    pub(super) fn without(&self, column: &str) -> Self {
-        let columns = self.columns.iter().filter(|(name, _)| name != column).cloned().collect();
-        Self { columns, output: self.output.clone() }
-    }
-
-    pub(super) fn apply(&self, batch: &RecordBatch) -> Result<RecordBatch> {
-        let schema = batch.schema();
+#[typetag::serde(name = "Concatenator")]
+impl Transform for Concatenation {
+    fn transform(&self, batch: &RecordBatch) -> Result<RecordBatch> {
         let parts = self
             .columns
             .iter()
-            .map(|(column, width)| part(batch, column, *width))
+            .map(|(column, width)| complete(batch, column, *width, "a batch to concatenate"))
             .collect::<Result<Vec<_>>>()?;
         let width = self.columns.iter().map(|(_, width)| width).sum();
         let mut joined = Vec::with_capacity(batch.num_rows() * width);
@@ -50,27 +70,27 @@ impl Concatenation {
             }
         }
         let joined = list(Float32Array::from(joined), width, None)?;
+        let used = self.columns.iter().map(|(column, _)| column.as_str());
+        join(batch, used, &self.output, Arc::new(joined))
+    }
 
-        let used = |name: &str| name == self.output || self.columns.iter().any(|(c, _)| c == name);
-        let kept = (0..schema.fields().len()).filter(|i| !used(schema.field(*i).name()));
-        let (mut fields, mut columns): (Vec<_>, Vec<_>) =
-            kept.map(|i| (schema.fields()[i].clone(), batch.column(i).clone())).unzip();
-        fields.push(Arc::new(Field::new(&self.output, joined.data_type().clone(), false)));
-        columns.push(Arc::new(joined));
-        Ok(RecordBatch::try_new(Arc::new(Schema::new(fields)), columns)?)
+    fn without(&self, column: &str) -> Preprocessor {
+        let columns = self.columns.iter().filter(|(name, _)| name != column).cloned().collect();
+        Preprocessor::new(Self { columns, output: self.output.clone() })
     }
 }
 
-fn part(batch: &RecordBatch, column: &str, width: usize) -> Result<Numbers> {
-    let array = batch.column(index_of(&batch.schema(), column)?);
-    let numbers = Numbers::of(column, array)?;
-    if numbers.width != width {
-        let (column, got) = (column.to_owned(), numbers.width);
-        return Err(Error::Width { column, expected: width, got });
-    }
+/// The numbers of a column that has no missing values.
+pub(super) fn complete(
+    batch: &RecordBatch,
+    column: &str,
+    width: usize,
+    place: &str,
+) -> Result<Numbers> {
+    let numbers = Numbers::with_width(column, column_of(batch, column)?, width)?;
     let missing = batch.num_rows() - numbers.complete().count();
     if missing > 0 {
-        let (column, place) = (column.to_owned(), "a batch to concatenate".to_owned());
+        let (column, place) = (column.to_owned(), place.to_owned());
         return Err(Error::Nulls { column, rows: missing, place });
     }
     Ok(numbers)

@@ -1,34 +1,37 @@
 //! Filling missing values.
 
 use super::affine::Moments;
-use super::encode::{Category, Counts};
+use super::categories::{Category, Counts};
+use super::columns::{PerColumn, each, index_of, others};
+use super::estimator::names;
 use super::statistic::compute;
-use super::{PerColumn, Step, index_of, names};
+use super::{Estimator, Preprocessor, Step, Transform};
 use crate::Dataset;
 use crate::error::{Error, Result};
 use arrow::array::{Array, ArrayRef, Float64Array, Int64Array, Scalar, StringArray};
 use arrow::compute::kernels::zip::zip;
 use arrow::compute::{cast, is_not_null};
 use arrow::datatypes::DataType;
+use arrow::record_batch::RecordBatch;
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 
 /// Fills the missing values of scalar columns.
 ///
 /// A whole number or text keeps the column's type; a mean makes a float of an integer column.
-#[derive(Debug)]
-pub struct SimpleImputer;
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct SimpleImputer(Vec<String>, Fill);
 
 impl SimpleImputer {
     /// With the mean of the column.
     pub fn mean<S: Into<String>>(columns: impl IntoIterator<Item = S>) -> Step {
-        Step::SimpleImputer(names(columns), Fill::Mean)
+        Self(names(columns), Fill::Mean).into()
     }
 
     /// With the text or whole number that occurs most often; the first of them in order, if
     /// there are several.
     pub fn most_frequent<S: Into<String>>(columns: impl IntoIterator<Item = S>) -> Step {
-        Step::SimpleImputer(names(columns), Fill::MostFrequent)
+        Self(names(columns), Fill::MostFrequent).into()
     }
 
     /// With a given number or text.
@@ -36,7 +39,14 @@ impl SimpleImputer {
         columns: impl IntoIterator<Item = S>,
         value: impl Into<Value>,
     ) -> Step {
-        Step::SimpleImputer(names(columns), Fill::Constant(value.into()))
+        Self(names(columns), Fill::Constant(value.into())).into()
+    }
+}
+
+#[typetag::serde]
+impl Estimator for SimpleImputer {
+    fn fit(&self, dataset: &Dataset) -> Result<Preprocessor> {
+        Ok(Preprocessor::new(fit(dataset, &self.0, &self.1)?))
     }
 }
 
@@ -97,7 +107,18 @@ pub(super) struct Imputation {
     fill: Value,
 }
 
-pub(super) fn fit(dataset: &Dataset, columns: &[String], fill: &Fill) -> Result<Vec<Imputation>> {
+#[typetag::serde(name = "SimpleImputer")]
+impl Transform for Vec<Imputation> {
+    fn transform(&self, batch: &RecordBatch) -> Result<RecordBatch> {
+        each(batch, self)
+    }
+
+    fn without(&self, column: &str) -> Preprocessor {
+        others(self, column)
+    }
+}
+
+fn fit(dataset: &Dataset, columns: &[String], fill: &Fill) -> Result<Vec<Imputation>> {
     let fills = match fill {
         Fill::Constant(value) => vec![value.clone(); columns.len()],
         Fill::Mean => means(dataset, columns)?,

@@ -32,6 +32,29 @@ impl Numbers {
         Ok(Self { values: values.as_primitive::<Float64Type>().clone(), width, list })
     }
 
+    /// The same for a column that was as wide when a preprocessor was fitted.
+    pub(crate) fn with_width(column: &str, array: &ArrayRef, expected: usize) -> Result<Self> {
+        let numbers = Self::of(column, array)?;
+        if numbers.width != expected {
+            let (column, got) = (column.to_owned(), numbers.width);
+            return Err(Error::Width { column, expected, got });
+        }
+        Ok(numbers)
+    }
+
+    /// The numbers of a column that is no list.
+    pub(crate) fn of_scalars(column: &str, array: &ArrayRef) -> Result<Self> {
+        if array.data_type().is_nested() {
+            return Err(Error::ColumnType {
+                column: column.to_owned(),
+                expected: "a number a row",
+                got: array.data_type().to_string(),
+                hint: "",
+            });
+        }
+        Self::of(column, array)
+    }
+
     /// The rows that have all their values.
     pub(crate) fn complete(&self) -> impl Iterator<Item = &[f64]> {
         let rows = self.values.len() / self.width.max(1);
@@ -52,9 +75,14 @@ impl Numbers {
 
     /// The column with `function(element in the row, value)` for every value that is not missing.
     pub(crate) fn map(self, function: impl Fn(usize, f64) -> f64) -> Result<ArrayRef> {
-        let values = self.values.values().iter().enumerate();
         let width = self.width.max(1);
-        let mapped = values.map(|(i, value)| function(i % width, *value) as f32);
+        self.map_all(|i, value| function(i % width, value))
+    }
+
+    /// The same with the place of the value among all values: `row * width + element`.
+    pub(crate) fn map_all(self, function: impl Fn(usize, f64) -> f64) -> Result<ArrayRef> {
+        let values = self.values.values().iter().enumerate();
+        let mapped = values.map(|(i, value)| function(i, *value) as f32);
         let nulls = self.values.nulls().cloned();
         let mapped = Float32Array::new(mapped.collect(), nulls);
         Ok(match self.list {

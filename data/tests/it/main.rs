@@ -4,6 +4,7 @@ mod dataset;
 mod formats;
 mod own_source;
 mod preprocess;
+mod sklearn;
 mod sources;
 mod stream;
 mod tensors;

@@ -7,8 +7,11 @@ use arrow::record_batch::RecordBatch;
 use candle_core::{Device, Tensor};
 use mobula_core::{Batch, BatchSource, Shard};
 use mobula_data::{
-    Chain, Concatenator, CsvOptions, Dataset, Error, LabelEncoder, MinMaxScaler, OneHotEncoder,
-    OrdinalEncoder, Preprocessor, SimpleImputer, StandardScaler, StreamOptions, Unknown,
+    Chain, Concatenator, CountVectorizer, CsvOptions, Dataset, Error, FeatureHasher,
+    KBinsDiscretizer, LabelEncoder, MaxAbsScaler, MinMaxScaler, MultiHotEncoder, Normalizer,
+    OneHotEncoder, OrdinalEncoder, Power, PowerTransformer, Preprocessor, RobustScaler,
+    SimpleImputer, StandardScaler, Step, Strategy, StreamOptions, TfidfVectorizer, Tokenizer,
+    Unknown,
 };
 use std::sync::Arc;
 
@@ -151,11 +154,13 @@ fn encoders_number_the_categories() {
     assert!(unknown.contains("\"c\"") && unknown.contains("known: a, b"), "{unknown}");
 
     let nulls = dataset([("name", text(&[Some("c"), None, Some("a")]))]);
-    let lenient =
-        OneHotEncoder::of(["name"]).with_unknown(Unknown::Ignore).fit(&data).expect("fit");
+    let lenient = Step::from(OneHotEncoder::new(["name"]).with_unknown(Unknown::Ignore))
+        .fit(&data)
+        .expect("fit");
     assert_eq!(f32s(apply(&lenient, &nulls).column(0)), [0., 0., 0., 0., 1., 0.]);
-    let lenient =
-        OrdinalEncoder::of(["name"]).with_unknown(Unknown::Ignore).fit(&data).expect("fit");
+    let lenient = Step::from(OrdinalEncoder::new(["name"]).with_unknown(Unknown::Ignore))
+        .fit(&data)
+        .expect("fit");
     let codes = apply(&lenient, &nulls);
     assert_eq!(codes.column(0).as_primitive::<UInt32Type>().values()[..], [2, 2, 0]);
 }
@@ -214,6 +219,24 @@ fn tensors_of_the_wrong_shape_are_refused() {
 }
 
 #[test]
+fn what_was_saved_before_there_were_custom_preprocessors_loads() {
+    let old = r#"{"Chain": [
+        {"SimpleImputer": [{"column": "x", "fill": {"Float": 2.5}}]},
+        {"Affine": [{"column": "x", "offset": [1.0], "scale": [0.5]}]},
+        {"OneHotEncoder": [{"column": "s", "categories": ["a", "b"], "unknown": "Error"}]},
+        {"OrdinalEncoder": [{"column": "y", "categories": [9, 10], "unknown": "Ignore"}]},
+        {"Concatenator": {"columns": [["x", 1], ["s", 2]], "output": "features"}}
+    ]}"#;
+    let loaded: Preprocessor = serde_json::from_str(old).expect("an old file");
+    let y: ArrayRef = Arc::new(Int64Array::from(vec![10, 7]));
+    let data =
+        dataset([("x", floats([None, Some(1.0)])), ("s", text(&[Some("b"), Some("a")])), ("y", y)]);
+    let rows = apply(&loaded, &data);
+    assert_eq!(rows.column(0).as_primitive::<UInt32Type>().values()[..], [1, 2]);
+    assert_eq!(f32s(rows.column(1)), [3.0, 0.0, 1.0, 0.0, 1.0, 0.0]);
+}
+
+#[test]
 fn a_broken_file_is_named() {
     let file = tempfile::NamedTempFile::new().expect("file");
     std::fs::write(file.path(), "{\"Affine\": [").expect("write");
@@ -265,4 +288,103 @@ fn streams_refuse_missing_values_and_say_how_many() {
     let text = message(source.open(Shard::ALL).and_then(|mut s| s.next_batch()));
     assert!(text.contains("column \"x\" has 2 missing values in rows 0 to 2"), "{text}");
     assert!(text.contains("SimpleImputer") && text.contains("filter(\"x IS NOT NULL\")"), "{text}");
+}
+
+#[test]
+fn what_cannot_be_fitted_or_applied_is_said() {
+    let data = dataset([
+        ("x", floats([Some(-1.0), Some(0.0), Some(3.0)])),
+        ("gap", floats([Some(1.0), None, Some(3.0)])),
+        ("nan", floats([Some(1.0), Some(f64::NAN), Some(3.0)])),
+        ("name", text(&[Some("a"), None, Some("!")])),
+    ]);
+    let fit = |step: Step| message(step.fit(&data));
+    let box_cox = PowerTransformer::new(["x"]).with_power(Power::BoxCox);
+    assert!(
+        fit(box_cox.into()).contains("column \"x\" has the value -1, expected numbers above 0")
+    );
+    assert!(fit(RobustScaler::of(["nan"])).contains("infinite or not a number"));
+    assert!(fit(MaxAbsScaler::of(["nan"])).contains("infinite or not a number"));
+    assert!(fit(PowerTransformer::of(["name"])).contains("is Utf8, expected a number"));
+    let wrong = RobustScaler::new(["x"]).with_quantile_range(75.0, 25.0);
+    assert!(fit(wrong.into()).contains("quantile_range is 75 to 25, expected two percentages"));
+    let pairs = dataset([("pair", lists(2, vec![1, 2]))]);
+    let wrong = message(KBinsDiscretizer::fit(&pairs, ["pair"]));
+    assert!(wrong.contains("expected a number a row"), "{wrong}");
+    let wrong = KBinsDiscretizer::new(["x"]).with_bins(1);
+    assert!(fit(wrong.into()).contains("bins is 1, expected 2 or more"));
+    assert!(fit(FeatureHasher::of(["x"], 0, "h")).contains("num_features is 0, expected 1 to"));
+    assert!(fit(FeatureHasher::of(["y"], 8, "h")).contains("no column \"y\""));
+    assert!(fit(Tokenizer::of(["x"])).contains("is Float64, expected text"));
+    assert!(fit(MultiHotEncoder::of(["name"])).contains("is Utf8, expected lists; split text"));
+    assert!(fit(CountVectorizer::of(["name"])).contains("\"name\" has 1 missing values"));
+    let few = dataset([("name", text(&[Some("a"), Some("!")]))]);
+    assert!(message(TfidfVectorizer::fit(&few, ["name"])).contains("no word of two or more"));
+
+    let apply = |fitted: Result<Preprocessor, Error>| {
+        message(data.preprocess(&fitted.expect("fit")).and_then(|d| d.collect()))
+    };
+    assert!(apply(Normalizer::fit(&data, ["x", "gap"])).contains("\"gap\" has 1 missing values"));
+    let renamed = |column| data.with_column("x", column).expect("a column");
+    let bins = KBinsDiscretizer::fit(&data, ["x"]).expect("fit");
+    let nan = message(renamed("nan").preprocess(&bins).and_then(|d| d.collect()));
+    assert!(nan.contains("\"x\" has the value NaN, expected numbers"), "{nan}");
+    let box_cox = Step::from(PowerTransformer::new(["x"]).with_power(Power::BoxCox));
+    let box_cox = box_cox.fit(&renamed("gap")).expect("fit");
+    assert!(apply(Ok(box_cox)).contains("expected numbers above 0, as Box-Cox takes"));
+}
+
+#[test]
+fn missing_values_stay_missing_in_bins_and_words() {
+    let data = dataset([
+        ("x", floats([Some(1.0), None, Some(3.0)])),
+        ("name", text(&[Some("An owl"), None, Some("")])),
+    ]);
+    let halves = KBinsDiscretizer::new(["x"]).with_bins(2).with_strategy(Strategy::Uniform);
+    let steps = [halves.into(), Tokenizer::of(["name"])];
+    let rows = apply(&Chain::fit(steps, &data).expect("fit"), &data);
+    let bins: Vec<_> = rows.column(0).as_primitive::<UInt32Type>().iter().collect();
+    assert_eq!(bins, [Some(0), None, Some(1)]);
+    let words = rows.column(1).as_list::<i32>();
+    let first = words.value(0);
+    let first: Vec<_> = first.as_string::<i32>().iter().flatten().collect();
+    assert_eq!((first, words.is_null(1), words.value(2).len()), (vec!["An", "owl"], true, 0));
+}
+
+/// The fastest of many: what the machine does beside it does not count.
+#[test]
+fn one_row_of_twenty_columns_takes_microseconds() {
+    let rows = 1000;
+    let number = |c: usize| move |i: usize| Some(((i * 7919 + c * 31) % 1009) as f64);
+    let numbers: Vec<_> = (0..16).map(|c| format!("n{c}")).collect();
+    let words: Vec<_> = (0..4).map(|c| format!("t{c}")).collect();
+    let mut columns: Vec<(&str, ArrayRef)> = Vec::new();
+    for (c, name) in numbers.iter().enumerate() {
+        columns.push((name, floats((0..rows).map(number(c)).collect::<Vec<_>>())));
+    }
+    for (c, name) in words.iter().enumerate() {
+        let values = (0..rows).map(|i| Some(["a", "b", "c"][(i + c) % 3])).collect::<Vec<_>>();
+        columns.push((name, text(&values)));
+    }
+    let batch = RecordBatch::try_from_iter(columns).expect("batch");
+    let data = Dataset::from_batches([batch.clone()]).expect("dataset");
+    let steps = [
+        SimpleImputer::mean(&numbers[..8]),
+        StandardScaler::of(&numbers[..4]),
+        RobustScaler::of(&numbers[4..8]),
+        PowerTransformer::of(&numbers[8..12]),
+        MaxAbsScaler::of(&numbers[12..16]),
+        OneHotEncoder::of(&words[..]),
+        Concatenator::of([numbers, words].concat(), "features"),
+    ];
+    let chain = Chain::fit(steps, &data).expect("fit");
+    let row = batch.slice(5, 1);
+    let time = |_| {
+        let start = std::time::Instant::now();
+        assert_eq!(chain.transform(&row).expect("a row").num_columns(), 1);
+        start.elapsed()
+    };
+    let fastest = (0..300).map(time).min().expect("some");
+    println!("one row of 20 columns through 7 steps: {fastest:?}");
+    assert!(fastest < std::time::Duration::from_millis(1), "{fastest:?}");
 }
