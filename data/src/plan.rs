@@ -23,7 +23,8 @@ use datafusion::execution::context::SQLOptions;
 use datafusion::logical_expr::{Expr, LogicalPlan, Volatility};
 use datafusion::physical_plan::{ExecutionPlan, ExecutionPlanProperties};
 use datafusion::prelude::{DataFrame, SessionConfig, SessionContext, lit};
-use futures::TryStreamExt;
+use futures::stream::{self, BoxStream};
+use futures::{StreamExt, TryStreamExt};
 use std::sync::{Arc, LazyLock};
 
 /// The name that queries use for the dataset they are asked of.
@@ -52,6 +53,8 @@ pub(crate) fn new_session() -> SessionContext {
 pub(crate) struct Compiled {
     plan: Arc<dyn ExecutionPlan>,
     source: Arc<OpenSource>,
+    /// Where no operation does more than choose columns: which.
+    chosen: Option<Arc<[usize]>>,
 }
 
 impl Compiled {
@@ -82,7 +85,8 @@ impl Compiled {
                     "a plan has {got} partitions for {expected} blocks"
                 )));
             }
-            Ok(Self { plan, source })
+            let chosen = chosen(&plan.schema(), source.schema(), &ops);
+            Ok(Self { plan, source, chosen })
         })
     }
 
@@ -112,10 +116,29 @@ impl Compiled {
         self.stream(block)?.try_collect().await.map_err(Error::engine("read rows"))
     }
 
-    /// The same, a batch at a time.
-    pub(crate) fn stream(&self, block: usize) -> Result<SendableRecordBatchStream> {
+    /// The same, a batch at a time, for who takes numbers of any width: what needs no engine goes by it.
+    pub(crate) fn stream_narrow(
+        &self,
+        block: usize,
+    ) -> Result<BoxStream<'static, Result<RecordBatch>>> {
+        Ok(match &self.chosen {
+            Some(columns) => stream::iter(self.source.read_narrow(block, columns)?).boxed(),
+            None => self.stream(block)?.map_err(Error::engine("read rows")).boxed(),
+        })
+    }
+
+    fn stream(&self, block: usize) -> Result<SendableRecordBatchStream> {
         self.plan.execute(block, session().task_ctx()).map_err(Error::engine("run"))
     }
+}
+
+/// The columns of the source that are left, if the operations only choose some.
+fn chosen(schema: &SchemaRef, source: &SchemaRef, ops: &[Op]) -> Option<Arc<[usize]>> {
+    if !ops.iter().all(|op| matches!(op, Op::Select { .. })) {
+        return None;
+    }
+    let names = schema.fields().iter().map(|field| field.name());
+    names.map(|name| source.index_of(name).ok()).collect()
 }
 
 async fn frame(source: &Arc<OpenSource>, ops: &[Op]) -> Result<DataFrame> {

@@ -117,6 +117,12 @@ pub trait Blocks: Debug + Send + Sync {
     /// The rows of a block, always in the same order, with the columns at `projection`, in that
     /// order. An empty projection gives batches that have rows and no columns.
     fn read(&self, block: usize, projection: &[usize]) -> Result<BatchIter>;
+
+    /// The same for who takes numbers of any width: decimals may come in the narrowest type that
+    /// holds their digits. Default: what [`read`](Self::read) gives.
+    fn read_narrow(&self, block: usize, projection: &[usize]) -> Result<BatchIter> {
+        self.read(block, projection)
+    }
 }
 
 /// The rows of a block.

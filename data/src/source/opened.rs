@@ -3,7 +3,7 @@
 use super::memory::MemoryBlocks;
 use super::{BatchIter, Blocks, Source, columns};
 use crate::error::{Error, Result};
-use arrow::datatypes::SchemaRef;
+use arrow::datatypes::{DataType, Field, FieldRef, SchemaRef};
 use arrow::record_batch::RecordBatch;
 use std::sync::Arc;
 
@@ -68,11 +68,38 @@ impl OpenSource {
 
     /// The rows of a block, checked to be as many as were announced, of the columns announced.
     pub(crate) fn read(&self, block: usize, projection: &[usize]) -> Result<BatchIter> {
-        let schema = Arc::new(self.schema.project(projection)?);
         let batches = self.inner.read(block, projection)?;
+        self.check(block, projection, batches, |field| field.data_type().clone())
+    }
+
+    /// The same, but for decimals that may be narrower.
+    pub(crate) fn read_narrow(&self, block: usize, projection: &[usize]) -> Result<BatchIter> {
+        let batches = self.inner.read_narrow(block, projection)?;
+        self.check(block, projection, batches, |field| widened(field.data_type()))
+    }
+
+    fn check(
+        &self,
+        block: usize,
+        projection: &[usize],
+        batches: BatchIter,
+        data_type: fn(&Field) -> DataType,
+    ) -> Result<BatchIter> {
+        let schema = Arc::new(self.schema.project(projection)?);
         let (name, expected) = (self.name(block), self.blocks[block].rows);
-        let mut checked = Checked { batches, schema, name, expected, got: 0, ended: false };
+        let mut checked =
+            Checked { batches, schema, data_type, name, expected, got: 0, ended: false };
         Ok(Box::new(std::iter::from_fn(move || checked.next())))
+    }
+}
+
+/// Decimals as the widest that a Parquet file's are.
+fn widened(data_type: &DataType) -> DataType {
+    match data_type {
+        DataType::Decimal32(digits, scale) | DataType::Decimal64(digits, scale) => {
+            DataType::Decimal128(*digits, *scale)
+        }
+        other => other.clone(),
     }
 }
 
@@ -80,6 +107,8 @@ impl OpenSource {
 struct Checked {
     batches: BatchIter,
     schema: SchemaRef,
+    /// As what a column's type counts.
+    data_type: fn(&Field) -> DataType,
     name: String,
     expected: u64,
     got: u64,
@@ -102,7 +131,13 @@ impl Checked {
 
     fn check(&mut self, batch: RecordBatch) -> Result<RecordBatch> {
         let schema = batch.schema();
-        if schema.fields() != self.schema.fields() {
+        let same = |(expected, got): (&FieldRef, &FieldRef)| {
+            expected.name() == got.name()
+                && (self.data_type)(expected) == (self.data_type)(got)
+                && expected.is_nullable() == got.is_nullable()
+        };
+        let fields = self.schema.fields().iter().zip(schema.fields());
+        if schema.fields().len() != self.schema.fields().len() || !fields.into_iter().all(same) {
             return Err(Error::SchemaDiffers {
                 path: (&self.name).into(),
                 expected: columns(&self.schema),

@@ -3,7 +3,7 @@
 use super::file::Stamped;
 use super::{BatchIter, Blocks, Source, columns, hash};
 use crate::error::{Error, Result};
-use arrow::datatypes::{Schema, SchemaRef};
+use arrow::datatypes::{DECIMAL64_MAX_PRECISION, DataType, Schema, SchemaRef};
 use arrow::record_batch::RecordBatch;
 use datafusion::parquet::arrow::ProjectionMask;
 use datafusion::parquet::arrow::arrow_reader::{
@@ -46,6 +46,8 @@ struct ParquetBlocks {
 struct ParquetFile {
     stamped: Stamped,
     metadata: ArrowReaderMetadata,
+    /// The same with decimals of one word where that is enough.
+    narrow: ArrowReaderMetadata,
     /// Length of the file and checksum of its footer, which has the statistics and offsets.
     identity: String,
 }
@@ -86,7 +88,14 @@ impl Blocks for ParquetBlocks {
 
     fn read(&self, block: usize, projection: &[usize]) -> Result<BatchIter> {
         let (file, group) = self.groups[block];
-        self.files[file].read(group, projection, &self.schema)
+        let file = &self.files[file];
+        file.read(group, projection, &file.metadata)
+    }
+
+    fn read_narrow(&self, block: usize, projection: &[usize]) -> Result<BatchIter> {
+        let (file, group) = self.groups[block];
+        let file = &self.files[file];
+        file.read(group, projection, &file.narrow)
     }
 }
 
@@ -96,12 +105,12 @@ impl ParquetFile {
         let metadata = ArrowReaderMetadata::load(&file, ArrowReaderOptions::new())
             .map_err(|error| corrupt(path, error))?;
         let identity = identity(&mut file).at("read", path)?;
-        Ok(Self { stamped, metadata, identity })
+        let narrow = narrow(&metadata).unwrap_or_else(|| metadata.clone());
+        Ok(Self { stamped, metadata, narrow, identity })
     }
 
-    /// The columns, without the key-value metadata that writers add.
     fn schema(&self) -> SchemaRef {
-        Arc::new(Schema::new(self.metadata.schema().fields().clone()))
+        schema(&self.metadata)
     }
 
     fn must_have(&self, expected: &SchemaRef) -> Result<()> {
@@ -118,19 +127,22 @@ impl ParquetFile {
         self.metadata.metadata().row_group(group).num_rows().try_into().unwrap_or(0)
     }
 
-    fn read(&self, group: usize, projection: &[usize], schema: &SchemaRef) -> Result<BatchIter> {
+    fn read(
+        &self,
+        group: usize,
+        projection: &[usize],
+        metadata: &ArrowReaderMetadata,
+    ) -> Result<BatchIter> {
         let (file, path) = (self.stamped.open()?, self.stamped.path.clone());
-        let mask =
-            ProjectionMask::roots(self.metadata.parquet_schema(), projection.iter().copied());
-        let reader =
-            ParquetRecordBatchReaderBuilder::new_with_metadata(file, self.metadata.clone())
-                .with_row_groups(vec![group])
-                .with_projection(mask)
-                .with_batch_size(BATCH_ROWS)
-                .build()
-                .map_err(|error| corrupt(&path, error))?;
+        let mask = ProjectionMask::roots(metadata.parquet_schema(), projection.iter().copied());
+        let reader = ParquetRecordBatchReaderBuilder::new_with_metadata(file, metadata.clone())
+            .with_row_groups(vec![group])
+            .with_projection(mask)
+            .with_batch_size(BATCH_ROWS)
+            .build()
+            .map_err(|error| corrupt(&path, error))?;
         let reorder = reorder(projection);
-        let schema = Arc::new(schema.project(projection)?);
+        let schema = Arc::new(schema(metadata).project(projection)?);
         Ok(Box::new(reader.map(move |batch| {
             let batch = batch.map_err(|error| corrupt(&path, error))?;
             let batch = batch.project(&reorder)?;
@@ -140,6 +152,25 @@ impl ParquetFile {
             Ok(RecordBatch::try_new_with_options(schema.clone(), columns, &options)?)
         })))
     }
+}
+
+/// The columns, without the key-value metadata that writers add.
+fn schema(metadata: &ArrowReaderMetadata) -> SchemaRef {
+    Arc::new(Schema::new(metadata.schema().fields().clone()))
+}
+
+/// Decimals of at most 18 digits lie in a file as one word. As such they are read without a copy of
+/// two words each.
+fn narrow(metadata: &ArrowReaderMetadata) -> Option<ArrowReaderMetadata> {
+    let fields = metadata.schema().fields().iter().map(|field| match *field.data_type() {
+        DataType::Decimal128(digits, scale) if digits <= DECIMAL64_MAX_PRECISION => {
+            Arc::new(field.as_ref().clone().with_data_type(DataType::Decimal64(digits, scale)))
+        }
+        _ => field.clone(),
+    });
+    let schema = Arc::new(Schema::new(fields.collect::<Vec<_>>()));
+    let options = ArrowReaderOptions::new().with_schema(schema);
+    ArrowReaderMetadata::try_new(metadata.metadata().clone(), options).ok()
 }
 
 /// The reader gives columns in the file's order: where to find them in the order asked for.

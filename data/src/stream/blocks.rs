@@ -38,6 +38,11 @@ impl Blocks {
         Ok(Self { loader: Arc::new(loader), held: HashMap::new(), capacity, clock: 0 })
     }
 
+    /// How many are there or on their way.
+    pub(super) fn len(&self) -> usize {
+        self.held.len()
+    }
+
     /// How many are being read.
     pub(super) fn coming(&self) -> usize {
         self.held.values().filter(|(block, _)| matches!(block, Block::Coming(_))).count()
@@ -97,8 +102,8 @@ impl Loader {
         let place = self.compiled.source().name(block);
         let expected = self.rows[block];
         let mut decoded = self.layout.room(expected as usize)?;
-        let (mut batches, mut got) = (self.compiled.stream(block)?, 0);
-        while let Some(batch) = batches.try_next().await.map_err(Error::engine("read rows"))? {
+        let (mut batches, mut got) = (self.compiled.stream_narrow(block)?, 0);
+        while let Some(batch) = batches.try_next().await? {
             let row = got as usize;
             got += batch.num_rows() as u64;
             if got <= expected {

@@ -2,14 +2,11 @@
 //! its own makes them ahead of who takes them.
 
 use super::TensorSource;
-use super::blocks::{Blocks, Decoded};
+use super::blocks::Blocks;
 use super::order::{EpochOrder, GROUP_BLOCKS, VERSION};
 use crate::error::{Error, Result};
 use crate::runtime::threads;
 use mobula_core::{Batch, BatchStream, Shard, StreamState};
-use std::collections::HashMap;
-use std::collections::hash_map::Entry;
-use std::sync::Arc;
 use std::sync::mpsc::{Receiver, sync_channel};
 use std::thread::JoinHandle;
 
@@ -158,6 +155,7 @@ struct Producer {
     source: TensorSource,
     shard: Shard,
     blocks: Blocks,
+    slots: Slots,
     order: EpochOrder,
     place: Place,
     /// The step of this epoch up to which blocks are being read.
@@ -171,7 +169,8 @@ impl Producer {
         // With room for those that are read ahead.
         let capacity = at_once + 2 * threads();
         let (blocks, order) = (Blocks::new(source, capacity)?, order(source, place.epoch));
-        Ok(Self { source: source.clone(), shard, blocks, order, place, fetched: place.step })
+        let slots = Slots::new(source.rows.len());
+        Ok(Self { source: source.clone(), shard, blocks, slots, order, place, fetched: place.step })
     }
 
     fn next(&mut self) -> Result<Option<Batch>> {
@@ -220,22 +219,52 @@ impl Producer {
 
     fn batch(&mut self, step: u64) -> Result<Batch> {
         let runs = self.order.step(step, self.lanes());
-        let rows = runs.iter().map(|run| run.rows).sum();
-        let mut blocks: HashMap<usize, Arc<Decoded>> = HashMap::new();
-        for run in &runs {
-            if let Entry::Vacant(entry) = blocks.entry(run.block) {
-                entry.insert(self.blocks.get(run.block)?);
-            }
-        }
         // So that a row is not looked up by its block for each tensor.
-        let runs = runs.iter().map(|run| (&blocks[&run.block].0, run.row..run.row + run.rows));
-        let runs: Vec<_> = runs.collect();
+        let mut blocks = Vec::with_capacity(self.blocks.len());
+        let mut places = Vec::with_capacity(runs.len());
+        for run in &runs {
+            places.push(self.slots.place(run.block, || {
+                blocks.push(self.blocks.get(run.block)?);
+                Ok(blocks.len() - 1)
+            })?);
+        }
+        self.slots.clear();
+        let rows = runs.iter().map(|run| run.rows).sum();
+        let runs = || runs.iter().zip(&places).map(|(run, at)| (*at, run.row..run.row + run.rows));
         let tensors = self.source.layout.tensors.iter().enumerate().map(|(at, tensor)| {
-            let runs = runs.iter().map(|(values, rows)| (&values[at], rows.clone()));
+            let runs = runs().map(|(block, rows)| (&blocks[block].0[at], rows));
             Ok((tensor.name().to_owned(), tensor.gather(rows, runs)?))
         });
         let tensors = tensors.collect::<Result<Vec<_>>>()?;
         Ok(Batch::new(tensors)?.with_global_rows(self.order.step_rows(step)))
+    }
+}
+
+/// Which of the blocks of a step are where in a list of them.
+struct Slots {
+    /// By block.
+    places: Vec<Option<usize>>,
+    used: Vec<usize>,
+}
+
+impl Slots {
+    fn new(blocks: usize) -> Self {
+        Self { places: vec![None; blocks], used: Vec::new() }
+    }
+
+    /// The place of a block, which `add` gives it the first time.
+    fn place(&mut self, block: usize, add: impl FnOnce() -> Result<usize>) -> Result<usize> {
+        if let Some(place) = self.places[block] {
+            return Ok(place);
+        }
+        let place = add()?;
+        self.places[block] = Some(place);
+        self.used.push(block);
+        Ok(place)
+    }
+
+    fn clear(&mut self) {
+        self.used.drain(..).for_each(|block| self.places[block] = None);
     }
 }
 

@@ -2,8 +2,8 @@
 //! from the column's buffer to their places.
 
 use arrow::array::types::{
-    Decimal128Type, Float16Type, Float32Type, Float64Type, Int8Type, Int16Type, Int32Type,
-    Int64Type, UInt8Type, UInt16Type, UInt32Type, UInt64Type,
+    Decimal64Type, Decimal128Type, Float16Type, Float32Type, Float64Type, Int8Type, Int16Type,
+    Int32Type, Int64Type, UInt8Type, UInt16Type, UInt32Type, UInt64Type,
 };
 use arrow::array::{
     Array, ArrayRef, ArrowPrimitiveType, AsArray, GenericListArray, OffsetSizeTrait,
@@ -229,6 +229,11 @@ fn flat(array: &ArrayRef) -> (ArrayRef, Option<NullBuffer>) {
     (values, lists.nulls().filter(|nulls| nulls.null_count() > 0).cloned())
 }
 
+/// What a decimal's last digit counts.
+fn unit(scale: i8) -> f64 {
+    10f64.powi(scale.into())
+}
+
 /// The elements that a column becomes.
 struct Out<'a, T> {
     all: &'a mut [T],
@@ -263,13 +268,22 @@ impl<T: Element> Out<'_, T> {
             DataType::UInt64 => self.put::<UInt64Type>(values, missing, fill, |v| {
                 i64::try_from(v).map_or_else(|_| T::from_float(v as f64), whole)
             }),
+            DataType::Decimal64(_, scale) => {
+                let unit = unit(*scale);
+                self.put::<Decimal64Type>(values, missing, fill, |v| T::from_float(v as f64 / unit))
+            }
             DataType::Decimal128(_, scale) => {
-                let unit = 10f64.powi(i32::from(*scale));
-                self.put::<Decimal128Type>(values, missing, fill, |v| {
-                    // Two words wide: the conversion of one is much faster, and exact as often.
-                    let value = i64::try_from(v).map_or(v as f64, |v| v as f64);
-                    T::from_float(value / unit)
-                })
+                let unit = unit(*scale);
+                let all = values.as_primitive::<Decimal128Type>().values();
+                // One word becomes a number much faster than two.
+                match all.iter().all(|value| i64::try_from(*value).is_ok()) {
+                    true => self.put::<Decimal128Type>(values, missing, fill, |v| {
+                        T::from_float(v as i64 as f64 / unit)
+                    }),
+                    false => self.put::<Decimal128Type>(values, missing, fill, |v| {
+                        T::from_float(v as f64 / unit)
+                    }),
+                }
             }
             _ => {
                 let values = cast(values, &DataType::Float64).map_err(Misfit::Cast)?;

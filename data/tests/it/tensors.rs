@@ -158,7 +158,9 @@ fn types() -> impl Strategy<Value = DataType> {
         Just(DataType::Float16),
         Just(DataType::Float32),
         Just(DataType::Float64),
+        Just(DataType::Decimal64(12, 3)),
         Just(DataType::Decimal128(12, 3)),
+        Just(DataType::Decimal128(30, 12)),
         Just(DataType::Decimal256(40, 1)),
     ]
 }
@@ -183,4 +185,38 @@ proptest! {
             prop_assert_eq!(got, expected);
         }
     }
+}
+
+/// Decimals of Parquet are read as one word where that is enough, and stay what they are for queries.
+#[test]
+fn decimals_of_parquet_are_the_same_whichever_way_they_are_read() {
+    let cents = |digits| -> ArrayRef {
+        let values = [Some(12_345), None, Some(-99)].into_iter().cycle().take(5000);
+        let values = values.collect::<Decimal128Array>();
+        Arc::new(values.with_precision_and_scale(digits, 2).expect("decimals"))
+    };
+    let dir = tempfile::tempdir().expect("folder");
+    let path = dir.path().join("prices");
+    let prices =
+        Dataset::from_batches([batch([("a", cents(9)), ("b", cents(18)), ("c", cents(19))])]);
+    prices.and_then(|data| data.write_parquet(&path, Default::default())).expect("written");
+    let data = Dataset::read_parquet(path.to_str().expect("UTF-8")).expect("Parquet");
+    let schema = data.schema().expect("schema");
+    assert!(schema.fields().iter().all(|f| matches!(f.data_type(), DataType::Decimal128(..))));
+    let all = |data: &Dataset| {
+        let spec = TensorSpec::stack("x", ["c", "b", "a"]).with_fill(0.5).with_dtype(DType::F64);
+        let options = StreamOptions::unlabelled([] as [&str; 0]).with_tensor(spec);
+        let mut stream =
+            data.stream(options.with_batch_size(5000)).expect("stream").open(Shard::ALL);
+        let batch = stream.as_mut().expect("open").next_batch().expect("read").expect("a batch");
+        vec2(batch.get("x").expect("x"))
+    };
+    let rows = all(&data);
+    assert_eq!(rows[..3], [[123.45; 3], [0.5; 3], [-0.99; 3]]);
+    // By the engine.
+    let kept = data.filter("a IS NULL OR a < 1000").expect("filter");
+    assert_eq!(all(&kept), rows);
+    let sum =
+        data.sql("SELECT sum(a) AS total FROM dataset").and_then(|d| d.collect()).expect("sum");
+    assert_eq!(sum.num_rows(), 1);
 }
