@@ -16,7 +16,7 @@ mod parquet;
 pub struct FileInfo {
     /// The file.
     pub path: PathBuf,
-    /// `parquet` or `csv`.
+    /// The ending of its name, such as `parquet`.
     pub format: String,
     /// Length of the file.
     pub bytes: u64,
@@ -69,8 +69,8 @@ pub struct RowGroupInfo {
     pub uncompressed_bytes: u64,
 }
 
-/// Looks at a Parquet or CSV file. Of Parquet it reads the footer and the first rows; CSV it reads
-/// whole.
+/// Looks at a file that [`Dataset::read`] knows. Of Parquet it reads the footer and the first rows; CSV
+/// and JSON it reads once.
 ///
 /// ```
 /// # std::env::set_current_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/..")).unwrap();

@@ -1,4 +1,6 @@
-//! `mobula data`: what is in files of data.
+//! `mobula data`: what is in files of data, and the same rows in other files.
+
+mod convert;
 
 use super::output::{bytes, lines, print, print_json, table};
 use anyhow::{Context, bail};
@@ -17,11 +19,13 @@ pub(crate) enum Command {
     /// A file is a table by its path in quotes, `FROM 'data/part-*.parquet'`, or by a name that is
     /// given to it: `mobula data sql "SELECT * FROM t LIMIT 5" t=data/digits.parquet`.
     Sql(Sql),
+    /// Write the rows of files in another format, order or cut
+    Convert(convert::Convert),
 }
 
 #[derive(clap::Args)]
 pub(crate) struct Inspect {
-    /// Parquet or CSV files
+    /// Files; their endings say what they are
     #[arg(required = true, value_name = "FILE")]
     files: Vec<PathBuf>,
     /// How many rows to show
@@ -57,6 +61,7 @@ pub(crate) fn run(command: &Command) -> anyhow::Result<()> {
     match command {
         Command::Inspect(options) => show_files(options),
         Command::Sql(options) => show_result(options),
+        Command::Convert(options) => convert::convert(options),
     }
 }
 

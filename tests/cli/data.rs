@@ -96,6 +96,32 @@ fn mistakes_are_named_with_the_way_out() {
     assert!(broken.error().contains("broken.parquet is not a valid Parquet file"), "{broken:?}");
 }
 
+#[test]
+fn files_are_converted_sorted_and_cut() {
+    let folder = tempfile::tempdir().expect("temporary folder");
+    let to = folder.path().join("birds");
+    let to = to.to_str().expect("UTF-8");
+    let convert = |more: &[&str]| mobula(&[&["data", "convert", PENGUINS, to], more].concat());
+    let sort = ["--sort-by", "body_mass_g DESC NULLS LAST", "--rows-per-file", "200"];
+    let written = convert(&[&sort[..], &["--json"]].concat()).json();
+    let rows: Vec<_> =
+        written["files"].as_array().expect("files").iter().map(|f| &f["rows"]).collect();
+    assert_eq!(rows, [&json!(200), &json!(144)]);
+    let heaviest = format!("SELECT body_mass_g FROM '{to}/*.parquet' LIMIT 1");
+    assert_eq!(sql(&["--json", &heaviest]).json(), json!([{"body_mass_g": 6300}]));
+
+    let again = convert(&[]);
+    assert!(again.error().contains("overwrite"), "{again:?}");
+    for format in ["csv", "jsonl", "arrow", "parquet"] {
+        let written = convert(&["--overwrite", "--format", format]);
+        assert!(written.stdout.contains(&format!("part-00000.{format}")), "{written:?}");
+        let count = format!("SELECT count(*) AS n FROM '{to}/*.{format}'");
+        assert_eq!(sql(&["--json", &count]).json(), json!([{"n": 344}]));
+    }
+    let wrong = convert(&["--overwrite", "--sort-by", "wieght"]);
+    assert!(wrong.error().contains("wieght"), "{wrong:?}");
+}
+
 /// The commands of `docs/guides/data.md`, as they stand there.
 #[test]
 fn the_commands_of_the_guide_run() {

@@ -1,0 +1,108 @@
+//! `mobula data convert`: the rows of files in another format, order or cut.
+
+use crate::cli::output::{bytes, print, print_json, table};
+use anyhow::bail;
+use mobula::data::{
+    CsvSink, Dataset, IpcSink, JsonSink, ParquetCompression, ParquetSink, WriteOptions, Written,
+};
+use std::path::PathBuf;
+
+#[derive(clap::Args)]
+pub(crate) struct Convert {
+    /// A file, or a pattern in quotes such as 'data/part-*.csv'; its ending says what it is
+    input: String,
+    /// The folder to make
+    output: PathBuf,
+    /// What to write
+    #[arg(long, value_enum, default_value_t = Format::Parquet)]
+    format: Format,
+    /// How Parquet is compressed
+    #[arg(long, value_enum, default_value_t = Compression::Zstd)]
+    compression: Compression,
+    /// Rows of a row group of Parquet: a shuffle mixes whole ones
+    #[arg(long, default_value_t = ParquetSink::default().row_group_rows, value_name = "ROWS")]
+    row_group_rows: usize,
+    /// The most rows of a file
+    #[arg(long, default_value_t = WriteOptions::default().rows_per_file, value_name = "ROWS")]
+    rows_per_file: u64,
+    /// Sort by these columns, such as "day, price DESC"; needs memory for all rows
+    #[arg(long, value_name = "COLUMNS")]
+    sort_by: Option<String>,
+    /// Replace a folder that was written before
+    #[arg(long)]
+    overwrite: bool,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Clone, Copy, PartialEq, clap::ValueEnum)]
+enum Format {
+    Parquet,
+    Csv,
+    /// JSON, a row a line
+    Jsonl,
+    /// Arrow IPC
+    Arrow,
+}
+
+#[derive(Clone, Copy, clap::ValueEnum)]
+enum Compression {
+    None,
+    Snappy,
+    Lz4,
+    Zstd,
+}
+
+impl From<Compression> for ParquetCompression {
+    fn from(compression: Compression) -> Self {
+        match compression {
+            Compression::None => Self::None,
+            Compression::Snappy => Self::Snappy,
+            Compression::Lz4 => Self::Lz4,
+            Compression::Zstd => Self::Zstd,
+        }
+    }
+}
+
+pub(super) fn convert(options: &Convert) -> anyhow::Result<()> {
+    let written = write(&sorted(options)?, options)?;
+    if options.json {
+        return print_json(&written);
+    }
+    let files = written.files.iter();
+    let rows = files
+        .map(|file| [file.name.display().to_string(), file.rows.to_string(), bytes(file.bytes)]);
+    let title = format!(
+        "{}: {} rows in {}",
+        options.output.display(),
+        written.rows(),
+        bytes(written.bytes())
+    );
+    print(format!("{title}\n\n{}", table(["file", "rows", "bytes"], rows)))
+}
+
+fn sorted(options: &Convert) -> anyhow::Result<Dataset> {
+    let dataset = Dataset::read(&options.input)?;
+    match &options.sort_by {
+        None => Ok(dataset),
+        Some(columns) if columns.trim().is_empty() => bail!("--sort-by names no column"),
+        Some(columns) => Ok(dataset.sql(format!("SELECT * FROM dataset ORDER BY {columns}"))?),
+    }
+}
+
+fn write(dataset: &Dataset, options: &Convert) -> anyhow::Result<Written> {
+    let to = &options.output;
+    let how = WriteOptions::default()
+        .with_rows_per_file(options.rows_per_file)
+        .with_overwrite(options.overwrite);
+    Ok(match options.format {
+        Format::Parquet => {
+            let sink = ParquetSink::default().with_compression(options.compression.into());
+            dataset.write(to, sink.with_row_group_rows(options.row_group_rows), how)?
+        }
+        Format::Csv => dataset.write(to, CsvSink::default(), how)?,
+        Format::Jsonl => dataset.write(to, JsonSink::default(), how)?,
+        Format::Arrow => dataset.write(to, IpcSink::default(), how)?,
+    })
+}
