@@ -352,7 +352,6 @@ impl Place<Work> for Desk {
         let thread = std::thread::Builder::new().name("mobula-task".into()).stack_size(STACK_BYTES);
         let spawned = thread.spawn(move || {
             let _end = EndWithThread;
-            let _pool = own_pool(rayon::current_num_threads());
             help();
         });
         spawned.map(drop).map_err(|source| Error::system("starting a thread", source))

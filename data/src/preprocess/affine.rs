@@ -3,6 +3,7 @@
 use super::columns::{PerColumn, each, others};
 use super::estimator::{names, of_columns};
 use super::numbers::Numbers;
+use super::robust::or_one;
 use super::statistic::{Statistic, compute};
 use super::{Estimator, Preprocessor, Transform};
 use crate::Dataset;
@@ -87,8 +88,10 @@ fn standard(dataset: &Dataset, columns: &[String]) -> Result<Vec<Affine>> {
     let moments: Vec<Moments> = compute(dataset, columns)?;
     let fit = |(column, moments): (&String, Moments)| {
         must_have_values(column, moments.count, moments.mean.iter().chain(&moments.squares))?;
-        let deviation = |squares: &f64| or_one((squares / moments.count).sqrt());
-        let scale = moments.squares.iter().map(deviation).collect();
+        let scale = moments.mean.iter().zip(&moments.squares);
+        let scale =
+            scale.map(|(mean, squares)| deviation(moments.count, *mean, squares / moments.count));
+        let scale = scale.collect();
         Ok(Affine { column: column.clone(), offset: moments.mean, scale })
     };
     columns.iter().zip(moments).map(fit).collect()
@@ -104,9 +107,11 @@ fn min_max(dataset: &Dataset, columns: &[String]) -> Result<Vec<Affine>> {
     columns.iter().zip(ranges).map(fit).collect()
 }
 
-/// A constant has no spread to divide by.
-fn or_one(spread: f64) -> f64 {
-    if spread > 0.0 { spread } else { 1.0 }
+/// What to divide by: 1 where rounding alone could make the variance, as of a constant
+/// (scikit-learn's bound: Chan, Golub and LeVeque 1983).
+pub(super) fn deviation(count: f64, mean: f64, variance: f64) -> f64 {
+    let rounding = count * f64::EPSILON * variance + (count * mean * f64::EPSILON).powi(2);
+    if variance <= rounding { 1.0 } else { variance.sqrt() }
 }
 
 pub(super) fn must_have_values<'a>(

@@ -126,6 +126,10 @@ fn fit(dataset: &Dataset, columns: &[String], fill: &Fill) -> Result<Vec<Imputat
     };
     let schema = dataset.schema()?;
     let pair = |(column, fill): (&String, Value)| {
+        if matches!(fill, Value::Float(value) if !value.is_finite()) {
+            let reason = "missing values would become infinite or not a number".to_owned();
+            return Err(Error::CannotFit { column: column.clone(), reason });
+        }
         let imputation = Imputation { column: column.clone(), fill };
         imputation.filler(schema.field(index_of(&schema, column)?).data_type())?;
         Ok(imputation)

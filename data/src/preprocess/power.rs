@@ -1,6 +1,6 @@
 //! Making values look normal.
 
-use super::affine::Affine;
+use super::affine::{Affine, deviation};
 use super::columns::{PerColumn, each, others};
 use super::estimator::{names, of_columns};
 use super::minimize::minimize;
@@ -89,7 +89,8 @@ impl Powers {
             let (mean, variance) = moments(&values);
             lambdas.push(lambda);
             offset.push(if constant { values[0] } else { mean });
-            scale.push(if constant || variance == 0.0 { 1.0 } else { variance.sqrt() });
+            let count = values.len() as f64;
+            scale.push(if constant { 1.0 } else { deviation(count, mean, variance) });
         }
         Ok(Self { power, lambdas, scaler: Affine { column, offset, scale } })
     }

@@ -40,8 +40,10 @@ impl NewFolder {
 
     /// Gives the files, and then the folder, the names that they are to have.
     pub(super) fn commit(self, extension: &str, files: &[(PathBuf, u64)]) -> Result<Written> {
+        // As many digits as keep the names in order.
+        let digits = files.len().to_string().len().max(5);
         let finish = |(at, (path, rows)): (usize, &(PathBuf, u64))| {
-            let name = PathBuf::from(format!("part-{at:05}.{extension}"));
+            let name = PathBuf::from(format!("part-{at:0digits$}.{extension}"));
             let bytes = sync(path)?;
             fs::rename(path, self.hidden.join(&name)).at("rename", path)?;
             Ok(WrittenFile { name, rows: *rows, bytes })
@@ -112,9 +114,14 @@ fn exchange(one: &Path, other: &Path) -> std::io::Result<()> {
     if renameat_with(CWD, one, CWD, other, RenameFlags::EXCHANGE).is_ok() {
         return Ok(());
     }
-    let aside = one.with_extension("replaced");
+    let mut aside = one.as_os_str().to_owned();
+    aside.push(".replaced");
     fs::rename(other, &aside)?;
-    fs::rename(one, other)?;
+    if let Err(error) = fs::rename(one, other) {
+        // Nothing was replaced.
+        let _ = fs::rename(&aside, other);
+        return Err(error);
+    }
     fs::rename(&aside, one)
 }
 

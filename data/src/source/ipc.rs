@@ -3,6 +3,7 @@
 use super::file::Stamped;
 use super::{BatchIter, Blocks, Source, columns, hash};
 use crate::error::{Error, Result};
+use arrow::array::{RecordBatch, RecordBatchOptions};
 use arrow::datatypes::{Schema, SchemaRef};
 use arrow::error::ArrowError;
 use arrow::ipc::reader::{FileReader, read_footer_length};
@@ -107,7 +108,11 @@ impl IpcFile {
             reader.next().transpose()
         })?;
         let schema = Arc::new(self.schema.project(projection)?);
-        let rows = rows.map(|rows| Ok(rows.with_schema(schema)?));
+        // `with_schema` would insist on the metadata.
+        let rows = rows.map(|rows| {
+            let options = RecordBatchOptions::new().with_row_count(Some(rows.num_rows()));
+            Ok(RecordBatch::try_new_with_options(schema, rows.columns().to_vec(), &options)?)
+        });
         Ok(Box::new(rows.into_iter()))
     }
 }

@@ -18,6 +18,8 @@ pub(crate) fn expand_in(pattern: &str, in_folder: &str) -> Result<Vec<PathBuf>> 
         return Ok(vec![path]);
     }
     if path.is_dir() {
+        // Whatever is in its own name is no pattern.
+        path = glob::Pattern::escape(&path.to_string_lossy()).into();
         path.push(in_folder);
     }
     let files = matching(&path)?;

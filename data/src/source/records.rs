@@ -83,7 +83,7 @@ impl Cutter {
             return;
         }
         self.current.rows += 1;
-        if self.current.rows == self.block_rows {
+        if self.current.rows == self.block_rows || self.current.length >= BLOCK_BYTES {
             let span = self.next();
             self.spans.push(span);
         }

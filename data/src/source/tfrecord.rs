@@ -41,7 +41,10 @@ impl Source for TfRecord {
             let corrupt = |reason| Error::Corrupt { path: path.clone(), format: FORMAT, reason };
             let file = Pieces::open(path, FORMAT)?;
             let spans = scan(&file)?.map_err(corrupt)?;
-            if let Some(span) = spans.first().filter(|_| typed < TYPED) {
+            for span in &spans {
+                if typed == TYPED {
+                    break;
+                }
                 let bytes = file.read(span.start, span.length, None)?;
                 for record in Records(&bytes).take((TYPED - typed) as usize) {
                     shapes.add(&record.and_then(decode).map_err(corrupt)?).map_err(corrupt)?;

@@ -143,8 +143,10 @@ fn rows(bytes: &[u8]) -> std::io::Result<Rows> {
         if rows.last().is_none_or(|(last, _)| *last != key) {
             rows.push((key, HashMap::new()));
         }
-        if let Some((_, row)) = rows.last_mut() {
-            row.insert(extension, bytes);
+        let Some((key, row)) = rows.last_mut() else { continue };
+        if row.insert(extension.clone(), bytes).is_some() {
+            let twice = format!("the sample {key:?} has two members .{extension}");
+            return Err(std::io::Error::other(twice));
         }
     }
     Ok(rows)

@@ -173,6 +173,16 @@ fn groups(bytes: impl Iterator<Item = u64>) -> Vec<Range<usize>> {
     groups
 }
 
+impl WholeFiles {
+    /// The deepest folder that has all files.
+    fn folder(&self) -> &Path {
+        let paths = || self.files.iter().map(|file| file.path.as_path());
+        let first = paths().next().unwrap_or(Path::new(""));
+        let has_all = |folder: &&Path| paths().all(|path| path.starts_with(folder));
+        first.ancestors().skip(1).find(has_all).unwrap_or(Path::new(""))
+    }
+}
+
 impl Blocks for WholeFiles {
     fn schema(&self) -> SchemaRef {
         self.schema.clone()
@@ -182,17 +192,19 @@ impl Blocks for WholeFiles {
         self.groups.iter().map(|group| group.len() as u64).collect()
     }
 
-    /// Names and lengths: to read all files only to know them would take as long as an epoch.
+    /// What is made of the files, their paths below the folder of all, and their lengths: to read
+    /// all only to know them would take as long as an epoch.
     fn fingerprint(&self) -> Result<String> {
-        let name =
-            |file: &Stamped| file.path.file_name().map(|name| name.as_encoded_bytes().to_vec());
+        let above = self.folder();
         let parts = self.files.iter().map(|file| {
-            let mut part = name(file).unwrap_or_default();
+            let below = file.path.strip_prefix(above).unwrap_or(&file.path);
+            let mut part = below.as_os_str().as_encoded_bytes().to_vec();
             part.extend(file.length.to_le_bytes());
             part
         });
         let parts: Vec<_> = parts.collect();
-        Ok(hash(parts.iter().map(Vec::as_slice)))
+        let content = format!("{:?}", self.content).into_bytes();
+        Ok(hash(parts.iter().map(Vec::as_slice).chain([content.as_slice()])))
     }
 
     fn name(&self, block: usize) -> String {

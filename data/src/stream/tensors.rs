@@ -194,6 +194,13 @@ impl TensorLayout {
         if spec.is_stack {
             dims = vec![offset];
         }
+        if offset == 0 {
+            return Err(Error::InvalidOption {
+                option: "the width of a tensor",
+                expected: "at least one value a row".to_owned(),
+                got: format!("0 for {:?}", spec.name),
+            });
+        }
         is_bytes &= spec.dtype().is_float() && spec.fill.is_none();
         Ok(Self { spec, parts, dims, width: offset, is_bytes })
     }
@@ -208,11 +215,12 @@ impl TensorLayout {
     }
 
     fn room(&self, rows: usize) -> Result<Values> {
-        let dtype = self.stored();
-        Values::zeros(dtype, rows * self.width).ok_or_else(|| Error::InvalidOption {
+        let zeros = Values::zeros(self.spec.dtype(), 0)
+            .and_then(|_| Values::zeros(self.stored(), rows * self.width));
+        zeros.ok_or_else(|| Error::InvalidOption {
             option: "the dtype of a tensor",
             expected: "one of u8, u32, i16, i32, i64, bf16, f16, f32, f64".to_owned(),
-            got: format!("{} for {:?}", dtype.as_str(), self.spec.name),
+            got: format!("{} for {:?}", self.spec.dtype().as_str(), self.spec.name),
         })
     }
 
@@ -229,12 +237,12 @@ impl TensorLayout {
             let from = Part { array, width: part.width, fill: self.spec.fill };
             let to = Place { row, stride: self.width, offset: part.offset };
             let column = &layout.columns[part.column];
-            values.put(&from, &to).map_err(|misfit| self.misfit(misfit, column, place))?;
+            values.put(&from, &to).map_err(|misfit| self.misfit(misfit, column, part, place))?;
         }
         Ok(())
     }
 
-    fn misfit(&self, misfit: Misfit, column: &str, place: &str) -> Error {
+    fn misfit(&self, misfit: Misfit, column: &str, part: &Piece, place: &str) -> Error {
         let (column, place) = (column.to_owned(), place.to_owned());
         match misfit {
             Misfit::Missing(rows) => Error::Nulls { column, rows, place },
@@ -242,7 +250,7 @@ impl TensorLayout {
                 let dtype = self.spec.dtype().as_str();
                 Error::ElementRange { column, value, dtype, place }
             }
-            Misfit::Length(got) => Error::ListLength { column, got, expected: self.width, place },
+            Misfit::Length(got) => Error::ListLength { column, got, expected: part.width, place },
             Misfit::Cast(error) => error.into(),
         }
     }

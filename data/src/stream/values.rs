@@ -28,7 +28,9 @@ macro_rules! whole_elements {
         impl Element for $element {
             fn from_float(value: f64) -> (Self, bool) {
                 let near = value as $element;
-                (near, near as f64 == value)
+                // `f64` rounds the largest of 64 bits up.
+                let is_below = value < <$element>::MAX as f64 || size_of::<Self>() < 8;
+                (near, (near as f64 == value) & is_below)
             }
 
             fn from_whole(value: i64) -> (Self, bool) {
@@ -199,7 +201,10 @@ fn put<T: Element>(part: &Part<'_>, place: &Place, all: &mut [T]) -> Result<(), 
     let fill = fill_of::<T>(part.fill)?;
     match part.array.data_type() {
         DataType::FixedSizeList(..) => {
-            let (values, missing) = flat(part.array);
+            let (values, missing, hidden) = flat(part.array);
+            if hidden > 0 {
+                return Err(Misfit::Missing(hidden));
+            }
             if let (Some(nulls), None) = (&missing, fill) {
                 return Err(Misfit::Missing(nulls.null_count()));
             }
@@ -219,14 +224,16 @@ fn fill_of<T: Element>(fill: Option<f64>) -> Result<Option<T>, Misfit> {
     }
 }
 
-/// The innermost values of lists of fixed sizes, and which of the outermost are missing.
-fn flat(array: &ArrayRef) -> (ArrayRef, Option<NullBuffer>) {
+/// The innermost values of lists of fixed sizes, which of the outermost lists are missing, and how
+/// many of those in between.
+fn flat(array: &ArrayRef) -> (ArrayRef, Option<NullBuffer>, usize) {
     let lists = array.as_fixed_size_list();
-    let mut values = lists.values().clone();
+    let (mut values, mut hidden) = (lists.values().clone(), 0);
     while let DataType::FixedSizeList(..) = values.data_type() {
+        hidden += values.null_count();
         values = values.as_fixed_size_list().values().clone();
     }
-    (values, lists.nulls().filter(|nulls| nulls.null_count() > 0).cloned())
+    (values, lists.nulls().filter(|nulls| nulls.null_count() > 0).cloned(), hidden)
 }
 
 /// What a decimal's last digit counts.
@@ -266,6 +273,10 @@ impl<T: Element> Out<'_, T> {
             DataType::UInt16 => self.put::<UInt16Type>(values, missing, fill, |v| whole(v.into())),
             DataType::UInt8 => self.put::<UInt8Type>(values, missing, fill, |v| whole(v.into())),
             DataType::UInt64 => self.put::<UInt64Type>(values, missing, fill, |v| {
+                i64::try_from(v).map_or_else(|_| T::from_float(v as f64), whole)
+            }),
+            DataType::Decimal64(_, 0) => self.put::<Decimal64Type>(values, missing, fill, whole),
+            DataType::Decimal128(_, 0) => self.put::<Decimal128Type>(values, missing, fill, |v| {
                 i64::try_from(v).map_or_else(|_| T::from_float(v as f64), whole)
             }),
             DataType::Decimal64(_, scale) => {

@@ -388,3 +388,14 @@ fn one_row_of_twenty_columns_takes_microseconds() {
     println!("one row of 20 columns through 7 steps: {fastest:?}");
     assert!(fastest < std::time::Duration::from_millis(1), "{fastest:?}");
 }
+
+/// What rounding makes of a constant is no spread.
+#[test]
+fn a_constant_is_only_centred() {
+    let tenths: ArrayRef = Arc::new(Float64Array::from(vec![0.1; 3]));
+    let data = Dataset::from_batches([batch([("x", tenths)])]).expect("dataset");
+    let scaler = StandardScaler::fit(&data, ["x"]).expect("fit");
+    let scaled = data.preprocess(&scaler).and_then(|data| data.collect()).expect("rows");
+    let x = scaled.column(0).as_primitive::<Float32Type>().values().to_vec();
+    assert!(x.iter().all(|x| x.abs() < 1e-6), "{x:?}");
+}

@@ -132,6 +132,41 @@ fn what_a_type_cannot_hold_is_an_error() {
 }
 
 #[test]
+fn whole_numbers_are_never_rounded() {
+    let large = 9_007_199_254_740_993; // 2^53 + 1: no double has it.
+    for data_type in [DataType::Decimal64(18, 0), DataType::Decimal128(18, 0), DataType::Int64] {
+        let column = cast(&(Arc::new(Int64Array::from(vec![large])) as ArrayRef), &data_type);
+        let column = column.expect("cast");
+        let x = tensor([("x", column)], TensorSpec::column("x").with_dtype(DType::I64));
+        assert_eq!(x.expect("tensor").to_vec1::<i64>().expect("values"), [large]);
+    }
+    let beyond: ArrayRef = Arc::new(UInt64Array::from(vec![1 << 63]));
+    let text = message(tensor([("x", beyond)], TensorSpec::column("x").with_dtype(DType::I64)));
+    assert!(text.contains("has the value 9223372036854775808"), "{text}");
+}
+
+#[test]
+fn missing_lists_of_lists_are_an_error_at_every_level() {
+    let numbers: ArrayRef = Arc::new(Int64Array::from_iter_values(0..8));
+    let item = |data_type| Arc::new(Field::new("item", data_type, true));
+    let gone = Some([true, true, false, true].into_iter().collect());
+    let inner = FixedSizeListArray::new(item(DataType::Int64), 2, numbers, gone);
+    let outer = FixedSizeListArray::new(item(inner.data_type().clone()), 2, Arc::new(inner), None);
+    let text = message(tensor([("x", Arc::new(outer) as ArrayRef)], TensorSpec::column("x")));
+    assert!(text.contains("1 missing values"), "{text}");
+    let none = FixedSizeListArray::try_new_with_length(
+        item(DataType::Int64),
+        0,
+        Arc::new(Int64Array::from(Vec::<i64>::new())),
+        None,
+        3,
+    );
+    let none: ArrayRef = Arc::new(none.expect("lists of nothing"));
+    let text = message(tensor([("x", none)], TensorSpec::column("x")));
+    assert!(text.contains("at least one value a row"), "{text}");
+}
+
+#[test]
 fn bytes_are_gathered_as_every_float() {
     let item = Arc::new(Field::new("item", DataType::UInt8, false));
     let bytes = Arc::new(UInt8Array::from_iter_values(0..=255));

@@ -16,12 +16,11 @@ pub(crate) struct Convert {
     /// What to write
     #[arg(long, value_enum, default_value_t = Format::Parquet)]
     format: Format,
-    /// How Parquet is compressed
-    #[arg(long, value_enum, default_value_t = Compression::Zstd)]
-    compression: Compression,
-    /// Rows of a row group of Parquet: a shuffle mixes whole ones
-    #[arg(long, default_value_t = ParquetSink::default().row_group_rows, value_name = "ROWS")]
-    row_group_rows: usize,
+    #[arg(long, value_enum, help = "How Parquet is compressed [default: zstd]")]
+    compression: Option<Compression>,
+    /// Rows of a row group of Parquet: a shuffle mixes whole ones [default: 8192]
+    #[arg(long, value_name = "ROWS")]
+    row_group_rows: Option<usize>,
     /// The most rows of a file
     #[arg(long, default_value_t = WriteOptions::default().rows_per_file, value_name = "ROWS")]
     rows_per_file: u64,
@@ -91,16 +90,25 @@ fn sorted(options: &Convert) -> anyhow::Result<Dataset> {
     }
 }
 
+fn parquet(options: &Convert) -> ParquetSink {
+    let default = ParquetSink::default();
+    ParquetSink {
+        compression: options.compression.map_or(default.compression, Into::into),
+        row_group_rows: options.row_group_rows.unwrap_or(default.row_group_rows),
+    }
+}
+
 fn write(dataset: &Dataset, options: &Convert) -> anyhow::Result<Written> {
     let to = &options.output;
     let how = WriteOptions::default()
         .with_rows_per_file(options.rows_per_file)
         .with_overwrite(options.overwrite);
+    let is_tuned = options.compression.is_some() || options.row_group_rows.is_some();
+    if is_tuned && options.format != Format::Parquet {
+        bail!("--compression and --row-group-rows are for Parquet; leave them out, or --format");
+    }
     Ok(match options.format {
-        Format::Parquet => {
-            let sink = ParquetSink::default().with_compression(options.compression.into());
-            dataset.write(to, sink.with_row_group_rows(options.row_group_rows), how)?
-        }
+        Format::Parquet => dataset.write(to, parquet(options), how)?,
         Format::Csv => dataset.write(to, CsvSink::default(), how)?,
         Format::Jsonl => dataset.write(to, JsonSink::default(), how)?,
         Format::Arrow => dataset.write(to, IpcSink::default(), how)?,
