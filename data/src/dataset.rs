@@ -19,9 +19,9 @@ use std::sync::{Arc, OnceLock};
 
 /// Rows of named columns: where they come from, and what is done to them.
 ///
-/// A dataset is a description. Making one reads schemas and footers, so that mistakes show where
-/// they are made, but no rows; cloning one, or sending it to a worker process, is cheap. Rows are
-/// read by `count`, `collect`, `head`, `show`, by fitting a preprocessor, and by a stream.
+/// A dataset is a description. Making one finds out the columns, so that mistakes show where they are
+/// made: out of the footer of a Parquet file, say, but of CSV or JSON by reading it once. Cloning one,
+/// or sending it to a worker process, is cheap. Rows are read by `count`, `collect`, `head`, `show`, by fitting a preprocessor, and by a stream.
 ///
 /// All operations but [`sql`](Self::sql) work row by row and keep the order of the source.
 #[derive(Clone, Debug, Serialize, Deserialize)]
