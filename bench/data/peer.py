@@ -85,10 +85,8 @@ def torch_loader(columns, order, rank, ranks):
 
 def hugging_face(columns, order, rank, ranks):
     import datasets
-    import numpy as np
     from datasets.distributed import split_dataset_by_node
 
-    features = None
     data = datasets.load_dataset("parquet", data_files=FILE, columns=columns, streaming=True, split="train")
     if ranks > 1:
         data = split_dataset_by_node(data, rank=rank, world_size=ranks)
@@ -142,7 +140,10 @@ def epoch(columns, order, ranks, is_sum):
             pool.join()
     seconds = time.perf_counter() - start
     rows, total = (sum(part[at] for part in parts) for at in (0, 1))
-    return {"seconds": seconds, "cpu": cpu() - before, "rows": rows, "sum": total, "peak": peak()}
+    # Ray works in processes that are not this one's children; ranks are processes of their own.
+    time_of_all = None if LIBRARY == "ray" else cpu() - before
+    most = peak() if ranks == 1 and LIBRARY != "ray" else None
+    return {"seconds": seconds, "cpu": time_of_all, "rows": rows, "sum": total, "peak": most}
 
 
 def first(columns, order):
