@@ -244,12 +244,15 @@ impl Dataset {
         })
     }
 
-    /// Computes `function(block, rows)` for every block, several at a time; results in order.
-    pub(crate) fn map_blocks<T: Send + 'static>(
+    /// Computes `function(block, rows)` for every block, several at a time, and adds the results to
+    /// `start` in the order of the blocks. Few of them wait for their turn.
+    pub(crate) fn fold_blocks<T: Send + 'static, A: Send + 'static>(
         &self,
         function: impl Fn(usize, Vec<RecordBatch>) -> Result<T> + Send + Sync + 'static,
-    ) -> Result<Vec<T>> {
-        map_blocks(self.compile()?, function)
+        start: A,
+        add: impl Fn(&mut A, T) + Send + 'static,
+    ) -> Result<A> {
+        fold_blocks(self.compile()?, function, start, add)
     }
 }
 
@@ -257,6 +260,15 @@ fn map_blocks<T: Send + 'static>(
     compiled: Compiled,
     function: impl Fn(usize, Vec<RecordBatch>) -> Result<T> + Send + Sync + 'static,
 ) -> Result<Vec<T>> {
+    fold_blocks(compiled, function, Vec::new(), Vec::push)
+}
+
+fn fold_blocks<T: Send + 'static, A: Send + 'static>(
+    compiled: Compiled,
+    function: impl Fn(usize, Vec<RecordBatch>) -> Result<T> + Send + Sync + 'static,
+    start: A,
+    add: impl Fn(&mut A, T) + Send + 'static,
+) -> Result<A> {
     let function = Arc::new(function);
     block_on(async move {
         let run = |block| {
@@ -265,7 +277,12 @@ fn map_blocks<T: Send + 'static>(
         };
         let failed = |error: tokio::task::JoinError| Error::Internal(error.to_string());
         let results = stream::iter(0..compiled.blocks()).map(run).buffered(threads());
-        results.map(|result| result.map_err(failed)?).try_collect().await
+        let mut results = results.map(|result| result.map_err(failed)?);
+        let mut all = start;
+        while let Some(result) = results.try_next().await? {
+            add(&mut all, result);
+        }
+        Ok(all)
     })
 }
 

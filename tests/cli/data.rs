@@ -118,6 +118,8 @@ fn files_are_converted_sorted_and_cut() {
         let count = format!("SELECT count(*) AS n FROM '{to}/*.{format}'");
         assert_eq!(sql(&["--json", &count]).json(), json!([{"n": 344}]));
     }
+    let wrong = convert(&["--overwrite", "--format", "csv", "--compression", "lz4"]);
+    assert!(wrong.error().contains("are for Parquet"), "{wrong:?}");
     let wrong = convert(&["--overwrite", "--sort-by", "wieght"]);
     assert!(wrong.error().contains("wieght"), "{wrong:?}");
 }

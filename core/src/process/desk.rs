@@ -87,10 +87,7 @@ impl Desk {
         let desk = Self { inner: Arc::new(inner), outbound, tokio };
         let thread = std::thread::Builder::new().name("mobula-task".into()).stack_size(STACK_BYTES);
         let copy = desk.clone();
-        let spawned = thread.spawn(move || {
-            let _pool = own_pool(rayon::current_num_threads());
-            copy.work();
-        });
+        let spawned = thread.spawn(move || copy.work());
         spawned.map_err(|source| Error::system("starting a thread", source))?;
         Ok(desk)
     }
@@ -234,9 +231,11 @@ impl Desk {
         // A panic that nothing has caught, such as one in a destructor, would leave a process
         // that lives and never answers.
         let _end = EndWithThread;
-        let mut stage = Stage::default();
+        let (mut stage, mut pool) = (Stage::default(), None);
         loop {
             let work = self.next();
+            // A worker for a group never has calls.
+            pool.get_or_insert_with(|| own_pool(rayon::current_num_threads()));
             let (call, what, since) = (work.call, work.what, Instant::now());
             self.inner.progress.begin(call);
             let outbox = self.outbox(call);

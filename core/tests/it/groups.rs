@@ -11,6 +11,7 @@ const LONG: Duration = Duration::from_secs(60);
 
 pub(crate) const TESTS: &[Test] = &[
     ("groups::members_gather_in_rank_order", gather),
+    ("groups::a_member_is_the_first_of_its_own_pool", own_pools),
     ("groups::reports_arrive_from_every_rank", reports),
     ("groups::a_running_member_hears_stop", stop),
     ("groups::a_computing_member_hears_messages_in_order", messages),
@@ -100,6 +101,19 @@ fn only_rank_0_gathers(member: Member) -> Result<(), BoxError> {
 
 fn options(placement: Placement, size: usize) -> GroupOptions {
     GroupOptions { placement, show_logs: false, ..GroupOptions::new("test", size) }
+}
+
+/// Its place among the threads of its rayon pool.
+#[remote(crate = mobula_core)]
+fn place_in_pool(_member: Member) -> Option<usize> {
+    rayon::current_thread_index()
+}
+
+fn own_pools(runtime: &Runtime) {
+    for placement in [Placement::Thread, Placement::Process] {
+        let group = runtime.group(&options(placement, 2), &place_in_pool::remote()).expect("group");
+        assert_eq!(group.join(LONG).expect("join"), [Some(0), Some(0)], "{placement:?}");
+    }
 }
 
 fn gather(runtime: &Runtime) {

@@ -32,8 +32,9 @@ fn fail(how: String) -> Result<u32, String> {
 }
 
 #[remote(crate = mobula_core)]
-fn process_and_threads() -> (u32, String) {
-    (std::process::id(), std::env::var("RAYON_NUM_THREADS").unwrap_or_default())
+fn process_and_threads() -> (u32, String, Option<usize>) {
+    let threads = std::env::var("RAYON_NUM_THREADS").unwrap_or_default();
+    (std::process::id(), threads, rayon::current_thread_index())
 }
 
 /// Kills its own process the first time; a file remembers that there was a first time.
@@ -142,6 +143,7 @@ fn threads_of_a_process(runtime: &Runtime) {
     let result = object.get().expect("result");
     assert_eq!(result.1, "2");
     assert_ne!(result.0, std::process::id());
+    assert_eq!(result.2, Some(0), "what it hands to rayon would wait for another thread");
 }
 
 fn closures_stay(runtime: &Runtime) {

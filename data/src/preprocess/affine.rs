@@ -1,15 +1,14 @@
 //! Scalers: `(x - offset) / scale`, element by element.
 
-use super::columns::{PerColumn, each, others};
+use super::columns::{PerColumn, transform_each};
 use super::estimator::{names, of_columns};
 use super::numbers::Numbers;
 use super::robust::or_one;
 use super::statistic::{Statistic, compute};
-use super::{Estimator, Preprocessor, Transform};
+use super::{Estimator, Preprocessor};
 use crate::Dataset;
 use crate::error::{Error, Result};
 use arrow::array::ArrayRef;
-use arrow::record_batch::RecordBatch;
 use serde::{Deserialize, Serialize};
 
 /// Scales to mean 0 and standard deviation 1 (of the population): numeric columns as a whole,
@@ -62,16 +61,7 @@ pub(super) struct Affine {
     pub(super) scale: Vec<f64>,
 }
 
-#[typetag::serde(name = "Affine")]
-impl Transform for Vec<Affine> {
-    fn transform(&self, batch: &RecordBatch) -> Result<RecordBatch> {
-        each(batch, self)
-    }
-
-    fn without(&self, column: &str) -> Preprocessor {
-        others(self, column)
-    }
-}
+transform_each!("Affine", Affine);
 
 impl PerColumn for Affine {
     fn column(&self) -> &str {

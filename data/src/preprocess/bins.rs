@@ -1,14 +1,13 @@
 //! Numbers as the number of an interval.
 
-use super::columns::{PerColumn, each, others};
+use super::columns::{PerColumn, transform_each};
 use super::estimator::{names, of_columns};
 use super::numbers::Numbers;
 use super::sample::{Sample, sort, step_quantile};
-use super::{Estimator, Preprocessor, Transform};
+use super::{Estimator, Preprocessor};
 use crate::Dataset;
 use crate::error::{Error, Result};
 use arrow::array::{Array, ArrayRef, UInt32Array};
-use arrow::record_batch::RecordBatch;
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 
@@ -108,16 +107,7 @@ struct Bins {
     bounds: Vec<f64>,
 }
 
-#[typetag::serde(name = "KBinsDiscretizer")]
-impl Transform for Vec<Bins> {
-    fn transform(&self, batch: &RecordBatch) -> Result<RecordBatch> {
-        each(batch, self)
-    }
-
-    fn without(&self, column: &str) -> Preprocessor {
-        others(self, column)
-    }
-}
+transform_each!("KBinsDiscretizer", Bins);
 
 impl PerColumn for Bins {
     fn column(&self) -> &str {

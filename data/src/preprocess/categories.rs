@@ -3,7 +3,7 @@
 use super::statistic::Statistic;
 use crate::error::{Error, Result};
 use arrow::array::{Array, ArrayRef, AsArray, Int64Array, StringArray};
-use arrow::compute::cast;
+use arrow::compute::{CastOptions, cast, cast_with_options};
 use arrow::datatypes::{DataType, Int64Type};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, HashMap};
@@ -70,8 +70,13 @@ pub(super) enum Values {
 impl Values {
     pub(super) fn of(column: &str, array: &ArrayRef) -> Result<Self> {
         let got = array.data_type();
+        if let DataType::Dictionary(_, values) = got {
+            return Self::of(column, &cast(array, values)?);
+        }
         if got.is_integer() {
-            let array = cast(array, &DataType::Int64)?;
+            // Without a value that is no longer there.
+            let strict = CastOptions { safe: false, ..CastOptions::default() };
+            let array = cast_with_options(array, &DataType::Int64, &strict)?;
             return Ok(Self::Int(array.as_primitive::<Int64Type>().clone()));
         }
         if is_text(got) || *got == DataType::Boolean {

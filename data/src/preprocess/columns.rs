@@ -11,7 +11,36 @@ use std::sync::Arc;
 pub(super) trait PerColumn: Clone {
     fn column(&self) -> &str;
     fn apply(&self, array: &ArrayRef) -> Result<ArrayRef>;
+
+    /// The categories or terms, if it encodes any.
+    fn classes(&self) -> Option<Vec<String>> {
+        None
+    }
 }
+
+/// A list of such, each for its column, is a [`Transform`], which JSON has under `$name`.
+macro_rules! transform_each {
+    ($name:literal, $fitted:ty) => {
+        #[typetag::serde(name = $name)]
+        impl $crate::Transform for Vec<$fitted> {
+            fn transform(
+                &self,
+                batch: &arrow::record_batch::RecordBatch,
+            ) -> $crate::Result<arrow::record_batch::RecordBatch> {
+                $crate::preprocess::columns::each(batch, self)
+            }
+
+            fn without(&self, column: &str) -> $crate::Preprocessor {
+                $crate::preprocess::columns::others(self, column)
+            }
+
+            fn classes(&self, column: &str) -> Option<Vec<String>> {
+                self.iter().find(|fitted| fitted.column() == column)?.classes()
+            }
+        }
+    };
+}
+pub(super) use transform_each;
 
 /// Changes each of the columns in place.
 pub(super) fn each<P: PerColumn>(batch: &RecordBatch, columns: &[P]) -> Result<RecordBatch> {

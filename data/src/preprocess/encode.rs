@@ -1,15 +1,14 @@
 //! Encoders: categories as numbers.
 
 use super::categories::{Codes, Counts, Unknown};
-use super::columns::{PerColumn, each, others};
+use super::columns::{PerColumn, transform_each};
 use super::estimator::{names, of_columns};
 use super::numbers::list;
 use super::statistic::compute;
-use super::{Estimator, Preprocessor, Step, Transform};
+use super::{Estimator, Preprocessor, Step};
 use crate::Dataset;
 use crate::error::Result;
 use arrow::array::{ArrayRef, Float32Array, UInt32Array};
-use arrow::record_batch::RecordBatch;
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 
@@ -98,24 +97,15 @@ fn codes(dataset: &Dataset, columns: &[String], unknown: Unknown) -> Result<Vec<
 #[serde(transparent)]
 struct OneHot(Codes);
 
-#[typetag::serde(name = "OneHotEncoder")]
-impl Transform for Vec<OneHot> {
-    fn transform(&self, batch: &RecordBatch) -> Result<RecordBatch> {
-        each(batch, self)
-    }
-
-    fn without(&self, column: &str) -> Preprocessor {
-        others(self, column)
-    }
-
-    fn classes(&self, column: &str) -> Option<Vec<String>> {
-        self.iter().find(|c| c.column() == column).map(|c| c.0.names())
-    }
-}
+transform_each!("OneHotEncoder", OneHot);
 
 impl PerColumn for OneHot {
     fn column(&self) -> &str {
         &self.0.column
+    }
+
+    fn classes(&self) -> Option<Vec<String>> {
+        Some(self.0.names())
     }
 
     fn apply(&self, array: &ArrayRef) -> Result<ArrayRef> {
@@ -134,24 +124,15 @@ impl PerColumn for OneHot {
 #[serde(transparent)]
 struct Ordinal(Codes);
 
-#[typetag::serde(name = "OrdinalEncoder")]
-impl Transform for Vec<Ordinal> {
-    fn transform(&self, batch: &RecordBatch) -> Result<RecordBatch> {
-        each(batch, self)
-    }
-
-    fn without(&self, column: &str) -> Preprocessor {
-        others(self, column)
-    }
-
-    fn classes(&self, column: &str) -> Option<Vec<String>> {
-        self.iter().find(|c| c.column() == column).map(|c| c.0.names())
-    }
-}
+transform_each!("OrdinalEncoder", Ordinal);
 
 impl PerColumn for Ordinal {
     fn column(&self) -> &str {
         &self.0.column
+    }
+
+    fn classes(&self) -> Option<Vec<String>> {
+        Some(self.0.names())
     }
 
     fn apply(&self, array: &ArrayRef) -> Result<ArrayRef> {

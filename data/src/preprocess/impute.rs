@@ -2,17 +2,16 @@
 
 use super::affine::Moments;
 use super::categories::{Category, Counts};
-use super::columns::{PerColumn, each, index_of, others};
+use super::columns::{PerColumn, index_of, transform_each};
 use super::estimator::names;
 use super::statistic::compute;
-use super::{Estimator, Preprocessor, Step, Transform};
+use super::{Estimator, Preprocessor, Step};
 use crate::Dataset;
 use crate::error::{Error, Result};
 use arrow::array::{Array, ArrayRef, Float64Array, Int64Array, Scalar, StringArray};
 use arrow::compute::kernels::zip::zip;
 use arrow::compute::{cast, is_not_null};
 use arrow::datatypes::DataType;
-use arrow::record_batch::RecordBatch;
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 
@@ -107,16 +106,7 @@ pub(super) struct Imputation {
     fill: Value,
 }
 
-#[typetag::serde(name = "SimpleImputer")]
-impl Transform for Vec<Imputation> {
-    fn transform(&self, batch: &RecordBatch) -> Result<RecordBatch> {
-        each(batch, self)
-    }
-
-    fn without(&self, column: &str) -> Preprocessor {
-        others(self, column)
-    }
-}
+transform_each!("SimpleImputer", Imputation);
 
 fn fit(dataset: &Dataset, columns: &[String], fill: &Fill) -> Result<Vec<Imputation>> {
     let fills = match fill {

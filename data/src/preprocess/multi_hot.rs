@@ -1,16 +1,15 @@
 //! Sets of categories as numbers.
 
 use super::categories::{Codes, Counts, Unknown, Values};
-use super::columns::{PerColumn, each, others};
+use super::columns::{PerColumn, transform_each};
 use super::estimator::{names, of_columns};
 use super::lists;
 use super::numbers::list;
 use super::statistic::{Statistic, compute};
-use super::{Estimator, Preprocessor, Transform};
+use super::{Estimator, Preprocessor};
 use crate::Dataset;
 use crate::error::Result;
 use arrow::array::{Array, ArrayRef, Float32Array};
-use arrow::record_batch::RecordBatch;
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 
@@ -68,24 +67,15 @@ impl Statistic for ItemCounts {
 #[serde(transparent)]
 struct MultiHot(Codes);
 
-#[typetag::serde(name = "MultiHotEncoder")]
-impl Transform for Vec<MultiHot> {
-    fn transform(&self, batch: &RecordBatch) -> Result<RecordBatch> {
-        each(batch, self)
-    }
-
-    fn without(&self, column: &str) -> Preprocessor {
-        others(self, column)
-    }
-
-    fn classes(&self, column: &str) -> Option<Vec<String>> {
-        self.iter().find(|c| c.column() == column).map(|c| c.0.names())
-    }
-}
+transform_each!("MultiHotEncoder", MultiHot);
 
 impl PerColumn for MultiHot {
     fn column(&self) -> &str {
         &self.0.column
+    }
+
+    fn classes(&self) -> Option<Vec<String>> {
+        Some(self.0.names())
     }
 
     fn apply(&self, array: &ArrayRef) -> Result<ArrayRef> {

@@ -1,16 +1,15 @@
 //! Making values look normal.
 
 use super::affine::{Affine, deviation};
-use super::columns::{PerColumn, each, others};
+use super::columns::{PerColumn, transform_each};
 use super::estimator::{names, of_columns};
 use super::minimize::minimize;
 use super::numbers::Numbers;
 use super::sample::Sample;
-use super::{Estimator, Preprocessor, Transform};
+use super::{Estimator, Preprocessor};
 use crate::Dataset;
 use crate::error::{Error, Result};
 use arrow::array::ArrayRef;
-use arrow::record_batch::RecordBatch;
 use serde::{Deserialize, Serialize};
 
 /// Which family of power transforms.
@@ -66,16 +65,7 @@ struct Powers {
     scaler: Affine,
 }
 
-#[typetag::serde(name = "PowerTransformer")]
-impl Transform for Vec<Powers> {
-    fn transform(&self, batch: &RecordBatch) -> Result<RecordBatch> {
-        each(batch, self)
-    }
-
-    fn without(&self, column: &str) -> Preprocessor {
-        others(self, column)
-    }
-}
+transform_each!("PowerTransformer", Powers);
 
 impl Powers {
     fn fit(power: Power, column: &str, Sample(elements): Sample) -> Result<Self> {

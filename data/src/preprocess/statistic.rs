@@ -31,7 +31,7 @@ pub(crate) fn compute_from<S: Statistic>(
     for column in columns {
         index_of(&schema, column)?;
     }
-    let mut total = vec![none; columns.len()];
+    let total = vec![none; columns.len()];
     let (names, empty) = (columns.to_vec(), total.clone());
     let of_block = move |_, batches: Vec<RecordBatch>| {
         let mut statistics = empty.clone();
@@ -42,8 +42,8 @@ pub(crate) fn compute_from<S: Statistic>(
         }
         Ok(statistics)
     };
-    for block in dataset.select(columns.iter().cloned())?.map_blocks(of_block)? {
+    let merge = |total: &mut Vec<S>, block: Vec<S>| {
         total.iter_mut().zip(block).for_each(|(sum, part)| sum.merge(part));
-    }
-    Ok(total)
+    };
+    dataset.select(columns.iter().cloned())?.fold_blocks(of_block, total, merge)
 }

@@ -1,13 +1,12 @@
 //! Text as vectors: a number for each term.
 
-use super::columns::{PerColumn, each, others};
+use super::columns::{PerColumn, transform_each};
 use super::estimator::{names, of_columns};
 use super::vocabulary::{Found, Terms, Vocabulary};
-use super::{Estimator, Preprocessor, Transform};
+use super::{Estimator, Preprocessor};
 use crate::Dataset;
 use crate::error::Result;
 use arrow::array::ArrayRef;
-use arrow::record_batch::RecordBatch;
 use serde::{Deserialize, Serialize};
 
 /// Replaces text by a `FixedSizeList<Float32>`: how often it has each term of the vocabulary, in
@@ -99,24 +98,15 @@ fn inverse_frequencies(found: &Found) -> Vec<f64> {
 #[serde(transparent)]
 struct Count(Vocabulary);
 
-#[typetag::serde(name = "CountVectorizer")]
-impl Transform for Vec<Count> {
-    fn transform(&self, batch: &RecordBatch) -> Result<RecordBatch> {
-        each(batch, self)
-    }
-
-    fn without(&self, column: &str) -> Preprocessor {
-        others(self, column)
-    }
-
-    fn classes(&self, column: &str) -> Option<Vec<String>> {
-        self.iter().find(|c| c.column() == column).map(|c| c.0.terms.clone())
-    }
-}
+transform_each!("CountVectorizer", Count);
 
 impl PerColumn for Count {
     fn column(&self) -> &str {
         &self.0.column
+    }
+
+    fn classes(&self) -> Option<Vec<String>> {
+        Some(self.0.terms.clone())
     }
 
     fn apply(&self, array: &ArrayRef) -> Result<ArrayRef> {
@@ -130,24 +120,15 @@ struct Tfidf {
     idf: Vec<f64>,
 }
 
-#[typetag::serde(name = "TfidfVectorizer")]
-impl Transform for Vec<Tfidf> {
-    fn transform(&self, batch: &RecordBatch) -> Result<RecordBatch> {
-        each(batch, self)
-    }
-
-    fn without(&self, column: &str) -> Preprocessor {
-        others(self, column)
-    }
-
-    fn classes(&self, column: &str) -> Option<Vec<String>> {
-        self.iter().find(|c| c.column() == column).map(|c| c.vocabulary.terms.clone())
-    }
-}
+transform_each!("TfidfVectorizer", Tfidf);
 
 impl PerColumn for Tfidf {
     fn column(&self) -> &str {
         &self.vocabulary.column
+    }
+
+    fn classes(&self) -> Option<Vec<String>> {
+        Some(self.vocabulary.terms.clone())
     }
 
     fn apply(&self, array: &ArrayRef) -> Result<ArrayRef> {

@@ -1,15 +1,14 @@
 //! Text as words.
 
 use super::categories::is_text;
-use super::columns::{PerColumn, each, others};
+use super::columns::{PerColumn, transform_each};
 use super::estimator::{names, of_columns};
-use super::{Estimator, Preprocessor, Transform, lists};
+use super::{Estimator, Preprocessor, lists};
 use crate::Dataset;
 use crate::error::{Error, Result};
 use arrow::array::{Array, ArrayRef, AsArray, ListBuilder, StringBuilder};
 use arrow::compute::cast;
 use arrow::datatypes::DataType;
-use arrow::record_batch::RecordBatch;
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 
@@ -55,16 +54,7 @@ struct Split {
     lowercase: bool,
 }
 
-#[typetag::serde(name = "Tokenizer")]
-impl Transform for Vec<Split> {
-    fn transform(&self, batch: &RecordBatch) -> Result<RecordBatch> {
-        each(batch, self)
-    }
-
-    fn without(&self, column: &str) -> Preprocessor {
-        others(self, column)
-    }
-}
+transform_each!("Tokenizer", Split);
 
 impl PerColumn for Split {
     fn column(&self) -> &str {

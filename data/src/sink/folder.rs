@@ -40,10 +40,8 @@ impl NewFolder {
 
     /// Gives the files, and then the folder, the names that they are to have.
     pub(super) fn commit(self, extension: &str, files: &[(PathBuf, u64)]) -> Result<Written> {
-        // As many digits as keep the names in order.
-        let digits = files.len().to_string().len().max(5);
         let finish = |(at, (path, rows)): (usize, &(PathBuf, u64))| {
-            let name = PathBuf::from(format!("part-{at:0digits$}.{extension}"));
+            let name = part_name(at, files.len(), extension);
             let bytes = sync(path)?;
             fs::rename(path, self.hidden.join(&name)).at("rename", path)?;
             Ok(WrittenFile { name, rows: *rows, bytes })
@@ -101,6 +99,12 @@ fn exists(target: &Path, hint: &'static str) -> Error {
     Error::TargetExists { path: target.to_owned(), hint }
 }
 
+/// With as many digits as keep the names in order: readers go by it.
+fn part_name(at: usize, files: usize, extension: &str) -> PathBuf {
+    let digits = files.to_string().len().max(5);
+    format!("part-{at:0digits$}.{extension}").into()
+}
+
 /// Onto nothing: who came first stays.
 fn rename(from: &Path, to: &Path) -> std::io::Result<()> {
     match renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE) {
@@ -114,6 +118,10 @@ fn exchange(one: &Path, other: &Path) -> std::io::Result<()> {
     if renameat_with(CWD, one, CWD, other, RenameFlags::EXCHANGE).is_ok() {
         return Ok(());
     }
+    exchange_in_steps(one, other)
+}
+
+fn exchange_in_steps(one: &Path, other: &Path) -> std::io::Result<()> {
     let mut aside = one.as_os_str().to_owned();
     aside.push(".replaced");
     fs::rename(other, &aside)?;
@@ -130,4 +138,35 @@ fn sync(path: &Path) -> Result<u64> {
     let file = File::open(path).at("open", path)?;
     file.sync_all().at("sync", path)?;
     Ok(file.metadata().at("read", path)?.len())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_in_the_order_of_the_files() {
+        assert_eq!(part_name(9, 10, "csv"), Path::new("part-00009.csv"));
+        let names: Vec<_> = [0, 9, 99_999, 100_000].map(|at| part_name(at, 100_001, "csv")).into();
+        assert!(names.is_sorted(), "{names:?}");
+    }
+
+    /// Where a file system cannot do it at once. If the new one does not come, the old one stays.
+    #[test]
+    fn exchanged_folders_have_each_other_s_content() {
+        let dir = tempfile::tempdir().expect("folder");
+        let [one, other] = ["one", "other"].map(|name| dir.path().join(name));
+        for folder in [&one, &other] {
+            fs::create_dir(folder).expect("folder");
+            fs::write(folder.join("name"), folder.as_os_str().as_encoded_bytes()).expect("write");
+        }
+        exchange_in_steps(&one, &other).expect("exchange");
+        let name = |folder: &Path| fs::read_to_string(folder.join("name")).expect("read");
+        assert_eq!(
+            (name(&one), name(&other)),
+            (other.display().to_string(), one.display().to_string(),)
+        );
+        exchange_in_steps(&dir.path().join("absent"), &other).expect_err("nothing to give");
+        assert_eq!(name(&other), one.display().to_string());
+    }
 }

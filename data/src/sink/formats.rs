@@ -2,7 +2,9 @@
 
 use super::{Sink, SinkFile};
 use crate::error::{Error, Result};
-use arrow::datatypes::SchemaRef;
+use arrow::array::RecordBatchOptions;
+use arrow::compute::cast;
+use arrow::datatypes::{DataType, FieldRef, Schema, SchemaRef};
 use arrow::error::ArrowError;
 use arrow::ipc::writer::FileWriter;
 use arrow::json::LineDelimitedWriter;
@@ -14,6 +16,7 @@ use datafusion::parquet::file::properties::WriterProperties;
 use serde::{Deserialize, Serialize};
 use std::fs::File;
 use std::io::{BufWriter, Write};
+use std::sync::Arc;
 
 /// Writes Parquet files.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -184,19 +187,42 @@ impl Sink for IpcSink {
     }
 
     fn begin(&self, file: File, schema: &SchemaRef) -> Result<Box<dyn SinkFile>> {
-        let writer = FileWriter::try_new(BufWriter::new(file), schema).map_err(failed)?;
-        Ok(Box::new(writer))
+        let fields = schema.fields().iter().map(plain);
+        let schema = Arc::new(Schema::new(fields.collect::<Vec<_>>()));
+        let writer = FileWriter::try_new(BufWriter::new(file), &schema).map_err(failed)?;
+        Ok(Box::new(IpcFile { writer, schema }))
     }
 }
 
-impl SinkFile for FileWriter<BufWriter<File>> {
+/// Dictionary columns as what their values are: a file may have one dictionary, and each batch has its
+/// own.
+fn plain(field: &FieldRef) -> FieldRef {
+    match field.data_type() {
+        DataType::Dictionary(_, values) => {
+            Arc::new(field.as_ref().clone().with_data_type(values.as_ref().clone()))
+        }
+        _ => field.clone(),
+    }
+}
+
+struct IpcFile {
+    writer: FileWriter<BufWriter<File>>,
+    schema: SchemaRef,
+}
+
+impl SinkFile for IpcFile {
     fn write(&mut self, batch: &RecordBatch) -> Result<()> {
-        Self::write(self, batch).map_err(failed)
+        let columns = batch.columns().iter().zip(self.schema.fields());
+        let columns = columns.map(|(column, field)| cast(column, field.data_type()));
+        let columns = columns.collect::<Result<Vec<_>, _>>()?;
+        let options = RecordBatchOptions::new().with_row_count(Some(batch.num_rows()));
+        let batch = RecordBatch::try_new_with_options(self.schema.clone(), columns, &options)?;
+        self.writer.write(&batch).map_err(failed)
     }
 
     fn finish(mut self: Box<Self>) -> Result<()> {
-        Self::finish(&mut self).map_err(failed)?;
-        self.into_inner().and_then(|mut file| Ok(file.flush()?)).map_err(failed)
+        self.writer.finish().map_err(failed)?;
+        self.writer.into_inner().and_then(|mut file| Ok(file.flush()?)).map_err(failed)
     }
 }
 

@@ -13,7 +13,8 @@ use std::time::SystemTime;
 const SAMPLES: u64 = 64;
 const SAMPLE_BYTES: u64 = 4096;
 
-const GZIP: [u8; 2] = [0x1f, 0x8b];
+/// With the only method there is: a TFRecord may begin with the first two, once in 65,536 times.
+const GZIP: [u8; 3] = [0x1f, 0x8b, 8];
 
 /// A file as it was when the dataset was opened.
 #[derive(Clone, Debug)]
@@ -80,7 +81,7 @@ pub(super) struct Pieces {
 impl Pieces {
     pub(super) fn open(path: &Path, format: &'static str) -> Result<Self> {
         let (stamped, mut file) = Stamped::new(path)?;
-        let mut magic = [0; 2];
+        let mut magic = [0; GZIP.len()];
         let zipped = file.read_exact(&mut magic).is_ok() && magic == GZIP;
         let unzipped = if zipped { Some(read_unzipped(path, format)?) } else { None };
         Ok(Self { file: stamped, unzipped })

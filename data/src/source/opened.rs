@@ -7,6 +7,9 @@ use arrow::datatypes::{DataType, Field, FieldRef, SchemaRef};
 use arrow::record_batch::RecordBatch;
 use std::sync::Arc;
 
+/// Beyond this, positions of rows have no place in the numbers that they are computed with.
+pub(crate) const MOST_ROWS: u64 = 1 << 48;
+
 /// A part of a source that is read as a whole.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Block {
@@ -19,10 +22,11 @@ pub(crate) struct Block {
 impl Block {
     /// Blocks of the given sizes, one after another.
     pub(crate) fn sequence(rows: impl IntoIterator<Item = u64>) -> Vec<Self> {
-        let mut start = 0;
+        let mut start = 0_u64;
         let next = |rows| {
-            start += rows;
-            Self { start: start - rows, rows }
+            let first = start;
+            start = first.saturating_add(rows);
+            Self { start: first, rows }
         };
         rows.into_iter().map(next).collect()
     }
@@ -38,7 +42,17 @@ pub(crate) struct OpenSource {
 
 impl OpenSource {
     pub(crate) fn new(source: &dyn Source) -> Result<Self> {
-        Ok(Self::opened(source.open()?))
+        let opened = Self::opened(source.open()?);
+        match opened.blocks.last() {
+            Some(last) if last.start.checked_add(last.rows).is_none_or(|end| end > MOST_ROWS) => {
+                Err(Error::InvalidOption {
+                    option: "the number of rows",
+                    expected: format!("at most {MOST_ROWS}"),
+                    got: "more".to_owned(),
+                })
+            }
+            _ => Ok(opened),
+        }
     }
 
     pub(crate) fn empty(schema: SchemaRef) -> Self {

@@ -1,7 +1,7 @@
 //! Whole numbers, counted up.
 
 use super::{BatchIter, Blocks, Source};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use arrow::array::Int64Array;
 use arrow::datatypes::{DataType, Field, Schema, SchemaRef};
 use arrow::record_batch::RecordBatch;
@@ -9,6 +9,9 @@ use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 
 const BLOCK_ROWS: u64 = 4096;
+
+/// 2^32: a list of its blocks still has its place in memory.
+const MOST_ROWS: u64 = 1 << 32;
 
 /// The numbers from 0 up to `rows` in the column `id`.
 #[derive(Debug, Serialize, Deserialize)]
@@ -19,6 +22,13 @@ pub(crate) struct Range {
 #[typetag::serde(name = "range")]
 impl Source for Range {
     fn open(&self) -> Result<Arc<dyn Blocks>> {
+        if self.rows > MOST_ROWS {
+            return Err(Error::InvalidOption {
+                option: "the number of rows of a range",
+                expected: format!("at most {MOST_ROWS}"),
+                got: self.rows.to_string(),
+            });
+        }
         let schema = Arc::new(Schema::new(vec![Field::new("id", DataType::Int64, false)]));
         Ok(Arc::new(RangeBlocks { schema, rows: self.rows }))
     }

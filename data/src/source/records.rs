@@ -214,3 +214,23 @@ impl Blocks for RecordBlocks {
         Ok(Box::new(batches.into_iter().map(Ok)))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_block_ends_by_rows_and_by_bytes() {
+        let mut cutter = Cutter::new(100, 0);
+        for length in [1, BLOCK_BYTES - 2, 1, 5, BLOCK_BYTES, 7] {
+            cutter.bytes(&vec![b'x'; length]);
+            cutter.record();
+        }
+        (0..100).for_each(|_| cutter.record());
+        let spans = cutter.finish();
+        assert_eq!(spans.iter().map(|span| span.rows).collect::<Vec<_>>(), [3, 2, 100, 1]);
+        assert!(
+            spans.windows(2).all(|pair| pair[1].start == pair[0].start + pair[0].length as u64)
+        );
+    }
+}

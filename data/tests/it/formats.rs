@@ -4,7 +4,7 @@
 use crate::{ids, message};
 use arrow::array::{Array, AsArray};
 use arrow::compute::cast;
-use arrow::datatypes::{DataType, Float64Type, Int64Type, UInt8Type};
+use arrow::datatypes::{DataType, Float64Type, Int64Type, Schema, UInt8Type};
 use arrow::record_batch::RecordBatch;
 use flate2::Compression;
 use flate2::write::GzEncoder;
@@ -13,6 +13,7 @@ use mobula_data::{CsvOptions, Dataset, Result, StreamOptions, TensorSource};
 use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 type Reader = fn(String) -> Result<Dataset>;
 
@@ -75,6 +76,22 @@ fn tables_of_other_programs() {
         assert_eq!(some.column(1).as_primitive::<Int64Type>().value(9), 9, "{name}");
         assert_eq!(dataset.filter("true").and_then(|d| d.count()).expect("count"), 10, "{name}");
     }
+}
+
+/// As pandas writes Feather: with a description of its own in the schema.
+#[test]
+fn ipc_with_metadata_is_read() {
+    let dir = folder(&[]);
+    let path = at(&dir, "pandas.feather");
+    let table = rows(Dataset::range(3));
+    let fields = table.schema().fields().clone();
+    let metadata = [("pandas".to_owned(), "{}".to_owned())].into();
+    let schema = Arc::new(Schema::new(fields).with_metadata(metadata));
+    let file = fs::File::create(&path).expect("create");
+    let mut writer = arrow::ipc::writer::FileWriter::try_new(file, &schema).expect("writer");
+    writer.write(&table.with_schema(schema).expect("more metadata")).expect("write");
+    writer.finish().expect("finish");
+    assert_eq!(ids(&Dataset::read_ipc(&path).expect("dataset")), [0, 1, 2]);
 }
 
 #[test]
@@ -200,6 +217,28 @@ fn gzipped_text_is_read() {
     assert!(message(read_csv(at(&dir, "cut.csv"))).contains("cut.csv"));
 }
 
+/// A record of TFRecord may be as long as gzip's magic number says.
+#[test]
+fn a_length_is_not_taken_for_gzip() {
+    let record = record_of(&vec![0_u8; 0x8b1f]);
+    assert_eq!(record[..2], [0x1f, 0x8b]);
+    let dir = folder(&[("long.tfrecord", &record)]);
+    let text = message(Dataset::read_tfrecord(at(&dir, "long.tfrecord")));
+    assert!(!text.contains("unzipped"), "{text}");
+}
+
+/// A folder may be called like a pattern.
+#[test]
+fn a_folder_is_no_pattern() {
+    let dir = tempfile::tempdir().expect("folder");
+    for (name, rows) in [("exp[12]", "id\n7\n"), ("exp1", "id\n1\n")] {
+        fs::create_dir(dir.path().join(name)).expect("folder");
+        fs::write(dir.path().join(name).join("a.csv"), rows).expect("write");
+    }
+    assert_eq!(ids(&read_csv(at(&dir, "exp[12]")).expect("dataset")), [7]);
+    assert_eq!(ids(&read_csv(at(&dir, "exp[1]/*.csv")).expect("dataset")), [1]);
+}
+
 #[test]
 fn csv_streams_in_blocks() {
     let text: String = (0..20_000).map(|i| format!("{i},\"a\n{i}\"\n")).collect();
@@ -295,6 +334,13 @@ fn damaged_numpy_is_named() {
         let text = message(Dataset::read_npy(at(&dir, name)));
         assert!(text.contains(name) && text.contains(says), "{text}");
     }
+    // A shape of nothing, beyond all measure.
+    let header = "{'descr': '<f4', 'fortran_order': False, 'shape': (9223372036854775807, 0), }\n";
+    let none = [&b"\x93NUMPY\x01\x00"[..], &[header.len() as u8, 0], header.as_bytes()].concat();
+    fs::write(at(&dir, "none.npy"), none).expect("write");
+    let text = message(Dataset::read_npy(at(&dir, "none.npy")));
+    assert!(text.contains("has no values in a row"), "{text}");
+    assert!(message(Dataset::range(u64::MAX)).contains("at most 4294967296"));
     for name in ["cut.npz", "empty.npz"] {
         let text = message(Dataset::read_npz(at(&dir, name)));
         assert!(text.contains(&format!("{name} is not a valid NumPy file")), "{text}");
@@ -332,6 +378,26 @@ fn images_are_decoded_and_resized() {
     let grey = rows(Dataset::read_images(fixture("grey.png"), [6, 8]));
     let grey = grey.column(1).as_fixed_size_list().value(0);
     assert_eq!(grey.as_primitive::<UInt8Type>().values()[..3], [76, 76, 76]);
+}
+
+/// A stream does not go on with other pixels, or with files that went to another folder.
+#[test]
+fn images_are_told_apart() {
+    let dir = tempfile::tempdir().expect("folder");
+    for folder in ["cat", "dog"] {
+        fs::create_dir(dir.path().join(folder)).expect("folder");
+        fs::copy(fixture("grey.png"), dir.path().join(folder).join("1.png")).expect("copy");
+    }
+    let state = |size| {
+        let images = Dataset::read_images(dir.path().to_str().expect("UTF-8"), size);
+        let source = images.and_then(|d| d.stream(StreamOptions::unlabelled(["image"])));
+        source.expect("stream").open(Shard::ALL).expect("open").state().manifest
+    };
+    let first = state([4, 2]);
+    assert_eq!(state([4, 2]), first);
+    assert_ne!(state([2, 4]), first);
+    fs::rename(dir.path().join("dog/1.png"), dir.path().join("cat/2.png")).expect("move");
+    assert_ne!(state([4, 2]), first);
 }
 
 #[test]
@@ -401,9 +467,13 @@ fn record(name: &str, values: &[&str]) -> Vec<u8> {
     let feature = field(&list);
     entry.extend([0x12, feature.len() as u8]);
     entry.extend(&feature);
-    let example = field(&field(&entry));
-    let length = (example.len() as u64).to_le_bytes();
-    [&length[..], &masked(&length), &example, &masked(&example)].concat()
+    record_of(&field(&field(&entry)))
+}
+
+/// Some bytes, as TFRecord frames them.
+fn record_of(bytes: &[u8]) -> Vec<u8> {
+    let length = (bytes.len() as u64).to_le_bytes();
+    [&length[..], &masked(&length), bytes, &masked(bytes)].concat()
 }
 
 /// CRC-32C, bit by bit, masked.
@@ -427,6 +497,30 @@ fn tfrecord_that_drifts_is_named() {
             message(Dataset::read_tfrecord(at(&dir, "late.tfrecord")).and_then(|d| d.collect()));
         assert!(text.contains("late.tfrecord (rows 0 to 100)") && text.contains(says), "{text}");
     }
+}
+
+/// The types come from the first hundred records, however large they are.
+#[test]
+fn tfrecord_is_typed_beyond_its_first_block() {
+    // 9 MiB: two do not fit into a block. A field of protobuf that nobody knows has the bytes.
+    let padding = 9 << 20;
+    let field = |key: u8, bytes: &[u8]| {
+        let (mut head, mut rest) = (vec![key], bytes.len());
+        while rest > 127 {
+            head.push(rest as u8 | 128);
+            rest >>= 7;
+        }
+        head.push(rest as u8);
+        [&head, bytes].concat()
+    };
+    let example = |name: &str| {
+        let small = record(name, &["x"]);
+        let (example, pad) = (&small[12..small.len() - 4], vec![0; padding]);
+        record_of(&[example, &field(0x7a, &pad)].concat())
+    };
+    let dir = folder(&[("large.tfrecord", &[example("a"), example("b")].concat())]);
+    let table = rows(Dataset::read_tfrecord(at(&dir, "large.tfrecord")));
+    assert_eq!((table.num_rows(), table.num_columns()), (2, 2));
 }
 
 #[test]
@@ -454,6 +548,17 @@ fn damaged_webdataset_is_named() {
         let text = message(Dataset::read_webdataset(at(&dir, name)));
         assert!(text.contains(&format!("{name} is not a valid WebDataset tar file")), "{text}");
     }
+    let twice = at(&dir, "twice.tar");
+    let mut tar = tar::Builder::new(fs::File::create(&twice).expect("create"));
+    for text in [&b"one"[..], b"two"] {
+        let mut head = tar::Header::new_gnu();
+        head.set_size(text.len() as u64);
+        head.set_mode(0o644);
+        tar.append_data(&mut head, "a.txt", text).expect("append");
+    }
+    tar.finish().expect("finish");
+    let text = message(Dataset::read_webdataset(&twice).and_then(|d| d.collect()));
+    assert!(text.contains("the sample \"a\" has two members .txt"), "{text}");
     let path = at(&dir, "flipped.tar");
     for flip in (0..whole.len()).step_by(37) {
         let mut bytes = whole.clone();

@@ -1,7 +1,7 @@
 //! Preprocessors against numbers worked out by hand, on columns and on tensors.
 
 use crate::{batch, digits, example, failure, lists, message, numbered};
-use arrow::array::{Array, ArrayRef, AsArray, Float64Array, Int64Array, StringArray};
+use arrow::array::{Array, ArrayRef, AsArray, Float64Array, Int64Array, StringArray, UInt64Array};
 use arrow::datatypes::{DataType, Float32Type, Float64Type, UInt32Type};
 use arrow::record_batch::RecordBatch;
 use candle_core::{Device, Tensor};
@@ -398,4 +398,23 @@ fn a_constant_is_only_centred() {
     let scaled = data.preprocess(&scaler).and_then(|data| data.collect()).expect("rows");
     let x = scaled.column(0).as_primitive::<Float32Type>().values().to_vec();
     assert!(x.iter().all(|x| x.abs() < 1e-6), "{x:?}");
+}
+
+/// What JSON cannot hold would be lost with the checkpoint.
+#[test]
+fn nothing_is_filled_with_what_is_no_number() {
+    let x: ArrayRef = Arc::new(Float64Array::from(vec![Some(1.0), Some(f64::NAN), None]));
+    let data = Dataset::from_batches([batch([("x", x)])]).expect("dataset");
+    for step in [SimpleImputer::mean(["x"]), SimpleImputer::constant(["x"], f64::INFINITY)] {
+        let text = message(step.fit(&data));
+        assert!(text.contains("\"x\"") && text.contains("not a number"), "{text}");
+    }
+}
+
+#[test]
+fn large_numbers_are_no_missing_categories() {
+    let hashes: ArrayRef = Arc::new(UInt64Array::from(vec![1, u64::MAX]));
+    let data = Dataset::from_batches([batch([("hash", hashes)])]).expect("dataset");
+    let text = message(OrdinalEncoder::fit(&data, ["hash"]));
+    assert!(text.contains("18446744073709551615"), "{text}");
 }

@@ -96,6 +96,11 @@ fn lists_of_any_length_are_padded() {
     );
     let text = message(tensor(column(), spec));
     assert!(text.contains("TensorSpec::with_length"), "{text}");
+    // It is the list that has no room, not the tensor.
+    let ones: ArrayRef = Arc::new(Int64Array::from(vec![1; 4]));
+    let side = TensorSpec::stack("x", ["x", "one"]).with_length(2).with_fill(0.0);
+    let text = message(tensor([("x", lists.clone()), ("one", ones)], side));
+    assert!(text.contains("room for 2"), "{text}");
 }
 
 #[test]
@@ -129,6 +134,9 @@ fn what_a_type_cannot_hold_is_an_error() {
     let infinite = tensor([("x", floats(&[Some(f64::INFINITY)]))], TensorSpec::column("x"));
     assert_eq!(infinite.expect("tensor").to_vec1::<f32>().expect("values"), [f32::INFINITY]);
     assert!(refused(1.0, DType::F8E4M3).contains("one of u8, u32"));
+    let bytes: ArrayRef = Arc::new(UInt8Array::from(vec![1]));
+    let small = TensorSpec::column("x").with_dtype(DType::F8E4M3);
+    assert!(message(tensor([("x", bytes)], small)).contains("one of u8, u32"));
 }
 
 #[test]

@@ -1,12 +1,12 @@
 //! Writing, and reading what was written.
 
 use crate::{batch, digits, ids, message, numbered};
-use arrow::array::{ArrayRef, Float64Array, Int64Array, StringArray};
-use arrow::datatypes::SchemaRef;
+use arrow::array::{ArrayRef, AsArray, DictionaryArray, Float64Array, Int64Array, StringArray};
+use arrow::datatypes::{DataType, Int32Type, SchemaRef, UInt32Type};
 use arrow::record_batch::RecordBatch;
 use mobula_data::{
-    CsvOptions, Dataset, Error, ParquetCompression, ParquetSink, Result, Sink, SinkFile,
-    WriteOptions, Written,
+    CsvOptions, Dataset, Error, OrdinalEncoder, ParquetCompression, ParquetSink, Result, Sink,
+    SinkFile, WriteOptions, Written,
 };
 use std::fs::{self, File};
 use std::io::Write;
@@ -99,6 +99,29 @@ fn lists_survive_where_the_format_has_them() {
     );
 }
 
+/// Each batch has a dictionary of its own, which a file of Arrow IPC cannot.
+#[test]
+fn categories_are_written_everywhere() {
+    let words = |words: [&str; 2]| -> ArrayRef {
+        Arc::new(words.into_iter().collect::<DictionaryArray<Int32Type>>())
+    };
+    let batches = [["a", "b"], ["c", "a"]].map(|pair| batch([("word", words(pair))]));
+    let dataset = Dataset::from_batches(batches).expect("dataset");
+    for (extension, write, read) in FORMATS {
+        let dir = tempfile::tempdir().expect("folder");
+        write(&dataset, &dir.path().join("out"), WriteOptions::default()).expect(extension);
+        let out = dir.path().join("out");
+        let again = read(out.to_str().expect("UTF-8")).and_then(|d| d.collect()).expect("rows");
+        let text = arrow::compute::cast(again.column(0), &DataType::Utf8).expect("text");
+        let text: Vec<_> = text.as_string::<i32>().iter().flatten().collect();
+        assert_eq!(text, ["a", "b", "c", "a"], "{extension}");
+    }
+    let encoder = OrdinalEncoder::fit(&dataset, ["word"]).expect("fit");
+    let codes = dataset.preprocess(&encoder).and_then(|d| d.collect()).expect("codes");
+    let codes = codes.column(0).as_primitive::<UInt32Type>();
+    assert_eq!(codes.values()[..], [0, 1, 2, 0]);
+}
+
 #[test]
 fn no_rows_are_a_file_with_columns() {
     let none = Dataset::range(10).and_then(|d| d.filter("id > 10")).expect("dataset");
@@ -168,7 +191,6 @@ struct LinesFile {
 
 impl SinkFile for LinesFile {
     fn write(&mut self, batch: &RecordBatch) -> Result<()> {
-        use arrow::array::AsArray;
         use arrow::datatypes::Int64Type;
         for id in batch.column(0).as_primitive::<Int64Type>().values() {
             if *id == self.limit {

@@ -60,6 +60,9 @@ impl Header {
         let width = row.iter().try_fold(1_usize, |width, axis| width.checked_mul(*axis));
         let too_large = || format!("its shape {shape:?} is too large");
         let width = width.and_then(|width| i32::try_from(width).ok()).ok_or_else(too_large)?;
+        if width == 0 {
+            return Err(format!("its shape {shape:?} has no values in a row"));
+        }
         let bytes = rows.checked_mul(width as usize).and_then(|n| n.checked_mul(value_bytes));
         bytes.filter(|bytes| isize::try_from(*bytes).is_ok()).ok_or_else(too_large)?;
         let width = (!row.is_empty()).then_some(width);
