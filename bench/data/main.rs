@@ -1,7 +1,7 @@
 //! Our side of reading data.
 //!
 //! ```text
-//! bench-data FILE...     answer requests on standard input
+//! bench-data FILE     answer requests on standard input
 //! ```
 //!
 //! The requests are described in xtask/src/bench/data.rs.
@@ -93,7 +93,7 @@ fn read(source: &TensorSource, shard: Shard, measure: Measure) -> Result<(usize,
     Ok(all)
 }
 
-/// From nothing to the first batch.
+/// From the name of the file to the first batch.
 fn first(file: &str, columns: &str, order: &str) -> Result<Value> {
     let start = Instant::now();
     let source = source(file, columns, order)?;

@@ -7,7 +7,7 @@
 //! * `epoch COLUMNS ORDER RANKS` reads all rows, in batches of 8192 × columns of `f32`, `in-order` or
 //!   `shuffled`, on so many ranks at once: `{"seconds": s, "cpu": s, "rows": n, "peak": bytes}`;
 //! * `check …`, the same, with the `"sum"` of all values;
-//! * `first COLUMNS ORDER` is from nothing to the first batch: `{"seconds": s, "rows": n}`;
+//! * `first COLUMNS ORDER` is from the name of the file to the first batch: `{"seconds": s, "rows": n}`;
 //! * `resume COLUMNS ORDER SHARE` is from a state at that share of the epoch to the next batch.
 
 use super::worker::Worker;
@@ -159,26 +159,32 @@ impl Sides {
         Ok(cases)
     }
 
-    /// The first batch of a new process.
+    /// The first batch of a new process, which has yet to load its library, and the next time.
     fn first(&self, order: &str, libraries: &[&str]) -> Result<Vec<Case>> {
-        let request = format!("first {COLUMNS} {order}");
-        let time = |start: &dyn Fn() -> Result<Worker>| {
-            let mut seconds = Vec::new();
-            for _ in 0..self.rounds.min(3) {
-                seconds.push(start()?.ask::<Pass>(&request)?.seconds);
+        let ours = self.firsts(order, &|| self.ours())?;
+        let mut cases = Vec::new();
+        for library in libraries {
+            let theirs = self.firsts(order, &|| self.peer(library))?;
+            for (at, when) in ["of a process", "when loaded"].into_iter().enumerate() {
+                let name = format!("first batch {when}, {order}");
+                let theirs = Some((theirs[at], (*library).to_owned()));
+                cases.push(case(name, "ms", ours[at], theirs, false));
             }
-            Ok::<_, anyhow::Error>(median(&seconds) * 1e3)
-        };
-        let ours = time(&|| self.ours())?;
-        libraries
-            .iter()
-            .map(|library| {
-                let theirs = time(&|| self.peer(library))?;
-                let name = format!("first batch, {order}");
-                let theirs = Some((theirs, (*library).to_owned()));
-                Ok(case(name, "ms", ours, theirs, false))
-            })
-            .collect()
+        }
+        Ok(cases)
+    }
+
+    /// In milliseconds, the first time and the second.
+    fn firsts(&self, order: &str, start: &dyn Fn() -> Result<Worker>) -> Result<[f64; 2]> {
+        let request = format!("first {COLUMNS} {order}");
+        let mut seconds = [Vec::new(), Vec::new()];
+        for _ in 0..self.rounds.min(3) {
+            let mut side = start()?;
+            for seconds in &mut seconds {
+                seconds.push(side.ask::<Pass>(&request)?.seconds);
+            }
+        }
+        Ok(seconds.map(|seconds| median(&seconds) * 1e3))
     }
 
     /// The next batch of a training that goes on, at several places of the epoch.
