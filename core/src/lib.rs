@@ -43,6 +43,7 @@ mod resources;
 pub mod run;
 mod runtime;
 mod scheduler;
+pub mod scratch;
 pub mod status;
 mod store;
 mod stream;

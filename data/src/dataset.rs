@@ -1,10 +1,9 @@
 //! The lazy dataset: a description of rows, opened where they are needed.
 
 use crate::error::{Error, Result};
-use crate::plan::{self, Compiled};
+use crate::plan::Compiled;
 use crate::preprocess::Preprocessor;
 use crate::runtime::{block_on, threads};
-use crate::source::query::Query;
 use crate::source::{OpenSource, Source};
 use crate::split::{Side, Split};
 use crate::stream::{StreamOptions, TensorSource};
@@ -23,17 +22,25 @@ use std::sync::{Arc, OnceLock};
 /// made: out of the footer of a Parquet file, say, but of CSV or JSON by reading it once. Cloning one,
 /// or sending it to a worker process, is cheap. Rows are read by `count`, `collect`, `head`, `show`, by fitting a preprocessor, and by a stream.
 ///
-/// All operations but [`sql`](Self::sql) work row by row and keep the order of the source.
+/// Operations work row by row and keep the order of the source, but for those that say otherwise.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Dataset {
     #[serde(with = "shared")]
     source: Arc<dyn Source>,
     ops: Vec<Op>,
-    /// Shared by everything derived from the same source, which is opened once.
+    /// Shared by everything derived from the same source.
     #[serde(skip)]
-    opened: Arc<OnceLock<Arc<OpenSource>>>,
+    known: Arc<Known>,
     #[serde(skip)]
     schema: OnceLock<SchemaRef>,
+}
+
+/// What was found out about a source.
+#[derive(Debug, Default)]
+struct Known {
+    schema: OnceLock<SchemaRef>,
+    /// It is opened once.
+    open: OnceLock<Arc<OpenSource>>,
 }
 
 /// What is done to rows.
@@ -42,6 +49,7 @@ pub(crate) enum Op {
     Select { columns: Vec<String> },
     Filter { predicate: String },
     WithColumn { name: String, expression: String },
+    Rename { from: String, to: String },
     Split(Split),
     Preprocess(Preprocessor),
     MapBatches { function: String },
@@ -49,7 +57,13 @@ pub(crate) enum Op {
 
 impl Op {
     fn keeps_every_row(&self) -> bool {
-        matches!(self, Self::Select { .. } | Self::WithColumn { .. } | Self::Preprocess(_))
+        matches!(
+            self,
+            Self::Select { .. }
+                | Self::WithColumn { .. }
+                | Self::Rename { .. }
+                | Self::Preprocess(_)
+        )
     }
 }
 
@@ -62,13 +76,21 @@ impl Dataset {
         Ok(dataset)
     }
 
-    fn unopened(source: impl Source + 'static) -> Self {
+    pub(crate) fn unopened(source: impl Source + 'static) -> Self {
         Self {
             source: Arc::new(source),
             ops: Vec::new(),
-            opened: Arc::default(),
+            known: Arc::default(),
             schema: OnceLock::new(),
         }
+    }
+}
+
+impl Dataset {
+    /// The same, of which the columns are known without opening it.
+    pub(crate) fn with_schema(self, schema: SchemaRef) -> Self {
+        self.known.schema.get_or_init(|| schema);
+        self
     }
 }
 
@@ -93,28 +115,25 @@ impl Dataset {
         self.with_op(Op::WithColumn { name: name.into(), expression: expression.into() })
     }
 
-    /// The result of a query over this dataset, which it calls `dataset`:
-    /// `"SELECT species, count(*) AS n FROM dataset GROUP BY species ORDER BY species"`.
-    ///
-    /// The query runs once in every process that reads the result, which stays in memory there:
-    /// for a large dataset use the row by row operations where they will do.
-    pub fn sql(&self, query: impl Into<String>) -> Result<Self> {
-        let query = query.into();
-        let schema = plan::query_schema(self.schema()?, &query)?;
-        let result = Self::unopened(Query { input: self.clone(), query });
-        result.schema.get_or_init(|| schema);
-        Ok(result)
-    }
-
     /// Parts the rows into a training and a test dataset: no row is in both, each is in one.
     ///
     /// Every row goes to the test side with probability `test_fraction`, by a draw from `seed`
     /// and its position in the source alone. The sides are the same in every process, they do not
     /// change when rows are appended, and their sizes are near the fraction, not exactly on it.
     pub fn train_test_split(&self, test_fraction: f64, seed: u64) -> Result<(Self, Self)> {
+        self.split_at("test_fraction", test_fraction, seed)
+    }
+
+    /// The sides of a split, of which the fraction goes by the name `option`.
+    pub(crate) fn split_at(
+        &self,
+        option: &'static str,
+        test_fraction: f64,
+        seed: u64,
+    ) -> Result<(Self, Self)> {
         if !(0.0..=1.0).contains(&test_fraction) {
             return Err(Error::InvalidOption {
-                option: "test_fraction",
+                option,
                 expected: "a number from 0 to 1".to_owned(),
                 got: test_fraction.to_string(),
             });
@@ -135,12 +154,32 @@ impl Dataset {
         self.with_op(Op::MapBatches { function: function.into() })
     }
 
+    /// Leaves out the given columns.
+    pub fn drop_columns<S: AsRef<str>>(
+        &self,
+        columns: impl IntoIterator<Item = S>,
+    ) -> Result<Self> {
+        let schema = self.schema()?;
+        let mut left: Vec<_> = schema.fields().iter().map(|field| field.name().as_str()).collect();
+        for column in columns {
+            let column = column.as_ref();
+            let at = left.iter().position(|name| *name == column);
+            left.remove(at.ok_or_else(|| Error::no_such_column(column, &schema))?);
+        }
+        self.select(left)
+    }
+
+    /// Gives a column another name.
+    pub fn rename(&self, from: impl Into<String>, to: impl Into<String>) -> Result<Self> {
+        self.with_op(Op::Rename { from: from.into(), to: to.into() })
+    }
+
     fn with_op(&self, op: Op) -> Result<Self> {
         let schema = Compiled::schema_of(self.schema()?, std::slice::from_ref(&op))?;
         let mut ops = self.ops.clone();
         ops.push(op);
-        let (source, opened) = (self.source.clone(), self.opened.clone());
-        Ok(Self { source, ops, opened, schema: schema.into() })
+        let (source, known) = (self.source.clone(), self.known.clone());
+        Ok(Self { source, ops, known, schema: schema.into() })
     }
 }
 
@@ -151,7 +190,7 @@ impl Dataset {
         if let Some(schema) = self.schema.get() {
             return Ok(schema.clone());
         }
-        let schema = Compiled::schema_of(self.open()?.schema().clone(), &self.ops)?;
+        let schema = Compiled::schema_of(self.source_schema()?, &self.ops)?;
         Ok(self.schema.get_or_init(|| schema).clone())
     }
 
@@ -216,15 +255,32 @@ impl Dataset {
 /// For the rest of the crate.
 impl Dataset {
     pub(crate) fn open(&self) -> Result<Arc<OpenSource>> {
-        if let Some(source) = self.opened.get() {
+        if let Some(source) = self.known.open.get() {
             return Ok(source.clone());
         }
         let source = Arc::new(OpenSource::new(&*self.source)?);
-        Ok(self.opened.get_or_init(|| source).clone())
+        Ok(self.known.open.get_or_init(|| source).clone())
+    }
+
+    /// The source, if it was opened.
+    pub(crate) fn opened(&self) -> Option<Arc<OpenSource>> {
+        self.known.open.get().cloned()
+    }
+
+    /// The columns before any operation. Opens the source unless they are known.
+    pub(crate) fn source_schema(&self) -> Result<SchemaRef> {
+        match self.known.schema.get() {
+            Some(schema) => Ok(schema.clone()),
+            None => Ok(self.open()?.schema().clone()),
+        }
     }
 
     pub(crate) fn compile(&self) -> Result<Compiled> {
         Compiled::new(self.open()?, &self.ops)
+    }
+
+    pub(crate) fn source(&self) -> &dyn Source {
+        &*self.source
     }
 
     pub(crate) fn ops(&self) -> &[Op] {
@@ -263,7 +319,7 @@ fn map_blocks<T: Send + 'static>(
     fold_blocks(compiled, function, Vec::new(), Vec::push)
 }
 
-fn fold_blocks<T: Send + 'static, A: Send + 'static>(
+pub(crate) fn fold_blocks<T: Send + 'static, A: Send + 'static>(
     compiled: Compiled,
     function: impl Fn(usize, Vec<RecordBatch>) -> Result<T> + Send + Sync + 'static,
     start: A,

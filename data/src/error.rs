@@ -2,6 +2,7 @@
 
 use mobula_core::BoxError;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 /// The result of this crate's functions.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -46,6 +47,12 @@ pub enum Error {
         column: String,
         /// The names there are.
         available: Vec<String>,
+    },
+    /// A column whose name another has.
+    #[error("there would be two columns {column:?}; rename or drop one of them")]
+    ColumnTwice {
+        /// The column.
+        column: String,
     },
     /// A column of a type that an operation cannot take.
     #[error("column {column:?} is {got}, expected {expected}{hint}")]
@@ -203,11 +210,37 @@ pub enum Error {
         /// Its error.
         source: BoxError,
     },
-    /// A batch function that waits for the threads it runs on.
+    /// There is no room for what has no room in memory.
     #[error(
-        "a batch function called an action of a Dataset, which would wait for itself; compute on the batch only"
+        "cannot spill to a file in {}: {source}; make room, or set TMPDIR to a folder that has it",
+        folder.display()
     )]
-    Reentrant,
+    Spill {
+        /// The folder for temporary files.
+        folder: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// A query that needs more memory than it may have, and cannot spill.
+    #[error(
+        "the query needs more memory than the {budget} bytes that data may use: {reason}; set MOBULA_DATA_BYTES to more"
+    )]
+    OutOfMemory {
+        /// The budget.
+        budget: usize,
+        /// What the engine said.
+        reason: String,
+    },
+    /// Blocks that cannot be computed again, or come out otherwise.
+    #[error(
+        "{place} of a persisted dataset gives other rows when it is computed again, so it cannot be replaced if it is lost: {reason}"
+    )]
+    NotRepeatable {
+        /// Which block.
+        place: String,
+        /// What may be the cause, and the way out.
+        reason: String,
+    },
     /// Nothing is left to read.
     #[error("the dataset has no rows{after}")]
     Empty {
@@ -285,6 +318,18 @@ fn recover(
         Engine::External(inner) => {
             inner.downcast::<Error>().map(|ours| *ours).map_err(Engine::External)
         }
+        Engine::ResourcesExhausted(reason) => {
+            Ok(Error::OutOfMemory { budget: crate::memory::budget().unwrap_or(0), reason })
+        }
+        Engine::Shared(inner) => match Arc::try_unwrap(inner) {
+            Ok(inner) => recover(inner),
+            Err(inner) => match inner.find_root() {
+                Engine::ResourcesExhausted(reason) => {
+                    recover(Engine::ResourcesExhausted(reason.clone()))
+                }
+                _ => Err(Engine::Shared(inner)),
+            },
+        },
         Engine::Context(text, inner) => recover(*inner).map_err(|inner| inner.context(text)),
         Engine::Diagnostic(diagnostic, inner) => {
             recover(*inner).map_err(|inner| Engine::Diagnostic(diagnostic, Box::new(inner)))

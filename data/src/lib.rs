@@ -24,13 +24,17 @@
 //!
 //! What it will not do: shuffle by holding a buffer and losing its place, drop the last rows of an
 //! epoch, or give ranks other batches because there are more of them. It does not distribute
-//! queries: [`Dataset::sql`] runs in one process and keeps its result in memory.
+//! queries: [`Dataset::sql`] runs in one process.
 
 mod batch_fn;
 mod dataset;
 mod error;
+mod explain;
 mod formats;
+mod frame;
 pub mod inspect;
+mod memory;
+mod persist;
 mod plan;
 mod preprocess;
 mod query;
@@ -38,16 +42,21 @@ mod read;
 pub mod rows;
 mod runtime;
 mod scan;
+mod session;
 mod sink;
 mod source;
+mod spill;
 mod split;
+mod store;
 mod stream;
 
 pub use batch_fn::BatchFn;
 pub use dataset::Dataset;
 pub use error::{Error, Result};
+pub use frame::JoinType;
 /// For registering a [`BatchFn`].
 pub use inventory;
+pub use persist::{BlockRef, StorageLevel};
 pub use preprocess::{
     Chain, Concatenator, CountVectorizer, Estimator, FeatureHasher, Fill, KBinsDiscretizer,
     LabelEncoder, MaxAbsScaler, MinMaxScaler, MultiHotEncoder, Norm, Normalizer, OneHotEncoder,

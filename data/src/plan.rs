@@ -11,42 +11,26 @@ use crate::dataset::Op;
 use crate::error::{Error, Result};
 use crate::runtime::block_on;
 use crate::scan::{self, MapStream, SourceTable};
+use crate::session::{Joins, new_session, session};
 use crate::source::OpenSource;
-use crate::source::memory::MemoryBlocks;
+use crate::store::BlockStore;
 use arrow::datatypes::SchemaRef;
 use arrow::record_batch::RecordBatch;
 use datafusion::catalog::streaming::StreamingTable;
-use datafusion::common::Column;
 use datafusion::common::tree_node::{TreeNode, TreeNodeRecursion};
+use datafusion::common::{Column, TableReference};
+use datafusion::error::DataFusionError;
 use datafusion::execution::SendableRecordBatchStream;
 use datafusion::execution::context::SQLOptions;
 use datafusion::logical_expr::{Expr, LogicalPlan, Volatility};
 use datafusion::physical_plan::{ExecutionPlan, ExecutionPlanProperties};
-use datafusion::prelude::{DataFrame, SessionConfig, SessionContext, lit};
+use datafusion::prelude::{DataFrame, SessionContext, lit};
 use futures::stream::{self, BoxStream};
 use futures::{StreamExt, TryStreamExt};
-use std::sync::{Arc, LazyLock};
+use std::sync::Arc;
 
 /// The name that queries use for the dataset they are asked of.
-const TABLE: &str = "dataset";
-
-static SESSION: LazyLock<SessionContext> = LazyLock::new(new_session);
-
-pub(crate) fn session() -> &'static SessionContext {
-    &SESSION
-}
-
-pub(crate) fn new_session() -> SessionContext {
-    let off = false;
-    let config = SessionConfig::new()
-        // One partition of a query's result is one order of its rows.
-        .with_target_partitions(1)
-        .with_round_robin_repartition(off)
-        .set_bool("datafusion.execution.enable_file_stream_work_stealing", off)
-        .set_bool("datafusion.optimizer.enable_dynamic_filter_pushdown", off)
-        .set_bool("datafusion.sql_parser.map_string_types_to_utf8view", off);
-    SessionContext::new_with_config(config)
-}
+pub(crate) const TABLE: &str = "dataset";
 
 /// An executable plan: partition `i` is block `i` of the source after all operations.
 #[derive(Clone, Debug)]
@@ -97,6 +81,19 @@ impl Compiled {
             let frame = frame(&source, &ops).await?;
             Ok(Arc::new(frame.schema().as_arrow().clone()))
         })
+    }
+
+    /// The engine's plans of a dataset's operations.
+    pub(crate) fn explain(dataset: &Dataset) -> Result<String> {
+        let source = match dataset.opened() {
+            Some(source) => source,
+            None => {
+                let input = dataset.source_schema()?;
+                Arc::new(OpenSource::empty(input))
+            }
+        };
+        let ops = dataset.ops().to_vec();
+        block_on(async move { crate::explain::plans(frame(&source, &ops).await?).await })
     }
 
     pub(crate) fn schema(&self) -> SchemaRef {
@@ -161,6 +158,7 @@ async fn apply(frame: DataFrame, op: &Op) -> Result<DataFrame> {
             let parsed = parse(&frame, expression)?;
             frame.with_column(name, parsed).map_err(Error::sql(expression))
         }
+        Op::Rename { from, to } => rename(frame, from, to),
         // Part of the scan: a function of the position in the source, not of the values.
         Op::Split(_) => Ok(frame),
         Op::Preprocess(preprocessor) => {
@@ -181,6 +179,20 @@ fn select(frame: DataFrame, columns: &[String]) -> Result<DataFrame> {
     frame.select(expressions.collect::<Vec<_>>()).map_err(Error::engine("select columns"))
 }
 
+fn rename(frame: DataFrame, from: &str, to: &str) -> Result<DataFrame> {
+    let schema = frame.schema().as_arrow();
+    schema.field_with_name(from).map_err(|_| Error::no_such_column(from, schema))?;
+    if from != to && schema.field_with_name(to).is_ok() {
+        return Err(Error::ColumnTwice { column: to.to_owned() });
+    }
+    let expressions = schema.fields().iter().map(|field| {
+        let column = Expr::Column(Column::new_unqualified(field.name()));
+        if field.name() == from { column.alias(to) } else { column }
+    });
+    let expressions: Vec<_> = expressions.collect();
+    frame.select(expressions).map_err(Error::engine("rename a column"))
+}
+
 fn parse(frame: &DataFrame, sql: &str) -> Result<Expr> {
     let expression = frame.parse_sql_expr(sql).map_err(Error::sql(sql))?;
     must_be_deterministic(&expression, sql)?;
@@ -197,34 +209,70 @@ async fn map(frame: DataFrame, function: scan::BatchMap) -> Result<DataFrame> {
     session().read_table(Arc::new(table)).map_err(Error::engine("plan"))
 }
 
+/// Tables with the columns of datasets, and no rows.
+pub(crate) fn empty_tables(inputs: &[(String, Dataset)]) -> Result<Vec<(String, SourceTable)>> {
+    let empty = |(name, input): &(String, Dataset)| {
+        let table = SourceTable::Sequence(Arc::new(OpenSource::empty(input.schema()?)));
+        Ok((name.clone(), table))
+    };
+    inputs.iter().map(empty).collect()
+}
+
 /// The columns of a query's result, without running it.
-pub(crate) fn query_schema(input: SchemaRef, query: &str) -> Result<SchemaRef> {
-    let table = SourceTable::new(Arc::new(OpenSource::empty(input)), &[]);
-    let query = query.to_owned();
+pub(crate) fn query_schema(inputs: &[(String, Dataset)], query: &str) -> Result<SchemaRef> {
+    let (tables, query) = (empty_tables(inputs)?, query.to_owned());
     block_on(async move {
-        let frame = query_frame(table, &query).await?;
+        let frame = query_frame(tables, &query, Joins::Hash).await?;
         Ok(Arc::new(frame.schema().as_arrow().clone()))
     })
 }
 
-/// Runs a query over a dataset. Its input is read in order and the engine is given one partition,
+/// Runs a query over datasets. Its inputs are read in order and the engine is given one partition,
 /// so that every worker that runs it gets the same rows in the same order.
-pub(crate) fn run_query(input: &Dataset, query: &str) -> Result<MemoryBlocks> {
-    let compiled = input.compile()?;
+pub(crate) fn run_query(inputs: &[(String, Dataset)], query: &str) -> Result<BlockStore> {
+    let table = |(name, input): &(String, Dataset)| Ok((name.clone(), in_order(input)?));
+    let tables = inputs.iter().map(table).collect::<Result<Vec<_>>>()?;
     let query = query.to_owned();
     block_on(async move {
-        let table = SourceTable::in_order(compiled);
-        let frame = query_frame(table, &query).await?;
-        let schema = Arc::new(frame.schema().as_arrow().clone());
-        let batches = frame.collect().await.map_err(Error::sql(&query))?;
-        let schema = batches.first().map_or(schema, RecordBatch::schema);
-        MemoryBlocks::from_whole(schema, batches)
+        let run = async |joins| {
+            store(query_frame(tables.clone(), &query, joins).await?, Error::sql(&query)).await
+        };
+        match run(Joins::Hash).await {
+            Err(Error::OutOfMemory { .. }) => run(Joins::SortMerge).await,
+            result => result,
+        }
     })
 }
 
-async fn query_frame(table: SourceTable, query: &str) -> Result<DataFrame> {
-    let session = new_session();
-    session.register_table(TABLE, Arc::new(table)).map_err(Error::engine("plan"))?;
+/// A dataset as one partition of a query; one that nothing is done to gives only the columns that
+/// are asked for.
+pub(crate) fn in_order(dataset: &Dataset) -> Result<SourceTable> {
+    if dataset.ops().is_empty() {
+        return Ok(SourceTable::Sequence(dataset.open()?));
+    }
+    Ok(SourceTable::in_order(dataset.compile()?))
+}
+
+/// The rows of a frame, as blocks.
+pub(crate) async fn store(
+    frame: DataFrame,
+    failed: impl Fn(DataFusionError) -> Error,
+) -> Result<BlockStore> {
+    let schema = Arc::new(frame.schema().as_arrow().clone());
+    let batches = frame.execute_stream().await.map_err(&failed)?;
+    BlockStore::collect(schema, batches.map_err(failed)).await
+}
+
+pub(crate) async fn query_frame(
+    tables: Vec<(String, SourceTable)>,
+    query: &str,
+    joins: Joins,
+) -> Result<DataFrame> {
+    let session = new_session(joins)?;
+    for (name, table) in tables {
+        let name = TableReference::bare(name);
+        session.register_table(name, Arc::new(table)).map_err(Error::engine("plan"))?;
+    }
     let frame = read_only(&session, query).await?;
     plan_must_be_deterministic(frame.logical_plan(), query)?;
     Ok(frame)

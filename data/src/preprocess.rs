@@ -125,6 +125,11 @@ pub trait Transform: Debug + Send + Sync {
 }
 
 impl Preprocessor {
+    /// What kind it is of.
+    pub(crate) fn kind(&self) -> &'static str {
+        self.0.typetag_name()
+    }
+
     /// One of your own.
     pub fn new(transform: impl Transform + 'static) -> Self {
         Self(Arc::new(transform))

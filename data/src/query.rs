@@ -2,9 +2,9 @@
 
 use crate::Dataset;
 use crate::error::{Error, Result};
-use crate::plan::{new_session, read_only};
+use crate::plan::{in_order, read_only};
 use crate::runtime::block_on;
-use crate::scan::SourceTable;
+use crate::session::{Joins, new_session};
 use arrow::compute::concat_batches;
 use arrow::record_batch::RecordBatch;
 use datafusion::common::TableReference;
@@ -31,13 +31,13 @@ pub fn query<S: Into<String>>(
 ) -> Result<RecordBatch> {
     let tables: BTreeMap<String, Dataset> =
         tables.into_iter().map(|(name, table)| (name.into(), table)).collect();
-    let session = new_session();
+    let session = new_session(Joins::Hash)?;
     for table in tables_of(&session, sql)? {
         let dataset = match tables.get(table.table()) {
             Some(dataset) => dataset.clone(),
             None => file(&table, &tables)?,
         };
-        let provider = provider(&dataset)?;
+        let provider = in_order(&dataset)?;
         session.register_table(table, Arc::new(provider)).map_err(Error::sql(sql))?;
     }
     let sql = sql.to_owned();
@@ -65,12 +65,4 @@ fn file(table: &TableReference, known: &BTreeMap<String, Dataset>) -> Result<Dat
         return Dataset::read(path);
     }
     Err(Error::NoSuchTable { table: path, known: known.keys().cloned().collect() })
-}
-
-/// A dataset as a table; one that nothing is done to gives only the columns that are asked for.
-fn provider(dataset: &Dataset) -> Result<SourceTable> {
-    if dataset.ops().is_empty() {
-        return Ok(SourceTable::Sequence(dataset.open()?));
-    }
-    Ok(SourceTable::in_order(dataset.compile()?))
 }

@@ -3,7 +3,7 @@
 use crate::error::{Error, Result};
 use std::cell::Cell;
 use std::sync::{LazyLock, mpsc};
-use tokio::runtime::{Builder, Runtime};
+use tokio::runtime::{Builder, Handle, Runtime};
 
 thread_local! {
     static OURS: Cell<bool> = const { Cell::new(false) };
@@ -49,12 +49,13 @@ pub(crate) fn spawn<T: Send + 'static>(
 /// Runs `future` on the crate's own threads and waits for it.
 ///
 /// The caller may be a thread of another tokio runtime, where `Runtime::block_on` would panic:
-/// the wait is on a plain channel.
+/// the wait is on a plain channel. It may also be one of the crate's own, in a batch function or for
+/// a block that is made of others; that thread's other work goes to another thread meanwhile.
 pub(crate) fn block_on<T: Send + 'static>(
     future: impl Future<Output = Result<T>> + Send + 'static,
 ) -> Result<T> {
     if OURS.get() {
-        return Err(Error::Reentrant);
+        return tokio::task::block_in_place(|| Handle::current().block_on(future));
     }
     spawn(future)?.wait()
 }

@@ -22,7 +22,7 @@ use std::fmt;
 use std::sync::Arc;
 
 /// A source as a table.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(crate) enum SourceTable {
     /// One partition a block.
     Blocks { source: Arc<OpenSource>, splits: Arc<[Split]> },

@@ -16,14 +16,19 @@ pub(crate) mod paths;
 pub(crate) mod query;
 pub(crate) mod range;
 mod records;
+pub(crate) mod slice;
+pub(crate) mod sorted;
 pub(crate) mod text;
 pub(crate) mod tfrecord;
+pub(crate) mod union;
 pub(crate) mod webdataset;
 pub(crate) mod whole;
 
 pub(crate) use opened::{Block, OpenSource};
 
+use crate::Dataset;
 use crate::error::Result;
+use crate::persist::BlockRef;
 use arrow::datatypes::SchemaRef;
 use arrow::record_batch::RecordBatch;
 use std::fmt::Debug;
@@ -93,6 +98,29 @@ use std::sync::Arc;
 pub trait Source: Debug + Send + Sync {
     /// Finds out the columns and the blocks. Called once in every process that reads rows.
     fn open(&self) -> Result<Arc<dyn Blocks>>;
+
+    /// What [`Dataset::explain`](crate::Dataset::explain) says of it beside its name. Default:
+    /// nothing.
+    fn summary(&self) -> String {
+        String::new()
+    }
+
+    /// The datasets that it is made of, with names for them. Default: none.
+    fn inputs(&self) -> Vec<(String, &Dataset)> {
+        Vec::new()
+    }
+
+    /// The engine's plans, if it runs a query.
+    #[doc(hidden)]
+    fn plans(&self) -> Result<Option<String>> {
+        Ok(None)
+    }
+
+    /// The blocks of a dataset that was persisted.
+    #[doc(hidden)]
+    fn block_refs(&self) -> Option<&[BlockRef]> {
+        None
+    }
 }
 
 /// An opened [`Source`]: rows of known columns, in blocks of known length that can be read alone,

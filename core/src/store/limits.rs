@@ -9,21 +9,25 @@ use std::sync::Once;
 /// How many bytes of memory objects may take, for a program that is to use more or less.
 pub(crate) const BUDGET_VARIABLE: &str = "MOBULA_OBJECT_BYTES";
 
-/// Bytes of memory for objects, as the environment says.
+/// Bytes of memory for objects, as the environment says. The objects are the machine's, not this
+/// process's.
 pub(crate) fn budget() -> Result<u64, Error> {
-    let Ok(text) = std::env::var(BUDGET_VARIABLE) else { return Ok(default_budget()) };
-    text.parse().map_err(|_| Error::LaunchVariable {
-        variable: BUDGET_VARIABLE.to_owned(),
-        got: Some(text),
-        expected: "a number of bytes, such as 8000000000".to_owned(),
-    })
+    match std::env::var(BUDGET_VARIABLE) {
+        Ok(_) => crate::scratch::memory_budget(BUDGET_VARIABLE, 30),
+        Err(_) => Ok(default_budget()),
+    }
 }
 
 /// Bytes of memory for objects unless told otherwise: 30 % of what this process may use.
 pub(crate) fn default_budget() -> u64 {
+    allowed() / 10 * 3
+}
+
+/// Bytes of memory that this process may use.
+pub(crate) fn allowed() -> u64 {
     let machine = Resources::of_this_machine().memory;
     let allowed = cgroup_limit(Path::new("/sys/fs/cgroup"), "/proc/self/cgroup");
-    allowed.map_or(machine, |allowed| allowed.min(machine)) / 10 * 3
+    allowed.map_or(machine, |allowed| allowed.min(machine))
 }
 
 /// The least memory limit of this process's control group and those around it (version 2).

@@ -12,7 +12,7 @@
 
 mod budget;
 mod inner;
-mod limits;
+pub(crate) mod limits;
 mod memory;
 mod reader;
 mod segment;

@@ -88,6 +88,10 @@ impl Source for Csv {
         let format = format.with_header(false);
         Ok(Arc::new(RecordBlocks::new(schema, files, Arc::new(CsvDecode { format }))))
     }
+
+    fn summary(&self) -> String {
+        super::paths::listed(&self.files)
+    }
 }
 
 /// Types and bounds, in one pass.

@@ -37,6 +37,10 @@ impl Source for Ipc {
         let batches = files.iter().enumerate().flat_map(batches_of).collect();
         Ok(Arc::new(IpcBlocks { schema, files, batches }))
     }
+
+    fn summary(&self) -> String {
+        super::paths::listed(&self.files)
+    }
 }
 
 #[derive(Debug)]

@@ -39,6 +39,10 @@ impl Source for Json {
         let schema = Arc::new(Schema::new(fields));
         Ok(Arc::new(RecordBlocks::new(schema, files, Arc::new(JsonDecode))))
     }
+
+    fn summary(&self) -> String {
+        super::paths::listed(&self.files)
+    }
 }
 
 /// Whether a line has an object, which widens `kind`; an error if it has something else.

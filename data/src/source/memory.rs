@@ -1,16 +1,13 @@
-//! Record batches in memory: given by the program, or read whole from CSV, IDX or a query.
+//! Record batches in memory: given by the program, or read whole from IDX or npz.
 
 use super::{BatchIter, Block, Blocks, Source, columns};
 use crate::error::{Error, Result};
-use arrow::compute::concat_batches;
+use crate::store::BLOCK_ROWS;
 use arrow::datatypes::SchemaRef;
 use arrow::ipc::{reader::StreamReader, writer::StreamWriter};
 use arrow::record_batch::RecordBatch;
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 use std::sync::{Arc, OnceLock};
-
-/// Most rows of a block in memory: small enough that a shuffle has blocks to mix.
-const BLOCK_ROWS: usize = 4096;
 
 /// Batches as part of a description: Arrow's IPC stream format once serialised.
 #[derive(Clone, Debug)]
@@ -33,6 +30,10 @@ impl MemoryTable {
             }
         }
         Ok(Self { schema, batches: Arc::new(batches) })
+    }
+
+    pub(crate) fn schema(&self) -> SchemaRef {
+        self.schema.clone()
     }
 }
 
@@ -105,12 +106,6 @@ impl MemoryBlocks {
         let batches: Vec<_> = batches.iter().flat_map(slices).collect();
         let blocks = Block::sequence(batches.iter().map(|b| b.num_rows() as u64));
         Self { schema, batches, blocks, fingerprint: OnceLock::new() }
-    }
-
-    /// Forgets the batches' bounds, for results whose bounds mean nothing.
-    pub(crate) fn from_whole(schema: SchemaRef, batches: Vec<RecordBatch>) -> Result<Self> {
-        let whole = concat_batches(&schema, &batches)?;
-        Ok(Self::new(schema, vec![whole]))
     }
 }
 

@@ -44,6 +44,10 @@ impl Source for Npy {
         let pieces = pieces.collect();
         Ok(Arc::new(NpyBlocks { schema, files, pieces }))
     }
+
+    fn summary(&self) -> String {
+        super::paths::listed(&self.files)
+    }
 }
 
 #[derive(Debug)]

@@ -30,6 +30,10 @@ impl Source for Parquet {
     fn open(&self) -> Result<Arc<dyn Blocks>> {
         Ok(Arc::new(ParquetBlocks::open(&self.files)?))
     }
+
+    fn summary(&self) -> String {
+        super::paths::listed(&self.files)
+    }
 }
 
 /// Files with their footers read.

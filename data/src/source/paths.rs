@@ -71,3 +71,12 @@ fn matching(pattern: &Path) -> Result<Vec<PathBuf>> {
     }
     Ok(files)
 }
+
+/// The first of the files, and how many there are.
+pub(crate) fn listed(files: &[PathBuf]) -> String {
+    let first = files.first().map(|path| path.display().to_string()).unwrap_or_default();
+    match files.len() {
+        0 | 1 => first,
+        n => format!("{n} files from {first} on"),
+    }
+}

@@ -1,4 +1,4 @@
-//! The result of a query over another dataset, computed where it is opened.
+//! The result of a query over other datasets, computed where it is opened.
 
 use super::{Blocks, Source};
 use crate::Dataset;
@@ -8,13 +8,26 @@ use std::sync::Arc;
 
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Query {
-    pub(crate) input: Dataset,
+    /// With the names that the query calls them by.
+    pub(crate) inputs: Vec<(String, Dataset)>,
     pub(crate) query: String,
 }
 
 #[typetag::serde(name = "query")]
 impl Source for Query {
     fn open(&self) -> Result<Arc<dyn Blocks>> {
-        Ok(Arc::new(crate::plan::run_query(&self.input, &self.query)?))
+        Ok(Arc::new(crate::plan::run_query(&self.inputs, &self.query)?))
+    }
+
+    fn summary(&self) -> String {
+        self.query.clone()
+    }
+
+    fn inputs(&self) -> Vec<(String, &Dataset)> {
+        self.inputs.iter().map(|(name, input)| (name.clone(), input)).collect()
+    }
+
+    fn plans(&self) -> Result<Option<String>> {
+        crate::explain::query_plans(&self.inputs, &self.query).map(Some)
     }
 }

@@ -33,6 +33,10 @@ impl Source for Text {
         let schema = Arc::new(Schema::new(vec![Field::new("text", DataType::Utf8, false)]));
         Ok(Arc::new(RecordBlocks::new(schema, files, Arc::new(TextDecode))))
     }
+
+    fn summary(&self) -> String {
+        super::paths::listed(&self.files)
+    }
 }
 
 /// Every line is a row, if it is UTF-8.

@@ -59,6 +59,10 @@ impl Source for TfRecord {
         let schema = Arc::new(Schema::new(shapes.fields()));
         Ok(Arc::new(RecordBlocks::new(schema, files, Arc::new(TfDecode))))
     }
+
+    fn summary(&self) -> String {
+        super::paths::listed(&self.files)
+    }
 }
 
 /// Goes from length to length, without reading the records.

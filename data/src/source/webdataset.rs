@@ -46,6 +46,10 @@ impl Source for WebDataset {
         let schema = Arc::new(Schema::new(fields.collect::<Vec<_>>()));
         Ok(Arc::new(RecordBlocks::new(schema, files, Arc::new(TarDecode))))
     }
+
+    fn summary(&self) -> String {
+        super::paths::listed(&self.files)
+    }
 }
 
 /// Goes from head to head of the members, without reading them.

@@ -4,6 +4,7 @@ use super::TensorSource;
 use super::tensors::Layout;
 use super::values::Values;
 use crate::error::{Error, Result};
+use crate::memory::{self, Taken};
 use crate::plan::Compiled;
 use crate::runtime::{Pending, spawn};
 use futures::TryStreamExt;
@@ -16,16 +17,28 @@ pub(super) struct Decoded(pub(super) Vec<Values>);
 /// The blocks used last.
 pub(super) struct Blocks {
     loader: Arc<Loader>,
-    /// With the step of the last use.
-    held: HashMap<usize, (Block, u64)>,
+    held: HashMap<usize, Held>,
     capacity: usize,
     /// Steps so far.
     clock: u64,
 }
 
+struct Held {
+    block: Block,
+    /// The step of the last use.
+    used: u64,
+    _memory: Taken,
+}
+
 enum Block {
     Coming(Pending<Decoded>),
     There(Arc<Decoded>),
+}
+
+impl Block {
+    fn is_coming(&self) -> bool {
+        matches!(self, Self::Coming(_))
+    }
 }
 
 impl Blocks {
@@ -45,7 +58,7 @@ impl Blocks {
 
     /// How many are being read.
     pub(super) fn coming(&self) -> usize {
-        self.held.values().filter(|(block, _)| matches!(block, Block::Coming(_))).count()
+        self.held.values().filter(|held| held.block.is_coming()).count()
     }
 
     /// A step begins.
@@ -56,35 +69,55 @@ impl Blocks {
     /// Begins to read a block, if that is not done, in the place of the one that was not used for the
     /// longest time. Says whether there is room for it, which is made if it is needed now.
     pub(super) fn fetch(&mut self, block: usize, is_now: bool) -> Result<bool> {
-        if let Some((_, used)) = self.held.get_mut(&block) {
-            *used = self.clock;
+        if let Some(held) = self.held.get_mut(&block) {
+            held.used = self.clock;
             return Ok(true);
         }
-        if self.held.len() >= self.capacity {
-            let is_idle =
-                |block: &Block, used| matches!(block, Block::There(_)) && used < self.clock;
-            let idle = self.held.iter().filter(|(_, (block, used))| is_idle(block, *used));
-            match idle.min_by_key(|(_, (_, used))| *used).map(|(block, _)| *block) {
-                Some(oldest) => drop(self.held.remove(&oldest)),
-                None if !is_now => return Ok(false),
-                None => {}
-            }
+        if self.held.len() >= self.capacity && !self.drop_oldest() && !is_now {
+            return Ok(false);
         }
+        let Some(memory) = self.memory(self.loader.bytes(block), is_now)? else { return Ok(false) };
         let loader = Arc::clone(&self.loader);
         let coming = Block::Coming(spawn(async move { loader.load(block).await })?);
-        self.held.insert(block, (coming, self.clock));
+        self.held.insert(block, Held { block: coming, used: self.clock, _memory: memory });
         Ok(true)
+    }
+
+    /// Memory for a block, for which those make room that this step does not need.
+    fn memory(&mut self, bytes: usize, is_now: bool) -> Result<Option<Taken>> {
+        loop {
+            if let Some(memory) = memory::try_read_ahead(bytes)? {
+                return Ok(Some(memory));
+            }
+            if !is_now {
+                return Ok(None);
+            }
+            if !self.drop_oldest() {
+                return Ok(Some(memory::take(bytes)?));
+            }
+        }
+    }
+
+    /// Forgets the block that was not used for the longest time, if there is one that this step does
+    /// not need.
+    fn drop_oldest(&mut self) -> bool {
+        let is_idle = |held: &Held| !held.block.is_coming() && held.used < self.clock;
+        let idle = self.held.iter().filter(|(_, held)| is_idle(held));
+        let oldest = idle.min_by_key(|(_, held)| held.used).map(|(block, _)| *block);
+        oldest.is_some_and(|oldest| self.held.remove(&oldest).is_some())
     }
 
     /// A block, once it is there.
     pub(super) fn get(&mut self, block: usize) -> Result<Arc<Decoded>> {
         self.fetch(block, true)?;
-        let decoded = match self.held.remove(&block) {
-            Some((Block::There(decoded), _)) => decoded,
-            Some((Block::Coming(coming), _)) => Arc::new(coming.wait()?),
-            None => return Err(Error::Internal(format!("block {block} is not held"))),
+        let lost = || Error::Internal(format!("block {block} is not held"));
+        let mut held = self.held.remove(&block).ok_or_else(lost)?;
+        let decoded = match held.block {
+            Block::There(decoded) => decoded,
+            Block::Coming(coming) => Arc::new(coming.wait()?),
         };
-        self.held.insert(block, (Block::There(Arc::clone(&decoded)), self.clock));
+        (held.block, held.used) = (Block::There(Arc::clone(&decoded)), self.clock);
+        self.held.insert(block, held);
         Ok(decoded)
     }
 }
@@ -98,6 +131,11 @@ struct Loader {
 }
 
 impl Loader {
+    /// Memory that a decoded block takes.
+    fn bytes(&self, block: usize) -> usize {
+        self.rows[block] as usize * self.layout.row_bytes()
+    }
+
     async fn load(&self, block: usize) -> Result<Decoded> {
         let place = self.compiled.source().name(block);
         let expected = self.rows[block];

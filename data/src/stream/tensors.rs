@@ -152,6 +152,11 @@ impl Layout {
         self.tensors.iter().map(|tensor| tensor.room(rows)).collect()
     }
 
+    /// Bytes of a row of a block.
+    pub(super) fn row_bytes(&self) -> usize {
+        self.tensors.iter().map(|tensor| tensor.width * tensor.stored().size_in_bytes()).sum()
+    }
+
     /// Puts rows of the layout's columns behind those that are there. `place` names the block.
     pub(super) fn put(
         &self,

@@ -2,7 +2,10 @@
 
 mod dataset;
 mod formats;
+mod frame;
+mod memory;
 mod own_source;
+mod persist;
 mod preprocess;
 mod sklearn;
 mod sources;

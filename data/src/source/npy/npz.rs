@@ -34,6 +34,10 @@ impl Source for Npz {
         }
         Ok(Arc::new(MemoryBlocks::new(schema, batches)))
     }
+
+    fn summary(&self) -> String {
+        crate::source::paths::listed(&self.files)
+    }
 }
 
 fn read(path: &Path) -> Result<RecordBatch> {

@@ -1,0 +1,142 @@
+//! The budget of memory. It is the process's, so that these tests run in one of their own.
+
+use crate::{failure, ids, message, numbered};
+use arrow::array::AsArray;
+use arrow::datatypes::Int64Type;
+use mobula_core::{BatchSource, Shard};
+use mobula_data::{Dataset, Error, JoinType, StorageLevel, StreamOptions};
+use std::process::Command;
+
+/// Runs a test of this file alone, with this budget, and with files in this folder, if given.
+fn child(test: &str, bytes: &str, folder: Option<&str>) {
+    let mut command = Command::new(std::env::current_exe().expect("a path"));
+    command.args(["--exact", &format!("memory::{test}"), "--nocapture", "--include-ignored"]);
+    command.env("MOBULA_DATA_BYTES", bytes);
+    if let Some(folder) = folder {
+        command.env("TMPDIR", folder);
+    }
+    let output = command.output().expect("starts");
+    let text = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success() && text.contains("1 passed"), "{text}");
+}
+
+/// 16 MB of numbers, and as many of text.
+fn large() -> Dataset {
+    Dataset::range(2_000_000)
+        .and_then(|d| d.with_column("text", "'row ' || (id % 1000)"))
+        .expect("rows")
+}
+
+fn sorted() -> mobula_data::Result<()> {
+    let shuffled = large().random_shuffle(1)?;
+    let rows = shuffled.sort(["text DESC", "id DESC"])?.limit(3)?;
+    let rows = rows.collect()?;
+    let ids = rows.column_by_name("id").expect("id").as_primitive::<Int64Type>();
+    assert_eq!(ids.values().to_vec(), [1_999_999, 1_998_999, 1_997_999]);
+    Ok(())
+}
+
+#[test]
+fn sorts_spill_what_has_no_room() {
+    child("child_sorts", "6000000", None);
+}
+
+#[test]
+fn nothing_spills_while_there_is_room() {
+    child("child_sorts", "600000000", Some("/dev/null"));
+}
+
+#[test]
+#[ignore = "run by others"]
+fn child_sorts() {
+    sorted().expect("sorts");
+}
+
+#[test]
+fn a_spill_without_a_folder_says_so() {
+    child("child_has_no_folder", "6000000", Some("/dev/null"));
+}
+
+#[test]
+#[ignore = "run by others"]
+fn child_has_no_folder() {
+    let text = message(sorted());
+    assert!(text.contains("cannot spill to a file in /dev/null"), "{text}");
+    assert!(text.contains("set TMPDIR"), "{text}");
+    let text = message(large().persist(StorageLevel::Disk));
+    assert!(text.contains("/dev/null"), "{text}");
+}
+
+/// Groups and kept blocks beyond the budget.
+#[test]
+fn groups_and_kept_blocks_have_the_same_rows_on_disk() {
+    child("child_keeps", "6000000", None);
+}
+
+#[test]
+#[ignore = "run by others"]
+fn child_keeps() {
+    let kept = large().materialize().expect("kept");
+    let paths = kept.block_refs().expect("blocks").iter().filter(|block| block.path.is_some());
+    let (on_disk, all) = (paths.count(), kept.block_refs().expect("blocks").len());
+    assert!(on_disk > all / 2 && on_disk < all, "{on_disk} of {all}");
+    let groups = kept.aggregate(["id"], ["count(*) AS n"]).expect("groups");
+    assert_eq!(groups.count().expect("count"), 2_000_000);
+    assert_eq!(ids(&groups.limit(3).expect("limit")), [0, 1, 2]);
+    let options = StreamOptions::unlabelled(["id"]).with_batch_size(1024).with_shuffle(1);
+    let mut stream = kept.stream(options).expect("stream").open(Shard::ALL).expect("open");
+    let mut rows = 0;
+    while let Some(batch) = stream.next_batch().expect("batch") {
+        rows += batch.rows();
+    }
+    assert_eq!(rows, 2_000_000);
+}
+
+#[test]
+fn a_stream_goes_on_however_little_there_is() {
+    child("child_streams", "1000", None);
+}
+
+#[test]
+#[ignore = "run by others"]
+fn child_streams() {
+    for shuffle in [None, Some(1)] {
+        let options = StreamOptions::unlabelled(["id"]).with_batch_size(512);
+        let options = shuffle.into_iter().fold(options, StreamOptions::with_shuffle);
+        let all = numbered(20_000, &[100]);
+        let mut stream = all.stream(options).expect("stream").open(Shard::ALL).expect("open");
+        let mut rows = 0;
+        while let Some(batch) = stream.next_batch().expect("batch") {
+            rows += batch.rows();
+        }
+        assert_eq!(rows, 20_000);
+    }
+}
+
+#[test]
+fn joins_beyond_the_budget_are_done_or_refused() {
+    child("child_joins", "6000000", None);
+}
+
+#[test]
+#[ignore = "run by others"]
+fn child_joins() {
+    let right = large().rename("text", "other").expect("rename");
+    let joined = large().join(&right, ["id"], JoinType::Inner).expect("plan");
+    assert_eq!(joined.count().expect("rows"), 2_000_000);
+    let odd = joined.sql("SELECT count(*) AS id FROM dataset WHERE text != other").expect("plan");
+    assert_eq!(ids(&odd), [0]);
+}
+
+#[test]
+fn a_budget_that_is_none_is_named() {
+    child("child_reads_a_budget", "much", None);
+}
+
+#[test]
+#[ignore = "run by others"]
+fn child_reads_a_budget() {
+    let text = message(numbered(3, &[3]).sql("SELECT * FROM dataset"));
+    assert!(text.contains("MOBULA_DATA_BYTES") && text.contains("much"), "{text}");
+    assert!(matches!(failure(large().materialize()), Error::Core(_)));
+}
