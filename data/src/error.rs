@@ -231,6 +231,22 @@ pub enum Error {
         /// What the engine said.
         reason: String,
     },
+    /// A block that was computed by a closure, which no one has any more.
+    #[error(
+        "a block that a closure computed is lost, and cannot be computed again: {reason}; register the function as a BatchFn, which can"
+    )]
+    BlockLost {
+        /// How it was found out.
+        reason: String,
+    },
+    /// Rows that are not of the type asked for, or the other way round.
+    #[error("rows of {kind}: {source}")]
+    Rows {
+        /// The type.
+        kind: &'static str,
+        /// What does not fit.
+        source: BoxError,
+    },
     /// Blocks that cannot be computed again, or come out otherwise.
     #[error(
         "{place} of a persisted dataset gives other rows when it is computed again, so it cannot be replaced if it is lost: {reason}"

@@ -49,8 +49,9 @@ mod spill;
 mod split;
 mod store;
 mod stream;
+mod typed;
 
-pub use batch_fn::BatchFn;
+pub use batch_fn::{BatchActor, BatchFn};
 pub use dataset::Dataset;
 pub use error::{Error, Result};
 pub use frame::JoinType;

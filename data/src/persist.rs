@@ -1,6 +1,8 @@
 //! Datasets that are computed once: their blocks, where these are, and how to get one back that was
 //! lost.
 
+mod workers;
+
 use crate::Dataset;
 use crate::dataset::{Op, fold_blocks};
 use crate::error::{Error, Result};
@@ -64,16 +66,24 @@ impl Dataset {
     /// by the next on this machine.
     pub fn persist(&self, level: StorageLevel) -> Result<Self> {
         let compiled = self.compile()?;
-        let (schema, plan) = (compiled.schema(), self.plan_hash()?);
-        let keep = Keep { here: Arc::default(), schema: schema.clone(), level, plan };
-        let here = keep.here.clone();
-        let add = |all: &mut Vec<BlockRef>, block| all.push(block);
-        let compute = move |block, batches| keep.block(block, batches);
-        let blocks = fold_blocks(compiled.clone(), compute, Vec::new(), add)?;
-        self.must_be_repeatable(&compiled, &blocks)?;
-        let columns = MemoryTable::new(vec![RecordBatch::new_empty(schema.clone())])?;
-        let source = Persisted { input: self.clone(), columns, level, blocks, here };
-        Ok(Self::unopened(source).with_schema(schema))
+        let keep = Keep::new(compiled.schema(), level, self.plan_hash()?);
+        let blocks = keep.all(compiled.clone(), |batch| Ok(batch.clone()))?;
+        if let Some(block) = blocks.iter().find(|block| block.rows > 0) {
+            self.compute_again(&compiled, block)?;
+        }
+        keep.dataset(Some(self.clone()), blocks)
+    }
+
+    /// What `function` makes of each block, with columns `schema`, on disk. Nobody can compute a block
+    /// again, as the function goes with this process.
+    pub(crate) fn computed(
+        &self,
+        schema: SchemaRef,
+        function: impl Fn(&RecordBatch) -> Result<RecordBatch> + Send + Sync + 'static,
+    ) -> Result<Self> {
+        let keep = Keep::new(schema, StorageLevel::Disk, self.plan_hash()?);
+        let blocks = keep.all(self.compile()?, function)?;
+        keep.dataset(None, blocks)
     }
 
     /// [`persist`](Self::persist) in memory as far as it fits, and else on disk.
@@ -90,13 +100,6 @@ impl Dataset {
     pub(crate) fn plan_hash(&self) -> Result<String> {
         let ops = serde_json::to_vec(self.ops()).map_err(mobula_core::Error::layer)?;
         Ok(hash([self.open()?.fingerprint()?.as_bytes(), &ops]))
-    }
-
-    fn must_be_repeatable(&self, compiled: &Compiled, blocks: &[BlockRef]) -> Result<()> {
-        match blocks.iter().find(|block| block.rows > 0) {
-            Some(block) => self.compute_again(compiled, block).map(drop),
-            None => Ok(()),
-        }
     }
 
     /// The block, which must be what it was.
@@ -138,7 +141,8 @@ impl Dataset {
 }
 
 /// Keeps blocks while they are computed.
-struct Keep {
+#[derive(Clone)]
+pub(crate) struct Keep {
     here: Arc<Here>,
     schema: SchemaRef,
     level: StorageLevel,
@@ -146,8 +150,32 @@ struct Keep {
 }
 
 impl Keep {
-    fn block(&self, partition: usize, batches: Vec<RecordBatch>) -> Result<BlockRef> {
-        let batch = concat_batches(&self.schema, &batches)?;
+    fn new(schema: SchemaRef, level: StorageLevel, plan: String) -> Self {
+        Self { here: Arc::default(), schema, level, plan }
+    }
+
+    /// The same in a folder of another process.
+    fn into_folder(schema: SchemaRef, plan: String, folder: &Path) -> Self {
+        let here =
+            Here { folder: OnceLock::from(Folder::Theirs(folder.to_owned())), ..Here::default() };
+        Self { here: Arc::new(here), schema, level: StorageLevel::Disk, plan }
+    }
+
+    /// What `function` makes of all blocks.
+    fn all(
+        &self,
+        compiled: Compiled,
+        function: impl Fn(&RecordBatch) -> Result<RecordBatch> + Send + Sync + 'static,
+    ) -> Result<Vec<BlockRef>> {
+        let (keep, input) = (self.clone(), compiled.schema());
+        let compute = move |block, batches: Vec<RecordBatch>| {
+            keep.block(block, &function(&concat_batches(&input, &batches)?)?)
+        };
+        fold_blocks(compiled, compute, Vec::new(), |all: &mut Vec<BlockRef>, block| all.push(block))
+    }
+
+    fn block(&self, partition: usize, batch: &RecordBatch) -> Result<BlockRef> {
+        let batch = batch.clone().with_schema(self.schema.clone())?;
         let (rows, bytes) = (batch.num_rows() as u64, encode(&batch)?);
         let path = match rows {
             0 => None,
@@ -156,6 +184,12 @@ impl Keep {
         let (plan, hash) = (self.plan.clone(), content_hash(&bytes));
         Ok(BlockRef { plan, partition, rows, bytes: bytes.len() as u64, hash, path })
     }
+
+    fn dataset(self, input: Option<Dataset>, blocks: Vec<BlockRef>) -> Result<Dataset> {
+        let columns = MemoryTable::new(vec![RecordBatch::new_empty(self.schema.clone())])?;
+        let source = Persisted { input, columns, level: self.level, blocks, here: self.here };
+        Ok(Dataset::unopened(source).with_schema(self.schema))
+    }
 }
 
 /// What this process has of a persisted dataset.
@@ -163,8 +197,23 @@ impl Keep {
 struct Here {
     kept: Mutex<HashMap<usize, Kept>>,
     /// Where this process writes files.
-    folder: OnceLock<ScratchFolder>,
+    folder: OnceLock<Folder>,
     compiled: OnceLock<Compiled>,
+}
+
+#[derive(Debug)]
+enum Folder {
+    Own(ScratchFolder),
+    Theirs(PathBuf),
+}
+
+impl Folder {
+    fn path(&self) -> &Path {
+        match self {
+            Self::Own(folder) => folder.path(),
+            Self::Theirs(path) => path,
+        }
+    }
 }
 
 #[derive(Clone, Debug)]
@@ -213,7 +262,7 @@ impl Here {
         if let Some(folder) = self.folder.get() {
             return Ok(folder.path());
         }
-        let made = ScratchFolder::create(&std::env::temp_dir())?;
+        let made = Folder::Own(ScratchFolder::create(&std::env::temp_dir())?);
         Ok(self.folder.get_or_init(|| made).path())
     }
 }
@@ -231,7 +280,8 @@ fn write(folder: &Path, block: usize, bytes: &[u8]) -> Result<PathBuf> {
 /// does not find.
 #[derive(Debug, Serialize, Deserialize)]
 struct Persisted {
-    input: Dataset,
+    /// What computes a block again, if that can be described.
+    input: Option<Dataset>,
     /// Without rows.
     columns: MemoryTable,
     level: StorageLevel,
@@ -258,13 +308,13 @@ impl Source for Persisted {
     }
 
     fn inputs(&self) -> Vec<(String, &Dataset)> {
-        vec![("input".to_owned(), &self.input)]
+        self.input.iter().map(|input| ("input".to_owned(), input)).collect()
     }
 }
 
 #[derive(Debug)]
 struct PersistedBlocks {
-    input: Dataset,
+    input: Option<Dataset>,
     schema: SchemaRef,
     level: StorageLevel,
     blocks: Vec<BlockRef>,
@@ -309,23 +359,26 @@ impl PersistedBlocks {
             None => block.path.clone(),
         };
         if let Some(path) = path {
-            match load(&path, block) {
-                Ok(batch) => return Ok(batch),
-                Err(why) => {
+            match (load(&path, block), &self.input) {
+                (Ok(batch), _) => return Ok(batch),
+                (Err(why), None) => return Err(Error::BlockLost { reason: why.to_string() }),
+                (Err(why), Some(_)) => {
                     tracing::warn!(path = %path.display(), %why, "computing a lost block again");
                 }
             }
         }
-        let (batch, bytes) = self.input.compute_again(self.compiled()?, block)?;
+        let lost = || Error::BlockLost { reason: format!("{} is gone", self.name(at)) };
+        let input = self.input.as_ref().ok_or_else(lost)?;
+        let (batch, bytes) = input.compute_again(self.compiled(input)?, block)?;
         self.keep_again(at, &batch, &bytes);
         Ok(batch)
     }
 
-    fn compiled(&self) -> Result<&Compiled> {
+    fn compiled(&self, input: &Dataset) -> Result<&Compiled> {
         if let Some(compiled) = self.here.compiled.get() {
             return Ok(compiled);
         }
-        let compiled = self.input.compile()?;
+        let compiled = input.compile()?;
         Ok(self.here.compiled.get_or_init(|| compiled))
     }
 

@@ -7,10 +7,11 @@
 //! that one partition pushes into another at run time.
 
 use crate::Dataset;
+use crate::batch_fn::BatchMap;
 use crate::dataset::Op;
 use crate::error::{Error, Result};
 use crate::runtime::block_on;
-use crate::scan::{self, MapStream, SourceTable};
+use crate::scan::{MapStream, SourceTable};
 use crate::session::{Joins, new_session, session};
 use crate::source::OpenSource;
 use crate::store::BlockStore;
@@ -163,7 +164,7 @@ async fn apply(frame: DataFrame, op: &Op) -> Result<DataFrame> {
         Op::Split(_) => Ok(frame),
         Op::Preprocess(preprocessor) => {
             let preprocessor = preprocessor.clone();
-            map(frame, Arc::new(move |batch| preprocessor.transform(batch))).await
+            map(frame, Arc::new(move |batch: &RecordBatch| preprocessor.transform(batch))).await
         }
         Op::MapBatches { function } => map(frame, crate::batch_fn::lookup(function)?).await,
     }
@@ -200,7 +201,7 @@ fn parse(frame: &DataFrame, sql: &str) -> Result<Expr> {
 }
 
 /// Passes every batch of a plan through a function.
-async fn map(frame: DataFrame, function: scan::BatchMap) -> Result<DataFrame> {
+async fn map(frame: DataFrame, function: Arc<dyn BatchMap>) -> Result<DataFrame> {
     let plan = frame.create_physical_plan().await.map_err(Error::engine("plan"))?;
     let streams = MapStream::all(plan, function)?;
     let schema = streams.schema;

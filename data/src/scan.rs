@@ -1,5 +1,6 @@
 //! The leaves of a plan: blocks of a source, cut down to one side of its splits.
 
+use crate::batch_fn::BatchMap;
 use crate::dataset::Op;
 use crate::error::{Error, Result};
 use crate::plan::Compiled;
@@ -190,14 +191,11 @@ impl PartitionStream for ChainStream {
     }
 }
 
-/// A function from a batch to a batch.
-pub(crate) type BatchMap = Arc<dyn Fn(&RecordBatch) -> Result<RecordBatch> + Send + Sync>;
-
 /// One partition of a plan, passed through a function.
 pub(crate) struct MapStream {
     input: Arc<dyn ExecutionPlan>,
     partition: usize,
-    function: BatchMap,
+    function: Arc<dyn BatchMap>,
     schema: SchemaRef,
 }
 
@@ -208,8 +206,11 @@ pub(crate) struct MapStreams {
 }
 
 impl MapStream {
-    pub(crate) fn all(input: Arc<dyn ExecutionPlan>, function: BatchMap) -> Result<MapStreams> {
-        let schema = function(&RecordBatch::new_empty(input.schema()))?.schema();
+    pub(crate) fn all(
+        input: Arc<dyn ExecutionPlan>,
+        function: Arc<dyn BatchMap>,
+    ) -> Result<MapStreams> {
+        let schema = function.columns(&input.schema())?;
         let stream = |partition| {
             let (input, function) = (input.clone(), function.clone());
             Arc::new(Self { input, partition, function, schema: schema.clone() }) as _
@@ -228,7 +229,7 @@ impl PartitionStream for MapStream {
     fn execute(&self, context: Arc<TaskContext>) -> SendableRecordBatchStream {
         let (function, schema) = (self.function.clone(), self.schema.clone());
         let apply = move |batch: EngineResult<RecordBatch>| -> EngineResult<RecordBatch> {
-            let batch = function(&batch?)?;
+            let batch = function.map(&batch?)?;
             same_columns(&batch, &schema)?;
             Ok(batch)
         };

@@ -120,14 +120,12 @@ fn case(
 
 /// Builds one of our sides in release, and says where it is.
 fn build(binary: &str) -> Result<PathBuf> {
-    build_with(binary, "")
+    build_of("mobula-bench", binary)
 }
 
-/// The same with features of the package.
-fn build_with(binary: &str, features: &str) -> Result<PathBuf> {
-    command::cargo(&format!(
-        "build --release --package mobula-bench --bin {binary} --features={features}"
-    ))?;
+/// The same of another package.
+fn build_of(package: &str, binary: &str) -> Result<PathBuf> {
+    command::cargo(&format!("build --release --package {package} --bin {binary}"))?;
     let metadata = MetadataCommand::new().current_dir(command::root()).no_deps().exec()?;
     Ok(metadata.target_directory.join("release").join(binary).into())
 }

@@ -14,6 +14,7 @@ const RULES: &[(&str, &[&str])] = &[
     ("mobula-train", &["mobula-core", "mobula-nn"]),
     ("mobula", LAYERS),
     ("mobula-bench", LAYERS),
+    ("mobula-bench-data", &["mobula-core", "mobula-data"]),
     ("xtask", &[]),
 ];
 
@@ -113,7 +114,7 @@ mod tests {
             ("mobula-train", "mobula-nn"),
         ];
         let layers = RULES.iter().map(|(name, _)| *name).filter(|name| name.starts_with("mobula-"));
-        let layers: Vec<_> = layers.filter(|name| *name != "mobula-bench").collect();
+        let layers: Vec<_> = layers.filter(|name| !name.starts_with("mobula-bench")).collect();
         for from in &layers {
             for to in &layers {
                 let good = allowed.contains(&(*from, *to));

@@ -2,12 +2,12 @@
 
 use super::{Blocks, Source};
 use crate::Dataset;
-use crate::batch_fn;
+use crate::batch_fn::{self, BatchMap};
 use crate::error::{Error, Result};
 use crate::frame::quoted;
 use crate::plan::{self, TABLE};
 use crate::runtime::block_on;
-use crate::scan::{BatchMap, MapStream};
+use crate::scan::MapStream;
 use crate::session::{Joins, new_session};
 use crate::store::{BlockStore, BlockWriter};
 use arrow::array::{ArrayRef, UInt64Array};
@@ -65,9 +65,9 @@ impl Source for Shuffled {
 }
 
 /// Adds a number to each row that is a function of the seed and of how many rows came before.
-fn draw_keys(seed: u64) -> BatchMap {
+fn draw_keys(seed: u64) -> Arc<dyn BatchMap> {
     let (stream, next) = (Stream::new(seed, "random_shuffle"), AtomicU64::new(0));
-    Arc::new(move |batch| {
+    Arc::new(move |batch: &RecordBatch| {
         let rows = batch.num_rows() as u64;
         let first = next.fetch_add(rows, Ordering::Relaxed);
         let draw = |row| {
@@ -83,7 +83,7 @@ fn draw_keys(seed: u64) -> BatchMap {
     })
 }
 
-async fn map(frame: DataFrame, function: BatchMap) -> Result<Arc<dyn TableProvider>> {
+async fn map(frame: DataFrame, function: Arc<dyn BatchMap>) -> Result<Arc<dyn TableProvider>> {
     let plan = frame.create_physical_plan().await.map_err(Error::engine("plan"))?;
     let streams = MapStream::all(plan, function)?;
     let table = StreamingTable::try_new(streams.schema, streams.partitions);
@@ -102,7 +102,7 @@ impl Groups {
     /// The columns that the function makes; an error if a key is none of the input's.
     pub(crate) fn schema(&self) -> Result<SchemaRef> {
         let (function, schema) = (batch_fn::lookup(&self.function)?, self.input.schema()?);
-        let made = function(&RecordBatch::new_empty(schema.clone()))?.schema();
+        let made = function.columns(&schema)?;
         GroupWriter::new(&schema, &self.keys, function).map(|_| made)
     }
 }
@@ -138,7 +138,7 @@ impl Source for Groups {
 
 /// Takes rows in the order of their keys, and passes on each group as a whole.
 struct GroupWriter {
-    function: BatchMap,
+    function: Arc<dyn BatchMap>,
     keys: Vec<usize>,
     converter: RowConverter,
     /// The group in hand, which may go on in the next batch.
@@ -148,7 +148,7 @@ struct GroupWriter {
 }
 
 impl GroupWriter {
-    fn new(schema: &Schema, keys: &[String], function: BatchMap) -> Result<Self> {
+    fn new(schema: &Schema, keys: &[String], function: Arc<dyn BatchMap>) -> Result<Self> {
         if keys.is_empty() {
             return Err(Error::InvalidOption {
                 option: "the keys of groups",
@@ -186,7 +186,7 @@ impl GroupWriter {
         let Some(first) = self.group.first() else { return Ok(()) };
         let group = concat_batches(&first.schema(), &self.group)?;
         self.group.clear();
-        self.blocks.push((self.function)(&group)?)
+        self.blocks.push(self.function.map(&group)?)
     }
 
     fn finish(mut self, schema: SchemaRef) -> Result<BlockStore> {

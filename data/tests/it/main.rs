@@ -11,6 +11,7 @@ mod sklearn;
 mod sources;
 mod stream;
 mod tensors;
+mod typed;
 mod write;
 
 use arrow::array::{ArrayRef, AsArray, FixedSizeListArray, Int64Array, UInt8Array};

@@ -11,7 +11,7 @@
 //! * `resume COLUMNS ORDER SHARE` is from a state at that share of the epoch to the next batch.
 
 use super::worker::Worker;
-use super::{Case, build_with, case, median, peers};
+use super::{Case, build_of, case, median, peers};
 use crate::command;
 use anyhow::{Context, Result, ensure};
 use serde::Deserialize;
@@ -48,7 +48,7 @@ struct Sides {
 pub(super) fn run(quick: bool, only: &str) -> Result<Vec<Case>> {
     let folder = command::root().join("bench");
     let sides = Sides {
-        ours: build_with("bench-data", "data")?,
+        ours: build_of("mobula-bench-data", "bench-data")?,
         file: lineitem(&folder)?,
         folder,
         rounds: if quick { 3 } else { 9 },
