@@ -7,6 +7,10 @@
 //! The requests are described in xtask/src/bench/data.rs.
 #![forbid(unsafe_code)]
 
+mod features;
+mod large;
+mod queries;
+
 use anyhow::{Context, Result, bail};
 use candle_core::DType;
 use mobula_core::{Batch, BatchSource, Shard};
@@ -43,6 +47,11 @@ fn work(file: &str, request: &str) -> Result<Value> {
         ["check", columns, order, ranks] => epoch(file, columns, order, ranks.parse()?, sum),
         ["first", columns, order] => first(file, columns, order),
         ["resume", columns, order, share] => resume(file, columns, order, share.parse()?),
+        ["query", number] => queries::ours(file, number.parse()?),
+        ["plain", number] => queries::plain(file, number.parse()?),
+        ["large", what] => large::work(file, what),
+        ["features"] => features::write(file),
+        ["prepare"] => features::prepare(file),
         _ => bail!("an unknown request: {request:?}"),
     }
 }

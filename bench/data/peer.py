@@ -152,6 +152,81 @@ def first(columns, order):
     return {"seconds": time.perf_counter() - start, "rows": batch.shape[0]}
 
 
+def tables():
+    """DuckDB with the files of the folder as tables."""
+    import duckdb
+
+    connection = duckdb.connect()
+    folder = os.path.dirname(FILE)
+    for name in "customer lineitem nation orders part partsupp region supplier".split():
+        connection.sql(f"CREATE VIEW {name} AS SELECT * FROM '{folder}/{name}.parquet'")
+    return connection
+
+
+def query(number):
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "tpch.sql")) as file:
+        text = file.read().split("\n\n", 1)[1].split(";")[int(number) - 1]
+    start, before = time.perf_counter(), cpu()
+    answer = tables().sql(text).to_arrow_table()
+    seconds, of_all = time.perf_counter() - start, cpu() - before
+    is_number = lambda kind: pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind)
+    numbers = [column for column in answer.columns if is_number(column.type)]
+    total = sum(pc.sum(pc.cast(column, pa.float64(), safe=False)).as_py() or 0.0 for column in numbers)
+    return {"seconds": seconds, "cpu": of_all, "rows": answer.num_rows, "sum": total}
+
+
+WORK = {
+    "sort": "SELECT * FROM rows ORDER BY l_shipdate, l_orderkey, l_linenumber",
+    "group": "SELECT l_orderkey, count(*) AS n, max(l_comment) AS last, sum(l_quantity) AS quantity "
+    "FROM rows GROUP BY l_orderkey ORDER BY l_orderkey",
+}
+
+
+def large(work, budget):
+    import duckdb
+    import numpy as np
+
+    start, before = time.perf_counter(), cpu()
+    connection = duckdb.connect(config={"memory_limit": f"{budget}B"})
+    connection.sql(f"CREATE VIEW rows AS SELECT * FROM '{FILE}'")
+    count, total = 0, 0.0
+    for batch in connection.sql(WORK[work]).to_arrow_reader(BATCH):
+        keys = batch.column("l_orderkey").to_numpy().astype(np.float64)
+        total += float((keys * ((count + 1 + np.arange(len(keys))) % 1000)).sum())
+        count += len(keys)
+        if "quantity" in batch.schema.names:
+            import pyarrow as pa
+            import pyarrow.compute as pc
+
+            # In hundredths, as the other side has decimals.
+            total += float(pc.sum(pc.cast(batch.column("quantity"), pa.float64())).as_py()) * 100.0
+    seconds, of_all = time.perf_counter() - start, cpu() - before
+    return {"seconds": seconds, "cpu": of_all, "rows": count, "sum": total, "peak": peak()}
+
+
+FEATURES = None
+
+
+def prepare():
+    import numpy as np
+    import pyarrow.parquet as pq
+    from sklearn.impute import SimpleImputer
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import Normalizer, StandardScaler
+
+    global FEATURES
+    if FEATURES is None:
+        table = pq.read_table(os.path.join(os.path.dirname(FILE), "features"), partitioning=None)
+        FEATURES = np.stack([column.to_numpy() for column in table.columns], axis=1)
+    start, before = time.perf_counter(), cpu()
+    made = make_pipeline(SimpleImputer(), StandardScaler(), Normalizer()).fit_transform(FEATURES)
+    seconds, of_all = time.perf_counter() - start, cpu() - before
+    return {"seconds": seconds, "cpu": of_all, "rows": len(made), "sum": float(made.sum())}
+
+
 def main():
     if LIBRARY == "ray":
         import ray as engine
@@ -162,12 +237,14 @@ def main():
     os.dup2(2, 1)  # What libraries print is no answer.
     print(json.dumps({"ready": LIBRARY}), file=answers, flush=True)
     for line in sys.stdin:
-        what, columns, order, *rest = line.split()
-        columns = columns.split(",")
+        what, *rest = line.split()
         if what in ("epoch", "check"):
-            answer = epoch(columns, order, int(rest[0]), what == "check")
+            columns, order, ranks = rest
+            answer = epoch(columns.split(","), order, int(ranks), what == "check")
+        elif what == "first":
+            answer = first(rest[0].split(","), rest[1])
         else:
-            answer = first(columns, order)
+            answer = {"query": query, "large": large, "prepare": prepare}[what](*rest)
         print(json.dumps(answer), file=answers, flush=True)
 
 

@@ -1,5 +1,6 @@
 //! The lazy dataset: a description of rows, opened where they are needed.
 
+use crate::batches::Batches;
 use crate::error::{Error, Result};
 use crate::plan::Compiled;
 use crate::preprocess::Preprocessor;
@@ -205,6 +206,12 @@ impl Dataset {
         let schema = compiled.schema();
         let blocks = map_blocks(compiled, |_, batches| Ok(batches))?;
         Ok(concat_batches(&schema, blocks.iter().flatten())?)
+    }
+
+    /// All rows, in order, as record batches. The blocks that come next are read meanwhile, as many as
+    /// there are processors.
+    pub fn batches(&self) -> Result<impl Iterator<Item = Result<RecordBatch>> + use<>> {
+        Ok(Batches::new(self.compile()?))
     }
 
     /// The first `rows` rows. Reads no block after the one that has the last of them.

@@ -5,7 +5,7 @@ use crate::dataset::Op;
 use crate::error::{Error, Result};
 use crate::plan::{self, Compiled};
 use crate::runtime::block_on;
-use crate::session::Joins;
+use crate::session::Mode;
 use crate::split::Side;
 use datafusion::physical_plan::displayable;
 use datafusion::prelude::DataFrame;
@@ -99,5 +99,5 @@ pub(crate) async fn plans(frame: DataFrame) -> Result<String> {
 pub(crate) fn query_plans(inputs: &[(String, Dataset)], query: &str) -> Result<String> {
     let tables = plan::empty_tables(inputs)?;
     let query = query.to_owned();
-    block_on(async move { plans(plan::query_frame(tables, &query, Joins::Hash).await?).await })
+    block_on(async move { plans(plan::query_frame(tables, &query, Mode::Serial).await?).await })
 }

@@ -27,6 +27,7 @@
 //! queries: [`Dataset::sql`] runs in one process.
 
 mod batch_fn;
+mod batches;
 mod dataset;
 mod error;
 mod explain;

@@ -4,7 +4,8 @@ use crate::error::{Error, Result};
 use crate::spill::SpillFiles;
 use datafusion::execution::disk_manager::{DiskManagerBuilder, DiskManagerMode};
 use datafusion::execution::memory_pool::{
-    FairSpillPool, MemoryConsumer, MemoryPool, MemoryReservation, TrackConsumersPool,
+    FairSpillPool, GreedyMemoryPool, MemoryConsumer, MemoryPool, MemoryReservation,
+    TrackConsumersPool,
 };
 use datafusion::execution::runtime_env::{RuntimeEnv, RuntimeEnvBuilder};
 use std::num::NonZeroUsize;
@@ -52,6 +53,19 @@ fn memory() -> Result<&'static Memory> {
 /// What the query engine runs in: it takes its memory from the budget and spills beyond it.
 pub(crate) fn engine() -> Result<Arc<RuntimeEnv>> {
     Ok(memory()?.engine.clone())
+}
+
+/// The same for a query that does not spill: it may have all that is left of the budget.
+pub(crate) fn engine_in_memory() -> Result<Arc<RuntimeEnv>> {
+    let memory = memory()?;
+    let left = memory.budget.saturating_sub(memory.pool.reserved());
+    let pool = TrackConsumersPool::new(GreedyMemoryPool::new(left), NAMED);
+    let disk = DiskManagerBuilder::default().with_mode(DiskManagerMode::Disabled);
+    RuntimeEnvBuilder::new()
+        .with_memory_pool(Arc::new(pool))
+        .with_disk_manager_builder(disk)
+        .build_arc()
+        .map_err(Error::engine("start the query engine"))
 }
 
 /// Bytes of the budget.

@@ -12,7 +12,7 @@ use crate::dataset::Op;
 use crate::error::{Error, Result};
 use crate::runtime::block_on;
 use crate::scan::{MapStream, SourceTable};
-use crate::session::{Joins, new_session, session};
+use crate::session::{Mode, new_session, session};
 use crate::source::OpenSource;
 use crate::store::BlockStore;
 use arrow::datatypes::SchemaRef;
@@ -210,20 +210,21 @@ async fn map(frame: DataFrame, function: Arc<dyn BatchMap>) -> Result<DataFrame>
     session().read_table(Arc::new(table)).map_err(Error::engine("plan"))
 }
 
-/// Tables with the columns of datasets, and no rows.
+/// A table with the columns of a dataset, and no rows.
+pub(crate) fn empty_table(dataset: &Dataset) -> Result<SourceTable> {
+    Ok(SourceTable::Sequences(Arc::new(OpenSource::empty(dataset.schema()?)), 1))
+}
+
+/// The same of several, with their names.
 pub(crate) fn empty_tables(inputs: &[(String, Dataset)]) -> Result<Vec<(String, SourceTable)>> {
-    let empty = |(name, input): &(String, Dataset)| {
-        let table = SourceTable::Sequence(Arc::new(OpenSource::empty(input.schema()?)));
-        Ok((name.clone(), table))
-    };
-    inputs.iter().map(empty).collect()
+    inputs.iter().map(|(name, input)| Ok((name.clone(), empty_table(input)?))).collect()
 }
 
 /// The columns of a query's result, without running it.
 pub(crate) fn query_schema(inputs: &[(String, Dataset)], query: &str) -> Result<SchemaRef> {
     let (tables, query) = (empty_tables(inputs)?, query.to_owned());
     block_on(async move {
-        let frame = query_frame(tables, &query, Joins::Hash).await?;
+        let frame = query_frame(tables, &query, Mode::Serial).await?;
         Ok(Arc::new(frame.schema().as_arrow().clone()))
     })
 }
@@ -231,27 +232,28 @@ pub(crate) fn query_schema(inputs: &[(String, Dataset)], query: &str) -> Result<
 /// Runs a query over datasets. Its inputs are read in order and the engine is given one partition,
 /// so that every worker that runs it gets the same rows in the same order.
 pub(crate) fn run_query(inputs: &[(String, Dataset)], query: &str) -> Result<BlockStore> {
-    let table = |(name, input): &(String, Dataset)| Ok((name.clone(), in_order(input)?));
-    let tables = inputs.iter().map(table).collect::<Result<Vec<_>>>()?;
+    let named = |(name, input): &(String, Dataset)| Ok((name.clone(), table(input, 1)?));
+    let tables = inputs.iter().map(named).collect::<Result<Vec<_>>>()?;
     let query = query.to_owned();
     block_on(async move {
-        let run = async |joins| {
-            store(query_frame(tables.clone(), &query, joins).await?, Error::sql(&query)).await
-        };
-        match run(Joins::Hash).await {
-            Err(Error::OutOfMemory { .. }) => run(Joins::SortMerge).await,
-            result => result,
+        let mut mode = Mode::Serial;
+        loop {
+            let frame = query_frame(tables.clone(), &query, mode).await?;
+            match (store(frame, Error::sql(&query)).await, mode.with_less_memory()) {
+                (Err(Error::OutOfMemory { .. }), Some(less)) => mode = less,
+                (result, _) => return result,
+            }
         }
     })
 }
 
-/// A dataset as one partition of a query; one that nothing is done to gives only the columns that
+/// A dataset as a table of so many partitions; one that nothing is done to gives only the columns that
 /// are asked for.
-pub(crate) fn in_order(dataset: &Dataset) -> Result<SourceTable> {
+pub(crate) fn table(dataset: &Dataset, partitions: usize) -> Result<SourceTable> {
     if dataset.ops().is_empty() {
-        return Ok(SourceTable::Sequence(dataset.open()?));
+        return Ok(SourceTable::Sequences(dataset.open()?, partitions));
     }
-    Ok(SourceTable::in_order(dataset.compile()?))
+    Ok(SourceTable::Chains(dataset.compile()?, partitions))
 }
 
 /// The rows of a frame, as blocks.
@@ -267,9 +269,9 @@ pub(crate) async fn store(
 pub(crate) async fn query_frame(
     tables: Vec<(String, SourceTable)>,
     query: &str,
-    joins: Joins,
+    mode: Mode,
 ) -> Result<DataFrame> {
-    let session = new_session(joins)?;
+    let session = new_session(mode)?;
     for (name, table) in tables {
         let name = TableReference::bare(name);
         session.register_table(name, Arc::new(table)).map_err(Error::engine("plan"))?;

@@ -20,6 +20,7 @@ use datafusion::physical_plan::streaming::{PartitionStream, StreamingTableExec};
 use datafusion::physical_plan::{ExecutionPlan, ExecutionPlanProperties};
 use futures::{StreamExt, stream};
 use std::fmt;
+use std::ops::Range;
 use std::sync::Arc;
 
 /// A source as a table.
@@ -27,10 +28,10 @@ use std::sync::Arc;
 pub(crate) enum SourceTable {
     /// One partition a block.
     Blocks { source: Arc<OpenSource>, splits: Arc<[Split]> },
-    /// One partition: the blocks of a plan, one after another.
-    InOrder(Compiled),
-    /// One partition: the blocks of a source, one after another, with the columns that are needed.
-    Sequence(Arc<OpenSource>),
+    /// So many partitions, each of which has neighbouring blocks of a plan, one after another.
+    Chains(Compiled, usize),
+    /// The same of a source, with the columns that are needed.
+    Sequences(Arc<OpenSource>, usize),
 }
 
 impl SourceTable {
@@ -41,10 +42,6 @@ impl SourceTable {
         };
         let splits = ops.iter().filter_map(split).collect();
         Self::Blocks { source, splits }
-    }
-
-    pub(crate) fn in_order(plan: Compiled) -> Self {
-        Self::InOrder(plan)
     }
 
     fn partitions(&self, projection: &[usize]) -> EngineResult<Vec<Arc<dyn PartitionStream>>> {
@@ -58,12 +55,19 @@ impl SourceTable {
                     Arc::new(BlockStream { source, block, projection, splits, schema }) as _
                 })
                 .collect(),
-            Self::InOrder(plan) => {
-                vec![Arc::new(ChainStream { plan: plan.clone(), projection, schema })]
-            }
-            Self::Sequence(source) => {
-                vec![Arc::new(SequenceStream { source: source.clone(), projection, schema })]
-            }
+            Self::Chains(plan, parts) => ranges(plan.blocks(), *parts)
+                .map(|blocks| {
+                    let (plan, projection) = (plan.clone(), projection.clone());
+                    Arc::new(ChainStream { plan, blocks, projection, schema: schema.clone() }) as _
+                })
+                .collect(),
+            Self::Sequences(source, parts) => ranges(source.blocks().len(), *parts)
+                .map(|blocks| {
+                    let (source, projection) = (source.clone(), projection.clone());
+                    let schema = schema.clone();
+                    Arc::new(SequenceStream { source, blocks, projection, schema }) as _
+                })
+                .collect(),
         })
     }
 }
@@ -72,8 +76,8 @@ impl SourceTable {
 impl TableProvider for SourceTable {
     fn schema(&self) -> SchemaRef {
         match self {
-            Self::Blocks { source, .. } | Self::Sequence(source) => source.schema().clone(),
-            Self::InOrder(plan) => plan.schema(),
+            Self::Blocks { source, .. } | Self::Sequences(source, _) => source.schema().clone(),
+            Self::Chains(plan, _) => plan.schema(),
         }
     }
 
@@ -138,10 +142,17 @@ impl PartitionStream for BlockStream {
     }
 }
 
-/// All blocks of a source, in order.
+/// `blocks` in so many pieces of about the same length, at least one.
+fn ranges(blocks: usize, pieces: usize) -> impl Iterator<Item = Range<usize>> {
+    let pieces = pieces.clamp(1, blocks.max(1));
+    (0..pieces).map(move |at| blocks * at / pieces..blocks * (at + 1) / pieces)
+}
+
+/// Blocks of a source, in order.
 #[derive(Debug)]
 struct SequenceStream {
     source: Arc<OpenSource>,
+    blocks: Range<usize>,
     projection: Arc<[usize]>,
     schema: SchemaRef,
 }
@@ -153,20 +164,21 @@ impl PartitionStream for SequenceStream {
 
     fn execute(&self, _context: Arc<TaskContext>) -> SendableRecordBatchStream {
         let (source, projection) = (self.source.clone(), self.projection.clone());
-        let blocks = 0..source.blocks().len();
-        let batches = blocks.flat_map(move |block| match source.read(block, &projection) {
-            Ok(batches) => batches,
-            Err(error) => Box::new(std::iter::once(Err(error))) as _,
-        });
+        let batches =
+            self.blocks.clone().flat_map(move |block| match source.read(block, &projection) {
+                Ok(batches) => batches,
+                Err(error) => Box::new(std::iter::once(Err(error))) as _,
+            });
         let batches = stream::iter(batches.map(|batch| batch.map_err(Into::into)));
         Box::pin(RecordBatchStreamAdapter::new(self.schema.clone(), batches))
     }
 }
 
-/// All blocks of a plan, in order.
+/// Blocks of a plan, in order.
 #[derive(Debug)]
 struct ChainStream {
     plan: Compiled,
+    blocks: Range<usize>,
     projection: Arc<[usize]>,
     schema: SchemaRef,
 }
@@ -178,7 +190,7 @@ impl PartitionStream for ChainStream {
 
     fn execute(&self, _context: Arc<TaskContext>) -> SendableRecordBatchStream {
         let (plan, projection) = (self.plan.clone(), self.projection.clone());
-        let batches = stream::iter(0..plan.blocks()).then(move |block| {
+        let batches = stream::iter(self.blocks.clone()).then(move |block| {
             let (plan, projection) = (plan.clone(), projection.clone());
             async move {
                 let batches = plan.execute(block).await.map_err(DataFusionError::from)?;

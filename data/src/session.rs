@@ -2,6 +2,7 @@
 
 use crate::error::Result;
 use crate::memory;
+use crate::runtime::threads;
 use arrow::compute::SortOptions;
 use datafusion::common::Result as EngineResult;
 use datafusion::common::config::ConfigOptions;
@@ -25,30 +26,57 @@ pub(crate) fn session() -> &'static SessionContext {
     &SESSION
 }
 
-/// How a query joins.
-#[derive(Clone, Copy, Debug)]
-pub(crate) enum Joins {
-    /// By a table of one side, which must have room in memory.
-    Hash,
-    /// By sorting both sides, which spills.
+/// How a query runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Mode {
+    /// On all processors, with what memory there is. It does not spill, as the engine may hang where
+    /// partitions that it exchanges do (DataFusion issue 24883). Rows without an order come in any.
+    Parallel,
+    /// On one, always in the same order of rows; it spills.
+    Serial,
+    /// The same, by joins that spill: the engine's hash join does not.
     SortMerge,
 }
 
-/// For queries, which take their memory from the budget and spill beyond it.
-pub(crate) fn new_session(joins: Joins) -> Result<SessionContext> {
-    let aside = (memory::budget()? / 8).min(MERGE_BYTES);
-    let state = SessionStateBuilder::new()
-        .with_config(config().with_sort_spill_reservation_bytes(aside))
-        .with_runtime_env(memory::engine()?)
-        .with_default_features();
-    let state = match joins {
-        Joins::Hash => state,
-        Joins::SortMerge => {
-            let mut rules = PhysicalOptimizer::new().rules;
-            // First, so that the others see to it that its inputs are sorted.
-            rules.insert(0, Arc::new(SortMergeJoins));
-            state.with_physical_optimizer_rules(rules)
+impl Mode {
+    /// What to do instead where there was too little memory.
+    pub(crate) fn with_less_memory(self) -> Option<Self> {
+        match self {
+            Self::Parallel => Some(Self::Serial),
+            Self::Serial => Some(Self::SortMerge),
+            Self::SortMerge => None,
         }
+    }
+
+    /// Partitions of a table.
+    pub(crate) fn partitions(self) -> usize {
+        if self == Self::Parallel { threads() } else { 1 }
+    }
+}
+
+/// For queries, which take their memory from the budget.
+pub(crate) fn new_session(mode: Mode) -> Result<SessionContext> {
+    let aside = (memory::budget()? / 8).min(MERGE_BYTES);
+    let state = SessionStateBuilder::new().with_default_features();
+    let state = match mode {
+        Mode::Parallel => {
+            let config = SessionConfig::new()
+                .with_target_partitions(threads())
+                .set_bool("datafusion.sql_parser.map_string_types_to_utf8view", false);
+            state.with_config(config).with_runtime_env(memory::engine_in_memory()?)
+        }
+        Mode::Serial | Mode::SortMerge => {
+            let config = config().with_sort_spill_reservation_bytes(aside);
+            state.with_config(config).with_runtime_env(memory::engine()?)
+        }
+    };
+    let state = if mode == Mode::SortMerge {
+        let mut rules = PhysicalOptimizer::new().rules;
+        // First, so that the others see to it that its inputs are sorted.
+        rules.insert(0, Arc::new(SortMergeJoins));
+        state.with_physical_optimizer_rules(rules)
+    } else {
+        state
     };
     Ok(SessionContext::new_with_state(state.build()))
 }

@@ -32,6 +32,7 @@ use crate::persist::BlockRef;
 use arrow::datatypes::SchemaRef;
 use arrow::record_batch::RecordBatch;
 use std::fmt::Debug;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 /// The description of where rows come from, which goes to the worker processes: what a
@@ -114,6 +115,12 @@ pub trait Source: Debug + Send + Sync {
     #[doc(hidden)]
     fn plans(&self) -> Result<Option<String>> {
         Ok(None)
+    }
+
+    /// The files, if they are Parquet, of which the engine can read what a query needs.
+    #[doc(hidden)]
+    fn parquet_files(&self) -> Option<&[PathBuf]> {
+        None
     }
 
     /// The blocks of a dataset that was persisted.

@@ -2,7 +2,6 @@
 
 use crate::Dataset;
 use crate::error::{Error, Result};
-use crate::runtime::block_on;
 use arrow::array::BooleanArray;
 use arrow::compute::filter_record_batch;
 use arrow::datatypes::{FieldRef, Schema};
@@ -57,18 +56,11 @@ impl Dataset {
 
     /// The rows, in order, of which a block at a time is in memory.
     pub fn rows<T: DeserializeOwned>(&self) -> Result<impl Iterator<Item = Result<T>>> {
-        let compiled = self.compile()?;
-        let of_block = move |block| {
-            let compiled = compiled.clone();
-            let batches = block_on(async move { compiled.execute(block).await });
-            let rows =
-                batches.and_then(|all| all.iter().map(from_batch::<T>).collect::<Result<Vec<_>>>());
-            match rows {
-                Ok(rows) => rows.into_iter().flatten().map(Ok).collect(),
-                Err(error) => vec![Err(error)],
-            }
+        let of_batch = |batch: Result<RecordBatch>| match batch.and_then(|b| from_batch::<T>(&b)) {
+            Ok(rows) => rows.into_iter().map(Ok).collect(),
+            Err(error) => vec![Err(error)],
         };
-        Ok((0..self.open()?.blocks().len()).flat_map(of_block))
+        Ok(self.batches()?.flat_map(of_batch))
     }
 
     /// What `function` makes of each row.

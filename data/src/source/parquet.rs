@@ -34,6 +34,10 @@ impl Source for Parquet {
     fn summary(&self) -> String {
         super::paths::listed(&self.files)
     }
+
+    fn parquet_files(&self) -> Option<&[PathBuf]> {
+        Some(&self.files)
+    }
 }
 
 /// Files with their footers read.

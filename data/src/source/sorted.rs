@@ -8,7 +8,7 @@ use crate::frame::quoted;
 use crate::plan::{self, TABLE};
 use crate::runtime::block_on;
 use crate::scan::MapStream;
-use crate::session::{Joins, new_session};
+use crate::session::{Mode, new_session};
 use crate::store::{BlockStore, BlockWriter};
 use arrow::array::{ArrayRef, UInt64Array};
 use arrow::compute::{concat_batches, partition};
@@ -39,10 +39,10 @@ const KEY: &str = "mobula: order";
 #[typetag::serde(name = "shuffled")]
 impl Source for Shuffled {
     fn open(&self) -> Result<Arc<dyn Blocks>> {
-        let table = plan::in_order(&self.input)?;
+        let table = plan::table(&self.input, 1)?;
         let (seed, columns) = (self.seed, self.input.schema()?);
         block_on(async move {
-            let session = new_session(Joins::Hash)?;
+            let session = new_session(Mode::Serial)?;
             let failed = Error::engine("shuffle");
             let frame = session.read_table(Arc::new(table)).map_err(&failed)?;
             let keyed = map(frame, draw_keys(seed)).await?;
@@ -114,10 +114,10 @@ impl Source for Groups {
         let mut groups = GroupWriter::new(&*self.input.schema()?, &self.keys, function)?;
         let keys: Vec<_> = self.keys.iter().map(|key| quoted(key)).collect();
         let query = format!("SELECT * FROM {TABLE} ORDER BY {}", keys.join(", "));
-        let table = plan::in_order(&self.input)?;
+        let table = plan::table(&self.input, 1)?;
         block_on(async move {
             let frame =
-                plan::query_frame(vec![(TABLE.to_owned(), table)], &query, Joins::Hash).await?;
+                plan::query_frame(vec![(TABLE.to_owned(), table)], &query, Mode::Serial).await?;
             let failed = Error::sql(&query);
             let mut rows = frame.execute_stream().await.map_err(&failed)?.map_err(failed);
             while let Some(batch) = rows.next().await {

@@ -9,6 +9,7 @@ mod persist;
 mod preprocess;
 mod sklearn;
 mod sources;
+mod sql;
 mod stream;
 mod tensors;
 mod typed;

@@ -140,3 +140,23 @@ fn child_reads_a_budget() {
     assert!(text.contains("MOBULA_DATA_BYTES") && text.contains("much"), "{text}");
     assert!(matches!(failure(large().materialize()), Error::Core(_)));
 }
+
+/// By all processors in memory, then by one that spills, then by joins that do.
+#[test]
+fn queries_beyond_the_budget_have_the_same_answer() {
+    child("child_queries", "20000000", None);
+    child("child_queries", "600000000", Some("/dev/null"));
+}
+
+#[test]
+#[ignore = "run by others"]
+fn child_queries() {
+    let sql = "SELECT a.text, count(*) AS n, sum(b.id) AS id FROM a JOIN b USING (id) GROUP BY a.text ORDER BY id DESC LIMIT 2";
+    let answer = mobula_data::query(sql, [("a", large()), ("b", large())]).expect("an answer");
+    let rows = mobula_data::rows::text(&answer).expect("text");
+    assert_eq!(
+        rows,
+        [["row 999", "2000", "2000998000"], ["row 998", "2000", "2000996000"]]
+            .map(|r| r.map(str::to_owned))
+    );
+}

@@ -8,6 +8,12 @@
 //!   `shuffled`, on so many ranks at once: `{"seconds": s, "cpu": s, "rows": n, "peak": bytes}`;
 //! * `check …`, the same, with the `"sum"` of all values;
 //! * `first COLUMNS ORDER` is from the name of the file to the first batch: `{"seconds": s, "rows": n}`;
+//! * `query N` runs the Nth query of TPC-H over all its tables, and `plain N` the same in the query engine
+//!   that ours is made of, as it comes: `{"seconds": s, "cpu": s, "rows": n, "sum": of all numbers}`;
+//! * `large WORK` sorts, shuffles or groups all columns within a budget of memory that the process was
+//!   started with: the same with the `"peak"`;
+//! * `features` writes 20 columns with missing values, and `prepare` fits a chain of preprocessors on
+//!   them and applies it;
 //! * `resume COLUMNS ORDER SHARE` is from a state at that share of the epoch to the next batch.
 
 use super::worker::Worker;
@@ -22,6 +28,11 @@ const COLUMNS: &str = "l_quantity,l_extendedprice,l_discount,l_tax";
 const ROWS: u64 = 6_001_215;
 /// By how much the sums of the sides may differ: they add in different orders.
 const SAME: f64 = 1e-9;
+
+/// The same of answers to queries, in which sums of decimals are divided.
+const SAME_ANSWER: f64 = 1e-6;
+/// Bytes of memory: the columns of the table take ten times as many.
+const BUDGET: u64 = 100_000_000;
 
 /// Peers that read all rows in order.
 const READERS: &[&str] = &["duckdb", "pyarrow", "polars", "datasets", "torch", "ray"];
@@ -72,6 +83,17 @@ pub(super) fn run(quick: bool, only: &str) -> Result<Vec<Case>> {
     if is_wanted("resume") {
         cases.extend(sides.resume()?);
     }
+    if is_wanted("TPC-H") {
+        cases.extend(sides.queries()?);
+    }
+    if is_wanted("beyond memory") {
+        for (work, peers) in [("sort", true), ("group", true), ("shuffle", false)] {
+            cases.extend(sides.large(work, peers)?);
+        }
+    }
+    if is_wanted("preprocessors") {
+        cases.extend(sides.preprocessors()?);
+    }
     Ok(cases)
 }
 
@@ -79,12 +101,12 @@ pub(super) fn run(quick: bool, only: &str) -> Result<Vec<Case>> {
 fn lineitem(bench: &Path) -> Result<PathBuf> {
     let folder = peers::cache()?.join("tpch-sf1");
     let file = folder.join("lineitem.parquet");
-    if !file.exists() {
+    if !file.exists() || !folder.join("supplier.parquet").exists() {
         std::fs::create_dir_all(&folder)
             .with_context(|| format!("creating {}", folder.display()))?;
         let python = peers::python(&bench.join("data/requirements.txt"))?;
         let mut generate = Command::new(python.with_file_name("tpchgen-cli"));
-        generate.args(["parquet", "-s", "1", "-T", "lineitem", "-o"]).arg(&folder);
+        generate.args(["parquet", "-s", "1", "-o"]).arg(&folder);
         command::run(generate)?;
     }
     Ok(file)
@@ -185,6 +207,115 @@ impl Sides {
             }
         }
         Ok(seconds.map(|seconds| median(&seconds) * 1e3))
+    }
+
+    /// All queries, one after another, against the engine as it comes and DuckDB.
+    fn queries(&self) -> Result<Vec<Case>> {
+        let mut ours = self.ours()?;
+        let mut peer = self.peer("duckdb")?;
+        let mut sums = [[0.0; 2]; 3];
+        for number in 1..=22 {
+            let mut seconds: [Vec<Pass>; 3] = Default::default();
+            for _ in 0..self.rounds {
+                seconds[0].push(ours.ask(&format!("query {number}"))?);
+                seconds[1].push(ours.ask(&format!("plain {number}"))?);
+                seconds[2].push(peer.ask(&format!("query {number}"))?);
+            }
+            let sum = |side: &[Pass]| side[0].sum.context("a sum");
+            let first = sum(&seconds[0])?;
+            for side in &seconds {
+                let near = (sum(side)? - first).abs() <= first.abs() * SAME_ANSWER;
+                let rows = (side[0].rows, seconds[0][0].rows);
+                ensure!(
+                    near && rows.0 == rows.1,
+                    "query {number}: {} rows of sum {}, ours {} of {first}",
+                    rows.0,
+                    sum(side)?,
+                    rows.1
+                );
+            }
+            for (total, side) in sums.iter_mut().zip(&seconds) {
+                let of =
+                    |figure: fn(&Pass) -> f64| median(&side.iter().map(figure).collect::<Vec<_>>());
+                total[0] += of(|pass| pass.seconds);
+                total[1] += of(|pass| pass.cpu.unwrap_or(f64::NAN));
+            }
+        }
+        let mut cases = Vec::new();
+        for (at, what) in ["wall", "CPU"].into_iter().enumerate() {
+            for (side, name) in [(1, "DataFusion"), (2, "duckdb")] {
+                let peer = Some((sums[side][at], name.to_owned()));
+                cases.push(case(
+                    format!("22 TPC-H queries, {what}"),
+                    "s",
+                    sums[0][at],
+                    peer,
+                    false,
+                ));
+            }
+        }
+        Ok(cases)
+    }
+
+    /// All columns of all rows, with a tenth of the memory that they would take.
+    fn large(&self, work: &str, has_peer: bool) -> Result<Vec<Case>> {
+        let (mut ours, mut theirs) = (Vec::<Pass>::new(), Vec::<Pass>::new());
+        for _ in 0..self.rounds.min(3) {
+            let mut command = Command::new(&self.ours);
+            command.arg(&self.file).env("MOBULA_DATA_BYTES", BUDGET.to_string());
+            ours.push(Worker::start(command)?.ask(&format!("large {work}"))?);
+            if has_peer {
+                theirs.push(self.peer("duckdb")?.ask(&format!("large {work} {BUDGET}"))?);
+            }
+        }
+        if let Some(theirs) = theirs.first() {
+            let (sum, peer) = (ours[0].sum.context("a sum")?, theirs.sum.context("a sum")?);
+            ensure!(
+                (sum / peer - 1.0).abs() < SAME && ours[0].rows == theirs.rows,
+                "{work}: {} rows of sum {sum}, duckdb {} of {peer}",
+                ours[0].rows,
+                theirs.rows
+            );
+        }
+        let mut cases = Vec::new();
+        type Figure = fn(&Pass) -> f64;
+        let figures: [(&str, &'static str, Figure); 3] = [
+            ("wall", "s", |pass| pass.seconds),
+            ("CPU", "s", |pass| pass.cpu.unwrap_or(f64::NAN)),
+            ("peak memory", "MiB", |pass| pass.peak.unwrap_or(f64::NAN) / 1048576.0),
+        ];
+        for (what, unit, figure) in figures {
+            let of = |side: &[Pass]| median(&side.iter().map(figure).collect::<Vec<_>>());
+            let peer = has_peer.then(|| (of(&theirs), "duckdb".to_owned()));
+            cases.push(case(format!("{work} beyond memory, {what}"), unit, of(&ours), peer, false));
+        }
+        Ok(cases)
+    }
+
+    /// Fit and apply, against scikit-learn.
+    fn preprocessors(&self) -> Result<Vec<Case>> {
+        let mut ours = self.ours()?;
+        let _: Pass = ours.ask("features")?;
+        let mut peer = self.peer("sklearn")?;
+        let mut passes: [Vec<Pass>; 2] = Default::default();
+        for _ in 0..self.rounds {
+            passes[0].push(ours.ask("prepare")?);
+            passes[1].push(peer.ask("prepare")?);
+        }
+        let sums = [&passes[0], &passes[1]].map(|side| side[0].sum.unwrap_or(f64::NAN));
+        ensure!((sums[0] / sums[1] - 1.0).abs() < 1e-6, "the values add up to {sums:?}");
+        let of = |side: &[Pass], figure: fn(&Pass) -> f64| {
+            median(&side.iter().map(figure).collect::<Vec<_>>())
+        };
+        type Figure = fn(&Pass) -> f64;
+        let figures: [(&str, Figure); 2] =
+            [("wall", |pass| pass.seconds), ("CPU", |pass| pass.cpu.unwrap_or(f64::NAN))];
+        let row = |(what, figure): (&str, Figure)| {
+            let peer = Some((of(&passes[1], figure), "scikit-learn".to_owned()));
+            let name = format!("preprocessors of 20 columns, {what}");
+            case(name, "s", of(&passes[0], figure), peer, false)
+        };
+        Ok(figures.map(row).into())
     }
 
     /// The next batch of a training that goes on, at several places of the epoch.
