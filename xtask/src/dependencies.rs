@@ -6,8 +6,17 @@ use cargo_metadata::{CargoOpt, MetadataCommand, Package};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// Licences whose terms a program built on Mobula can meet by shipping their texts.
-const LICENCES: &[&str] =
-    &["Apache-2.0", "BSD-2-Clause", "BSD-3-Clause", "CC0-1.0", "ISC", "MIT", "Unicode-3.0", "Zlib"];
+const LICENCES: &[&str] = &[
+    "Apache-2.0",
+    "BSD-2-Clause",
+    "BSD-3-Clause",
+    "BSL-1.0",
+    "CC0-1.0",
+    "ISC",
+    "MIT",
+    "Unicode-3.0",
+    "Zlib",
+];
 
 /// Crates that must not come in, not even through others.
 const BANNED: &[(&str, &str)] = &[

@@ -7,11 +7,18 @@ use mobula_core::{BatchSource, Shard};
 use mobula_data::{Dataset, Error, JoinType, StorageLevel, StreamOptions};
 use std::process::Command;
 
-/// Runs a test of this file alone, with this budget, and with files in this folder, if given.
-fn child(test: &str, bytes: &str, folder: Option<&str>) {
+/// Says that a process is one that [`within`] has started.
+const CHILD: &str = "MOBULA_DATA_TEST_CHILD";
+
+/// Runs `body`, of the test of this name, in a process with this budget, and with files in this folder,
+/// if given.
+fn within(test: &str, bytes: &str, folder: Option<&str>, body: fn()) {
+    if std::env::var_os(CHILD).is_some() {
+        return body();
+    }
     let mut command = Command::new(std::env::current_exe().expect("a path"));
-    command.args(["--exact", &format!("memory::{test}"), "--nocapture", "--include-ignored"]);
-    command.env("MOBULA_DATA_BYTES", bytes);
+    command.args(["--exact", &format!("memory::{test}"), "--nocapture"]);
+    command.env("MOBULA_DATA_BYTES", bytes).env(CHILD, "1");
     if let Some(folder) = folder {
         command.env("TMPDIR", folder);
     }
@@ -38,27 +45,23 @@ fn sorted() -> mobula_data::Result<()> {
 
 #[test]
 fn sorts_spill_what_has_no_room() {
-    child("child_sorts", "6000000", None);
+    within("sorts_spill_what_has_no_room", "6000000", None, child_sorts);
 }
 
 #[test]
 fn nothing_spills_while_there_is_room() {
-    child("child_sorts", "600000000", Some("/dev/null"));
+    within("nothing_spills_while_there_is_room", "600000000", Some("/dev/null"), child_sorts);
 }
 
-#[test]
-#[ignore = "run by others"]
 fn child_sorts() {
     sorted().expect("sorts");
 }
 
 #[test]
 fn a_spill_without_a_folder_says_so() {
-    child("child_has_no_folder", "6000000", Some("/dev/null"));
+    within("a_spill_without_a_folder_says_so", "6000000", Some("/dev/null"), child_has_no_folder);
 }
 
-#[test]
-#[ignore = "run by others"]
 fn child_has_no_folder() {
     let text = message(sorted());
     assert!(text.contains("cannot spill to a file in /dev/null"), "{text}");
@@ -70,11 +73,9 @@ fn child_has_no_folder() {
 /// Groups and kept blocks beyond the budget.
 #[test]
 fn groups_and_kept_blocks_have_the_same_rows_on_disk() {
-    child("child_keeps", "6000000", None);
+    within("groups_and_kept_blocks_have_the_same_rows_on_disk", "6000000", None, child_keeps);
 }
 
-#[test]
-#[ignore = "run by others"]
 fn child_keeps() {
     let kept = large().materialize().expect("kept");
     let paths = kept.block_refs().expect("blocks").iter().filter(|block| block.path.is_some());
@@ -94,11 +95,9 @@ fn child_keeps() {
 
 #[test]
 fn a_stream_goes_on_however_little_there_is() {
-    child("child_streams", "1000", None);
+    within("a_stream_goes_on_however_little_there_is", "1000", None, child_streams);
 }
 
-#[test]
-#[ignore = "run by others"]
 fn child_streams() {
     for shuffle in [None, Some(1)] {
         let options = StreamOptions::unlabelled(["id"]).with_batch_size(512);
@@ -115,11 +114,9 @@ fn child_streams() {
 
 #[test]
 fn joins_beyond_the_budget_are_done_or_refused() {
-    child("child_joins", "6000000", None);
+    within("joins_beyond_the_budget_are_done_or_refused", "6000000", None, child_joins);
 }
 
-#[test]
-#[ignore = "run by others"]
 fn child_joins() {
     let right = large().rename("text", "other").expect("rename");
     let joined = large().join(&right, ["id"], JoinType::Inner).expect("plan");
@@ -130,11 +127,9 @@ fn child_joins() {
 
 #[test]
 fn a_budget_that_is_none_is_named() {
-    child("child_reads_a_budget", "much", None);
+    within("a_budget_that_is_none_is_named", "much", None, child_reads_a_budget);
 }
 
-#[test]
-#[ignore = "run by others"]
 fn child_reads_a_budget() {
     let text = message(numbered(3, &[3]).sql("SELECT * FROM dataset"));
     assert!(text.contains("MOBULA_DATA_BYTES") && text.contains("much"), "{text}");
@@ -144,12 +139,15 @@ fn child_reads_a_budget() {
 /// By all processors in memory, then by one that spills, then by joins that do.
 #[test]
 fn queries_beyond_the_budget_have_the_same_answer() {
-    child("child_queries", "20000000", None);
-    child("child_queries", "600000000", Some("/dev/null"));
+    within("queries_beyond_the_budget_have_the_same_answer", "20000000", None, child_queries);
+    within(
+        "queries_beyond_the_budget_have_the_same_answer",
+        "600000000",
+        Some("/dev/null"),
+        child_queries,
+    );
 }
 
-#[test]
-#[ignore = "run by others"]
 fn child_queries() {
     let sql = "SELECT a.text, count(*) AS n, sum(b.id) AS id FROM a JOIN b USING (id) GROUP BY a.text ORDER BY id DESC LIMIT 2";
     let answer = mobula_data::query(sql, [("a", large()), ("b", large())]).expect("an answer");
