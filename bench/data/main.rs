@@ -8,6 +8,7 @@
 #![forbid(unsafe_code)]
 
 mod features;
+mod images;
 mod large;
 mod queries;
 
@@ -50,6 +51,7 @@ fn work(file: &str, request: &str) -> Result<Value> {
         ["query", number] => queries::ours(file, number.parse()?),
         ["plain", number] => queries::plain(file, number.parse()?),
         ["large", what] => large::work(file, what),
+        ["images", folder] => images::epoch(folder),
         ["features"] => features::write(file),
         ["prepare"] => features::prepare(file),
         _ => bail!("an unknown request: {request:?}"),

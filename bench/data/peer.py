@@ -227,6 +227,52 @@ def prepare():
     return {"seconds": seconds, "cpu": of_all, "rows": len(made), "sum": float(made.sum())}
 
 
+def images(folder):
+    """A DataLoader with two workers, each of which augments its batches as a whole."""
+    import gzip
+
+    import numpy as np
+    import torch
+    from torch.utils.data import DataLoader, Dataset
+
+    def idx(name, head):
+        with gzip.open(os.path.join(folder, name + ".gz")) as file:
+            return torch.from_numpy(np.frombuffer(file.read(), dtype=np.uint8, offset=head).copy())
+
+    class Images(Dataset):
+        def __init__(self):
+            self.images = idx("train-images-idx3-ubyte", 16).view(-1, 1, 28, 28)
+            self.labels = idx("train-labels-idx1-ubyte", 8).long()
+
+        def __len__(self):
+            return len(self.labels)
+
+        # PyTorch fetches a whole batch by this, where there is one.
+        def __getitems__(self, rows):
+            rows = torch.tensor(rows)
+            count = len(rows)
+            padded = torch.nn.functional.pad(self.images[rows], (2, 2, 2, 2))
+            down, right = torch.randint(0, 5, (2, count, 1))
+            at_row = (down + torch.arange(28)).view(count, 1, 28, 1)
+            at_column = (right + torch.arange(28)).view(count, 1, 1, 28)
+            flip = torch.rand(count).view(count, 1, 1, 1) < 0.5
+            at_column = torch.where(flip, at_column.flip(3), at_column)
+            images = padded[torch.arange(count).view(count, 1, 1, 1), 0, at_row, at_column]
+            images = images.float().div_(255).sub_(0.2860).div_(0.3530)
+            return images, self.labels[rows]
+
+    torch.set_num_threads(1)
+    loader = DataLoader(
+        Images(), 256, shuffle=True, num_workers=2, persistent_workers=True, collate_fn=lambda batch: batch
+    )
+    for _ in loader:
+        pass
+    start, before = time.perf_counter(), cpu()
+    count = sum(images.shape[0] for images, _ in loader)
+    seconds = time.perf_counter() - start
+    return {"seconds": seconds, "cpu": None, "rows": count}
+
+
 def main():
     if LIBRARY == "ray":
         import ray as engine
@@ -244,7 +290,7 @@ def main():
         elif what == "first":
             answer = first(rest[0].split(","), rest[1])
         else:
-            answer = {"query": query, "large": large, "prepare": prepare}[what](*rest)
+            answer = {"query": query, "large": large, "images": images, "prepare": prepare}[what](*rest)
         print(json.dumps(answer), file=answers, flush=True)
 
 

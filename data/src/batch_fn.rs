@@ -97,6 +97,11 @@ pub(crate) trait BatchMap: Send + Sync {
     fn columns(&self, input: &SchemaRef) -> Result<SchemaRef>;
 
     fn map(&self, batch: &RecordBatch) -> Result<RecordBatch>;
+
+    /// The same for a function of where the rows are, too: the first is row `row` of block `block`.
+    fn map_at(&self, batch: &RecordBatch, _block: usize, _row: u64) -> Result<RecordBatch> {
+        self.map(batch)
+    }
 }
 
 /// It shows its columns when it is given an empty batch.

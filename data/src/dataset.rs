@@ -4,6 +4,7 @@ use crate::batches::Batches;
 use crate::error::{Error, Result};
 use crate::plan::Compiled;
 use crate::preprocess::Preprocessor;
+use crate::resample::Resample;
 use crate::runtime::{block_on, threads};
 use crate::source::{OpenSource, Source};
 use crate::split::{Side, Split};
@@ -54,6 +55,7 @@ pub(crate) enum Op {
     Split(Split),
     Preprocess(Preprocessor),
     MapBatches { function: String },
+    Resample(Resample),
 }
 
 impl Op {
@@ -175,7 +177,7 @@ impl Dataset {
         self.with_op(Op::Rename { from: from.into(), to: to.into() })
     }
 
-    fn with_op(&self, op: Op) -> Result<Self> {
+    pub(crate) fn with_op(&self, op: Op) -> Result<Self> {
         let schema = Compiled::schema_of(self.schema()?, std::slice::from_ref(&op))?;
         let mut ops = self.ops.clone();
         ops.push(op);

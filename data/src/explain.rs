@@ -73,6 +73,7 @@ impl std::fmt::Display for Op {
                 write!(f, "split {side}: a share of {test} by seed {}", split.seed)
             }
             Self::Preprocess(preprocessor) => write!(f, "preprocess {}", preprocessor.kind()),
+            Self::Resample(by) => write!(f, "resample {} copies by seed {}", by.copies, by.seed),
             Self::MapBatches { function } => write!(f, "map_batches {function:?}"),
         }
     }

@@ -40,6 +40,7 @@ mod plan;
 mod preprocess;
 mod query;
 mod read;
+mod resample;
 pub mod rows;
 mod runtime;
 mod scan;
@@ -72,6 +73,6 @@ pub use sink::{
 };
 pub use source::csv::CsvOptions;
 pub use source::{BatchIter, Blocks, Source};
-pub use stream::{StreamOptions, TensorSource, TensorSpec};
+pub use stream::{Collate, ImageAugment, Rows, StreamOptions, TensorSource, TensorSpec};
 /// For registering a [`Source`], or writing a [`Transform`] of your own as JSON.
 pub use typetag;

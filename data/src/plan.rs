@@ -10,12 +10,13 @@ use crate::Dataset;
 use crate::batch_fn::BatchMap;
 use crate::dataset::Op;
 use crate::error::{Error, Result};
+use crate::resample::Resample;
 use crate::runtime::block_on;
 use crate::scan::{MapStream, SourceTable};
 use crate::session::{Mode, new_session, session};
 use crate::source::OpenSource;
 use crate::store::BlockStore;
-use arrow::datatypes::SchemaRef;
+use arrow::datatypes::{DataType, SchemaRef};
 use arrow::record_batch::RecordBatch;
 use datafusion::catalog::streaming::StreamingTable;
 use datafusion::common::tree_node::{TreeNode, TreeNodeRecursion};
@@ -23,7 +24,7 @@ use datafusion::common::{Column, TableReference};
 use datafusion::error::DataFusionError;
 use datafusion::execution::SendableRecordBatchStream;
 use datafusion::execution::context::SQLOptions;
-use datafusion::logical_expr::{Expr, LogicalPlan, Volatility};
+use datafusion::logical_expr::{Expr, LogicalPlan, Volatility, cast};
 use datafusion::physical_plan::{ExecutionPlan, ExecutionPlanProperties};
 use datafusion::prelude::{DataFrame, SessionContext, lit};
 use futures::stream::{self, BoxStream};
@@ -167,6 +168,13 @@ async fn apply(frame: DataFrame, op: &Op) -> Result<DataFrame> {
             map(frame, Arc::new(move |batch: &RecordBatch| preprocessor.transform(batch))).await
         }
         Op::MapBatches { function } => map(frame, crate::batch_fn::lookup(function)?).await,
+        Op::Resample(resample) => {
+            let copies = parse(&frame, &resample.copies)?;
+            let copies = cast(copies, DataType::Float64);
+            let frame = frame.with_column(Resample::COPIES, copies);
+            let frame = frame.map_err(Error::sql(&resample.copies))?;
+            map(frame, Arc::new(resample.clone())).await
+        }
     }
 }
 

@@ -239,9 +239,14 @@ impl PartitionStream for MapStream {
     }
 
     fn execute(&self, context: Arc<TaskContext>) -> SendableRecordBatchStream {
-        let (function, schema) = (self.function.clone(), self.schema.clone());
+        let (function, schema, block) =
+            (self.function.clone(), self.schema.clone(), self.partition);
+        let mut row = 0;
         let apply = move |batch: EngineResult<RecordBatch>| -> EngineResult<RecordBatch> {
-            let batch = function.map(&batch?)?;
+            let batch = batch?;
+            let first = row;
+            row += batch.num_rows() as u64;
+            let batch = function.map_at(&batch, block, first)?;
             same_columns(&batch, &schema)?;
             Ok(batch)
         };

@@ -1,20 +1,24 @@
 //! Tensor batches for training: which rows a step has, for every rank of every world.
 
 mod blocks;
+mod collate;
 mod order;
 mod reader;
 mod tensors;
 mod values;
 
+pub use collate::{Collate, ImageAugment, Rows};
 pub use tensors::TensorSpec;
 
 use crate::Dataset;
 use crate::error::{Error, Result};
 use crate::source::hash;
+use collate::Collation;
 use mobula_core::{BatchSource, BatchStream, Shard};
 use order::Shape;
 use reader::Reader;
 use serde::{Deserialize, Serialize};
+use std::sync::Arc;
 use tensors::Layout;
 
 /// Lanes that a stream has if the batch size allows them.
@@ -36,6 +40,7 @@ pub struct StreamOptions {
     shuffle: Option<u64>,
     lanes: Option<usize>,
     prefetch: usize,
+    collate: Option<Collation>,
 }
 
 impl StreamOptions {
@@ -63,7 +68,14 @@ impl StreamOptions {
             shuffle: None,
             lanes: None,
             prefetch: PREFETCH,
+            collate: None,
         }
+    }
+
+    /// A tensor for the column `label` alone, beside those that [`with_tensor`](Self::with_tensor)
+    /// adds.
+    pub fn labelled(label: impl Into<String>) -> Self {
+        Self::new([] as [String; 0], label)
     }
 
     /// Adds a tensor.
@@ -92,6 +104,11 @@ impl StreamOptions {
     /// thread. Default: 2.
     pub fn with_prefetch(self, batches: usize) -> Self {
         Self { prefetch: batches, ..self }
+    }
+
+    /// Sets what is done to the tensors of a batch before the program gets it.
+    pub fn with_collate(self, collate: impl Collate + 'static) -> Self {
+        Self { collate: Some(Collation(Arc::new(collate))), ..self }
     }
 
     fn shape(&self) -> Result<Shape> {
@@ -138,6 +155,7 @@ pub struct TensorSource {
     shuffle: Option<u64>,
     rows: Vec<u64>,
     prefetch: usize,
+    collate: Option<Collation>,
     manifest: String,
 }
 
@@ -145,7 +163,7 @@ impl TensorSource {
     pub(crate) fn new(dataset: &Dataset, options: StreamOptions) -> Result<Self> {
         let shape = options.shape()?;
         let schema = dataset.schema()?;
-        let StreamOptions { mut tensors, label, shuffle, prefetch, .. } = options;
+        let StreamOptions { mut tensors, label, shuffle, prefetch, collate, .. } = options;
         tensors.extend(label.map(|label| TensorSpec::label(label, &schema)));
         let layout = Layout::new(&schema, tensors)?;
         layout.room(0)?;
@@ -155,7 +173,8 @@ impl TensorSource {
             return Err(Error::Empty { after: " after its filters and splits" });
         }
         let manifest = String::new();
-        let mut source = Self { dataset, layout, shape, shuffle, rows, prefetch, manifest };
+        let mut source =
+            Self { dataset, layout, shape, shuffle, rows, prefetch, collate, manifest };
         source.manifest = source.hash_of_everything()?;
         Ok(source)
     }
@@ -183,7 +202,8 @@ impl TensorSource {
     /// What a resumed stream must have in common: content, operations, columns and batch size.
     fn hash_of_everything(&self) -> Result<String> {
         let content = self.dataset.open()?.fingerprint()?;
-        let description = (self.dataset.ops(), &self.layout, &self.shape, &self.rows);
+        let description =
+            (self.dataset.ops(), &self.layout, &self.shape, &self.rows, &self.collate);
         let description = serde_json::to_vec(&description).map_err(mobula_core::Error::layer)?;
         let shuffled = [u8::from(self.shuffle.is_some())];
         Ok(hash([content.as_bytes(), &description, &shuffled]))

@@ -3,7 +3,8 @@
 
 use super::TensorSource;
 use super::blocks::Blocks;
-use super::order::{EpochOrder, GROUP_BLOCKS, VERSION};
+use super::collate::{Collation, Rows};
+use super::order::{EpochOrder, GROUP_BLOCKS, Run, VERSION};
 use crate::error::{Error, Result};
 use crate::runtime::threads;
 use mobula_core::{Batch, BatchStream, Shard, StreamState};
@@ -230,13 +231,29 @@ impl Producer {
         }
         self.slots.clear();
         let rows = runs.iter().map(|run| run.rows).sum();
-        let runs = || runs.iter().zip(&places).map(|(run, at)| (*at, run.row..run.row + run.rows));
+        let placed =
+            || runs.iter().zip(&places).map(|(run, at)| (*at, run.row..run.row + run.rows));
         let tensors = self.source.layout.tensors.iter().enumerate().map(|(at, tensor)| {
-            let runs = runs().map(|(block, rows)| (&blocks[block].0[at], rows));
+            let runs = placed().map(|(block, rows)| (&blocks[block].0[at], rows));
             Ok((tensor.name().to_owned(), tensor.gather(rows, runs)?))
         });
         let tensors = tensors.collect::<Result<Vec<_>>>()?;
-        Ok(Batch::new(tensors)?.with_global_rows(self.order.step_rows(step)))
+        let batch = self.collate(Batch::new(tensors)?, &runs)?;
+        Ok(batch.with_global_rows(self.order.step_rows(step)))
+    }
+}
+
+impl Producer {
+    fn collate(&self, batch: Batch, runs: &[Run]) -> Result<Batch> {
+        let Some(Collation(collate)) = &self.source.collate else { return Ok(batch) };
+        let expected = batch.rows();
+        let rows = Rows::new(self.source.shuffle.unwrap_or(0), self.place.epoch, runs);
+        let failed = |source| Error::BatchFn { name: collate.typetag_name().to_owned(), source };
+        let made = collate.collate(batch, &rows).map_err(failed)?;
+        match made.rows() {
+            got if got == expected => Ok(made),
+            got => Err(failed(format!("it made {got} rows of {expected}").into())),
+        }
     }
 }
 

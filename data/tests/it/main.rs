@@ -1,5 +1,6 @@
 //! The crate through its public interface.
 
+mod collate;
 mod dataset;
 mod formats;
 mod frame;
@@ -7,6 +8,7 @@ mod memory;
 mod own_source;
 mod persist;
 mod preprocess;
+mod resample;
 mod sklearn;
 mod sources;
 mod sql;

@@ -12,6 +12,7 @@
 //!   that ours is made of, as it comes: `{"seconds": s, "cpu": s, "rows": n, "sum": of all numbers}`;
 //! * `large WORK` sorts, shuffles or groups all columns within a budget of memory that the process was
 //!   started with: the same with the `"peak"`;
+//! * `images FOLDER` is an epoch of Fashion-MNIST, cropped, mirrored and normalised at random;
 //! * `features` writes 20 columns with missing values, and `prepare` fits a chain of preprocessors on
 //!   them and applies it;
 //! * `resume COLUMNS ORDER SHARE` is from a state at that share of the epoch to the next batch.
@@ -31,6 +32,8 @@ const SAME: f64 = 1e-9;
 
 /// The same of answers to queries, in which sums of decimals are divided.
 const SAME_ANSWER: f64 = 1e-6;
+/// Where Debian's package of Fashion-MNIST puts it.
+const IMAGES: &str = "/usr/share/datasets/fashion-mnist";
 /// Bytes of memory: the columns of the table take ten times as many.
 const BUDGET: u64 = 100_000_000;
 
@@ -90,6 +93,9 @@ pub(super) fn run(quick: bool, only: &str) -> Result<Vec<Case>> {
         for (work, peers) in [("sort", true), ("group", true), ("shuffle", false)] {
             cases.extend(sides.large(work, peers)?);
         }
+    }
+    if is_wanted("images") {
+        cases.extend(sides.images()?);
     }
     if is_wanted("preprocessors") {
         cases.extend(sides.preprocessors()?);
@@ -290,6 +296,25 @@ impl Sides {
             cases.push(case(format!("{work} beyond memory, {what}"), unit, of(&ours), peer, false));
         }
         Ok(cases)
+    }
+
+    /// An epoch of augmented images, if they are there.
+    fn images(&self) -> Result<Vec<Case>> {
+        if !Path::new(IMAGES).exists() {
+            println!("no images: apt-get install dataset-fashion-mnist");
+            return Ok(Vec::new());
+        }
+        let (mut ours, mut peer) = (self.ours()?, self.peer("torch")?);
+        let mut seconds = [Vec::new(), Vec::new()];
+        for _ in 0..self.rounds {
+            for (side, seconds) in [&mut ours, &mut peer].into_iter().zip(&mut seconds) {
+                let pass: Pass = side.ask(&format!("images {IMAGES}"))?;
+                ensure!(pass.rows == 60_000, "{}: {} images", side.name, pass.rows);
+                seconds.push(pass.seconds);
+            }
+        }
+        let peer = Some((median(&seconds[1]), "torch, 2 workers".to_owned()));
+        Ok(vec![case("60,000 augmented images".into(), "s", median(&seconds[0]), peer, false)])
     }
 
     /// Fit and apply, against scikit-learn.
