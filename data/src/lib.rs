@@ -72,6 +72,7 @@ pub use sink::{
     Written, WrittenFile,
 };
 pub use source::csv::CsvOptions;
+pub use source::parquet::ParquetOptions;
 pub use source::{BatchIter, Blocks, Source};
 pub use stream::{Collate, ImageAugment, Rows, StreamOptions, TensorSource, TensorSpec};
 /// For registering a [`Source`], or writing a [`Transform`] of your own as JSON.

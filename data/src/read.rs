@@ -8,7 +8,7 @@ use crate::source::ipc::Ipc;
 use crate::source::json::Json;
 use crate::source::memory::MemoryTable;
 use crate::source::npy::{Npy, Npz};
-use crate::source::parquet::Parquet;
+use crate::source::parquet::{Parquet, ParquetOptions};
 use crate::source::paths;
 use crate::source::range::Range;
 use crate::source::text::Text;
@@ -24,8 +24,13 @@ impl Dataset {
     /// read in alphabetical order. Errors when no file matches, when one is not Parquet, and when
     /// their columns differ.
     pub fn read_parquet(pattern: impl AsRef<str>) -> Result<Self> {
+        Self::read_parquet_with(pattern, ParquetOptions::default())
+    }
+
+    /// The same of files that may differ, or be damaged in part.
+    pub fn read_parquet_with(pattern: impl AsRef<str>, options: ParquetOptions) -> Result<Self> {
         let files = paths::expand(pattern.as_ref(), "parquet")?;
-        Self::from_source(Parquet { files })
+        Self::from_source(Parquet::new(files, options)?)
     }
 
     /// CSV files: a path, a folder or a pattern, gzipped or not. Types are inferred from all rows:

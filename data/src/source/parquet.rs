@@ -1,14 +1,18 @@
 //! Parquet files: a block is a row group.
 
+mod unified;
+
 use super::file::Stamped;
 use super::{BatchIter, Blocks, Source, columns, hash};
 use crate::error::{Error, Result};
+use crate::runtime::{block_on, threads};
 use arrow::datatypes::{DECIMAL64_MAX_PRECISION, DataType, Schema, SchemaRef};
 use arrow::record_batch::RecordBatch;
 use datafusion::parquet::arrow::ProjectionMask;
 use datafusion::parquet::arrow::arrow_reader::{
     ArrowReaderMetadata, ArrowReaderOptions, ParquetRecordBatchReaderBuilder,
 };
+use futures::{StreamExt, TryStreamExt, stream};
 use mobula_core::error::AtPath;
 use serde::{Deserialize, Serialize};
 use std::fmt::Display;
@@ -19,24 +23,67 @@ use std::sync::Arc;
 
 const BATCH_ROWS: usize = 8192;
 
+/// What is done about Parquet files that are not as they should be.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ParquetOptions {
+    /// Whether files may have different columns (default: no, it is an error). A file has missing
+    /// values in those that it does not have; whole numbers of different types become the widest,
+    /// whole numbers and floats `Float64`.
+    pub unify: bool,
+    /// Whether row groups that cannot be read are left out, with a warning (default: no, they are an
+    /// error when they are read). All are read once when the dataset is made, to find out.
+    pub skip_corrupt: bool,
+}
+
+impl ParquetOptions {
+    /// Says whether files may have different columns.
+    pub fn with_unify(self, unify: bool) -> Self {
+        Self { unify, ..self }
+    }
+
+    /// Says whether row groups that cannot be read are left out.
+    pub fn with_skip_corrupt(self, skip_corrupt: bool) -> Self {
+        Self { skip_corrupt, ..self }
+    }
+}
+
 /// Files in the order in which they are read.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Parquet {
-    pub(crate) files: Vec<PathBuf>,
+    files: Vec<PathBuf>,
+    options: ParquetOptions,
+    /// File and row group of those that are left out.
+    skipped: Vec<(usize, usize)>,
+}
+
+impl Parquet {
+    pub(crate) fn new(files: Vec<PathBuf>, options: ParquetOptions) -> Result<Self> {
+        let mut source = Self { files, options, skipped: Vec::new() };
+        if options.skip_corrupt {
+            source.skipped = ParquetBlocks::open(&source)?.corrupt()?;
+        }
+        Ok(source)
+    }
 }
 
 #[typetag::serde(name = "parquet")]
 impl Source for Parquet {
     fn open(&self) -> Result<Arc<dyn Blocks>> {
-        Ok(Arc::new(ParquetBlocks::open(&self.files)?))
+        Ok(Arc::new(ParquetBlocks::open(self)?))
     }
 
     fn summary(&self) -> String {
-        super::paths::listed(&self.files)
+        let files = super::paths::listed(&self.files);
+        match self.skipped.len() {
+            0 => files,
+            n => format!("{files}, {n} corrupt row groups left out"),
+        }
     }
 
     fn parquet_files(&self) -> Option<&[PathBuf]> {
-        Some(&self.files)
+        let as_they_are = self.options == ParquetOptions::default();
+        as_they_are.then_some(&self.files)
     }
 }
 
@@ -47,6 +94,8 @@ struct ParquetBlocks {
     files: Vec<ParquetFile>,
     /// File and row group of each block.
     groups: Vec<(usize, usize)>,
+    /// Whether a file may have other columns than `schema` has.
+    is_unified: bool,
     fingerprint: String,
 }
 
@@ -61,18 +110,66 @@ struct ParquetFile {
 }
 
 impl ParquetBlocks {
-    fn open(paths: &[PathBuf]) -> Result<Self> {
-        let files = paths.iter().map(|path| ParquetFile::open(path)).collect::<Result<Vec<_>>>()?;
+    fn open(source: &Parquet) -> Result<Self> {
+        let files = source.files.iter().map(|path| ParquetFile::open(path));
+        let files = files.collect::<Result<Vec<_>>>()?;
         let first = files.first().ok_or(Error::Empty { after: "" })?;
-        let schema = first.schema();
-        files.iter().try_for_each(|file| file.must_have(&schema))?;
-
+        let mut schema = first.schema();
+        if source.options.unify {
+            for file in &files {
+                schema = Arc::new(unified::add(&schema, &file.stamped.path, &file.schema())?);
+            }
+        } else {
+            files.iter().try_for_each(|file| file.must_have(&schema))?;
+        }
         let groups_of = |(i, file): (usize, &ParquetFile)| {
             (0..file.metadata.metadata().num_row_groups()).map(move |group| (i, group))
         };
-        let groups: Vec<_> = files.iter().enumerate().flat_map(groups_of).collect();
-        let fingerprint = hash(files.iter().map(|file| file.identity.as_bytes()));
-        Ok(Self { schema, files, groups, fingerprint })
+        let groups = files.iter().enumerate().flat_map(groups_of);
+        let groups = groups.filter(|group| !source.skipped.contains(group)).collect();
+        let skipped = format!("{:?}", source.skipped);
+        let parts = files.iter().map(|file| file.identity.as_bytes());
+        let parts = parts.chain((!source.skipped.is_empty()).then_some(skipped.as_bytes()));
+        let fingerprint = hash(parts);
+        Ok(Self { schema, files, groups, is_unified: source.options.unify, fingerprint })
+    }
+
+    /// The row groups that cannot be read.
+    fn corrupt(self) -> Result<Vec<(usize, usize)>> {
+        let blocks = Arc::new(self);
+        block_on(async move {
+            let read = |block| {
+                let blocks = blocks.clone();
+                tokio::spawn(async move { blocks.is_corrupt(block) })
+            };
+            let all = stream::iter(0..blocks.groups.len()).map(read).buffered(threads());
+            let all = all.map(|result| result.map_err(|e| Error::Internal(e.to_string())));
+            Ok(all.try_collect::<Vec<_>>().await?.into_iter().flatten().collect())
+        })
+    }
+
+    /// A row group, if it cannot be read.
+    fn is_corrupt(&self, block: usize) -> Option<(usize, usize)> {
+        let columns: Vec<_> = (0..self.schema.fields().len()).collect();
+        let rows = self.read(block, &columns).and_then(|batches| {
+            batches.map(|batch| Ok(batch?.num_rows() as u64)).sum::<Result<u64>>()
+        });
+        let (file, group) = self.groups[block];
+        let reason = match rows {
+            Ok(rows) if rows == self.files[file].rows(group) => return None,
+            Ok(rows) => format!("it has {rows} rows, {} announced", self.files[file].rows(group)),
+            Err(error) => error.to_string(),
+        };
+        tracing::warn!(row_group = self.name(block), %reason, "left out a row group");
+        Some((file, group))
+    }
+
+    /// The rows of a block of a file that may have other columns.
+    fn conforming(&self, file: &ParquetFile, group: usize, wanted: &[usize]) -> Result<BatchIter> {
+        let own = unified::own(&self.schema, &file.schema(), wanted);
+        let schema = Arc::new(self.schema.project(wanted)?);
+        let batches = file.read(group, &own, &file.metadata)?;
+        Ok(Box::new(batches.map(move |batch| unified::conform(&batch?, &schema))))
     }
 }
 
@@ -97,12 +194,18 @@ impl Blocks for ParquetBlocks {
     fn read(&self, block: usize, projection: &[usize]) -> Result<BatchIter> {
         let (file, group) = self.groups[block];
         let file = &self.files[file];
+        if self.is_unified {
+            return self.conforming(file, group, projection);
+        }
         file.read(group, projection, &file.metadata)
     }
 
     fn read_narrow(&self, block: usize, projection: &[usize]) -> Result<BatchIter> {
         let (file, group) = self.groups[block];
         let file = &self.files[file];
+        if self.is_unified {
+            return self.conforming(file, group, projection);
+        }
         file.read(group, projection, &file.narrow)
     }
 }
@@ -209,7 +312,8 @@ mod tests {
     #[test]
     fn columns_come_in_the_order_asked_for() {
         let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../examples/data/digits-0.parquet");
-        let source = ParquetBlocks::open(&[path.into()]).expect("open");
+        let source = Parquet::new(vec![path.into()], ParquetOptions::default()).expect("open");
+        let source = ParquetBlocks::open(&source).expect("open");
         let mut batches = source.read(0, &[1, 0]).expect("read");
         let batch = batches.next().expect("a batch").expect("rows");
         assert_eq!(batch.schema().field(0).name(), "label");

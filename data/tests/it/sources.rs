@@ -1,14 +1,15 @@
 //! Files: whole, damaged, missing.
 
-use crate::{digits, example, message};
-use arrow::array::{Array, AsArray};
+use crate::{batch, digits, example, message};
+use arrow::array::{Array, ArrayRef, AsArray, Float32Array, Int32Array, StringArray};
 use arrow::datatypes::{DataType, Float64Type, UInt8Type};
 use flate2::Compression;
 use flate2::write::GzEncoder;
-use mobula_data::{CsvOptions, Dataset};
+use mobula_data::{CsvOptions, Dataset, ParquetOptions};
 use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 #[test]
 fn parquet_rows_come_in_the_files_order() {
@@ -62,6 +63,62 @@ fn files_of_other_columns_are_refused() {
     write_parquet(&dir.path().join("b.parquet"), &other);
     let text = message(Dataset::read_parquet(dir.path().to_str().expect("UTF-8")));
     assert!(text.contains("b.parquet has the columns [label: UInt8], expected [image"), "{text}");
+}
+
+#[test]
+fn files_of_other_columns_are_unified_if_asked() {
+    let dir = tempfile::tempdir().expect("folder");
+    let text = |values: &[&str]| Arc::new(StringArray::from(values.to_vec())) as ArrayRef;
+    let a = batch([
+        ("id", Arc::new(Int32Array::from(vec![1, 2])) as ArrayRef),
+        ("a", text(&["x", "y"])),
+    ]);
+    let b =
+        batch([("b", text(&["z"])), ("id", Arc::new(Float32Array::from(vec![2.5])) as ArrayRef)]);
+    write_parquet(&dir.path().join("a.parquet"), &a);
+    write_parquet(&dir.path().join("b.parquet"), &b);
+    let folder = dir.path().to_str().expect("UTF-8");
+    let options = ParquetOptions::default().with_unify(true);
+    let both = Dataset::read_parquet_with(folder, options).expect("dataset");
+    let rows = |d: &Dataset| mobula_data::rows::text(&d.collect().expect("rows")).expect("text");
+    let expected = [["1.0", "x", "null"], ["2.0", "y", "null"], ["2.5", "null", "z"]];
+    assert_eq!(rows(&both), expected.map(|row| row.map(str::to_owned)));
+    let b = both.select(["b"]).expect("select");
+    assert_eq!(rows(&b), [["null"], ["null"], ["z"]].map(|row| row.map(str::to_owned)));
+    assert_eq!(
+        rows(&both.sql("SELECT sum(id), count(a) FROM dataset").expect("sql")),
+        [["5.5", "2"]]
+    );
+    assert_eq!(both.count().expect("count"), 3);
+    let sent: Dataset =
+        serde_json::from_str(&serde_json::to_string(&both).expect("JSON")).expect("JSON");
+    assert_eq!(rows(&sent), rows(&both));
+
+    let c = batch([("id", text(&["three"]))]);
+    write_parquet(&dir.path().join("c.parquet"), &c);
+    let text = message(Dataset::read_parquet_with(folder, options));
+    assert!(text.contains("c.parquet has the columns [id: Utf8], expected [id: Float64"), "{text}");
+}
+
+#[test]
+fn corrupt_row_groups_are_left_out_if_asked() {
+    let dir = tempfile::tempdir().expect("folder");
+    let mut bytes = fs::read(example("digits-0.parquet")).expect("read");
+    bytes[4..2000].fill(0xff);
+    fs::write(dir.path().join("a.parquet"), bytes).expect("write");
+    fs::copy(example("digits-1.parquet"), dir.path().join("b.parquet")).expect("copy");
+    let folder = dir.path().to_str().expect("UTF-8");
+    let text = message(Dataset::read_parquet(folder).and_then(|d| d.collect()));
+    assert!(text.contains("a.parquet is not a valid Parquet file"), "{text}");
+    let options = ParquetOptions::default().with_skip_corrupt(true);
+    let left = Dataset::read_parquet_with(folder, options).expect("dataset");
+    let all = Dataset::read_parquet(folder).and_then(|d| d.count()).expect("count");
+    assert_eq!(left.count().expect("count"), all - 120);
+    assert_eq!(left.collect().expect("rows").num_rows() as u64, all - 120);
+    assert!(left.explain().expect("explain").contains("1 corrupt row groups left out"));
+    let sent: Dataset =
+        serde_json::from_str(&serde_json::to_string(&left).expect("JSON")).expect("JSON");
+    assert_eq!(sent.count().expect("count"), all - 120);
 }
 
 fn write_parquet(path: &Path, rows: &arrow::record_batch::RecordBatch) {
