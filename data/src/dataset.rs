@@ -6,6 +6,7 @@ use crate::plan::Compiled;
 use crate::preprocess::Preprocessor;
 use crate::resample::Resample;
 use crate::runtime::{block_on, threads};
+use crate::source::sorted::DrawKeys;
 use crate::source::{OpenSource, Source};
 use crate::split::{Side, Split};
 use crate::stream::{StreamOptions, TensorSource};
@@ -48,14 +49,28 @@ struct Known {
 /// What is done to rows.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) enum Op {
-    Select { columns: Vec<String> },
-    Filter { predicate: String },
-    WithColumn { name: String, expression: String },
-    Rename { from: String, to: String },
+    Select {
+        columns: Vec<String>,
+    },
+    Filter {
+        predicate: String,
+    },
+    WithColumn {
+        name: String,
+        expression: String,
+    },
+    Rename {
+        from: String,
+        to: String,
+    },
     Split(Split),
     Preprocess(Preprocessor),
-    MapBatches { function: String },
+    MapBatches {
+        function: String,
+    },
     Resample(Resample),
+    /// For a shuffle; no dataset has it.
+    DrawKeys(DrawKeys),
 }
 
 impl Op {

@@ -3,10 +3,11 @@
 
 use crate::Dataset;
 use crate::error::{Error, Result};
+use crate::order::OrderBy;
 use crate::plan::{self, TABLE};
 use crate::source::query::Query;
 use crate::source::slice::{self, Part, Slice, Zip};
-use crate::source::sorted::{Groups, Shuffled};
+use crate::source::sorted::{Groups, Shuffled, Sorted};
 use crate::source::union::{self, Union};
 use mobula_core::random::Stream;
 use serde::{Deserialize, Serialize};
@@ -111,10 +112,12 @@ impl Dataset {
     }
 
     /// The rows in the order of SQL expressions such as `"species"` or `"body_mass_g DESC NULLS
-    /// LAST"`, the first first. Rows that are the same by these come in no defined order.
+    /// LAST"`, the first first. Rows that are the same by these stay in the order they had. Data that
+    /// have no room in memory are written and read once for it.
     pub fn sort<S: AsRef<str>>(&self, by: impl IntoIterator<Item = S>) -> Result<Self> {
-        let by = list(by);
-        self.sql(format!("SELECT * FROM {TABLE} ORDER BY {by}"))
+        let (by, schema) = (list(by), self.schema()?);
+        OrderBy::new(&schema, &by)?;
+        Ok(Self::unopened(Sorted { input: self.clone(), by }).with_schema(schema))
     }
 
     /// One row for each combination of the columns `keys`, which it has, with the values of SQL
@@ -220,8 +223,8 @@ impl Dataset {
         Ok(self.split_at("fraction", fraction, high << 32 | low)?.1)
     }
 
-    /// All rows in an order drawn from `seed`: any order is as likely as any other. It is sorted for
-    /// that, on disk if need be. To train, [`StreamOptions::with_shuffle`](crate::StreamOptions::with_shuffle)
+    /// All rows in an order drawn from `seed`: any order is as likely as any other. Data that have no
+    /// room in memory are written and read once for it. To train, [`StreamOptions::with_shuffle`](crate::StreamOptions::with_shuffle)
     /// is cheaper, and has another order in every epoch.
     pub fn random_shuffle(&self, seed: u64) -> Result<Self> {
         let (input, schema) = (self.clone(), self.schema()?);

@@ -167,6 +167,7 @@ async fn apply(frame: DataFrame, op: &Op) -> Result<DataFrame> {
             let preprocessor = preprocessor.clone();
             map(frame, Arc::new(move |batch: &RecordBatch| preprocessor.transform(batch))).await
         }
+        Op::DrawKeys(keys) => map(frame, Arc::new(keys.clone())).await,
         Op::MapBatches { function } => map(frame, crate::batch_fn::lookup(function)?).await,
         Op::Resample(resample) => {
             let copies = parse(&frame, &resample.copies)?;
@@ -311,7 +312,7 @@ fn plan_must_be_deterministic(plan: &LogicalPlan, sql: &str) -> Result<()> {
 /// Functions that are constant in one query, but not from one worker to the next.
 const CLOCKS: [&str; 4] = ["now", "current_date", "current_time", "today"];
 
-fn must_be_deterministic(expression: &Expr, sql: &str) -> Result<()> {
+pub(crate) fn must_be_deterministic(expression: &Expr, sql: &str) -> Result<()> {
     let mut culprit = None;
     let visited = expression.apply(|node| {
         if let Expr::ScalarFunction(call) = node {

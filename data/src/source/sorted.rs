@@ -1,30 +1,88 @@
-//! What needs all rows in an order first: shuffles, and functions of groups.
+//! Rows in another order: sorted, shuffled, and what is made of groups of them.
 
-use super::{Blocks, Source};
+use super::{BatchIter, Blocks, Source, hash};
 use crate::Dataset;
 use crate::batch_fn::{self, BatchMap};
+use crate::dataset::Op;
 use crate::error::{Error, Result};
-use crate::frame::quoted;
-use crate::plan::{self, TABLE};
-use crate::runtime::block_on;
-use crate::scan::MapStream;
-use crate::session::{Mode, new_session};
+use crate::exchange::{Keys, Parts};
+use crate::order::OrderBy;
+use crate::plan::Compiled;
+use crate::runtime::{block_on, threads};
 use crate::store::{BlockStore, BlockWriter};
 use arrow::array::{ArrayRef, UInt64Array};
-use arrow::compute::{concat_batches, partition};
+use arrow::compute::partition;
 use arrow::datatypes::{DataType, Field, Schema, SchemaRef};
 use arrow::record_batch::RecordBatch;
-use arrow::row::{OwnedRow, RowConverter, SortField};
-use datafusion::catalog::TableProvider;
-use datafusion::catalog::streaming::StreamingTable;
-use datafusion::common::Column;
-use datafusion::logical_expr::Expr;
-use datafusion::prelude::DataFrame;
-use futures::{StreamExt, TryStreamExt};
+use arrow::row::SortField;
+use futures::{StreamExt, stream};
 use mobula_core::random::Stream;
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+
+/// All rows in the order of SQL expressions; those that are the same by them stay as they were.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Sorted {
+    pub(crate) input: Dataset,
+    pub(crate) by: String,
+}
+
+#[typetag::serde(name = "sorted")]
+impl Source for Sorted {
+    fn open(&self) -> Result<Arc<dyn Blocks>> {
+        let order = OrderBy::new(&self.input.schema()?, &self.by)?;
+        let parts = ordered(&self.input, order)?;
+        let columns = parts.schema().clone();
+        let fingerprint = hash([self.input.plan_hash()?.as_bytes(), b"sort", self.by.as_bytes()]);
+        Ok(Arc::new(PartBlocks { parts, columns, fingerprint }))
+    }
+
+    fn summary(&self) -> String {
+        format!("by {}", self.by)
+    }
+
+    fn inputs(&self) -> Vec<(String, &Dataset)> {
+        vec![("input".to_owned(), &self.input)]
+    }
+}
+
+/// The rows of a dataset in parts by an order.
+fn ordered(input: &Dataset, order: OrderBy) -> Result<Parts> {
+    let sample = input.select(order.columns())?.compile()?;
+    let input = input.compile()?;
+    block_on(Parts::new(input, Some(sample), Arc::new(order)))
+}
+
+/// Parts as blocks.
+#[derive(Debug)]
+struct PartBlocks {
+    parts: Parts,
+    /// Those of the parts, perhaps without the last.
+    columns: SchemaRef,
+    fingerprint: String,
+}
+
+impl Blocks for PartBlocks {
+    fn schema(&self) -> SchemaRef {
+        self.columns.clone()
+    }
+
+    fn rows(&self) -> Vec<u64> {
+        self.parts.rows().to_vec()
+    }
+
+    fn fingerprint(&self) -> Result<String> {
+        Ok(self.fingerprint.clone())
+    }
+
+    fn name(&self, block: usize) -> String {
+        format!("part {block}")
+    }
+
+    fn read(&self, block: usize, projection: &[usize]) -> Result<BatchIter> {
+        Ok(Box::new(std::iter::once(self.parts.read(block, projection))))
+    }
+}
 
 /// All rows in an order drawn from a seed.
 #[derive(Debug, Serialize, Deserialize)]
@@ -33,26 +91,21 @@ pub(crate) struct Shuffled {
     pub(crate) seed: u64,
 }
 
-/// A column that no dataset has.
-const KEY: &str = "mobula: order";
-
 #[typetag::serde(name = "shuffled")]
 impl Source for Shuffled {
     fn open(&self) -> Result<Arc<dyn Blocks>> {
-        let table = plan::table(&self.input, 1)?;
-        let (seed, columns) = (self.seed, self.input.schema()?);
-        block_on(async move {
-            let session = new_session(Mode::Serial)?;
-            let failed = Error::engine("shuffle");
-            let frame = session.read_table(Arc::new(table)).map_err(&failed)?;
-            let keyed = map(frame, draw_keys(seed)).await?;
-            let frame = session.read_table(keyed).map_err(&failed)?;
-            let column = |name: &str| Expr::Column(Column::new_unqualified(name));
-            let frame = frame.sort(vec![column(KEY).sort(true, false)]).map_err(&failed)?;
-            let columns = columns.fields().iter().map(|field| column(field.name()));
-            let frame = frame.select(columns.collect::<Vec<_>>()).map_err(&failed)?;
-            Ok(Arc::new(plan::store(frame, failed).await?) as _)
-        })
+        let mut starts = vec![0];
+        for rows in self.input.count_blocks()? {
+            starts.push(starts.last().unwrap_or(&0) + rows);
+        }
+        let keyed = Op::DrawKeys(DrawKeys { seed: self.seed, starts });
+        let ops = [self.input.ops(), &[keyed]].concat();
+        let input = Compiled::new(self.input.open()?, &ops)?;
+        let columns = self.input.compile()?.schema();
+        let parts = block_on(Parts::new(input, None, Arc::new(Drawn)))?;
+        let seed = self.seed.to_le_bytes();
+        let fingerprint = hash([self.input.plan_hash()?.as_bytes(), b"shuffle", &seed]);
+        Ok(Arc::new(PartBlocks { parts, columns, fingerprint }))
     }
 
     fn summary(&self) -> String {
@@ -64,30 +117,52 @@ impl Source for Shuffled {
     }
 }
 
-/// Adds a number to each row that is a function of the seed and of how many rows came before.
-fn draw_keys(seed: u64) -> Arc<dyn BatchMap> {
-    let (stream, next) = (Stream::new(seed, "random_shuffle"), AtomicU64::new(0));
-    Arc::new(move |batch: &RecordBatch| {
-        let rows = batch.num_rows() as u64;
-        let first = next.fetch_add(rows, Ordering::Relaxed);
+/// The last column, a number that was drawn for each row.
+#[derive(Debug)]
+struct Drawn;
+
+impl Keys for Drawn {
+    fn fields(&self) -> Vec<SortField> {
+        vec![SortField::new(DataType::UInt64)]
+    }
+
+    fn of(&self, batch: &RecordBatch) -> Result<Vec<ArrayRef>> {
+        Ok(vec![batch.column(batch.num_columns() - 1).clone()])
+    }
+}
+
+/// Adds a number to each row that is a function of the seed and of how many rows come before.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct DrawKeys {
+    seed: u64,
+    /// Rows before each block.
+    starts: Vec<u64>,
+}
+
+impl BatchMap for DrawKeys {
+    fn columns(&self, input: &SchemaRef) -> Result<SchemaRef> {
+        // A name that no column has.
+        let key = Arc::new(Field::new("mobula: order", DataType::UInt64, true));
+        let fields = input.fields().iter().cloned().chain([key]).collect::<Vec<_>>();
+        Ok(Arc::new(Schema::new(fields)))
+    }
+
+    fn map(&self, batch: &RecordBatch) -> Result<RecordBatch> {
+        self.map_at(batch, 0, 0)
+    }
+
+    fn map_at(&self, batch: &RecordBatch, block: usize, row: u64) -> Result<RecordBatch> {
+        let stream = Stream::new(self.seed, "random_shuffle");
+        let first = self.starts[block] + row;
         let draw = |row| {
             let mut words = stream.at(row, 0);
             u64::from(words.word()) << 32 | u64::from(words.word())
         };
-        let keys: ArrayRef = Arc::new((first..first + rows).map(draw).collect::<UInt64Array>());
-        let key = Arc::new(Field::new(KEY, DataType::UInt64, true));
-        let schema = batch.schema();
-        let fields = schema.fields().iter().cloned().chain([key]).collect::<Vec<_>>();
+        let rows = first..first + batch.num_rows() as u64;
+        let keys: ArrayRef = Arc::new(rows.map(draw).collect::<UInt64Array>());
         let columns = batch.columns().iter().cloned().chain([keys]).collect();
-        Ok(RecordBatch::try_new(Arc::new(Schema::new(fields)), columns)?)
-    })
-}
-
-async fn map(frame: DataFrame, function: Arc<dyn BatchMap>) -> Result<Arc<dyn TableProvider>> {
-    let plan = frame.create_physical_plan().await.map_err(Error::engine("plan"))?;
-    let streams = MapStream::all(plan, function)?;
-    let table = StreamingTable::try_new(streams.schema, streams.partitions);
-    Ok(Arc::new(table.map_err(Error::engine("plan"))?))
+        Ok(RecordBatch::try_new(self.columns(&batch.schema())?, columns)?)
+    }
 }
 
 /// What a batch function makes of each group of rows.
@@ -101,9 +176,18 @@ pub(crate) struct Groups {
 impl Groups {
     /// The columns that the function makes; an error if a key is none of the input's.
     pub(crate) fn schema(&self) -> Result<SchemaRef> {
-        let (function, schema) = (batch_fn::lookup(&self.function)?, self.input.schema()?);
-        let made = function.columns(&schema)?;
-        GroupWriter::new(&schema, &self.keys, function).map(|_| made)
+        let schema = self.input.schema()?;
+        if self.keys.is_empty() {
+            return Err(Error::InvalidOption {
+                option: "the keys of groups",
+                expected: "at least one column".to_owned(),
+                got: "none".to_owned(),
+            });
+        }
+        for key in &self.keys {
+            schema.index_of(key).map_err(|_| Error::no_such_column(key, &schema))?;
+        }
+        batch_fn::lookup(&self.function)?.columns(&schema)
     }
 }
 
@@ -111,20 +195,11 @@ impl Groups {
 impl Source for Groups {
     fn open(&self) -> Result<Arc<dyn Blocks>> {
         let (made, function) = (self.schema()?, batch_fn::lookup(&self.function)?);
-        let mut groups = GroupWriter::new(&*self.input.schema()?, &self.keys, function)?;
-        let keys: Vec<_> = self.keys.iter().map(|key| quoted(key)).collect();
-        let query = format!("SELECT * FROM {TABLE} ORDER BY {}", keys.join(", "));
-        let table = plan::table(&self.input, 1)?;
-        block_on(async move {
-            let frame =
-                plan::query_frame(vec![(TABLE.to_owned(), table)], &query, Mode::Serial).await?;
-            let failed = Error::sql(&query);
-            let mut rows = frame.execute_stream().await.map_err(&failed)?.map_err(failed);
-            while let Some(batch) = rows.next().await {
-                groups.push(&batch?)?;
-            }
-            Ok(Arc::new(groups.finish(made)?) as _)
-        })
+        let schema = self.input.schema()?;
+        let keys = self.keys.iter().map(|key| schema.index_of(key));
+        let keys = keys.collect::<Result<Vec<_>, _>>()?;
+        let parts = ordered(&self.input, OrderBy::of_groups(&schema, &self.keys)?)?;
+        Ok(Arc::new(map_groups(Arc::new(parts), keys, function, made)?))
     }
 
     fn summary(&self) -> String {
@@ -136,61 +211,37 @@ impl Source for Groups {
     }
 }
 
-/// Takes rows in the order of their keys, and passes on each group as a whole.
-struct GroupWriter {
-    function: Arc<dyn BatchMap>,
+/// What a function makes of each group of rows whose columns at `keys` are the same.
+fn map_groups(
+    parts: Arc<Parts>,
     keys: Vec<usize>,
-    converter: RowConverter,
-    /// The group in hand, which may go on in the next batch.
-    group: Vec<RecordBatch>,
-    key: Option<OwnedRow>,
-    blocks: BlockWriter,
-}
-
-impl GroupWriter {
-    fn new(schema: &Schema, keys: &[String], function: Arc<dyn BatchMap>) -> Result<Self> {
-        if keys.is_empty() {
-            return Err(Error::InvalidOption {
-                option: "the keys of groups",
-                expected: "at least one column".to_owned(),
-                got: "none".to_owned(),
-            });
+    function: Arc<dyn BatchMap>,
+    made: SchemaRef,
+) -> Result<BlockStore> {
+    let all: Vec<_> = (0..parts.schema().fields().len()).collect();
+    let count = parts.rows().len();
+    let of_part = move |part| {
+        let rows = parts.read(part, &all)?;
+        if rows.num_rows() == 0 {
+            return Ok(Vec::new());
         }
-        let index =
-            |key: &String| schema.index_of(key).map_err(|_| Error::no_such_column(key, schema));
-        let keys = keys.iter().map(index).collect::<Result<Vec<_>>>()?;
-        let types = keys.iter().map(|at| SortField::new(schema.field(*at).data_type().clone()));
-        let converter = RowConverter::new(types.collect())?;
-        let (group, key, blocks) = (Vec::new(), None, BlockWriter::default());
-        Ok(Self { function, keys, converter, group, key, blocks })
-    }
-
-    fn push(&mut self, batch: &RecordBatch) -> Result<()> {
-        if batch.num_rows() == 0 {
-            return Ok(());
+        let columns: Vec<_> = keys.iter().map(|at| rows.column(*at).clone()).collect();
+        let groups = partition(&columns)?.ranges().into_iter();
+        groups.map(|group| function.map(&rows.slice(group.start, group.len()))).collect()
+    };
+    let of_part = Arc::new(of_part);
+    block_on(async move {
+        let run = |part| {
+            let of_part = of_part.clone();
+            tokio::spawn(async move { of_part(part) })
+        };
+        let mut made_of = stream::iter(0..count).map(run).buffered(threads());
+        let mut blocks = BlockWriter::default();
+        let failed = |error: tokio::task::JoinError| Error::Internal(error.to_string());
+        while let Some(batches) = made_of.next().await {
+            let batches: Vec<RecordBatch> = batches.map_err(failed)??;
+            batches.into_iter().try_for_each(|batch| blocks.push(batch))?;
         }
-        let columns: Vec<_> = self.keys.iter().map(|at| batch.column(*at).clone()).collect();
-        for range in partition(&columns)?.ranges() {
-            let first: Vec<_> = columns.iter().map(|column| column.slice(range.start, 1)).collect();
-            let key = self.converter.convert_columns(&first)?.row(0).owned();
-            if self.key.as_ref() != Some(&key) {
-                self.end_group()?;
-                self.key = Some(key);
-            }
-            self.group.push(batch.slice(range.start, range.len()));
-        }
-        Ok(())
-    }
-
-    fn end_group(&mut self) -> Result<()> {
-        let Some(first) = self.group.first() else { return Ok(()) };
-        let group = concat_batches(&first.schema(), &self.group)?;
-        self.group.clear();
-        self.blocks.push(self.function.map(&group)?)
-    }
-
-    fn finish(mut self, schema: SchemaRef) -> Result<BlockStore> {
-        self.end_group()?;
-        self.blocks.finish(schema)
-    }
+        blocks.finish(made)
+    })
 }
