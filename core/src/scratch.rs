@@ -44,7 +44,9 @@ impl ScratchFolder {
         Self::sweep(parent)?;
         let own = own_prefix();
         for attempt in 0..u32::MAX {
-            let path = parent.join(format!("{own}{}-{attempt}", std::process::id()));
+            // Not the name of one that was there before: somebody may still know it.
+            let random = rand_word();
+            let path = parent.join(format!("{own}{}-{attempt}-{random:08x}", std::process::id()));
             match DirBuilder::new().mode(0o700).create(&path) {
                 Err(error) if error.kind() == io::ErrorKind::AlreadyExists => continue,
                 made => made.at("create", &path)?,
@@ -83,6 +85,12 @@ impl Drop for ScratchFolder {
     }
 }
 
+/// A number that the system drew for this call.
+fn rand_word() -> u32 {
+    use std::hash::{BuildHasher, Hasher, RandomState};
+    RandomState::new().build_hasher().finish() as u32
+}
+
 fn own_prefix() -> String {
     format!("{PREFIX}-{}-", host())
 }
@@ -111,7 +119,11 @@ fn lock(path: &Path) -> io::Result<Option<File>> {
 fn sweep(parent: &Path, own: &str) -> Result<(), Error> {
     for entry in std::fs::read_dir(parent).at("read", parent)? {
         let entry = entry.at("read", parent)?;
-        if !entry.file_name().to_string_lossy().starts_with(own) {
+        let name = entry.file_name();
+        let name = name.to_string_lossy();
+        // Not that of a host whose name begins with this one's.
+        let is_own = |rest: &str| rest.split('-').all(|word| u64::from_str_radix(word, 16).is_ok());
+        if !name.strip_prefix(own).is_some_and(is_own) {
             continue;
         }
         // Not ours to remove, or being removed by another: both are fine.

@@ -98,6 +98,11 @@ pub(crate) trait BatchMap: Send + Sync {
 
     fn map(&self, batch: &RecordBatch) -> Result<RecordBatch>;
 
+    /// Whether it may wait for something, as functions of the program may.
+    fn may_wait(&self) -> bool {
+        false
+    }
+
     /// The same for a function of where the rows are, too: the first is row `row` of block `block`.
     fn map_at(&self, batch: &RecordBatch, _block: usize, _row: u64) -> Result<RecordBatch> {
         self.map(batch)
@@ -144,6 +149,31 @@ impl<A: BatchActor> BatchMap for Acting<A> {
         *state = Some(actor);
         Ok(made)
     }
+
+    fn may_wait(&self) -> bool {
+        true
+    }
+}
+
+/// A function of the program.
+struct Function {
+    name: &'static str,
+    function: fn(&RecordBatch) -> Result<RecordBatch, BoxError>,
+}
+
+impl BatchMap for Function {
+    fn columns(&self, input: &SchemaRef) -> Result<SchemaRef> {
+        Ok(self.map(&RecordBatch::new_empty(input.clone()))?.schema())
+    }
+
+    fn map(&self, batch: &RecordBatch) -> Result<RecordBatch> {
+        let failed = |source| Error::BatchFn { name: self.name.to_owned(), source };
+        (self.function)(batch).map_err(failed)
+    }
+
+    fn may_wait(&self) -> bool {
+        true
+    }
 }
 
 fn actor<A: BatchActor>(name: &'static str) -> Arc<dyn BatchMap> {
@@ -159,8 +189,6 @@ pub(crate) fn lookup(name: &str) -> Result<Arc<dyn BatchMap>> {
     let name = found.name;
     Ok(match found.kind {
         Kind::Actor(make) => make(name),
-        Kind::Function(function) => Arc::new(move |batch: &RecordBatch| {
-            function(batch).map_err(|source| Error::BatchFn { name: name.to_owned(), source })
-        }),
+        Kind::Function(function) => Arc::new(Function { name, function }),
     })
 }

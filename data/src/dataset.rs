@@ -5,7 +5,7 @@ use crate::error::{Error, Result};
 use crate::plan::Compiled;
 use crate::preprocess::Preprocessor;
 use crate::resample::Resample;
-use crate::runtime::{block_on, threads};
+use crate::runtime::{block_on, joined, threads};
 use crate::source::sorted::DrawKeys;
 use crate::source::{OpenSource, Source};
 use crate::split::{Side, Split};
@@ -105,6 +105,15 @@ impl Dataset {
 }
 
 impl Dataset {
+    /// The same with nothing open, so that it holds no rows.
+    pub(crate) fn closed(&self) -> Self {
+        let known = Known::default();
+        if let Ok(schema) = self.source_schema() {
+            known.schema.get_or_init(|| schema);
+        }
+        Self { known: Arc::new(known), ..self.clone() }
+    }
+
     /// The same, of which the columns are known without opening it.
     pub(crate) fn with_schema(self, schema: SchemaRef) -> Self {
         self.known.schema.get_or_init(|| schema);
@@ -154,6 +163,13 @@ impl Dataset {
                 option,
                 expected: "a number from 0 to 1".to_owned(),
                 got: test_fraction.to_string(),
+            });
+        }
+        if self.ops.iter().any(|op| matches!(op, Op::Resample(_))) {
+            return Err(Error::InvalidOption {
+                option: "the dataset of a split",
+                expected: "one whose rows are not resampled: split first, then resample the side to train on".to_owned(),
+                got: "one that is".to_owned(),
             });
         }
         let depth = self.ops.iter().filter(|op| matches!(op, Op::Split(_))).count() as u64;
@@ -313,14 +329,36 @@ impl Dataset {
 
     /// Rows of every block after all operations.
     pub(crate) fn count_blocks(&self) -> Result<Vec<u64>> {
+        self.count_blocks_until(u64::MAX)
+    }
+
+    /// The same, but none for the blocks behind the first `most` rows.
+    pub(crate) fn count_blocks_until(&self, most: u64) -> Result<Vec<u64>> {
         let source = self.open()?;
         let needed = self.ops.iter().rposition(|op| !op.keeps_every_row());
         let Some(last) = needed else {
             return Ok(source.blocks().iter().map(|block| block.rows).collect());
         };
         let compiled = Compiled::for_counting(source, &self.ops[..=last])?;
-        map_blocks(compiled, |_, batches| {
-            Ok(batches.iter().map(|batch| batch.num_rows() as u64).sum())
+        block_on(async move {
+            let count = |block| {
+                let compiled = compiled.clone();
+                let rows = |batch: &RecordBatch| batch.num_rows() as u64;
+                tokio::spawn(
+                    async move { Ok(compiled.execute(block).await?.iter().map(rows).sum()) },
+                )
+            };
+            let mut counts = stream::iter(0..compiled.blocks()).map(count).buffered(threads());
+            let (mut rows, mut sum) = (vec![0; compiled.blocks()], 0_u64);
+            for of_block in &mut rows {
+                if sum >= most {
+                    break;
+                }
+                let Some(count) = counts.next().await else { break };
+                *of_block = joined(count)?;
+                sum += *of_block;
+            }
+            Ok(rows)
         })
     }
 
@@ -355,9 +393,8 @@ pub(crate) fn fold_blocks<T: Send + 'static, A: Send + 'static>(
             let (compiled, function) = (compiled.clone(), function.clone());
             tokio::spawn(async move { function(block, compiled.execute(block).await?) })
         };
-        let failed = |error: tokio::task::JoinError| Error::Internal(error.to_string());
         let results = stream::iter(0..compiled.blocks()).map(run).buffered(threads());
-        let mut results = results.map(|result| result.map_err(failed)?);
+        let mut results = results.map(joined);
         let mut all = start;
         while let Some(result) = results.try_next().await? {
             add(&mut all, result);

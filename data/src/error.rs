@@ -295,6 +295,14 @@ pub enum Error {
         /// What the engine said.
         source: BoxError,
     },
+    /// A function panicked, one of the program's or one of Mobula's.
+    #[error(
+        "a function of the data layer, or of the program that it was given, panicked: {message}"
+    )]
+    Panicked {
+        /// What it said.
+        message: String,
+    },
     /// A bug in Mobula.
     #[error("internal error, please report it: {0}")]
     Internal(String),
@@ -328,6 +336,7 @@ impl Error {
 fn recover(
     error: datafusion::error::DataFusionError,
 ) -> Result<Error, datafusion::error::DataFusionError> {
+    use arrow::error::ArrowError;
     use datafusion::common::SchemaError;
     use datafusion::error::DataFusionError as Engine;
     match error {
@@ -350,11 +359,18 @@ fn recover(
         Engine::Diagnostic(diagnostic, inner) => {
             recover(*inner).map_err(|inner| Engine::Diagnostic(diagnostic, Box::new(inner)))
         }
+        Engine::IoError(inner) => within(inner).map_err(Engine::IoError),
         Engine::ArrowError(inner, backtrace) => match *inner {
-            arrow::error::ArrowError::ExternalError(inner) => match inner.downcast::<Error>() {
+            ArrowError::ExternalError(inner) => match inner.downcast::<Error>() {
                 Ok(ours) => Ok(*ours),
-                Err(inner) => Err(Engine::External(inner)),
+                Err(inner) => match inner.downcast::<Engine>() {
+                    Ok(inner) => recover(*inner),
+                    Err(inner) => Err(Engine::External(inner)),
+                },
             },
+            ArrowError::IoError(text, inner) => within(inner).map_err(|inner| {
+                Engine::ArrowError(Box::new(ArrowError::IoError(text, inner)), backtrace)
+            }),
             inner => Err(Engine::ArrowError(Box::new(inner), backtrace)),
         },
         Engine::SchemaError(inner, backtrace) => match *inner {
@@ -366,6 +382,11 @@ fn recover(
         },
         error => Err(error),
     }
+}
+
+/// Our own error, if that is what a write failed with.
+fn within(error: std::io::Error) -> Result<Error, std::io::Error> {
+    error.downcast::<Error>()
 }
 
 impl From<arrow::error::ArrowError> for Error {

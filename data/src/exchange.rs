@@ -8,10 +8,10 @@
 //!
 //! As sample sort: Frazer and McKellar, *Samplesort*, JACM 1970.
 
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::memory;
 use crate::plan::Compiled;
-use crate::runtime::threads;
+use crate::runtime::{joined, threads};
 use crate::spill::Unnamed;
 use crate::store::{Kept, bytes_of};
 use arrow::array::{ArrayRef, RecordBatchOptions, UInt32Array, UInt64Array, new_empty_array};
@@ -318,8 +318,4 @@ impl PartsWriter {
         self.keep().await?;
         Ok((self.parts, self.rows))
     }
-}
-
-fn joined<T>(result: Result<Result<T>, tokio::task::JoinError>) -> Result<T> {
-    result.unwrap_or_else(|error| Err(Error::Internal(error.to_string())))
 }

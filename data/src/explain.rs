@@ -14,7 +14,7 @@ use std::fmt::Write;
 impl Dataset {
     /// What is done to the rows, the last step first, down to where they come from. Below each query
     /// and each chain of operations is what the engine makes of it: the logical plan, the same
-    /// optimised, and the physical plan. Runs nothing.
+    /// optimised, and the physical plan. Reads no more than finding out the columns takes.
     pub fn explain(&self) -> Result<String> {
         let mut text = String::new();
         self.explain_into(&mut text, 0)?;

@@ -115,7 +115,7 @@ impl Dataset {
     /// LAST"`, the first first. Rows that are the same by these stay in the order they had. Data that
     /// have no room in memory are written and read once for it.
     pub fn sort<S: AsRef<str>>(&self, by: impl IntoIterator<Item = S>) -> Result<Self> {
-        let (by, schema) = (list(by), self.schema()?);
+        let (by, schema) = (list("the expressions of a sort", by)?, self.schema()?);
         OrderBy::new(&schema, &by)?;
         Ok(Self::unopened(Sorted { input: self.clone(), by }).with_schema(schema))
     }
@@ -128,7 +128,8 @@ impl Dataset {
         aggregates: impl IntoIterator<Item = S>,
     ) -> Result<Self> {
         let keys = keys.into_iter().map(|key| quoted(key.as_ref()));
-        let (keys, aggregates) = (keys.collect::<Vec<_>>().join(", "), list(aggregates));
+        let keys = keys.collect::<Vec<_>>().join(", ");
+        let aggregates = list("the aggregates of an aggregate", aggregates)?;
         if keys.is_empty() {
             return self.sql(format!("SELECT {aggregates} FROM {TABLE}"));
         }
@@ -140,12 +141,15 @@ impl Dataset {
     /// The combinations of values that `columns` have, each once, in order.
     pub fn unique<S: AsRef<str>>(&self, columns: impl IntoIterator<Item = S>) -> Result<Self> {
         let columns = columns.into_iter().map(|column| quoted(column.as_ref()));
-        let columns = columns.collect::<Vec<_>>().join(", ");
+        let columns = list("the columns of unique", columns)?;
         self.sql(format!("SELECT DISTINCT {columns} FROM {TABLE} ORDER BY {columns}"))
     }
 
     /// The values of a column and how often each is there (`count`), the most frequent first.
     pub fn frequencies(&self, column: impl AsRef<str>) -> Result<Self> {
+        if column.as_ref() == "count" {
+            return Err(Error::ColumnTwice { column: "count".to_owned() });
+        }
         let column = quoted(column.as_ref());
         self.sql(format!(
             "SELECT {column}, count(*) AS count FROM {TABLE} GROUP BY {column} ORDER BY count DESC, {column}"
@@ -281,7 +285,17 @@ pub(crate) fn quoted(name: &str) -> String {
     format!("\"{}\"", name.replace('"', "\"\""))
 }
 
-fn list<S: AsRef<str>>(expressions: impl IntoIterator<Item = S>) -> String {
+fn list<S: AsRef<str>>(
+    option: &'static str,
+    expressions: impl IntoIterator<Item = S>,
+) -> Result<String> {
     let all: Vec<_> = expressions.into_iter().map(|text| text.as_ref().to_owned()).collect();
-    all.join(", ")
+    match all.is_empty() {
+        false => Ok(all.join(", ")),
+        true => Err(Error::InvalidOption {
+            option,
+            expected: "at least one".to_owned(),
+            got: "none".to_owned(),
+        }),
+    }
 }

@@ -34,6 +34,7 @@ mod exchange;
 mod explain;
 mod formats;
 mod frame;
+mod in_order;
 pub mod inspect;
 mod memory;
 mod order;

@@ -39,7 +39,7 @@ pub enum StorageLevel {
 /// A block that was computed.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BlockRef {
-    /// Which plan it is a block of: a hash of the data and the operations.
+    /// Which plan it is a block of: a hash of the data and of the operations that can be described.
     pub plan: String,
     /// Which of the plan's blocks it is.
     pub partition: usize,
@@ -49,7 +49,7 @@ pub struct BlockRef {
     pub bytes: u64,
     /// XXH3 (128 bits) of these bytes. A block that is computed again must have the same.
     pub hash: String,
-    /// Its file, if it has one; else it is in memory.
+    /// Its file; none for a block in memory, for one without rows, and for one that is not kept.
     pub path: Option<PathBuf>,
 }
 
@@ -187,6 +187,7 @@ impl Keep {
 
     fn dataset(self, input: Option<Dataset>, blocks: Vec<BlockRef>) -> Result<Dataset> {
         let columns = MemoryTable::new(vec![RecordBatch::new_empty(self.schema.clone())])?;
+        let input = input.map(|input| input.closed());
         let source = Persisted { input, columns, level: self.level, blocks, here: self.here };
         Ok(Dataset::unopened(source).with_schema(self.schema))
     }
@@ -238,7 +239,10 @@ impl Here {
             }
         };
         let kept = match (room, level) {
-            (Some(memory), _) => Kept::InMemory { batch, _memory: Arc::new(memory) },
+            // Of its own: the batch may be a slice of much more.
+            (Some(memory), _) => {
+                Kept::InMemory { batch: decode(bytes.to_vec())?, _memory: Arc::new(memory) }
+            }
             (None, StorageLevel::Memory) => return Ok(None),
             (None, _) => Kept::InFile(write(self.folder()?, block, bytes)?),
         };
@@ -269,7 +273,7 @@ impl Here {
 
 /// The file is there as a whole or not at all.
 fn write(folder: &Path, block: usize, bytes: &[u8]) -> Result<PathBuf> {
-    let path = folder.join(format!("{block:05}.arrows"));
+    let path = folder.join(format!("{block:05}-{}.arrows", content_hash(bytes)));
     let file = tempfile::NamedTempFile::new_in(folder).at("create a file in", folder)?;
     std::fs::write(file.path(), bytes).at("write", &path)?;
     file.persist(&path).map_err(|error| error.error).at("write", &path)?;
@@ -337,7 +341,7 @@ impl Blocks for PersistedBlocks {
     fn name(&self, block: usize) -> String {
         match &self.blocks[block].path {
             Some(path) => path.display().to_string(),
-            None => format!("block {block} in memory"),
+            None => format!("block {block} of a persisted dataset"),
         }
     }
 

@@ -5,6 +5,7 @@ use crate::error::{Error, Result};
 use crate::plan::{self, read_only};
 use crate::runtime::block_on;
 use crate::session::{Mode, new_session};
+use crate::store::relabel;
 use arrow::array::RecordBatchOptions;
 use arrow::compute::{cast, concat_batches};
 use arrow::datatypes::{DataType, Field, Schema, SchemaRef};
@@ -107,7 +108,9 @@ fn run(sql: &str, tables: &[(TableReference, Dataset)], mode: Mode) -> Result<Re
         let frame = read_only(&session, &sql).await?;
         let schema = Arc::new(frame.schema().as_arrow().clone());
         let batches = frame.collect().await.map_err(Error::sql(&sql))?;
-        let schema = batches.first().map_or(schema, RecordBatch::schema);
+        // The branches of a union say of themselves alone what may be missing.
+        let batches = batches.iter().map(|batch| relabel(batch, &schema));
+        let batches = batches.collect::<Result<Vec<_>>>()?;
         without_views(&concat_batches(&schema, &batches)?)
     })
 }

@@ -69,6 +69,21 @@ impl BatchMap for Resample {
     }
 }
 
+/// Whether values of a column are text in SQL. Only types whose values SQL says exactly.
+fn is_text(column: &str, data_type: &DataType) -> Result<bool> {
+    match data_type {
+        of if of.is_integer() || of == &DataType::Boolean => Ok(false),
+        DataType::Dictionary(_, of) => is_text(column, of),
+        of if of.is_string() || matches!(of, DataType::Date32 | DataType::Date64) => Ok(true),
+        of => Err(Error::ColumnType {
+            column: column.to_owned(),
+            expected: "whole numbers, booleans, text or dates",
+            got: of.to_string(),
+            hint: "; make classes of it with with_column",
+        }),
+    }
+}
+
 /// Rows more often or less often than they are. Which, is a function of the seed and the place of a row
 /// in its block; copies of a row are neighbours, so shuffle the stream.
 impl Dataset {
@@ -83,23 +98,37 @@ impl Dataset {
     /// As many rows of each value of `column`, about, and as many rows in all as there are. Reads the
     /// column once.
     pub fn balance(&self, column: impl AsRef<str>, seed: u64) -> Result<Self> {
-        let name = quoted(column.as_ref());
-        let values = self.frequencies(column)?.collect()?;
+        let column = column.as_ref();
+        let name = quoted(column);
+        let counts = self.sql(format!(
+            "SELECT {name}, count(*) AS \"mobula: rows\" FROM {TABLE} GROUP BY {name} ORDER BY {name}"
+        ))?;
+        let values = counts.collect()?;
         let counts = values.column(1).as_primitive::<Int64Type>().values();
-        let mean = counts.iter().sum::<i64>() as f64 / counts.len().max(1) as f64;
+        let rows = counts.iter().sum::<i64>() as f64;
+        if rows == 0.0 {
+            return Err(Error::Empty { after: "" });
+        }
         let of = values.column(0);
-        let is_bare = of.data_type().is_numeric() || of.data_type() == &DataType::Boolean;
+        let is_text = is_text(column, of.data_type())?;
         let texts = crate::rows::text(&values)?;
         let case = |(at, count): (usize, &i64)| {
-            let text = &texts[at][0];
-            let is = match (of.is_null(at), is_bare) {
+            let (text, copies) = (&texts[at][0], rows / counts.len() as f64 / *count as f64);
+            if copies > MOST_COPIES {
+                return Err(Error::OutOfRange {
+                    column: column.to_owned(),
+                    value: copies,
+                    expected: "values that are not that rare: a row would be there more than 1000 times",
+                });
+            }
+            let is = match (of.is_null(at), is_text) {
                 (true, _) => format!("{name} IS NULL"),
-                (false, true) => format!("{name} = {text}"),
-                (false, false) => format!("{name} = '{}'", text.replace('\'', "''")),
+                (false, false) => format!("{name} = {text}"),
+                (false, true) => format!("{name} = '{}'", text.replace('\'', "''")),
             };
-            format!(" WHEN {is} THEN {:e}", mean / *count as f64)
+            Ok(format!(" WHEN {is} THEN {copies:e}"))
         };
-        let cases: String = counts.iter().enumerate().map(case).collect();
+        let cases = counts.iter().enumerate().map(case).collect::<Result<String>>()?;
         self.resample(format!("CASE{cases} ELSE 1 END"), seed)
     }
 

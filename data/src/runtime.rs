@@ -4,6 +4,7 @@ use crate::error::{Error, Result};
 use std::cell::Cell;
 use std::sync::{LazyLock, mpsc};
 use tokio::runtime::{Builder, Handle, Runtime};
+use tokio::task::JoinError;
 
 thread_local! {
     static OURS: Cell<bool> = const { Cell::new(false) };
@@ -22,6 +23,23 @@ pub(crate) fn threads() -> usize {
     std::thread::available_parallelism().map_or(1, |n| n.get())
 }
 
+/// Runs what may wait for others of the crate's threads: another goes on in the place of this one.
+pub(crate) fn meanwhile<T>(run: impl FnOnce() -> T) -> T {
+    if OURS.get() { tokio::task::block_in_place(run) } else { run() }
+}
+
+/// What a task of the crate's threads gave.
+pub(crate) fn joined<T>(result: Result<Result<T>, JoinError>) -> Result<T> {
+    result.unwrap_or_else(|error| {
+        let Ok(panic) = error.try_into_panic() else {
+            return Err(Error::Internal("a task was cancelled".to_owned()));
+        };
+        let text = panic.downcast_ref::<String>().map(String::as_str);
+        let text = text.or_else(|| panic.downcast_ref::<&str>().copied());
+        Err(Error::Panicked { message: text.unwrap_or("(no message)").to_owned() })
+    })
+}
+
 /// What runs on the crate's own threads.
 #[derive(Debug)]
 pub(crate) struct Pending<T>(mpsc::Receiver<Result<T>>);
@@ -31,8 +49,7 @@ impl<T> Pending<T> {
         let wait = || self.0.recv();
         // One of the threads that it may wait for goes on as another.
         let result = if OURS.get() { tokio::task::block_in_place(wait) } else { wait() };
-        // A panic drops the sender, so this wait always ends.
-        result.unwrap_or_else(|_| Err(Error::Internal("reading data panicked".to_owned())))
+        result.unwrap_or_else(|_| Err(Error::Internal("the data layer has ended".to_owned())))
     }
 }
 
@@ -42,9 +59,10 @@ pub(crate) fn spawn<T: Send + 'static>(
 ) -> Result<Pending<T>> {
     let runtime = RUNTIME.as_ref().map_err(|error| Error::Internal(error.to_string()))?;
     let (sender, receiver) = mpsc::sync_channel(1);
+    let task = runtime.spawn(future);
     runtime.spawn(async move {
         // The receiver is gone only if nobody waits any more.
-        let _ = sender.send(future.await);
+        let _ = sender.send(joined(task.await));
     });
     Ok(Pending(receiver))
 }
@@ -58,7 +76,7 @@ pub(crate) fn block_on<T: Send + 'static>(
     future: impl Future<Output = Result<T>> + Send + 'static,
 ) -> Result<T> {
     if OURS.get() {
-        return tokio::task::block_in_place(|| Handle::current().block_on(future));
+        return meanwhile(|| Handle::current().block_on(future));
     }
     spawn(future)?.wait()
 }

@@ -4,6 +4,7 @@ use crate::batch_fn::BatchMap;
 use crate::dataset::Op;
 use crate::error::{Error, Result};
 use crate::plan::Compiled;
+use crate::runtime::meanwhile;
 use crate::source::{Block, OpenSource};
 use crate::split::{Split, mask};
 use arrow::compute::filter_record_batch;
@@ -246,7 +247,8 @@ impl PartitionStream for MapStream {
             let batch = batch?;
             let first = row;
             row += batch.num_rows() as u64;
-            let batch = function.map_at(&batch, block, first)?;
+            let run = || function.map_at(&batch, block, first);
+            let batch = if function.may_wait() { meanwhile(run) } else { run() }?;
             same_columns(&batch, &schema)?;
             Ok(batch)
         };
@@ -258,7 +260,7 @@ impl PartitionStream for MapStream {
     }
 }
 
-fn same_columns(batch: &RecordBatch, schema: &SchemaRef) -> Result<()> {
+pub(crate) fn same_columns(batch: &RecordBatch, schema: &SchemaRef) -> Result<()> {
     if batch.schema() == *schema {
         return Ok(());
     }

@@ -1,6 +1,7 @@
 //! The query engine as this crate uses it.
 
 use crate::error::Result;
+use crate::in_order::InOrder;
 use crate::memory;
 use crate::runtime::threads;
 use arrow::compute::SortOptions;
@@ -70,14 +71,15 @@ pub(crate) fn new_session(mode: Mode) -> Result<SessionContext> {
             state.with_config(config).with_runtime_env(memory::engine()?)
         }
     };
-    let state = if mode == Mode::SortMerge {
-        let mut rules = PhysicalOptimizer::new().rules;
+    let mut rules = PhysicalOptimizer::new().rules;
+    if mode == Mode::SortMerge {
         // First, so that the others see to it that its inputs are sorted.
         rules.insert(0, Arc::new(SortMergeJoins));
-        state.with_physical_optimizer_rules(rules)
-    } else {
-        state
-    };
+    }
+    if mode != Mode::Parallel {
+        rules.push(Arc::new(InOrder));
+    }
+    let state = state.with_physical_optimizer_rules(rules);
     Ok(SessionContext::new_with_state(state.build()))
 }
 

@@ -9,7 +9,7 @@ pub use formats::{CsvSink, IpcSink, JsonSink, ParquetCompression, ParquetSink};
 use crate::Dataset;
 use crate::error::{Error, Result};
 use crate::plan::Compiled;
-use crate::runtime::{block_on, threads};
+use crate::runtime::{block_on, joined, threads};
 use arrow::datatypes::SchemaRef;
 use arrow::record_batch::RecordBatch;
 use folder::NewFolder;
@@ -212,8 +212,4 @@ async fn write_part(
         written.inspect_err(|_| failed.store(true, Ordering::Relaxed))?;
     }
     writer.finish()
-}
-
-fn joined<T>(result: Result<Result<T>, tokio::task::JoinError>) -> Result<T> {
-    result.unwrap_or_else(|error| Err(Error::Internal(error.to_string())))
 }

@@ -4,17 +4,17 @@ use crate::error::Result;
 use crate::memory::{self, Taken};
 use crate::source::{BatchIter, Blocks};
 use crate::spill::Unnamed;
-use arrow::array::Array;
+use arrow::array::{Array, ArrayRef, AsArray, RecordBatchOptions};
 use arrow::buffer::Buffer;
 use arrow::compute::concat_batches;
-use arrow::datatypes::SchemaRef;
+use arrow::datatypes::{DataType, SchemaRef};
 use arrow::error::ArrowError;
 use arrow::ipc::reader::StreamDecoder;
 use arrow::ipc::writer::StreamWriter;
 use arrow::record_batch::RecordBatch;
 use futures::{Stream, StreamExt};
 use std::ops::Range;
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 use xxhash_rust::xxh3::xxh3_128;
 
 /// Most rows of a block: small enough that a shuffle has blocks to mix.
@@ -23,13 +23,32 @@ pub(crate) const BLOCK_ROWS: usize = 4096;
 /// A block of wide rows has fewer of them.
 const BLOCK_BYTES: usize = 32 << 20;
 
-/// A record batch in Arrow's IPC stream format. The same rows give the same bytes, whatever buffers
-/// they are a slice of.
+/// A record batch in Arrow's IPC stream format. The same rows, made in the same way, give the same
+/// bytes, whatever buffers they are a slice of.
 pub(crate) fn encode(batch: &RecordBatch) -> Result<Vec<u8>> {
-    let room = bytes_of(batch)? + 4096;
+    let batch = compact(batch)?;
+    let room = bytes_of(&batch)? + 4096;
     let mut writer = StreamWriter::try_new(Vec::with_capacity(room), &batch.schema())?;
-    writer.write(batch)?;
+    writer.write(&batch)?;
     Ok(writer.into_inner()?)
+}
+
+/// The same columns as those of `schema`, which may say otherwise what can be missing.
+pub(crate) fn relabel(batch: &RecordBatch, schema: &SchemaRef) -> Result<RecordBatch> {
+    let options = RecordBatchOptions::new().with_row_count(Some(batch.num_rows()));
+    let columns = batch.columns().to_vec();
+    Ok(RecordBatch::try_new_with_options(schema.clone(), columns, &options)?)
+}
+
+/// Text that is views is written with all that it views: with nothing else, then.
+fn compact(batch: &RecordBatch) -> Result<RecordBatch> {
+    let columns = batch.columns().iter().map(|column| match column.data_type() {
+        DataType::Utf8View => Arc::new(column.as_string_view().gc()) as ArrayRef,
+        DataType::BinaryView => Arc::new(column.as_binary_view().gc()),
+        _ => column.clone(),
+    });
+    let options = RecordBatchOptions::new().with_row_count(Some(batch.num_rows()));
+    Ok(RecordBatch::try_new_with_options(batch.schema(), columns.collect(), &options)?)
 }
 
 /// The record batch of [`encode`], whose columns lie in `bytes`.
@@ -46,8 +65,44 @@ pub(crate) fn content_hash(encoded: &[u8]) -> String {
 
 /// Bytes of a batch's values, but not of what its buffers have around them.
 pub(crate) fn bytes_of(batch: &RecordBatch) -> Result<usize> {
-    let sizes = batch.columns().iter().map(|column| column.to_data().get_slice_memory_size());
-    Ok(sizes.sum::<Result<usize, ArrowError>>()?)
+    batch.columns().iter().map(|column| bytes_of_column(column)).sum()
+}
+
+fn bytes_of_column(column: &dyn Array) -> Result<usize> {
+    let (rows, bits) = (column.len(), column.len().div_ceil(8));
+    let offsets = |first: usize, last: usize, values: &ArrayRef| {
+        bytes_of_column(&values.slice(first, last - first))
+    };
+    Ok(match column.data_type() {
+        DataType::Utf8View => 16 * rows + column.as_string_view().total_buffer_bytes_used(),
+        DataType::BinaryView => 16 * rows + column.as_binary_view().total_buffer_bytes_used(),
+        DataType::List(_) => {
+            let list = column.as_list::<i32>();
+            let ends = list.value_offsets();
+            4 * rows + bits + offsets(ends[0] as usize, ends[rows] as usize, list.values())?
+        }
+        DataType::LargeList(_) => {
+            let list = column.as_list::<i64>();
+            let ends = list.value_offsets();
+            8 * rows + bits + offsets(ends[0] as usize, ends[rows] as usize, list.values())?
+        }
+        DataType::Map(..) => {
+            let map = column.as_map();
+            let ends = map.value_offsets();
+            let entries = map.entries().slice(ends[0] as usize, (ends[rows] - ends[0]) as usize);
+            4 * rows + bits + bytes_of_column(&entries)?
+        }
+        DataType::FixedSizeList(_, width) => {
+            let (list, width) = (column.as_fixed_size_list(), *width as usize);
+            let first = list.value_offset(0) as usize;
+            bits + offsets(first, first + rows * width, list.values())?
+        }
+        DataType::Struct(_) => {
+            let fields = column.as_struct().columns().iter().map(|of| bytes_of_column(of));
+            bits + fields.sum::<Result<usize>>()?
+        }
+        _ => column.to_data().get_slice_memory_size()?,
+    })
 }
 
 /// A block, wherever it is.
@@ -61,7 +116,7 @@ impl Kept {
     /// Keeps a block in memory, or in a file that `file` makes if there is none yet.
     pub(crate) fn keep(batch: RecordBatch, file: &OnceLock<Unnamed>) -> Result<Self> {
         if let Some(memory) = memory::try_keep(bytes_of(&batch)?)? {
-            return Ok(Self::Here { batch, _memory: memory });
+            return Ok(Self::Here { batch: compact(&batch)?, _memory: memory });
         }
         let file = match file.get() {
             Some(file) => file.clone(),
@@ -97,11 +152,11 @@ impl BlockStore {
         schema: SchemaRef,
         mut batches: impl Stream<Item = Result<RecordBatch>> + Unpin,
     ) -> Result<Self> {
-        let mut writer = BlockWriter::default();
+        let mut writer = BlockWriter::new(schema);
         while let Some(batch) = batches.next().await {
             writer.push(batch?)?;
         }
-        writer.finish(schema)
+        writer.finish()
     }
 }
 
@@ -138,60 +193,130 @@ impl Blocks for BlockStore {
     }
 }
 
+/// Rows that are weighed together. Where blocks end depends on these and not on the batches that rows
+/// come in.
+const UNIT_ROWS: usize = 512;
+
 /// Cuts rows into blocks and keeps them.
-#[derive(Default)]
 pub(crate) struct BlockWriter {
-    /// Rows that are no block yet.
+    schema: SchemaRef,
+    /// Rows that are no unit yet.
     pending: Vec<RecordBatch>,
     pending_rows: usize,
-    pending_bytes: usize,
+    /// Units that are no block yet.
+    units: Vec<RecordBatch>,
+    units_bytes: usize,
     blocks: Vec<Kept>,
     rows: Vec<u64>,
     file: OnceLock<Unnamed>,
 }
 
 impl BlockWriter {
-    pub(crate) fn push(&mut self, mut batch: RecordBatch) -> Result<()> {
+    pub(crate) fn new(schema: SchemaRef) -> Self {
+        Self {
+            schema,
+            pending: Vec::new(),
+            pending_rows: 0,
+            units: Vec::new(),
+            units_bytes: 0,
+            blocks: Vec::new(),
+            rows: Vec::new(),
+            file: OnceLock::new(),
+        }
+    }
+
+    /// Adds rows with the columns of the writer, of which the engine says less.
+    pub(crate) fn push(&mut self, batch: RecordBatch) -> Result<()> {
+        let mut batch = relabel(&batch, &self.schema)?;
         while batch.num_rows() > 0 {
-            let take = self.room(&batch)?.min(batch.num_rows());
-            let piece = batch.slice(0, take);
-            batch = batch.slice(take, batch.num_rows() - take);
+            let take = (UNIT_ROWS - self.pending_rows).min(batch.num_rows());
+            self.pending.push(batch.slice(0, take));
             self.pending_rows += take;
-            self.pending_bytes += bytes_of(&piece)?;
-            self.pending.push(piece);
-            if self.pending_rows >= BLOCK_ROWS || self.pending_bytes >= BLOCK_BYTES {
-                self.end_block()?;
+            batch = batch.slice(take, batch.num_rows() - take);
+            if self.pending_rows == UNIT_ROWS {
+                self.end_unit()?;
             }
         }
         Ok(())
     }
 
-    /// Rows of `batch` that the block in hand has room for: one at least.
-    fn room(&self, batch: &RecordBatch) -> Result<usize> {
-        let row = bytes_of(batch)?.div_ceil(batch.num_rows()).max(1);
-        let by_bytes = BLOCK_BYTES.saturating_sub(self.pending_bytes) / row;
-        Ok((BLOCK_ROWS - self.pending_rows).min(by_bytes).max(1))
+    fn end_unit(&mut self) -> Result<()> {
+        let unit = concat_batches(&self.schema, &self.pending)?;
+        let bytes = bytes_of(&unit)?;
+        if self.units_bytes + bytes > BLOCK_BYTES {
+            self.end_block()?;
+        }
+        self.units.push(unit);
+        self.units_bytes += bytes;
+        self.pending.clear();
+        self.pending_rows = 0;
+        if self.units.len() * UNIT_ROWS >= BLOCK_ROWS { self.end_block() } else { Ok(()) }
     }
 
-    /// A group of rows that are not to be parted is at an end.
-    pub(crate) fn end_block(&mut self) -> Result<()> {
-        let Some(first) = self.pending.first() else { return Ok(()) };
-        let block = concat_batches(&first.schema(), &self.pending)?;
-        self.rows.push(block.num_rows() as u64);
-        self.blocks.push(Kept::keep(block, &self.file)?);
-        self.pending.clear();
-        (self.pending_rows, self.pending_bytes) = (0, 0);
+    fn end_block(&mut self) -> Result<()> {
+        let block = concat_batches(&self.schema, &self.units)?;
+        self.units.clear();
+        self.units_bytes = 0;
+        if block.num_rows() > 0 {
+            self.rows.push(block.num_rows() as u64);
+            self.blocks.push(Kept::keep(block, &self.file)?);
+        }
         Ok(())
     }
 
-    /// The blocks; of the columns of `schema` if there are none.
-    pub(crate) fn finish(mut self, schema: SchemaRef) -> Result<BlockStore> {
+    pub(crate) fn finish(mut self) -> Result<BlockStore> {
+        self.end_unit()?;
         self.end_block()?;
-        let schema = match self.blocks.first() {
-            Some(block) => block.read()?.schema(),
-            None => schema,
-        };
-        let Self { blocks, rows, .. } = self;
+        let Self { schema, blocks, rows, .. } = self;
         Ok(BlockStore { schema, blocks, rows, fingerprint: OnceLock::new() })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use arrow::array::{Int32Array, ListArray, StringViewArray};
+    use arrow::datatypes::Int32Type;
+
+    fn batch(column: ArrayRef) -> RecordBatch {
+        RecordBatch::try_from_iter([("x", column)]).expect("a batch")
+    }
+
+    /// What is counted, and what is written, is that of the slice.
+    #[test]
+    fn slices_weigh_what_they_have() {
+        let lists = (0..1000).map(|i| Some(vec![Some(i); 100]));
+        let lists = batch(Arc::new(ListArray::from_iter_primitive::<Int32Type, _, _>(lists)));
+        let text = "a text that is longer than twelve bytes";
+        let views = batch(Arc::new(StringViewArray::from_iter_values(vec![text; 1000])));
+        let numbers = batch(Arc::new(Int32Array::from_iter_values(0..1000)));
+        for (all, row) in [(lists, 404), (views, 16 + text.len()), (numbers, 4)] {
+            let some = all.slice(500, 10);
+            let bytes = bytes_of(&some).expect("bytes");
+            assert!((row * 10..row * 10 + 80).contains(&bytes), "{bytes} for {row} a row");
+            let encoded = encode(&some).expect("encodes");
+            assert!(encoded.len() < row * 10 + 1200, "{} for {row} a row", encoded.len());
+            assert_eq!(decode(encoded).expect("decodes"), some);
+        }
+    }
+
+    #[test]
+    fn blocks_end_where_the_rows_say() {
+        let rows = |sizes: &[i32]| {
+            let wide = |i: i32| "x".repeat(if i % 1000 < 500 { 100_000 } else { 10 });
+            let mut writer =
+                BlockWriter::new(batch(Arc::new(StringViewArray::from_iter_values([""]))).schema());
+            let (mut start, mut size) = (0, sizes.iter().cycle());
+            while start < 6000 {
+                let end = (start + size.next().expect("a size")).min(6000);
+                let text = StringViewArray::from_iter_values((start..end).map(wide));
+                writer.push(batch(Arc::new(text))).expect("pushes");
+                start = end;
+            }
+            writer.finish().expect("finishes").rows
+        };
+        let expected = rows(&[6000]);
+        assert!(expected.len() > 3 && expected.iter().sum::<u64>() == 6000, "{expected:?}");
+        assert_eq!(rows(&[7, 1300, 1]), expected);
     }
 }

@@ -54,7 +54,7 @@ impl Dataset {
         Self::from_batches([to_batch(&fields::<T>()?, &rows)?])
     }
 
-    /// The rows, in order, of which a block at a time is in memory.
+    /// The rows, in order. Blocks are read ahead as [`batches`](Self::batches) does.
     pub fn rows<T: DeserializeOwned>(&self) -> Result<impl Iterator<Item = Result<T>>> {
         let of_batch = |batch: Result<RecordBatch>| match batch.and_then(|b| from_batch::<T>(&b)) {
             Ok(rows) => rows.into_iter().map(Ok).collect(),

@@ -5,14 +5,14 @@ mod unified;
 use super::file::Stamped;
 use super::{BatchIter, Blocks, Source, columns, hash};
 use crate::error::{Error, Result};
-use crate::runtime::{block_on, threads};
+use crate::runtime::{block_on, joined, threads};
 use arrow::datatypes::{DECIMAL64_MAX_PRECISION, DataType, Schema, SchemaRef};
 use arrow::record_batch::RecordBatch;
 use datafusion::parquet::arrow::ProjectionMask;
 use datafusion::parquet::arrow::arrow_reader::{
     ArrowReaderMetadata, ArrowReaderOptions, ParquetRecordBatchReaderBuilder,
 };
-use futures::{StreamExt, TryStreamExt, stream};
+use futures::{FutureExt, StreamExt, TryStreamExt, stream};
 use mobula_core::error::AtPath;
 use serde::{Deserialize, Serialize};
 use std::fmt::Display;
@@ -140,10 +140,9 @@ impl ParquetBlocks {
         block_on(async move {
             let read = |block| {
                 let blocks = blocks.clone();
-                tokio::spawn(async move { blocks.is_corrupt(block) })
+                tokio::spawn(async move { Ok(blocks.is_corrupt(block)) }).map(joined)
             };
             let all = stream::iter(0..blocks.groups.len()).map(read).buffered(threads());
-            let all = all.map(|result| result.map_err(|e| Error::Internal(e.to_string())));
             Ok(all.try_collect::<Vec<_>>().await?.into_iter().flatten().collect())
         })
     }

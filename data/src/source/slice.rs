@@ -1,9 +1,10 @@
 //! A range of the rows of a dataset, or datasets side by side: rows found by their position.
 
-use super::union::{Input, project};
+use super::union::{Input, relabelled};
 use super::{BatchIter, Blocks, Source, hash};
 use crate::Dataset;
 use crate::error::{Error, Result};
+use arrow::array::RecordBatchOptions;
 use arrow::compute::concat_batches;
 use arrow::datatypes::{Schema, SchemaRef};
 use arrow::record_batch::RecordBatch;
@@ -29,6 +30,14 @@ pub(crate) enum Part {
 }
 
 impl Part {
+    /// Where the last of its rows is at most.
+    fn last(self) -> u64 {
+        match self {
+            Self::Rows { start, rows } => start.saturating_add(rows),
+            Self::Piece { .. } => u64::MAX,
+        }
+    }
+
     fn range(self, all: u64) -> Range<u64> {
         match self {
             Self::Rows { start, rows } => start.min(all)..start.saturating_add(rows).min(all),
@@ -44,7 +53,7 @@ impl Part {
 #[typetag::serde(name = "slice")]
 impl Source for Slice {
     fn open(&self) -> Result<Arc<dyn Blocks>> {
-        let rows = Rows::open(&self.input)?;
+        let rows = Rows::open(&self.input, self.part.last())?;
         let range = self.part.range(rows.all());
         let ranges = match self.block_rows {
             Some(length) => cut(&range, length),
@@ -83,8 +92,9 @@ struct Rows {
 }
 
 impl Rows {
-    fn open(dataset: &Dataset) -> Result<Self> {
-        let input = Input::open(dataset)?;
+    /// No row behind the first `most` will be read.
+    fn open(dataset: &Dataset, most: u64) -> Result<Self> {
+        let input = Input::open_until(dataset, most)?;
         let mut bounds = vec![0];
         for rows in &input.rows {
             bounds.push(bounds.last().unwrap_or(&0) + rows);
@@ -106,11 +116,11 @@ impl Rows {
         blocks.take_while(move |(_, rows)| rows.start < end).filter(|(_, rows)| !rows.is_empty())
     }
 
-    fn read(&self, range: &Range<u64>) -> Result<Vec<RecordBatch>> {
+    fn read(&self, range: &Range<u64>, projection: &[usize]) -> Result<Vec<RecordBatch>> {
         let mut all = Vec::new();
         for (block, rows) in self.overlapping(range) {
             let mut start = self.bounds[block];
-            for batch in self.input.read(block)? {
+            for batch in self.input.read(block, projection)? {
                 let end = start + batch.num_rows() as u64;
                 let (from, to) = (rows.start.max(start), rows.end.min(end));
                 if from < to {
@@ -132,7 +142,7 @@ struct SliceBlocks {
 
 impl Blocks for SliceBlocks {
     fn schema(&self) -> SchemaRef {
-        self.rows.input.compiled.schema()
+        self.rows.input.schema().clone()
     }
 
     fn rows(&self) -> Vec<u64> {
@@ -151,10 +161,8 @@ impl Blocks for SliceBlocks {
     }
 
     fn read(&self, block: usize, projection: &[usize]) -> Result<BatchIter> {
-        let (batches, schema) = (self.rows.read(&self.ranges[block])?, self.schema());
-        let projection = projection.to_vec();
-        let batches = batches.into_iter().map(move |batch| project(&batch, &schema, &projection));
-        Ok(Box::new(batches))
+        let batches = self.rows.read(&self.ranges[block], projection)?;
+        relabelled(batches, &self.schema(), projection)
     }
 }
 
@@ -168,7 +176,7 @@ pub(crate) struct Zip {
 #[typetag::serde(name = "zip")]
 impl Source for Zip {
     fn open(&self) -> Result<Arc<dyn Blocks>> {
-        let (left, right) = (Rows::open(&self.left)?, Rows::open(&self.right)?);
+        let (left, right) = (Rows::open(&self.left, u64::MAX)?, Rows::open(&self.right, u64::MAX)?);
         if left.all() != right.all() {
             return Err(Error::InvalidOption {
                 option: "the number of rows of the right side of a zip",
@@ -176,7 +184,7 @@ impl Source for Zip {
                 got: right.all().to_string(),
             });
         }
-        let schema = zipped(&left.input.compiled.schema(), &right.input.compiled.schema())?;
+        let schema = zipped(left.input.schema(), right.input.schema())?;
         Ok(Arc::new(ZipBlocks { schema, left, right }))
     }
 
@@ -215,17 +223,30 @@ impl Blocks for ZipBlocks {
     }
 
     fn name(&self, block: usize) -> String {
-        self.left.input.compiled.source().name(block)
+        self.left.input.name(block).unwrap_or_else(|_| format!("block {block}"))
     }
 
     fn read(&self, block: usize, projection: &[usize]) -> Result<BatchIter> {
         let rows = self.left.bounds[block]..self.left.bounds[block + 1];
-        let [left, right] = [&self.left, &self.right].map(|side| {
-            let schema = side.input.compiled.schema();
-            Ok::<_, Error>(concat_batches(&schema, &side.read(&rows)?)?)
+        let middle = self.left.input.schema().fields().len();
+        let (left, right): (Vec<_>, Vec<_>) = projection.iter().partition(|at| **at < middle);
+        let right: Vec<_> = right.into_iter().map(|at| at - middle).collect();
+        let side = |side: &Rows, projection: &[usize]| {
+            let schema = Arc::new(side.input.schema().project(projection)?);
+            let rows = concat_batches(&schema, &side.read(&rows, projection)?)?;
+            Ok::<_, Error>(rows.columns().to_vec())
+        };
+        let (left, right) = (side(&self.left, &left)?, side(&self.right, &right)?);
+        // In the order asked for.
+        let (mut left, mut right) = (left.into_iter(), right.into_iter());
+        let columns = projection.iter().filter_map(|at| match *at < middle {
+            true => left.next(),
+            false => right.next(),
         });
-        let columns = [left?.columns(), right?.columns()].concat();
-        let batch = RecordBatch::try_new(self.schema.clone(), columns)?;
-        Ok(Box::new(std::iter::once(project(&batch, &self.schema, projection))))
+        let schema = Arc::new(self.schema.project(projection)?);
+        let count = Some((rows.end - rows.start) as usize);
+        let options = RecordBatchOptions::new().with_row_count(count);
+        let batch = RecordBatch::try_new_with_options(schema, columns.collect(), &options)?;
+        Ok(Box::new(std::iter::once(Ok(batch))))
     }
 }

@@ -8,7 +8,8 @@ use crate::error::{Error, Result};
 use crate::exchange::{Keys, Parts};
 use crate::order::OrderBy;
 use crate::plan::Compiled;
-use crate::runtime::{block_on, threads};
+use crate::runtime::{block_on, joined, meanwhile, threads};
+use crate::scan::same_columns;
 use crate::store::{BlockStore, BlockWriter};
 use arrow::array::{ArrayRef, UInt64Array};
 use arrow::compute::partition;
@@ -18,6 +19,7 @@ use arrow::row::SortField;
 use futures::{StreamExt, stream};
 use mobula_core::random::Stream;
 use serde::{Deserialize, Serialize};
+use std::ops::Range;
 use std::sync::Arc;
 
 /// All rows in the order of SQL expressions; those that are the same by them stay as they were.
@@ -219,15 +221,21 @@ fn map_groups(
     made: SchemaRef,
 ) -> Result<BlockStore> {
     let all: Vec<_> = (0..parts.schema().fields().len()).collect();
-    let count = parts.rows().len();
+    let (count, schema) = (parts.rows().len(), made.clone());
     let of_part = move |part| {
         let rows = parts.read(part, &all)?;
         if rows.num_rows() == 0 {
-            return Ok(Vec::new());
+            return Ok::<_, Error>(Vec::new());
         }
         let columns: Vec<_> = keys.iter().map(|at| rows.column(*at).clone()).collect();
         let groups = partition(&columns)?.ranges().into_iter();
-        groups.map(|group| function.map(&rows.slice(group.start, group.len()))).collect()
+        let run = |group: Range<usize>| {
+            let rows = rows.slice(group.start, group.len());
+            let batch = meanwhile(|| function.map(&rows))?;
+            same_columns(&batch, &schema)?;
+            Ok::<_, Error>(batch)
+        };
+        groups.map(run).collect()
     };
     let of_part = Arc::new(of_part);
     block_on(async move {
@@ -236,12 +244,10 @@ fn map_groups(
             tokio::spawn(async move { of_part(part) })
         };
         let mut made_of = stream::iter(0..count).map(run).buffered(threads());
-        let mut blocks = BlockWriter::default();
-        let failed = |error: tokio::task::JoinError| Error::Internal(error.to_string());
+        let mut blocks = BlockWriter::new(made);
         while let Some(batches) = made_of.next().await {
-            let batches: Vec<RecordBatch> = batches.map_err(failed)??;
-            batches.into_iter().try_for_each(|batch| blocks.push(batch))?;
+            joined(batches)?.into_iter().try_for_each(|batch| blocks.push(batch))?;
         }
-        blocks.finish(made)
+        blocks.finish()
     })
 }

@@ -5,11 +5,12 @@ use crate::Dataset;
 use crate::error::{Error, Result};
 use crate::plan::Compiled;
 use crate::runtime::block_on;
-use arrow::array::RecordBatchOptions;
+use crate::store::relabel;
 use arrow::datatypes::{Field, Schema, SchemaRef};
 use arrow::record_batch::RecordBatch;
 use serde::{Deserialize, Serialize};
-use std::sync::Arc;
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
 
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Union {
@@ -62,39 +63,69 @@ pub(crate) fn schema_of(inputs: &[Dataset]) -> Result<SchemaRef> {
 /// A dataset whose blocks, and the rows of each, are known.
 #[derive(Debug)]
 pub(super) struct Input {
-    pub(super) compiled: Compiled,
+    dataset: Dataset,
     pub(super) rows: Vec<u64>,
+    schema: SchemaRef,
     fingerprint: String,
+    /// Plans for the columns that were asked for.
+    compiled: Mutex<HashMap<Vec<usize>, Compiled>>,
 }
 
 impl Input {
     /// Counts the rows, which reads them where an operation drops or adds some.
     pub(super) fn open(dataset: &Dataset) -> Result<Self> {
-        let (compiled, rows) = (dataset.compile()?, dataset.count_blocks()?);
-        Ok(Self { compiled, rows, fingerprint: dataset.plan_hash()? })
+        Self::open_until(dataset, u64::MAX)
+    }
+
+    /// The same, when no row behind the first `most` will be read.
+    pub(super) fn open_until(dataset: &Dataset, most: u64) -> Result<Self> {
+        Ok(Self {
+            dataset: dataset.clone(),
+            rows: dataset.count_blocks_until(most)?,
+            schema: dataset.compile()?.schema(),
+            fingerprint: dataset.plan_hash()?,
+            compiled: Mutex::default(),
+        })
     }
 
     pub(super) fn fingerprint(&self) -> &str {
         &self.fingerprint
     }
 
-    /// The rows of a block.
-    pub(super) fn read(&self, block: usize) -> Result<Vec<RecordBatch>> {
-        let compiled = self.compiled.clone();
+    pub(super) fn schema(&self) -> &SchemaRef {
+        &self.schema
+    }
+
+    pub(super) fn name(&self, block: usize) -> Result<String> {
+        Ok(self.dataset.open()?.name(block))
+    }
+
+    /// The rows of a block, of the columns at `projection`.
+    pub(super) fn read(&self, block: usize, projection: &[usize]) -> Result<Vec<RecordBatch>> {
+        let compiled = self.compiled(projection)?;
         block_on(async move { compiled.execute(block).await })
+    }
+
+    fn compiled(&self, projection: &[usize]) -> Result<Compiled> {
+        let known = || self.compiled.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(compiled) = known().get(projection) {
+            return Ok(compiled.clone());
+        }
+        let names = projection.iter().map(|at| self.schema.field(*at).name().clone());
+        let compiled = self.dataset.select(names)?.compile()?;
+        known().insert(projection.to_vec(), compiled.clone());
+        Ok(compiled)
     }
 }
 
-/// The columns at `projection`, as those of `schema`.
-pub(super) fn project(
-    batch: &RecordBatch,
+/// The same columns as those at `projection` of `schema`, which may say otherwise what can be missing.
+pub(super) fn relabelled(
+    batches: Vec<RecordBatch>,
     schema: &SchemaRef,
     projection: &[usize],
-) -> Result<RecordBatch> {
+) -> Result<BatchIter> {
     let schema = Arc::new(schema.project(projection)?);
-    let columns = projection.iter().map(|at| batch.column(*at).clone()).collect();
-    let options = RecordBatchOptions::new().with_row_count(Some(batch.num_rows()));
-    Ok(RecordBatch::try_new_with_options(schema, columns, &options)?)
+    Ok(Box::new(batches.into_iter().map(move |batch| relabel(&batch, &schema))))
 }
 
 #[derive(Debug)]
@@ -120,14 +151,13 @@ impl Blocks for UnionBlocks {
 
     fn name(&self, block: usize) -> String {
         let (input, block) = self.blocks[block];
-        self.inputs[input].compiled.source().name(block)
+        self.inputs[input]
+            .name(block)
+            .unwrap_or_else(|_| format!("block {block} of dataset {input}"))
     }
 
     fn read(&self, block: usize, projection: &[usize]) -> Result<BatchIter> {
         let (input, block) = self.blocks[block];
-        let (batches, schema) = (self.inputs[input].read(block)?, self.schema.clone());
-        let projection = projection.to_vec();
-        let batches = batches.into_iter().map(move |batch| project(&batch, &schema, &projection));
-        Ok(Box::new(batches))
+        relabelled(self.inputs[input].read(block, projection)?, &self.schema, projection)
     }
 }

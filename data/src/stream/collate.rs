@@ -13,7 +13,7 @@ use std::sync::Arc;
 /// augmentation, or tensors that are made of several. It runs on the thread that makes batches ahead.
 ///
 /// It must give the same for the same batch and rows, and may draw random numbers from
-/// [`Rows::random`] alone: so a run that is resumed, or has another number of workers, sees the same.
+/// [`Rows`] alone: so a run that is resumed, or has another number of workers, sees the same.
 ///
 /// ```
 /// use candle_core::Tensor;
@@ -29,7 +29,7 @@ use std::sync::Arc;
 /// impl Collate for Noise {
 ///     fn collate(&self, batch: Batch, rows: &Rows<'_>) -> Result<Batch, BoxError> {
 ///         let x = batch.get("x")?;
-///         let noise = (0..batch.rows()).map(|row| rows.random("noise", row).normal() as f32);
+///         let noise = rows.random_of_all("noise").map(|mut draws| draws.normal() as f32);
 ///         let noise = Tensor::from_vec(noise.collect(), batch.rows(), x.device())?;
 ///         Ok(batch.replace(vec![("x".to_owned(), x.add(&noise)?)])?)
 ///     }
@@ -60,7 +60,8 @@ impl<'a> Rows<'a> {
     }
 
     /// Random numbers for row `row` of the batch: others for each row of the data, each epoch, each
-    /// purpose and each seed of the shuffle (0 without one), whatever batch the row is in.
+    /// purpose and each seed of the shuffle (0 without one), whatever batch the row is in. For many
+    /// rows [`random_of_all`](Self::random_of_all) is faster.
     ///
     /// # Panics
     ///
@@ -190,6 +191,15 @@ impl ImageAugment {
         if [&self.mean, &self.std].iter().any(|of| of.len() != self.channels) {
             let expected = format!("{} numbers, one a channel", self.channels);
             let got = format!("{} and {}", self.mean.len(), self.std.len());
+            return invalid("the mean and std of an ImageAugment", expected, got);
+        }
+        if !(0.0..=1.0).contains(&self.flip) {
+            let expected = "a probability from 0 to 1".to_owned();
+            return invalid("the flip of an ImageAugment", expected, self.flip.to_string());
+        }
+        if !self.mean.iter().all(|of| of.is_finite()) || !self.std.iter().all(|of| *of > 0.0) {
+            let expected = "finite means, and std above 0".to_owned();
+            let got = format!("{:?} and {:?}", self.mean, self.std);
             return invalid("the mean and std of an ImageAugment", expected, got);
         }
         Ok(())

@@ -101,6 +101,53 @@ fn queries_join_what_they_are_given() {
     assert!(message(left.sql(sum)).contains("few"));
 }
 
+/// The engine would take them from whichever branch comes first.
+#[test]
+fn unions_in_queries_keep_their_order_and_what_may_be_missing() {
+    let (left, right) = (numbered(20_000, &[999]), numbered(20_000, &[500]));
+    let sql = "SELECT id FROM dataset UNION ALL SELECT id + 20000 FROM other";
+    for _ in 0..5 {
+        let union = left.sql_with(sql, [("other", &right)]).expect("union");
+        assert_eq!(ids(&union), Vec::from_iter(0..40_000));
+    }
+    let nulls = table(&[None, Some(7)], "name", &["a", "b"]);
+    let sql = "SELECT id FROM dataset UNION ALL SELECT id FROM other";
+    let union =
+        Dataset::range(3).and_then(|d| d.sql_with(sql, [("other", &nulls)])).expect("union");
+    assert_eq!(rows(&union), ["0", "1", "2", "null", "7"]);
+    let first =
+        mobula_data::query("SELECT 1 AS a UNION ALL SELECT NULL", [] as [(&str, Dataset); 0]);
+    assert_eq!(first.expect("rows").num_rows(), 2);
+    let empty = message(left.sort([] as [&str; 0]));
+    assert!(empty.contains("the expressions of a sort is none, expected at least one"), "{empty}");
+    assert!(message(left.sort(["id LIMIT 3"])).contains("the order of a sort"));
+    assert!(message(left.sort(["random()"])).contains("random()"));
+}
+
+/// More than a part, and more of one key than a part has.
+#[test]
+fn sorts_are_stable() {
+    let all = Dataset::range(200_000)
+        .and_then(|d| d.with_column("key", "(id * 7919) % 3"))
+        .expect("rows");
+    let sorted = all.sort(["key DESC", "id > 100000"]).expect("sort");
+    let mut expected = Vec::from_iter(0..200_000_i64);
+    expected.sort_by_key(|id| (-((id * 7919) % 3), *id > 100_000));
+    assert_eq!(ids(&sorted), expected);
+    assert!(sorted.count().expect("count") == 200_000);
+    let floats = table(&[Some(3), None, Some(1), Some(2)], "x", &["a", "b", "c", "d"])
+        .with_column("f", "CASE WHEN id = 2 THEN 'NaN'::double ELSE -id END")
+        .expect("floats");
+    assert_eq!(
+        rows(&floats.sort(["f"]).and_then(|d| d.select(["x"])).expect("sort")),
+        ["a", "c", "d", "b"]
+    );
+    let first = floats.sort(["f DESC NULLS FIRST"]).and_then(|d| d.select(["x"])).expect("sort");
+    assert_eq!(rows(&first), ["b", "d", "c", "a"]);
+    let none = numbered(5, &[5]).filter("id > 9").and_then(|d| d.sort(["id"])).expect("none");
+    assert_eq!(none.count().expect("count"), 0);
+}
+
 /// Whatever the blocks, and after filters, of which the rows have to be counted.
 #[test]
 fn rows_by_their_position() {
@@ -175,7 +222,14 @@ fn largest(group: &RecordBatch) -> Result<RecordBatch, BoxError> {
     Ok(batch(columns))
 }
 
+/// Other columns for one of the groups.
+fn uneven(group: &RecordBatch) -> Result<RecordBatch, BoxError> {
+    let odd = group.num_rows() > 0 && group.column(1).as_primitive::<Int64Type>().value(0) == 3;
+    Ok(if odd { group.project(&[1, 0])? } else { group.clone() })
+}
+
 mobula_data::inventory::submit! { BatchFn::new("largest", largest) }
+mobula_data::inventory::submit! { BatchFn::new("uneven", uneven) }
 
 #[test]
 fn functions_of_groups_see_each_as_a_whole() {
@@ -187,6 +241,8 @@ fn functions_of_groups_see_each_as_a_whole() {
     // A group that is longer than any batch.
     let one = keyed.with_column("key", "0").and_then(|d| d.map_groups(["key"], "largest"));
     assert_eq!(rows(&one.expect("groups")), ["0 49999 50000.0"]);
+    let text = message(keyed.map_groups(["key"], "uneven").and_then(|d| d.collect()));
+    assert!(text.contains("a batch from a batch function has the columns [key"), "{text}");
     assert!(message(keyed.map_groups(["kex"], "largest")).contains("no column \"kex\""));
     assert!(message(keyed.map_groups([] as [&str; 0], "largest")).contains("at least one column"));
     assert!(message(keyed.map_groups(["key"], "largst")).contains("\"largst\""));

@@ -40,6 +40,14 @@ fn copies_that_are_no_number_are_named() {
     assert!(message(numbered(3, &[3]).resample("absent", 0)).contains("no column \"absent\""));
 }
 
+/// Else the copies that the sides have would not be those that the whole has.
+#[test]
+fn a_split_comes_before() {
+    let resampled = numbered(10, &[10]).resample("0.5", 1).expect("resample");
+    assert!(message(resampled.train_test_split(0.5, 1)).contains("split first"));
+    assert!(message(resampled.sample(0.5, 1)).contains("split first"));
+}
+
 #[test]
 fn a_balanced_dataset_has_as_many_rows_of_each_value() {
     let penguins =
@@ -50,6 +58,14 @@ fn a_balanced_dataset_has_as_many_rows_of_each_value() {
     let missing = counts(&penguins.balance("sex", 7).expect("balance"), "sex");
     assert!(missing.len() == 3 && missing["null"] > 90, "{missing:?}");
     assert_eq!(counts(&penguins.balance("year", 7).expect("balance"), "year").len(), 3);
+    let text = message(penguins.balance("bill_length_mm", 7));
+    assert!(text.contains("is Float64, expected whole numbers, booleans, text or dates"), "{text}");
+    let rare = numbered(5000, &[5000]).with_column("rare", "id = 0").expect("rare");
+    assert!(message(rare.balance("rare", 7)).contains("more than 1000 times"));
+    assert!(
+        message(numbered(3, &[3]).filter("id > 5").and_then(|d| d.balance("id", 7)))
+            .contains("no rows")
+    );
 }
 
 #[test]

@@ -95,6 +95,15 @@ struct Kinds {
 }
 
 #[test]
+fn a_closure_that_panics_is_quoted() {
+    let text = message(
+        numbered(3, &[3])
+            .map(|row: Id| if row.id < 2 { row } else { panic!("too much: {}", row.id) }),
+    );
+    assert!(text.contains("panicked: too much: 2"), "{text}");
+}
+
+#[test]
 fn a_lost_block_of_a_closure_is_named() {
     let dataset = numbered(3, &[3]).map(|row: Id| row).expect("map");
     let path = dataset.block_refs().expect("blocks")[0].path.clone().expect("a file");
