@@ -13,7 +13,7 @@ use crate::memory;
 use crate::plan::Compiled;
 use crate::runtime::{joined, threads};
 use crate::spill::Unnamed;
-use crate::store::{Kept, bytes_of};
+use crate::store::{Kept, bytes_of, compact};
 use arrow::array::{ArrayRef, RecordBatchOptions, UInt32Array, UInt64Array, new_empty_array};
 use arrow::compute::{concat_batches, interleave_record_batch, take_record_batch};
 use arrow::datatypes::{DataType, SchemaRef};
@@ -26,6 +26,10 @@ use std::sync::{Arc, OnceLock};
 /// About how many rows and bytes a part has.
 const PART_ROWS: u64 = 32_768;
 const PART_BYTES: u64 = 8 << 20;
+
+/// About how much of a part is kept at a time, and of all parts at least.
+const PIECE_BYTES: usize = 128 << 10;
+const LEAST_PENDING: usize = 1 << 20;
 
 /// Blocks of which all is read to see how much there is.
 const WEIGHED_BLOCKS: usize = 4;
@@ -81,15 +85,22 @@ impl Parts {
         let route = |block| {
             let (input, keys, cuts) = (input.clone(), keys.clone(), cuts.clone());
             tokio::spawn(async move {
-                let rows = concat_batches(&input.schema(), &input.execute(block).await?)?;
-                Routed::new(&rows, block, keys.as_ref(), &cuts)
+                let (mut batches, mut routed, mut first) = (input.batches(block)?, Vec::new(), 0);
+                while let Some(batch) = batches.try_next().await? {
+                    let place = (block as u64) << 32 | first;
+                    first += batch.num_rows() as u64;
+                    routed.push(Routed::new(&batch, place, keys.as_ref(), &cuts)?);
+                }
+                Ok(routed)
             })
             .map(joined)
         };
         let mut routed = stream::iter(0..input.blocks()).map(route).buffered(threads());
         let mut writer = PartsWriter::new(cuts.len() + 1)?;
         while let Some(block) = routed.try_next().await? {
-            writer.push(block).await?;
+            for batch in block {
+                writer.push(batch).await?;
+            }
         }
         drop(routed);
         let (parts, rows) = writer.finish().await?;
@@ -166,10 +177,9 @@ impl Placed {
         Ok(Self { converter: RowConverter::new(fields)? })
     }
 
-    /// `block` is that of the rows, of which the first is its first.
-    fn of(&self, keys: &dyn Keys, rows: &RecordBatch, block: usize) -> Result<Rows> {
-        let start = (block as u64) << 32;
-        let place = |row| if keys.is_kept_together() { 0 } else { start + row };
+    /// `first` is the place of the first of the rows.
+    fn of(&self, keys: &dyn Keys, rows: &RecordBatch, first: u64) -> Result<Rows> {
+        let place = |row| if keys.is_kept_together() { 0 } else { first + row };
         let places = (0..rows.num_rows() as u64).map(place).collect::<UInt64Array>();
         let mut columns = keys.of(rows)?;
         columns.push(Arc::new(places));
@@ -181,7 +191,8 @@ impl Placed {
 async fn count(input: &Compiled) -> Result<u64> {
     let (mut looked, mut rows, mut bytes) = (0_u64, 0_u64, 0_u64);
     for block in spread(input.blocks(), WEIGHED_BLOCKS) {
-        for batch in input.execute(block).await? {
+        let mut batches = input.batches(block)?;
+        while let Some(batch) = batches.try_next().await? {
             rows += batch.num_rows() as u64;
             bytes += bytes_of(&batch)? as u64;
         }
@@ -202,7 +213,7 @@ async fn cuts(sample: Compiled, keys: Arc<dyn Keys>, parts: u64) -> Result<Vec<O
         let (sample, keys) = (sample.clone(), keys.clone());
         tokio::spawn(async move {
             let rows = concat_batches(&sample.schema(), &sample.execute(block).await?)?;
-            let all = Placed::new(keys.as_ref())?.of(keys.as_ref(), &rows, block)?;
+            let all = Placed::new(keys.as_ref())?.of(keys.as_ref(), &rows, (block as u64) << 32)?;
             let some = spread(rows.num_rows(), SAMPLED_KEYS).map(|row| all.row(row).owned());
             Ok(some.collect::<Vec<_>>())
         })
@@ -233,7 +244,7 @@ fn spread(all: usize, most: usize) -> impl Iterator<Item = usize> {
     (0..count).map(move |at| at * all / count.max(1))
 }
 
-/// The rows of a block, one part after another.
+/// Rows, one part after another.
 struct Routed {
     rows: RecordBatch,
     /// The parts that have any, and which rows these are.
@@ -241,8 +252,8 @@ struct Routed {
 }
 
 impl Routed {
-    fn new(rows: &RecordBatch, block: usize, keys: &dyn Keys, cuts: &[OwnedRow]) -> Result<Self> {
-        let placed = Placed::new(keys)?.of(keys, rows, block)?;
+    fn new(rows: &RecordBatch, first: u64, keys: &dyn Keys, cuts: &[OwnedRow]) -> Result<Self> {
+        let placed = Placed::new(keys)?.of(keys, rows, first)?;
         let part = |row| cuts.partition_point(|cut| cut.row() <= placed.row(row)) as u32;
         let of: Vec<u32> = (0..rows.num_rows()).map(part).collect();
         let mut starts = vec![0_u32; cuts.len() + 2];
@@ -258,7 +269,9 @@ impl Routed {
         let range = |part: usize| starts[part] as usize..starts[part + 1] as usize;
         let parts = (0..=cuts.len()).map(|part| (part, range(part)));
         let parts = parts.filter(|(_, rows)| !rows.is_empty()).collect();
-        Ok(Self { rows: take_record_batch(rows, &UInt32Array::from(order))?, parts })
+        // Nothing else is to be held by these while they wait for others.
+        let rows = compact(&take_record_batch(rows, &UInt32Array::from(order))?)?;
+        Ok(Self { rows, parts })
     }
 }
 
@@ -278,7 +291,8 @@ impl PartsWriter {
         Ok(Self {
             pending: vec![Vec::new(); parts],
             pending_bytes: 0,
-            most: memory::budget()? / 4,
+            most: (parts * PIECE_BYTES)
+                .clamp(LEAST_PENDING, (memory::budget()? / 4).max(LEAST_PENDING)),
             parts: (0..parts).map(|_| Vec::new()).collect(),
             rows: vec![0; parts],
             file: Arc::default(),

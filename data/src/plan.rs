@@ -115,6 +115,11 @@ impl Compiled {
         self.stream(block)?.try_collect().await.map_err(Error::engine("read rows"))
     }
 
+    /// The same, a batch at a time.
+    pub(crate) fn batches(&self, block: usize) -> Result<BoxStream<'static, Result<RecordBatch>>> {
+        Ok(self.stream(block)?.map_err(Error::engine("read rows")).boxed())
+    }
+
     /// The same, a batch at a time, for who takes numbers of any width: what needs no engine goes by it.
     pub(crate) fn stream_narrow(
         &self,
@@ -122,7 +127,7 @@ impl Compiled {
     ) -> Result<BoxStream<'static, Result<RecordBatch>>> {
         Ok(match &self.chosen {
             Some(columns) => stream::iter(self.source.read_narrow(block, columns)?).boxed(),
-            None => self.stream(block)?.map_err(Error::engine("read rows")).boxed(),
+            None => self.batches(block)?,
         })
     }
 

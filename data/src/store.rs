@@ -40,8 +40,8 @@ pub(crate) fn relabel(batch: &RecordBatch, schema: &SchemaRef) -> Result<RecordB
     Ok(RecordBatch::try_new_with_options(schema.clone(), columns, &options)?)
 }
 
-/// Text that is views is written with all that it views: with nothing else, then.
-fn compact(batch: &RecordBatch) -> Result<RecordBatch> {
+/// Text that is views holds all that it views, and is written with it: here it is with nothing else.
+pub(crate) fn compact(batch: &RecordBatch) -> Result<RecordBatch> {
     let columns = batch.columns().iter().map(|column| match column.data_type() {
         DataType::Utf8View => Arc::new(column.as_string_view().gc()) as ArrayRef,
         DataType::BinaryView => Arc::new(column.as_binary_view().gc()),
