@@ -3,8 +3,8 @@
 use crate::cpu;
 use anyhow::{Context, Result};
 use arrow::array::AsArray;
-use arrow::compute::sum;
-use arrow::datatypes::Float64Type;
+use arrow::compute::cast;
+use arrow::datatypes::{DataType, Float64Type};
 use arrow::record_batch::RecordBatch;
 use mobula_data::{Chain, Dataset, Norm, Normalizer, SimpleImputer, StandardScaler, WriteOptions};
 use serde_json::{Value, json};
@@ -55,8 +55,12 @@ pub(crate) fn prepare(lineitem: &str) -> Result<Value> {
     let made: Vec<RecordBatch> =
         rows.preprocess(&chain)?.batches()?.collect::<mobula_data::Result<_>>()?;
     let (seconds, cpu) = (start.elapsed().as_secs_f64(), cpu() - before);
-    let columns = made.iter().flat_map(|batch| batch.columns());
-    let total: f64 = columns.filter_map(|column| sum(column.as_primitive::<Float64Type>())).sum();
+    let mut total = 0.0;
+    for column in made.iter().flat_map(RecordBatch::columns) {
+        let numbers = cast(column, &DataType::Float64)?;
+        total +=
+            numbers.as_primitive::<Float64Type>().values().iter().map(|x| x.abs()).sum::<f64>();
+    }
     let rows: usize = made.iter().map(RecordBatch::num_rows).sum();
     Ok(json!({ "seconds": seconds, "cpu": cpu.as_secs_f64(), "rows": rows, "sum": total }))
 }
