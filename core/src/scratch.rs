@@ -85,6 +85,10 @@ impl Drop for ScratchFolder {
     }
 }
 
+fn is_number(text: &str) -> bool {
+    text.parse::<u64>().is_ok()
+}
+
 /// A number that the system drew for this call.
 fn rand_word() -> u32 {
     use std::hash::{BuildHasher, Hasher, RandomState};
@@ -122,7 +126,11 @@ fn sweep(parent: &Path, own: &str) -> Result<(), Error> {
         let name = entry.file_name();
         let name = name.to_string_lossy();
         // Not that of a host whose name begins with this one's.
-        let is_own = |rest: &str| rest.split('-').all(|word| u64::from_str_radix(word, 16).is_ok());
+        let is_own = |rest: &str| match rest.split('-').collect::<Vec<_>>()[..] {
+            [pid, attempt] => is_number(pid) && is_number(attempt),
+            [pid, attempt, random] => is_number(pid) && is_number(attempt) && random.len() == 8,
+            _ => false,
+        };
         if !name.strip_prefix(own).is_some_and(is_own) {
             continue;
         }
@@ -157,7 +165,7 @@ mod tests {
         let parent = tempfile::tempdir().expect("a folder");
         let living = ScratchFolder::create(parent.path()).expect("creates");
         let dead = parent.path().join(format!("{PREFIX}-{}-1-0", host()));
-        let elsewhere = parent.path().join(format!("{PREFIX}-another-host-1-0"));
+        let elsewhere = parent.path().join(format!("{PREFIX}-{}-1-4711-0-0a1b2c3d", host()));
         let foreign = parent.path().join("results");
         for folder in [&dead, &elsewhere, &foreign] {
             std::fs::create_dir(folder).expect("creates");

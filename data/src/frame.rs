@@ -113,7 +113,8 @@ impl Dataset {
 
     /// The rows in the order of SQL expressions such as `"species"` or `"body_mass_g DESC NULLS
     /// LAST"`, the first first. Rows that are the same by these stay in the order they had. Data that
-    /// have no room in memory are written and read once for it.
+    /// have no room in memory are written and read once for it. What is done to the rows before is done
+    /// again for a sample of the keys: [`persist`](Self::persist) what takes long.
     pub fn sort<S: AsRef<str>>(&self, by: impl IntoIterator<Item = S>) -> Result<Self> {
         let (by, schema) = (list("the expressions of a sort", by)?, self.schema()?);
         OrderBy::new(&schema, &by)?;

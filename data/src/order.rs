@@ -9,7 +9,7 @@ use crate::scan::SourceTable;
 use crate::session::{Mode, session};
 use crate::source::OpenSource;
 use arrow::array::ArrayRef;
-use arrow::compute::SortOptions;
+use arrow::compute::{SortOptions, cast};
 use arrow::datatypes::{DataType, SchemaRef};
 use arrow::record_batch::RecordBatch;
 use arrow::row::SortField;
@@ -83,9 +83,13 @@ impl Keys for OrderBy {
         let schema = DFSchema::try_from(batch.schema()).map_err(&failed)?;
         let key = |of: &SortExpr| {
             let expression = session().create_physical_expr(of.expr.clone(), &schema)?;
-            expression.evaluate(batch)?.into_array(batch.num_rows())
+            let key = expression.evaluate(batch)?.into_array(batch.num_rows())?;
+            match key.data_type() {
+                DataType::Dictionary(_, values) => Ok(cast(&key, values)?),
+                _ => Ok(key),
+            }
         };
-        self.expressions.iter().map(|of| key(of).map_err(&failed)).collect()
+        self.expressions.iter().map(|of| key(of).map_err(&failed)).collect::<Result<_>>()
     }
 
     fn is_kept_together(&self) -> bool {

@@ -25,7 +25,7 @@ use datafusion::error::DataFusionError;
 use datafusion::execution::SendableRecordBatchStream;
 use datafusion::execution::context::SQLOptions;
 use datafusion::logical_expr::{Expr, LogicalPlan, Volatility, cast};
-use datafusion::physical_plan::{ExecutionPlan, ExecutionPlanProperties};
+use datafusion::physical_plan::{ExecutionPlan, ExecutionPlanProperties, execute_stream};
 use datafusion::prelude::{DataFrame, SessionContext, lit};
 use futures::stream::{self, BoxStream};
 use futures::{StreamExt, TryStreamExt};
@@ -79,10 +79,7 @@ impl Compiled {
     /// What the operations make of a schema; a clear error if they do not fit it.
     pub(crate) fn schema_of(schema: SchemaRef, ops: &[Op]) -> Result<SchemaRef> {
         let (source, ops) = (Arc::new(OpenSource::empty(schema)), ops.to_vec());
-        block_on(async move {
-            let frame = frame(&source, &ops).await?;
-            Ok(Arc::new(frame.schema().as_arrow().clone()))
-        })
+        block_on(async move { schema_of(frame(&source, &ops).await?) })
     }
 
     /// The engine's plans of a dataset's operations.
@@ -237,14 +234,11 @@ pub(crate) fn empty_tables(inputs: &[(String, Dataset)]) -> Result<Vec<(String, 
 /// The columns of a query's result, without running it.
 pub(crate) fn query_schema(inputs: &[(String, Dataset)], query: &str) -> Result<SchemaRef> {
     let (tables, query) = (empty_tables(inputs)?, query.to_owned());
-    block_on(async move {
-        let frame = query_frame(tables, &query, Mode::Serial).await?;
-        Ok(Arc::new(frame.schema().as_arrow().clone()))
-    })
+    block_on(async move { schema_of(query_frame(tables, &query, Mode::Serial).await?) })
 }
 
 /// Runs a query over datasets. Its inputs are read in order and the engine is given one partition,
-/// so that every worker that runs it gets the same rows in the same order.
+/// so that every worker that runs it gets the same rows, in the same order where the memory is enough.
 pub(crate) fn run_query(inputs: &[(String, Dataset)], query: &str) -> Result<BlockStore> {
     let named = |(name, input): &(String, Dataset)| Ok((name.clone(), table(input, 1)?));
     let tables = inputs.iter().map(named).collect::<Result<Vec<_>>>()?;
@@ -270,13 +264,18 @@ pub(crate) fn table(dataset: &Dataset, partitions: usize) -> Result<SourceTable>
     Ok(SourceTable::Chains(dataset.compile()?, partitions))
 }
 
+/// The columns of a frame, as they are once the engine has found common types where it needs them.
+fn schema_of(frame: DataFrame) -> Result<SchemaRef> {
+    let plan = frame.into_optimized_plan().map_err(Error::engine("plan"))?;
+    Ok(Arc::new(plan.schema().as_arrow().clone()))
+}
+
 /// The rows of a frame, as blocks.
-pub(crate) async fn store(
-    frame: DataFrame,
-    failed: impl Fn(DataFusionError) -> Error,
-) -> Result<BlockStore> {
-    let schema = Arc::new(frame.schema().as_arrow().clone());
-    let batches = frame.execute_stream().await.map_err(&failed)?;
+async fn store(frame: DataFrame, failed: impl Fn(DataFusionError) -> Error) -> Result<BlockStore> {
+    let context = Arc::new(frame.task_ctx());
+    let plan = frame.create_physical_plan().await.map_err(&failed)?;
+    let schema = plan.schema();
+    let batches = execute_stream(plan, context).map_err(&failed)?;
     BlockStore::collect(schema, batches.map_err(failed)).await
 }
 

@@ -18,6 +18,7 @@ use datafusion::datasource::listing::{
     ListingOptions, ListingTable, ListingTableConfig, ListingTableUrl,
 };
 use datafusion::logical_expr::LogicalPlan;
+use datafusion::physical_plan::collect;
 use datafusion::prelude::SessionContext;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -39,7 +40,7 @@ use url::Url;
 /// ```
 ///
 /// It runs on all processors, within the budget of memory. Rows come in the order that the query asks
-/// for; if it asks for none, but filters, computes and limits alone, in the order of the table.
+/// for; if it asks for none, but filters, computes, limits and unites alone, in that of the tables.
 pub fn query<S: Into<String>>(
     sql: &str,
     tables: impl IntoIterator<Item = (S, Dataset)>,
@@ -90,6 +91,9 @@ fn mode(sql: &str, tables: &[(TableReference, Dataset)]) -> Result<Mode> {
                     | Plan::Limit(_)
                     | Plan::TableScan(_)
                     | Plan::SubqueryAlias(_)
+                    | Plan::Union(_)
+                    | Plan::Values(_)
+                    | Plan::EmptyRelation(_)
             ))
         });
         Ok(!reorders.map_err(Error::sql(&query))?)
@@ -106,12 +110,13 @@ fn run(sql: &str, tables: &[(TableReference, Dataset)], mode: Mode) -> Result<Re
     let sql = sql.to_owned();
     block_on(async move {
         let frame = read_only(&session, &sql).await?;
-        let schema = Arc::new(frame.schema().as_arrow().clone());
-        let batches = frame.collect().await.map_err(Error::sql(&sql))?;
+        let context = Arc::new(frame.task_ctx());
+        let plan = frame.create_physical_plan().await.map_err(Error::sql(&sql))?;
+        let schema = plan.schema();
+        let batches = collect(plan, context).await.map_err(Error::sql(&sql))?;
         // The branches of a union say of themselves alone what may be missing.
         let batches = batches.iter().map(|batch| relabel(batch, &schema));
-        let batches = batches.collect::<Result<Vec<_>>>()?;
-        without_views(&concat_batches(&schema, &batches)?)
+        without_views(&concat_batches(&schema, &batches.collect::<Result<Vec<_>>>()?)?)
     })
 }
 

@@ -145,12 +145,18 @@ impl Dataset {
         self.train_test_split(test_fraction, seed)?;
         let of = quoted(column.as_ref());
         let numbered = self.random_shuffle(seed)?.sql(format!(
-            "SELECT *, row_number() OVER (PARTITION BY {of}) AS \"mobula: row\", \
-             count(*) OVER (PARTITION BY {of}) AS \"mobula: rows\" FROM {TABLE}"
+            "SELECT *, row_number() OVER (PARTITION BY {of} ORDER BY \"mobula: place\") AS \"mobula: row\", \
+             count(*) OVER (PARTITION BY {of}) AS \"mobula: rows\" \
+             FROM (SELECT *, row_number() OVER () AS \"mobula: place\" FROM {TABLE}) \
+             ORDER BY {of}, \"mobula: place\""
         ))?;
         let is_test = format!("\"mobula: row\" <= round(\"mobula: rows\" * {test_fraction:?})");
         let side = |predicate: String| {
-            numbered.filter(predicate)?.drop_columns(["mobula: row", "mobula: rows"])
+            numbered.filter(predicate)?.drop_columns([
+                "mobula: place",
+                "mobula: row",
+                "mobula: rows",
+            ])
         };
         Ok((side(format!("NOT ({is_test})"))?, side(is_test)?))
     }

@@ -7,8 +7,9 @@ use crate::plan::Compiled;
 use crate::runtime::meanwhile;
 use crate::source::{Block, OpenSource};
 use crate::split::{Split, mask};
+use crate::store::relabel;
 use arrow::compute::filter_record_batch;
-use arrow::datatypes::SchemaRef;
+use arrow::datatypes::{FieldRef, SchemaRef};
 use arrow::record_batch::RecordBatch;
 use async_trait::async_trait;
 use datafusion::catalog::{Session, TableProvider};
@@ -249,8 +250,7 @@ impl PartitionStream for MapStream {
             row += batch.num_rows() as u64;
             let run = || function.map_at(&batch, block, first);
             let batch = if function.may_wait() { meanwhile(run) } else { run() }?;
-            same_columns(&batch, &schema)?;
-            Ok(batch)
+            Ok(conform(batch, &schema)?)
         };
         let batches = match self.input.execute(self.partition, context) {
             Ok(batches) => batches.map(apply).boxed(),
@@ -260,15 +260,24 @@ impl PartitionStream for MapStream {
     }
 }
 
-pub(crate) fn same_columns(batch: &RecordBatch, schema: &SchemaRef) -> Result<()> {
+/// What a function made, which must have the columns that it announced.
+pub(crate) fn conform(batch: RecordBatch, schema: &SchemaRef) -> Result<RecordBatch> {
     if batch.schema() == *schema {
-        return Ok(());
+        return Ok(batch);
+    }
+    let of = batch.schema();
+    let same = |(one, other): (&FieldRef, &FieldRef)| {
+        one.name() == other.name() && one.data_type() == other.data_type()
+    };
+    let fields = of.fields().iter().zip(schema.fields());
+    if of.fields().len() == schema.fields().len() && fields.into_iter().all(same) {
+        return relabel(&batch, schema);
     }
     let columns = crate::source::columns;
     Err(Error::SchemaDiffers {
         path: "a batch from a batch function".into(),
         expected: columns(schema),
-        got: columns(&batch.schema()),
+        got: columns(&of),
     })
 }
 

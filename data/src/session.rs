@@ -33,7 +33,7 @@ pub(crate) enum Mode {
     /// On all processors, with what memory there is. It does not spill, as the engine may hang where
     /// partitions that it exchanges do (DataFusion issue 24883). Rows without an order come in any.
     Parallel,
-    /// On one, always in the same order of rows; it spills.
+    /// On one, in the same order of rows each time; it spills, and then groups come in another.
     Serial,
     /// The same, by joins that spill: the engine's hash join does not.
     SortMerge,

@@ -4,9 +4,9 @@ use crate::error::Result;
 use crate::memory::{self, Taken};
 use crate::source::{BatchIter, Blocks};
 use crate::spill::Unnamed;
-use arrow::array::{Array, ArrayRef, AsArray, RecordBatchOptions};
+use arrow::array::{Array, ArrayRef, AsArray, OffsetSizeTrait, RecordBatchOptions};
 use arrow::buffer::Buffer;
-use arrow::compute::concat_batches;
+use arrow::compute::{cast, concat_batches};
 use arrow::datatypes::{DataType, SchemaRef};
 use arrow::error::ArrowError;
 use arrow::ipc::reader::StreamDecoder;
@@ -20,7 +20,7 @@ use xxhash_rust::xxh3::xxh3_128;
 /// Most rows of a block: small enough that a shuffle has blocks to mix.
 pub(crate) const BLOCK_ROWS: usize = 4096;
 
-/// A block of wide rows has fewer of them.
+/// A block of wide rows has fewer of them, as soon as it has so many bytes.
 const BLOCK_BYTES: usize = 32 << 20;
 
 /// A record batch in Arrow's IPC stream format. The same rows, made in the same way, give the same
@@ -40,15 +40,18 @@ pub(crate) fn relabel(batch: &RecordBatch, schema: &SchemaRef) -> Result<RecordB
     Ok(RecordBatch::try_new_with_options(schema.clone(), columns, &options)?)
 }
 
-/// Text that is views holds all that it views, and is written with it: here it is with nothing else.
+/// Text that is views holds all that it views, and a dictionary has values that no row has: here they
+/// are with nothing else.
 pub(crate) fn compact(batch: &RecordBatch) -> Result<RecordBatch> {
-    let columns = batch.columns().iter().map(|column| match column.data_type() {
-        DataType::Utf8View => Arc::new(column.as_string_view().gc()) as ArrayRef,
-        DataType::BinaryView => Arc::new(column.as_binary_view().gc()),
-        _ => column.clone(),
-    });
+    let column = |column: &ArrayRef| match column.data_type() {
+        DataType::Utf8View => Ok(Arc::new(column.as_string_view().gc()) as ArrayRef),
+        DataType::BinaryView => Ok(Arc::new(column.as_binary_view().gc()) as ArrayRef),
+        DataType::Dictionary(_, values) => cast(&cast(column, values)?, column.data_type()),
+        _ => Ok(column.clone()),
+    };
+    let columns = batch.columns().iter().map(column).collect::<Result<_, _>>()?;
     let options = RecordBatchOptions::new().with_row_count(Some(batch.num_rows()));
-    Ok(RecordBatch::try_new_with_options(batch.schema(), columns.collect(), &options)?)
+    Ok(RecordBatch::try_new_with_options(batch.schema(), columns, &options)?)
 }
 
 /// The record batch of [`encode`], whose columns lie in `bytes`.
@@ -63,46 +66,60 @@ pub(crate) fn content_hash(encoded: &[u8]) -> String {
     format!("{:032x}", xxh3_128(encoded))
 }
 
-/// Bytes of a batch's values, but not of what its buffers have around them.
+/// Bytes of a batch's values, about: not those around them in its buffers, nor what says which are
+/// missing. The sum over pieces of a batch is that of the batch.
 pub(crate) fn bytes_of(batch: &RecordBatch) -> Result<usize> {
     batch.columns().iter().map(|column| bytes_of_column(column)).sum()
 }
 
 fn bytes_of_column(column: &dyn Array) -> Result<usize> {
-    let (rows, bits) = (column.len(), column.len().div_ceil(8));
-    let offsets = |first: usize, last: usize, values: &ArrayRef| {
+    let rows = column.len();
+    let values = |first: usize, last: usize, values: &dyn Array| {
         bytes_of_column(&values.slice(first, last - first))
     };
     Ok(match column.data_type() {
+        DataType::Null => 0,
+        DataType::Boolean => rows,
+        of if of.primitive_width().is_some() => of.primitive_width().unwrap_or(0) * rows,
         DataType::Utf8View => 16 * rows + column.as_string_view().total_buffer_bytes_used(),
         DataType::BinaryView => 16 * rows + column.as_binary_view().total_buffer_bytes_used(),
+        DataType::Utf8 => 4 * rows + span(column.as_string::<i32>().value_offsets()),
+        DataType::LargeUtf8 => 8 * rows + span(column.as_string::<i64>().value_offsets()),
+        DataType::Binary => 4 * rows + span(column.as_binary::<i32>().value_offsets()),
+        DataType::LargeBinary => 8 * rows + span(column.as_binary::<i64>().value_offsets()),
+        DataType::FixedSizeBinary(width) => *width as usize * rows,
+        // As if each row had a short value of its own.
+        DataType::Dictionary(keys, _) => (keys.primitive_width().unwrap_or(0) + 8) * rows,
         DataType::List(_) => {
-            let list = column.as_list::<i32>();
-            let ends = list.value_offsets();
-            4 * rows + bits + offsets(ends[0] as usize, ends[rows] as usize, list.values())?
+            let (list, ends) = (column.as_list::<i32>(), column.as_list::<i32>().value_offsets());
+            4 * rows + values(ends[0] as usize, ends[rows] as usize, list.values())?
         }
         DataType::LargeList(_) => {
-            let list = column.as_list::<i64>();
-            let ends = list.value_offsets();
-            8 * rows + bits + offsets(ends[0] as usize, ends[rows] as usize, list.values())?
+            let (list, ends) = (column.as_list::<i64>(), column.as_list::<i64>().value_offsets());
+            8 * rows + values(ends[0] as usize, ends[rows] as usize, list.values())?
         }
         DataType::Map(..) => {
-            let map = column.as_map();
-            let ends = map.value_offsets();
-            let entries = map.entries().slice(ends[0] as usize, (ends[rows] - ends[0]) as usize);
-            4 * rows + bits + bytes_of_column(&entries)?
+            let (map, ends) = (column.as_map(), column.as_map().value_offsets());
+            4 * rows + values(ends[0] as usize, ends[rows] as usize, map.entries())?
         }
         DataType::FixedSizeList(_, width) => {
             let (list, width) = (column.as_fixed_size_list(), *width as usize);
             let first = list.value_offset(0) as usize;
-            bits + offsets(first, first + rows * width, list.values())?
+            values(first, first + rows * width, list.values())?
         }
         DataType::Struct(_) => {
-            let fields = column.as_struct().columns().iter().map(|of| bytes_of_column(of));
-            bits + fields.sum::<Result<usize>>()?
+            let fields = column.as_struct().columns().iter();
+            fields.map(|field| bytes_of_column(field)).sum::<Result<usize>>()?
         }
         _ => column.to_data().get_slice_memory_size()?,
     })
+}
+
+fn span<O: OffsetSizeTrait>(ends: &[O]) -> usize {
+    match (ends.first(), ends.last()) {
+        (Some(first), Some(last)) => last.as_usize() - first.as_usize(),
+        _ => 0,
+    }
 }
 
 /// A block, wherever it is.
@@ -193,19 +210,17 @@ impl Blocks for BlockStore {
     }
 }
 
-/// Rows that are weighed together. Where blocks end depends on these and not on the batches that rows
-/// come in.
-const UNIT_ROWS: usize = 512;
+/// A block ends behind a multiple of so many rows. Which one depends on the rows, not on the batches
+/// that they come in.
+const UNIT_ROWS: usize = 16;
 
 /// Cuts rows into blocks and keeps them.
 pub(crate) struct BlockWriter {
     schema: SchemaRef,
-    /// Rows that are no unit yet.
+    /// Rows that are no block yet.
     pending: Vec<RecordBatch>,
     pending_rows: usize,
-    /// Units that are no block yet.
-    units: Vec<RecordBatch>,
-    units_bytes: usize,
+    pending_bytes: usize,
     blocks: Vec<Kept>,
     rows: Vec<u64>,
     file: OnceLock<Unnamed>,
@@ -217,8 +232,7 @@ impl BlockWriter {
             schema,
             pending: Vec::new(),
             pending_rows: 0,
-            units: Vec::new(),
-            units_bytes: 0,
+            pending_bytes: 0,
             blocks: Vec::new(),
             rows: Vec::new(),
             file: OnceLock::new(),
@@ -229,43 +243,42 @@ impl BlockWriter {
     pub(crate) fn push(&mut self, batch: RecordBatch) -> Result<()> {
         let mut batch = relabel(&batch, &self.schema)?;
         while batch.num_rows() > 0 {
-            let take = (UNIT_ROWS - self.pending_rows).min(batch.num_rows());
-            self.pending.push(batch.slice(0, take));
-            self.pending_rows += take;
+            let take = self.room(&batch)?;
+            let piece = batch.slice(0, take);
             batch = batch.slice(take, batch.num_rows() - take);
-            if self.pending_rows == UNIT_ROWS {
-                self.end_unit()?;
+            self.pending_rows += take;
+            self.pending_bytes += bytes_of(&piece)?;
+            self.pending.push(piece);
+            let is_unit = self.pending_rows.is_multiple_of(UNIT_ROWS);
+            if self.pending_rows >= BLOCK_ROWS || (is_unit && self.pending_bytes >= BLOCK_BYTES) {
+                self.end_block()?;
             }
         }
         Ok(())
     }
 
-    fn end_unit(&mut self) -> Result<()> {
-        let unit = concat_batches(&self.schema, &self.pending)?;
-        let bytes = bytes_of(&unit)?;
-        if self.units_bytes + bytes > BLOCK_BYTES {
-            self.end_block()?;
+    /// How many rows to take: all that the block lacks, or where these may be too many bytes, a unit.
+    fn room(&self, batch: &RecordBatch) -> Result<usize> {
+        let all = (BLOCK_ROWS - self.pending_rows).min(batch.num_rows());
+        if self.pending_bytes + bytes_of(&batch.slice(0, all))? < BLOCK_BYTES {
+            return Ok(all);
         }
-        self.units.push(unit);
-        self.units_bytes += bytes;
-        self.pending.clear();
-        self.pending_rows = 0;
-        if self.units.len() * UNIT_ROWS >= BLOCK_ROWS { self.end_block() } else { Ok(()) }
+        let unit = UNIT_ROWS - self.pending_rows % UNIT_ROWS;
+        Ok(unit.min(all))
     }
 
     fn end_block(&mut self) -> Result<()> {
-        let block = concat_batches(&self.schema, &self.units)?;
-        self.units.clear();
-        self.units_bytes = 0;
-        if block.num_rows() > 0 {
+        if self.pending_rows > 0 {
+            let block = concat_batches(&self.schema, &self.pending)?;
             self.rows.push(block.num_rows() as u64);
             self.blocks.push(Kept::keep(block, &self.file)?);
         }
+        self.pending.clear();
+        (self.pending_rows, self.pending_bytes) = (0, 0);
         Ok(())
     }
 
     pub(crate) fn finish(mut self) -> Result<BlockStore> {
-        self.end_unit()?;
         self.end_block()?;
         let Self { schema, blocks, rows, .. } = self;
         Ok(BlockStore { schema, blocks, rows, fingerprint: OnceLock::new() })

@@ -140,27 +140,39 @@ impl ParquetBlocks {
         block_on(async move {
             let read = |block| {
                 let blocks = blocks.clone();
-                tokio::spawn(async move { Ok(blocks.is_corrupt(block)) }).map(joined)
+                let group = blocks.groups[block];
+                tokio::spawn(async move { blocks.corrupt_at(block) }).map(move |found| {
+                    match joined(found) {
+                        // What a decoder makes of damage that it did not expect.
+                        Err(Error::Panicked { message }) => {
+                            tracing::warn!(?group, message, "left out a row group");
+                            Ok(Some(group))
+                        }
+                        found => found,
+                    }
+                })
             };
             let all = stream::iter(0..blocks.groups.len()).map(read).buffered(threads());
             Ok(all.try_collect::<Vec<_>>().await?.into_iter().flatten().collect())
         })
     }
 
-    /// A row group, if it cannot be read.
-    fn is_corrupt(&self, block: usize) -> Option<(usize, usize)> {
+    /// A row group, if it is damaged.
+    fn corrupt_at(&self, block: usize) -> Result<Option<(usize, usize)>> {
         let columns: Vec<_> = (0..self.schema.fields().len()).collect();
         let rows = self.read(block, &columns).and_then(|batches| {
             batches.map(|batch| Ok(batch?.num_rows() as u64)).sum::<Result<u64>>()
         });
         let (file, group) = self.groups[block];
+        let announced = self.files[file].rows(group);
         let reason = match rows {
-            Ok(rows) if rows == self.files[file].rows(group) => return None,
-            Ok(rows) => format!("it has {rows} rows, {} announced", self.files[file].rows(group)),
-            Err(error) => error.to_string(),
+            Ok(rows) if rows == announced => return Ok(None),
+            Ok(rows) => format!("it has {rows} rows, {announced} announced"),
+            Err(Error::Corrupt { reason, .. }) => reason,
+            Err(error) => return Err(error),
         };
         tracing::warn!(row_group = self.name(block), %reason, "left out a row group");
-        Some((file, group))
+        Ok(Some((file, group)))
     }
 
     /// The rows of a block of a file that may have other columns.

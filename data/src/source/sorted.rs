@@ -5,11 +5,11 @@ use crate::Dataset;
 use crate::batch_fn::{self, BatchMap};
 use crate::dataset::Op;
 use crate::error::{Error, Result};
-use crate::exchange::{Keys, Parts};
+use crate::exchange::{Keys, Parts, Sample};
 use crate::order::OrderBy;
 use crate::plan::Compiled;
 use crate::runtime::{block_on, joined, meanwhile, threads};
-use crate::scan::same_columns;
+use crate::scan::conform;
 use crate::store::{BlockStore, BlockWriter};
 use arrow::array::{ArrayRef, UInt64Array};
 use arrow::compute::partition;
@@ -32,11 +32,11 @@ pub(crate) struct Sorted {
 #[typetag::serde(name = "sorted")]
 impl Source for Sorted {
     fn open(&self) -> Result<Arc<dyn Blocks>> {
-        let order = OrderBy::new(&self.input.schema()?, &self.by)?;
+        let order = OrderBy::new(&self.input.compile()?.schema(), &self.by)?;
         let parts = ordered(&self.input, order)?;
         let columns = parts.schema().clone();
-        let fingerprint = hash([self.input.plan_hash()?.as_bytes(), b"sort", self.by.as_bytes()]);
-        Ok(Arc::new(PartBlocks { parts, columns, fingerprint }))
+        let plan = hash([self.input.plan_hash()?.as_bytes(), b"sort", self.by.as_bytes()]);
+        Ok(Arc::new(PartBlocks { parts, columns, plan }))
     }
 
     fn summary(&self) -> String {
@@ -52,7 +52,7 @@ impl Source for Sorted {
 fn ordered(input: &Dataset, order: OrderBy) -> Result<Parts> {
     let sample = input.select(order.columns())?.compile()?;
     let input = input.compile()?;
-    block_on(Parts::new(input, Some(sample), Arc::new(order)))
+    block_on(Parts::new(input, Sample::Keys(sample), Arc::new(order)))
 }
 
 /// Parts as blocks.
@@ -61,7 +61,8 @@ struct PartBlocks {
     parts: Parts,
     /// Those of the parts, perhaps without the last.
     columns: SchemaRef,
-    fingerprint: String,
+    /// What the rows are a function of.
+    plan: String,
 }
 
 impl Blocks for PartBlocks {
@@ -74,7 +75,9 @@ impl Blocks for PartBlocks {
     }
 
     fn fingerprint(&self) -> Result<String> {
-        Ok(self.fingerprint.clone())
+        // And how they are parted.
+        let rows: Vec<u8> = self.parts.rows().iter().flat_map(|rows| rows.to_le_bytes()).collect();
+        Ok(hash([self.plan.as_bytes(), &rows]))
     }
 
     fn name(&self, block: usize) -> String {
@@ -96,18 +99,18 @@ pub(crate) struct Shuffled {
 #[typetag::serde(name = "shuffled")]
 impl Source for Shuffled {
     fn open(&self) -> Result<Arc<dyn Blocks>> {
-        let mut starts = vec![0];
-        for rows in self.input.count_blocks()? {
+        let (rows, mut starts) = (self.input.count_blocks()?, vec![0]);
+        for rows in &rows {
             starts.push(starts.last().unwrap_or(&0) + rows);
         }
         let keyed = Op::DrawKeys(DrawKeys { seed: self.seed, starts });
         let ops = [self.input.ops(), &[keyed]].concat();
         let input = Compiled::new(self.input.open()?, &ops)?;
         let columns = self.input.compile()?.schema();
-        let parts = block_on(Parts::new(input, None, Arc::new(Drawn)))?;
+        let parts = block_on(Parts::new(input, Sample::Even(rows), Arc::new(Drawn)))?;
         let seed = self.seed.to_le_bytes();
-        let fingerprint = hash([self.input.plan_hash()?.as_bytes(), b"shuffle", &seed]);
-        Ok(Arc::new(PartBlocks { parts, columns, fingerprint }))
+        let plan = hash([self.input.plan_hash()?.as_bytes(), b"shuffle", &seed]);
+        Ok(Arc::new(PartBlocks { parts, columns, plan }))
     }
 
     fn summary(&self) -> String {
@@ -196,8 +199,9 @@ impl Groups {
 #[typetag::serde(name = "groups")]
 impl Source for Groups {
     fn open(&self) -> Result<Arc<dyn Blocks>> {
-        let (made, function) = (self.schema()?, batch_fn::lookup(&self.function)?);
-        let schema = self.input.schema()?;
+        let (schema, function) =
+            (self.input.compile()?.schema(), batch_fn::lookup(&self.function)?);
+        let made = function.columns(&schema)?;
         let keys = self.keys.iter().map(|key| schema.index_of(key));
         let keys = keys.collect::<Result<Vec<_>, _>>()?;
         let parts = ordered(&self.input, OrderBy::of_groups(&schema, &self.keys)?)?;
@@ -230,12 +234,9 @@ fn map_groups(
         let columns: Vec<_> = keys.iter().map(|at| rows.column(*at).clone()).collect();
         let groups = partition(&columns)?.ranges().into_iter();
         let run = |group: Range<usize>| {
-            let rows = rows.slice(group.start, group.len());
-            let batch = meanwhile(|| function.map(&rows))?;
-            same_columns(&batch, &schema)?;
-            Ok::<_, Error>(batch)
+            conform(function.map(&rows.slice(group.start, group.len()))?, &schema)
         };
-        groups.map(run).collect()
+        meanwhile(|| groups.map(run).collect())
     };
     let of_part = Arc::new(of_part);
     block_on(async move {

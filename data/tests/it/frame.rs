@@ -118,6 +118,15 @@ fn unions_in_queries_keep_their_order_and_what_may_be_missing() {
     let first =
         mobula_data::query("SELECT 1 AS a UNION ALL SELECT NULL", [] as [(&str, Dataset); 0]);
     assert_eq!(first.expect("rows").num_rows(), 2);
+    let wide = mobula_data::query("SELECT 1 AS a UNION ALL SELECT 2.5", [] as [(&str, Dataset); 0]);
+    assert_eq!(mobula_data::rows::text(&wide.expect("rows")).expect("text"), [["1.0"], ["2.5"]]);
+    let either =
+        left.limit(3).and_then(|d| d.with_column("w", "CASE WHEN id > 1 THEN 1 ELSE 0.5 END"));
+    let either = either.expect("column");
+    let sorted = either.sort(["w DESC"]).and_then(|d| d.select(["w"])).expect("sort");
+    assert_eq!(rows(&sorted), ["1.0", "0.5", "0.5"]);
+    let queried = either.sql("SELECT CASE WHEN id > 1 THEN 1 ELSE 0.5 END AS w FROM dataset");
+    assert_eq!(rows(&queried.expect("query")), ["0.5", "0.5", "1.0"]);
     let empty = message(left.sort([] as [&str; 0]));
     assert!(empty.contains("the expressions of a sort is none, expected at least one"), "{empty}");
     assert!(message(left.sort(["id LIMIT 3"])).contains("the order of a sort"));
@@ -144,6 +153,16 @@ fn sorts_are_stable() {
     );
     let first = floats.sort(["f DESC NULLS FIRST"]).and_then(|d| d.select(["x"])).expect("sort");
     assert_eq!(rows(&first), ["b", "d", "c", "a"]);
+    // All rows in blocks that nobody looks at first.
+    let late = Dataset::range(2_000_000).and_then(|d| d.filter("id > 1990000")).expect("late");
+    let late = late.sort(["id DESC"]).expect("sort");
+    assert_eq!(ids(&late.limit(2).expect("limit")), [1_999_999, 1_999_998]);
+    assert_eq!(late.count().expect("count"), 9_999);
+    let dictionary = "arrow_cast('v' || (id % 5), 'Dictionary(Int32, Utf8)')";
+    let names = numbered(5000, &[999]).with_column("name", dictionary).expect("names");
+    let by_name = names.sort(["name DESC", "id"]).expect("sort");
+    assert_eq!(by_name.schema().expect("schema"), names.schema().expect("schema"));
+    assert_eq!(rows(&by_name.limit(2).expect("limit")), ["4 v4", "9 v4"]);
     let none = numbered(5, &[5]).filter("id > 9").and_then(|d| d.sort(["id"])).expect("none");
     assert_eq!(none.count().expect("count"), 0);
 }

@@ -24,7 +24,7 @@ pub(crate) struct Convert {
     /// The most rows of a file
     #[arg(long, default_value_t = WriteOptions::default().rows_per_file, value_name = "ROWS")]
     rows_per_file: u64,
-    /// Sort by these columns, such as "day, price DESC"; needs memory for all rows
+    /// Sort by these columns, such as "day, price DESC"; what has no room in memory is put on disk
     #[arg(long, value_name = "COLUMNS")]
     sort_by: Option<String>,
     /// Replace a folder that was written before
@@ -86,7 +86,7 @@ fn sorted(options: &Convert) -> anyhow::Result<Dataset> {
     match &options.sort_by {
         None => Ok(dataset),
         Some(columns) if columns.trim().is_empty() => bail!("--sort-by names no column"),
-        Some(columns) => Ok(dataset.sql(format!("SELECT * FROM dataset ORDER BY {columns}"))?),
+        Some(columns) => Ok(dataset.sort([columns])?),
     }
 }
 
