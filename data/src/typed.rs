@@ -2,9 +2,10 @@
 
 use crate::Dataset;
 use crate::error::{Error, Result};
-use arrow::array::BooleanArray;
-use arrow::compute::filter_record_batch;
-use arrow::datatypes::{FieldRef, Schema};
+use arrow::array::{ArrayRef, BooleanArray, RecordBatchOptions};
+use arrow::compute::{CastOptions, cast_with_options, filter_record_batch};
+use arrow::datatypes::{DataType, FieldRef, Schema};
+use arrow::error::ArrowError;
 use arrow::record_batch::RecordBatch;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -12,7 +13,7 @@ use serde_arrow::schema::{SchemaLike, TracingOptions};
 use std::sync::Arc;
 
 /// Rows as values of a serde type: a struct with a field a column. Columns that it has no field for
-/// are passed over.
+/// are passed over; numbers are converted, if the field's type has them, and never cut off.
 ///
 /// ```
 /// use mobula_data::{CsvOptions, Dataset};
@@ -143,7 +144,51 @@ fn to_batch<U: Serialize>(fields: &[FieldRef], rows: &Vec<U>) -> Result<RecordBa
 }
 
 fn from_batch<T: DeserializeOwned>(batch: &RecordBatch) -> Result<Vec<T>> {
-    serde_arrow::from_record_batch(batch).map_err(misfit::<T>)
+    // Types that cannot be traced get the columns as they are.
+    let batch = match fields::<T>() {
+        Ok(fields) => converted::<T>(batch, &fields)?,
+        Err(_) => batch.clone(),
+    };
+    serde_arrow::from_record_batch(&batch).map_err(misfit::<T>)
+}
+
+/// The columns in the types that the fields of a row have, where that changes no value: a whole number
+/// that does not fit is an error.
+fn converted<T>(batch: &RecordBatch, wanted: &[FieldRef]) -> Result<RecordBatch> {
+    let (schema, options) = (batch.schema(), CastOptions { safe: false, ..CastOptions::default() });
+    let column = |(column, field): (&ArrayRef, &FieldRef)| {
+        let wanted = wanted.iter().find(|wanted| wanted.name() == field.name());
+        match wanted.map(|wanted| wanted.data_type()) {
+            Some(to) if to != column.data_type() && converts(column.data_type(), to) => {
+                cast_with_options(column, to, &options)
+            }
+            _ => Ok(column.clone()),
+        }
+    };
+    let columns = batch.columns().iter().zip(schema.fields()).map(column);
+    let misfit = |error: ArrowError| Error::Rows {
+        kind: std::any::type_name::<T>(),
+        source: error.to_string().into(),
+    };
+    let columns = columns.collect::<Result<Vec<_>, _>>().map_err(misfit)?;
+    let fields = columns.iter().zip(schema.fields());
+    let fields = fields
+        .map(|(column, field)| field.as_ref().clone().with_data_type(column.data_type().clone()));
+    let schema = Arc::new(Schema::new(fields.collect::<Vec<_>>()));
+    let options = RecordBatchOptions::new().with_row_count(Some(batch.num_rows()));
+    Ok(RecordBatch::try_new_with_options(schema, columns, &options)?)
+}
+
+fn converts(from: &DataType, to: &DataType) -> bool {
+    match from {
+        DataType::Dictionary(_, values) => values.as_ref() == to || converts(values, to),
+        DataType::Decimal32(..) | DataType::Decimal64(..) | DataType::Decimal128(..) => {
+            to.is_floating()
+        }
+        from if from.is_integer() => to.is_integer() || to.is_floating(),
+        from if from.is_floating() => to.is_floating(),
+        from => from.is_string() && to.is_string(),
+    }
 }
 
 fn misfit<T>(error: serde_arrow::Error) -> Error {

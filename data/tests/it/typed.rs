@@ -80,6 +80,15 @@ fn rows_of_another_shape_are_errors() {
     let large = dataset.with_column("id", "id + 254").expect("large");
     let text = message(large.fold(0, |sum, row: Small| sum + u64::from(row.id)));
     assert!(text.contains("Small"), "{text}");
+    #[derive(Debug, PartialEq, Serialize, Deserialize)]
+    struct Wide {
+        id: Option<f64>,
+    }
+    let wide: Vec<Wide> = dataset.rows().expect("rows").collect::<Result<_, _>>().expect("rows");
+    assert_eq!(wide[2], Wide { id: Some(2.0) });
+    let halves = dataset.with_column("id", "id + 0.5").expect("halves");
+    let text = message(halves.rows::<Id>().expect("lazy").collect::<Result<Vec<_>, _>>());
+    assert!(text.contains("Id"), "no fraction is cut off: {text}");
     let text = message(Dataset::from_rows([BTreeMap::from([("a".to_owned(), 1)])]));
     assert!(text.contains("rows of"), "{text}");
     let kinds = [(Kind::Near, 1), (Kind::Far, 2)].map(|(kind, id)| Kinds { kind, id });
