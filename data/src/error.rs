@@ -376,7 +376,14 @@ fn recover(
         Engine::SchemaError(inner, backtrace) => match *inner {
             SchemaError::FieldNotFound { field, valid_fields } => Ok(Error::NoSuchColumn {
                 column: field.name().to_owned(),
-                available: valid_fields.iter().map(|f| f.name().to_owned()).collect(),
+                // A sort knows those of its input and those that it gives.
+                available: {
+                    let mut names: Vec<_> =
+                        valid_fields.iter().map(|field| field.name().to_owned()).collect();
+                    let mut seen = std::collections::HashSet::new();
+                    names.retain(|name| seen.insert(name.clone()));
+                    names
+                },
             }),
             inner => Err(Engine::SchemaError(Box::new(inner), backtrace)),
         },

@@ -129,6 +129,8 @@ fn unions_in_queries_keep_their_order_and_what_may_be_missing() {
     assert_eq!(rows(&queried.expect("query")), ["0.5", "0.5", "1.0"]);
     let empty = message(left.sort([] as [&str; 0]));
     assert!(empty.contains("the expressions of a sort is none, expected at least one"), "{empty}");
+    let unknown = message(left.sort(["ids DESC"]));
+    assert_eq!(unknown, "there is no column \"ids\"; available: id");
     assert!(message(left.sort(["id LIMIT 3"])).contains("the order of a sort"));
     assert!(message(left.sort(["random()"])).contains("random()"));
 }
