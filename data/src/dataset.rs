@@ -28,7 +28,7 @@ use std::sync::{Arc, OnceLock};
 /// Operations work row by row and keep the order of the source, but for those that say otherwise.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Dataset {
-    #[serde(with = "shared")]
+    #[serde(with = "crate::shared")]
     source: Arc<dyn Source>,
     ops: Vec<Op>,
     /// Shared by everything derived from the same source.
@@ -401,23 +401,4 @@ pub(crate) fn fold_blocks<T: Send + 'static, A: Send + 'static>(
         }
         Ok(all)
     })
-}
-
-/// A shared description is written as one of its own: sharing saves copies, and means nothing.
-mod shared {
-    use super::{Arc, Source};
-    use serde::{Deserialize, Deserializer, Serialize, Serializer};
-
-    pub(super) fn serialize<S: Serializer>(
-        source: &Arc<dyn Source>,
-        serializer: S,
-    ) -> Result<S::Ok, S::Error> {
-        source.as_ref().serialize(serializer)
-    }
-
-    pub(super) fn deserialize<'de, D: Deserializer<'de>>(
-        deserializer: D,
-    ) -> Result<Arc<dyn Source>, D::Error> {
-        Ok(Box::<dyn Source>::deserialize(deserializer)?.into())
-    }
 }

@@ -221,7 +221,7 @@ async fn cuts(input: &Compiled, sample: Compiled, keys: Arc<dyn Keys>) -> Result
     let look = |block| {
         let (sample, keys) = (sample.clone(), keys.clone());
         tokio::spawn(async move {
-            let rows = concat_batches(&sample.schema(), &sample.execute(block).await?)?;
+            let rows = sample.whole(block).await?;
             let all = Placed::new(keys.as_ref())?.of(keys.as_ref(), &rows, place(block))?;
             let some = spread(rows.num_rows(), most).map(|row| all.row(row).owned());
             Ok(Looked { block, rows: rows.num_rows() as u64, keys: some.collect() })

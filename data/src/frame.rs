@@ -77,8 +77,8 @@ impl Dataset {
         Ok(Self::unopened(Query { inputs, query }).with_schema(schema))
     }
 
-    /// Pairs rows whose columns `on` are the same, in both under one name. Missing values are the
-    /// same as nothing. All other columns must differ in name: see [`rename`](Self::rename).
+    /// Pairs rows whose columns `on` are the same, in both under one name. A missing value
+    /// has no partner. All other columns must differ in name: see [`rename`](Self::rename).
     pub fn join<S: AsRef<str>>(
         &self,
         other: &Self,

@@ -48,6 +48,7 @@ pub mod rows;
 mod runtime;
 mod scan;
 mod session;
+mod shared;
 mod sink;
 mod source;
 mod spill;

@@ -109,12 +109,8 @@ impl Dataset {
         block: &BlockRef,
     ) -> Result<(RecordBatch, Vec<u8>)> {
         let at = block.partition;
-        let again = {
-            let compiled = compiled.clone();
-            block_on(async move {
-                Ok(concat_batches(&compiled.schema(), &compiled.execute(at).await?)?)
-            })?
-        };
+        let plan = compiled.clone();
+        let again = block_on(async move { plan.whole(at).await })?;
         let bytes = encode(&again)?;
         if content_hash(&bytes) == block.hash {
             return Ok((again, bytes));

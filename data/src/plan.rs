@@ -16,6 +16,7 @@ use crate::scan::{MapStream, SourceTable};
 use crate::session::{Mode, new_session, session};
 use crate::source::OpenSource;
 use crate::store::BlockStore;
+use arrow::compute::concat_batches;
 use arrow::datatypes::{DataType, SchemaRef};
 use arrow::record_batch::RecordBatch;
 use datafusion::catalog::streaming::StreamingTable;
@@ -110,6 +111,11 @@ impl Compiled {
     /// The rows of one block, in order. Runs on the crate's threads.
     pub(crate) async fn execute(&self, block: usize) -> Result<Vec<RecordBatch>> {
         self.stream(block)?.try_collect().await.map_err(Error::engine("read rows"))
+    }
+
+    /// The same as one batch.
+    pub(crate) async fn whole(&self, block: usize) -> Result<RecordBatch> {
+        Ok(concat_batches(&self.schema(), &self.execute(block).await?)?)
     }
 
     /// The same, a batch at a time.

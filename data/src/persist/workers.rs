@@ -5,7 +5,7 @@ use crate::Dataset;
 use crate::error::{Error, Result};
 use crate::plan::Compiled;
 use crate::runtime::block_on;
-use arrow::compute::concat_batches;
+use arrow::record_batch::RecordBatch;
 use mobula_core::{ActorOptions, ActorPoolOptions, ObjectRef, Runtime};
 use std::collections::VecDeque;
 use std::path::PathBuf;
@@ -106,10 +106,8 @@ impl BlockWorker {
 }
 
 impl BlockWorker {
-    fn rows(&self, block: usize) -> Result<arrow::record_batch::RecordBatch> {
+    fn rows(&self, block: usize) -> Result<RecordBatch> {
         let compiled = self.compiled.clone();
-        block_on(
-            async move { Ok(concat_batches(&compiled.schema(), &compiled.execute(block).await?)?) },
-        )
+        block_on(async move { compiled.whole(block).await })
     }
 }

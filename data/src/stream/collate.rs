@@ -99,31 +99,12 @@ impl Draws {
 
 /// A [`Collate`] as part of a description.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub(super) struct Collation(#[serde(with = "shared")] pub(super) Arc<dyn Collate>);
+pub(super) struct Collation(#[serde(with = "crate::shared")] pub(super) Arc<dyn Collate>);
 
 impl PartialEq for Collation {
     fn eq(&self, other: &Self) -> bool {
         let text = |of: &Self| serde_json::to_string(of).ok();
         text(self) == text(other)
-    }
-}
-
-mod shared {
-    use super::Collate;
-    use serde::{Deserialize, Deserializer, Serialize, Serializer};
-    use std::sync::Arc;
-
-    pub(super) fn serialize<S: Serializer>(
-        of: &Arc<dyn Collate>,
-        to: S,
-    ) -> Result<S::Ok, S::Error> {
-        of.as_ref().serialize(to)
-    }
-
-    pub(super) fn deserialize<'de, D: Deserializer<'de>>(
-        from: D,
-    ) -> Result<Arc<dyn Collate>, D::Error> {
-        Ok(Box::<dyn Collate>::deserialize(from)?.into())
     }
 }
 

@@ -34,6 +34,15 @@ fn large() -> Dataset {
         .expect("rows")
 }
 
+fn epoch_rows(dataset: &Dataset, options: StreamOptions) -> usize {
+    let stream = dataset.stream(options).expect("stream").open(Shard::ALL);
+    let (mut stream, mut rows) = (stream.expect("open"), 0);
+    while let Some(batch) = stream.next_batch().expect("batch") {
+        rows += batch.rows();
+    }
+    rows
+}
+
 fn sorted() -> mobula_data::Result<()> {
     let shuffled = large().random_shuffle(1)?;
     let rows = shuffled.sort(["text DESC", "id DESC"])?.limit(3)?;
@@ -85,12 +94,7 @@ fn child_keeps() {
     assert_eq!(groups.count().expect("count"), 2_000_000);
     assert_eq!(ids(&groups.limit(3).expect("limit")), [0, 1, 2]);
     let options = StreamOptions::unlabelled(["id"]).with_batch_size(1024).with_shuffle(1);
-    let mut stream = kept.stream(options).expect("stream").open(Shard::ALL).expect("open");
-    let mut rows = 0;
-    while let Some(batch) = stream.next_batch().expect("batch") {
-        rows += batch.rows();
-    }
-    assert_eq!(rows, 2_000_000);
+    assert_eq!(epoch_rows(&kept, options), 2_000_000);
 }
 
 #[test]
@@ -103,12 +107,7 @@ fn child_streams() {
         let options = StreamOptions::unlabelled(["id"]).with_batch_size(512);
         let options = shuffle.into_iter().fold(options, StreamOptions::with_shuffle);
         let all = numbered(20_000, &[100]);
-        let mut stream = all.stream(options).expect("stream").open(Shard::ALL).expect("open");
-        let mut rows = 0;
-        while let Some(batch) = stream.next_batch().expect("batch") {
-            rows += batch.rows();
-        }
-        assert_eq!(rows, 20_000);
+        assert_eq!(epoch_rows(&all, options), 20_000);
     }
 }
 
