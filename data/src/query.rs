@@ -123,10 +123,9 @@ fn run(sql: &str, tables: &[(TableReference, Dataset)], mode: Mode) -> Result<Re
 /// A dataset as a table. The engine reads Parquet files itself, as it knows which of their pages a
 /// query needs.
 fn provider(dataset: &Dataset, mode: Mode) -> Result<Arc<dyn TableProvider>> {
+    let ours = || Ok(Arc::new(plan::table(dataset, mode.partitions())?) as _);
     let files = dataset.source().parquet_files().filter(|_| dataset.ops().is_empty());
-    let Some(files) = files else {
-        return Ok(Arc::new(plan::table(dataset, mode.partitions())?));
-    };
+    let Some(files) = files else { return ours() };
     let failed = Error::engine("read Parquet files");
     let url = |path: &PathBuf| {
         let url =
@@ -134,6 +133,10 @@ fn provider(dataset: &Dataset, mode: Mode) -> Result<Arc<dyn TableProvider>> {
         ListingTableUrl::try_new(url, None).map_err(&failed)
     };
     let urls = files.iter().map(url).collect::<Result<Vec<_>>>()?;
+    // The engine would read them by name.
+    if mode != Mode::Parallel && !urls.is_sorted_by_key(|url| url.prefix()) {
+        return ours();
+    }
     let options = ListingOptions::new(Arc::new(ParquetFormat::default())).with_file_extension("");
     let config = ListingTableConfig::new_with_multi_paths(urls)
         .with_listing_options(options)

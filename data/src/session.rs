@@ -89,6 +89,8 @@ fn config() -> SessionConfig {
         // One partition of a query's result is one order of its rows.
         .with_target_partitions(1)
         .with_round_robin_repartition(off)
+        // Files are listed in their order: of those listed first a limit chooses.
+        .set_usize("datafusion.execution.meta_fetch_concurrency", 1)
         .set_bool("datafusion.execution.enable_file_stream_work_stealing", off)
         .set_bool("datafusion.optimizer.enable_dynamic_filter_pushdown", off)
         .set_bool("datafusion.sql_parser.map_string_types_to_utf8view", off)

@@ -1,11 +1,11 @@
 //! Files: whole, damaged, missing.
 
-use crate::{batch, digits, example, message};
-use arrow::array::{Array, ArrayRef, AsArray, Float32Array, Int32Array, StringArray};
+use crate::{batch, digits, example, ids, message};
+use arrow::array::{Array, ArrayRef, AsArray, Float32Array, Int32Array, Int64Array, StringArray};
 use arrow::datatypes::{DataType, Float64Type, UInt8Type};
 use flate2::Compression;
 use flate2::write::GzEncoder;
-use mobula_data::{CsvOptions, Dataset, ParquetOptions};
+use mobula_data::{CsvOptions, Dataset, ParquetOptions, query};
 use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -127,6 +127,26 @@ fn write_parquet(path: &Path, rows: &arrow::record_batch::RecordBatch) {
     let mut writer = ArrowWriter::try_new(file, rows.schema(), None).expect("writer");
     writer.write(rows).expect("write");
     writer.close().expect("close");
+}
+
+#[test]
+fn a_query_without_order_has_that_of_the_files() {
+    let dir = tempfile::tempdir().expect("folder");
+    for id in 0..400_i64 {
+        // By name `2-` comes before `2/`, as a path after.
+        let folder = dir.path().join(format!("{}{}", id / 8, if id % 8 < 4 { "" } else { "-" }));
+        fs::create_dir_all(&folder).expect("folder");
+        let path = folder.join(format!("{id}.parquet"));
+        write_parquet(&path, &batch([("id", Arc::new(Int64Array::from(vec![id])) as _)]));
+    }
+    let files = dir.path().join("*/*.parquet");
+    let files = Dataset::read_parquet(files.to_str().expect("UTF-8")).expect("dataset");
+    let expected = ids(&files);
+    for rows in [1, 7, 400] {
+        let few = query(&format!("SELECT id FROM t LIMIT {rows}"), [("t", files.clone())]);
+        let few = Dataset::from_batches([few.expect("query")]).expect("dataset");
+        assert_eq!(ids(&few), expected[..rows], "{rows}");
+    }
 }
 
 #[test]
