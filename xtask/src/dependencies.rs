@@ -38,13 +38,20 @@ type Duplicate = (&'static str, &'static [&'static str], &'static str);
 /// The crates, their release series, and who holds the odd ones out.
 const DUPLICATES: &[Duplicate] = &[
     ("base64", &["0.13", "0.22", "0.23"], "tokenizers (candle), tonic, arrow"),
+    ("block-buffer", &["0.10", "0.12"], "follows digest"),
     ("comfy-table", &["7", "8"], "7 is arrow's pretty printer"),
+    ("crypto-common", &["0.1", "0.2"], "follows digest"),
+    ("digest", &["0.10", "0.11"], "object_store is on 0.10, postgres-protocol on 0.11"),
+    ("fallible-iterator", &["0.2", "0.3"], "postgres-protocol is on 0.2, rusqlite on 0.3"),
     ("foldhash", &["0.1", "0.2"], "follows hashbrown"),
-    ("getrandom", &["0.3", "0.4"], "ahash and rand 0.9 are on 0.3"),
+    ("getrandom", &["0.2", "0.3", "0.4"], "ring is on 0.2, ahash and rand 0.9 on 0.3"),
     ("hashbrown", &["0.14", "0.15", "0.16", "0.17"], "dashmap, petgraph, safetensors, arrow"),
     ("itertools", &["0.14", "0.15"], "tokenizers (candle) and object_store are on 0.14"),
+    ("md-5", &["0.10", "0.11"], "follows digest"),
     ("miniz_oxide", &["0.8", "0.9"], "png is on 0.8"),
     ("num-bigint", &["0.4", "0.5"], "bigdecimal (DataFusion) is on 0.4"),
+    ("phf", &["0.12", "0.13"], "chrono-tz is on 0.12, tokio-postgres on 0.13"),
+    ("phf_shared", &["0.12", "0.13"], "follows phf"),
     ("rand", &["0.9", "0.10"], "candle and DataFusion are on 0.9"),
     ("rand_core", &["0.9", "0.10"], "follows rand"),
     ("syn", &["2", "3"], "the derive macros are half way from 2 to 3"),
@@ -192,6 +199,8 @@ mod tests {
     #[test]
     fn acceptance_that_is_no_longer_needed_must_go() {
         let accepted: &[Duplicate] = &[
+            ("phf", &["0.12", "0.13"], "chrono-tz is on 0.12, tokio-postgres on 0.13"),
+            ("phf_shared", &["0.12", "0.13"], "follows phf"),
             ("rand", &["0.9", "0.10"], ""),
             ("serde", &["1", "2"], ""),
             ("gone", &["1", "2"], ""),

@@ -3,13 +3,21 @@
 use crate::command;
 use anyhow::{Result, ensure};
 
-/// The facade's features: one a layer, and `tls`. `cuda` needs its toolkit and is left to machines
-/// with one.
-const FEATURES: &[&str] = &["", "data", "serve", "train", "tune", "tls"];
+/// The facade's features: one a layer, `tls`, and where data may lie. `cuda` needs its toolkit and is
+/// left to machines with one.
+const FEATURES: &[&str] =
+    &["", "data", "data,cloud", "data,postgres", "data,sqlite", "serve", "train", "tune", "tls"];
 
-/// Crates that belong to one feature only, by the start of their names.
-const HEAVY: &[(&str, &str)] =
-    &[("datafusion", "data"), ("parquet", "data"), ("axum", "serve"), ("rustls", "tls")];
+/// Crates that belong to some features only, by the start of their names.
+const HEAVY: &[(&str, &[&str])] = &[
+    ("axum", &["serve"]),
+    ("datafusion", &["data"]),
+    ("parquet", &["data"]),
+    ("reqwest", &["cloud"]),
+    ("rusqlite", &["sqlite"]),
+    ("rustls", &["tls", "cloud"]),
+    ("tokio-postgres", &["postgres"]),
+];
 
 pub(crate) fn check() -> Result<String> {
     for feature in FEATURES {
@@ -28,9 +36,10 @@ pub(crate) fn check() -> Result<String> {
     Ok(format!("{} combinations", FEATURES.len()))
 }
 
-/// The heavy crates in `tree` that `feature` has no business to compile.
-fn uninvited<'a>(tree: &'a str, feature: &str) -> Vec<&'a str> {
-    let foreign: Vec<_> = HEAVY.iter().filter(|(_, owner)| *owner != feature).collect();
+/// The heavy crates in `tree` that `features` have no business to compile.
+fn uninvited<'a>(tree: &'a str, features: &str) -> Vec<&'a str> {
+    let invited = |owners: &[&str]| features.split(',').any(|feature| owners.contains(&feature));
+    let foreign: Vec<_> = HEAVY.iter().filter(|(_, owners)| !invited(owners)).collect();
     let names = tree.lines().filter_map(|line| line.split_whitespace().next());
     let mut found: Vec<_> =
         names.filter(|name| foreign.iter().any(|(start, _)| name.starts_with(start))).collect();
@@ -47,6 +56,6 @@ mod tests {
     fn only_their_own_feature_may_compile_heavy_crates() {
         let tree = "mobula v0.1.0\ndatafusion-expr v55.2.0\ndatafusion v55.2.0\ndatafusion v55.2.0 (*)\nserde v1.0.0";
         assert_eq!(uninvited(tree, "train"), ["datafusion", "datafusion-expr"]);
-        assert_eq!(uninvited(tree, "data"), Vec::<&str>::new());
+        assert_eq!(uninvited(tree, "cloud,data"), Vec::<&str>::new());
     }
 }
