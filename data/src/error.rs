@@ -20,6 +20,18 @@ pub enum Error {
         /// The pattern, made absolute.
         pattern: PathBuf,
     },
+    /// What an object store did not do.
+    #[error("cannot {action} {url}: {source}{hint}")]
+    ObjectStore {
+        /// What was attempted.
+        action: &'static str,
+        /// The object.
+        url: String,
+        /// What the store said, or the way to it.
+        source: BoxError,
+        /// Where its address and credentials come from.
+        hint: &'static str,
+    },
     /// A file whose content is not what its format says.
     #[error("{} is not a valid {format} file: {reason}", path.display())]
     Corrupt {

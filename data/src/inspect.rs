@@ -2,6 +2,7 @@
 
 use crate::Dataset;
 use crate::error::{Error, Result};
+use crate::source::file::Stamped;
 use arrow::array::{Array, ArrayRef};
 use arrow::datatypes::Field;
 use arrow::record_batch::RecordBatch;
@@ -84,7 +85,7 @@ pub fn inspect(path: impl AsRef<Path>) -> Result<FileInfo> {
     let (schema, rows) = (dataset.schema()?, dataset.count()?);
     let format = path.extension().unwrap_or_default().to_string_lossy().to_lowercase();
     let mut info = FileInfo {
-        bytes: std::fs::metadata(&path).map(|data| data.len()).unwrap_or_default(),
+        bytes: Stamped::new(&path)?.length,
         memory_bytes: memory(&dataset.head(SAMPLE_ROWS)?, rows),
         columns: schema.fields().iter().map(|field| ColumnInfo::of(field)).collect(),
         row_groups: Vec::new(),

@@ -43,6 +43,7 @@ mod plan;
 mod preprocess;
 mod query;
 mod read;
+mod remote;
 mod resample;
 pub mod rows;
 mod runtime;

@@ -3,6 +3,7 @@
 use crate::Dataset;
 use crate::error::{Error, Result};
 use crate::plan::{self, read_only};
+use crate::remote;
 use crate::runtime::block_on;
 use crate::session::{Mode, new_session};
 use crate::store::relabel;
@@ -20,6 +21,7 @@ use datafusion::datasource::listing::{
 use datafusion::logical_expr::LogicalPlan;
 use datafusion::physical_plan::collect;
 use datafusion::prelude::SessionContext;
+use mobula_core::error::AtPath;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -104,7 +106,7 @@ fn mode(sql: &str, tables: &[(TableReference, Dataset)]) -> Result<Mode> {
 fn run(sql: &str, tables: &[(TableReference, Dataset)], mode: Mode) -> Result<RecordBatch> {
     let session = new_session(mode)?;
     for (name, dataset) in tables {
-        let table = provider(dataset, mode)?;
+        let table = provider(dataset, mode, &session)?;
         session.register_table(name.clone(), table).map_err(Error::sql(sql))?;
     }
     let sql = sql.to_owned();
@@ -122,17 +124,25 @@ fn run(sql: &str, tables: &[(TableReference, Dataset)], mode: Mode) -> Result<Re
 
 /// A dataset as a table. The engine reads Parquet files itself, as it knows which of their pages a
 /// query needs.
-fn provider(dataset: &Dataset, mode: Mode) -> Result<Arc<dyn TableProvider>> {
+fn provider(
+    dataset: &Dataset,
+    mode: Mode,
+    session: &SessionContext,
+) -> Result<Arc<dyn TableProvider>> {
     let ours = || Ok(Arc::new(plan::table(dataset, mode.partitions())?) as _);
     let files = dataset.source().parquet_files().filter(|_| dataset.ops().is_empty());
     let Some(files) = files else { return ours() };
     let failed = Error::engine("read Parquet files");
     let url = |path: &PathBuf| {
-        let url =
-            Url::from_file_path(path).map_err(|()| Error::NoFiles { pattern: path.clone() })?;
-        ListingTableUrl::try_new(url, None).map_err(&failed)
+        let url = match remote::is_url(path) {
+            true => remote::register(path, session)?,
+            // The engine knows no `..`.
+            false => Url::from_file_path(path.canonicalize().at("resolve", path)?).ok(),
+        };
+        url.map(|url| ListingTableUrl::try_new(url, None).map_err(&failed)).transpose()
     };
-    let urls = files.iter().map(url).collect::<Result<Vec<_>>>()?;
+    let urls = files.iter().map(url).collect::<Result<Option<Vec<_>>>>()?;
+    let Some(urls) = urls else { return ours() };
     // The engine would read them by name.
     if mode != Mode::Parallel && !urls.is_sorted_by_key(|url| url.prefix()) {
         return ours();

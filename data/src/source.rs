@@ -4,7 +4,7 @@
 //! what splits and shuffles are functions of.
 
 pub(crate) mod csv;
-mod file;
+pub(crate) mod file;
 pub(crate) mod idx;
 pub(crate) mod ipc;
 pub(crate) mod json;

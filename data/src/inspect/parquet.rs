@@ -1,27 +1,21 @@
 //! What the footer of a Parquet file says.
 
 use super::{ColumnInfo, FileInfo, RowGroupInfo};
-use crate::error::{Error, Result};
+use crate::error::Result;
+use crate::source::file::Stamped;
+use crate::source::parquet::footer;
 use arrow::array::{Array, ArrayRef};
 use datafusion::common::ScalarValue;
+use datafusion::parquet::arrow::arrow_reader::ArrowReaderMetadata;
 use datafusion::parquet::arrow::arrow_reader::statistics::StatisticsConverter;
-use datafusion::parquet::arrow::arrow_reader::{ArrowReaderMetadata, ArrowReaderOptions};
 use datafusion::parquet::file::metadata::{ColumnChunkMetaData, RowGroupMetaData};
-use mobula_core::error::AtPath;
 use serde_json::Value;
 use std::cmp::Ordering;
 use std::fmt::Display;
-use std::fs::File;
 
 /// Adds it to what is known of the file.
 pub(super) fn add(info: &mut FileInfo) -> Result<()> {
-    let corrupt = |error: datafusion::parquet::errors::ParquetError| Error::Corrupt {
-        path: info.path.clone(),
-        format: "Parquet",
-        reason: error.to_string(),
-    };
-    let file = File::open(&info.path).at("open", &info.path)?;
-    let footer = ArrowReaderMetadata::load(&file, ArrowReaderOptions::new()).map_err(corrupt)?;
+    let (footer, _) = footer::read(&Stamped::new(&info.path)?)?;
     let groups = footer.metadata().row_groups();
     info.row_groups = groups.iter().map(row_group).collect();
     for (index, column) in info.columns.iter_mut().enumerate() {

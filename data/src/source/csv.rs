@@ -77,7 +77,7 @@ impl Source for Csv {
         let (mut schema, mut files) = (None, Vec::new());
         for path in &self.files {
             let file = Pieces::open(path, FORMAT)?;
-            let (found, spans) = scan(&file, &format, &self.options)?;
+            let (found, spans) = file.blame(scan(&file, &format, &self.options))?;
             schema = Some(match schema {
                 None => found,
                 Some(known) => widen(&known, &found, path)?,

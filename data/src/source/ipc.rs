@@ -1,15 +1,15 @@
 //! Arrow IPC files, which Feather (version 2) files are too: a block is a record batch.
 
-use super::file::Stamped;
+use super::file::{Opened, Stamped, each};
 use super::{BatchIter, Blocks, Source, columns, hash};
 use crate::error::{Error, Result};
+use crate::remote::is_url;
 use arrow::array::{RecordBatch, RecordBatchOptions};
 use arrow::datatypes::{Schema, SchemaRef};
 use arrow::error::ArrowError;
 use arrow::ipc::reader::{FileReader, read_footer_length};
 use arrow::ipc::{Block, root_as_footer, root_as_message};
 use serde::{Deserialize, Serialize};
-use std::fs::File;
 use std::io::{BufReader, Read, Seek, SeekFrom};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
@@ -27,8 +27,7 @@ pub(crate) struct Ipc {
 #[typetag::serde(name = "ipc")]
 impl Source for Ipc {
     fn open(&self) -> Result<Arc<dyn Blocks>> {
-        let files =
-            self.files.iter().map(|path| IpcFile::open(path)).collect::<Result<Vec<_>>>()?;
+        let files = each(&self.files, |path| is_url(path), |path| IpcFile::open(path))?;
         let first = files.first().ok_or(Error::Empty { after: "" })?;
         let schema = first.schema.clone();
         files.iter().try_for_each(|file| file.must_have(&schema))?;
@@ -87,10 +86,13 @@ struct IpcFile {
 
 impl IpcFile {
     fn open(path: &Path) -> Result<Self> {
-        let (stamped, mut file) = Stamped::new(path)?;
-        let rows = batch_rows(&mut file, stamped.length).map_err(|why| corrupt(path, why))?;
+        let stamped = Stamped::new(path)?;
+        let mut file = stamped.open()?;
+        let rows = batch_rows(&mut file, stamped.length).map_err(|why| corrupt(path, why));
+        let rows = stamped.blame(rows)?;
         let schema =
-            guarded(path, || Ok(FileReader::try_new(BufReader::new(file), None)?.schema()))?;
+            guarded(path, || Ok(FileReader::try_new(BufReader::new(file), None)?.schema()));
+        let schema = stamped.blame(schema)?;
         // Without the metadata that writers add.
         let schema = Arc::new(Schema::new(schema.fields().clone()));
         Ok(Self { stamped, schema, rows })
@@ -110,7 +112,8 @@ impl IpcFile {
             let mut reader = FileReader::try_new(file, Some(projection.to_vec()))?;
             reader.set_index(batch)?;
             reader.next().transpose()
-        })?;
+        });
+        let rows = self.stamped.blame(rows)?;
         let schema = Arc::new(self.schema.project(projection)?);
         // `with_schema` would insist on the metadata.
         let rows = rows.map(|rows| {
@@ -122,7 +125,7 @@ impl IpcFile {
 }
 
 /// Rows of each record batch, out of the heads of the batches.
-fn batch_rows(file: &mut File, length: u64) -> Result<Vec<u64>, String> {
+fn batch_rows(file: &mut Opened, length: u64) -> Result<Vec<u64>, String> {
     let mut magic = [0; 6];
     file.read_exact(&mut magic).map_err(text)?;
     if magic.starts_with(FEATHER_1) {
@@ -159,7 +162,7 @@ fn extent(block: &Block, end: u64) -> Result<(u64, usize), String> {
     }
 }
 
-fn rows_of(file: &mut File, block: &Block, end: u64) -> Result<u64, String> {
+fn rows_of(file: &mut Opened, block: &Block, end: u64) -> Result<u64, String> {
     let (start, head) = extent(block, end)?;
     let mut bytes = vec![0; head];
     read_at(file, start, &mut bytes)?;
@@ -179,7 +182,7 @@ fn guarded<T>(path: &Path, read: impl FnOnce() -> Result<T, ArrowError>) -> Resu
     }
 }
 
-fn read_at(file: &mut File, start: u64, bytes: &mut [u8]) -> Result<(), String> {
+fn read_at(file: &mut Opened, start: u64, bytes: &mut [u8]) -> Result<(), String> {
     file.seek(SeekFrom::Start(start)).and_then(|_| file.read_exact(bytes)).map_err(text)
 }
 

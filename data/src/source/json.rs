@@ -30,7 +30,8 @@ impl Source for Json {
         let (mut kind, mut files) = (Kind::Unknown, Vec::new());
         for path in &self.files {
             let file = Pieces::open(path, FORMAT)?;
-            let spans = cut_lines(&file, |number, line| add(&mut kind, path, number, line))?;
+            let spans = cut_lines(&file, |number, line| add(&mut kind, path, number, line));
+            let spans = file.blame(spans)?;
             files.push((file, spans));
         }
         let DataType::Struct(fields) = kind.data_type() else {

@@ -12,11 +12,8 @@ use arrow::array::RecordBatchOptions;
 use arrow::datatypes::{Field, Schema, SchemaRef};
 use arrow::record_batch::RecordBatch;
 use header::Header;
-use mobula_core::error::AtPath;
 use serde::{Deserialize, Serialize};
 use std::fmt::Display;
-use std::fs::File;
-use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -98,8 +95,9 @@ struct NpyFile {
 
 impl NpyFile {
     fn open(path: &Path) -> Result<Self> {
-        let (stamped, mut file) = Stamped::new(path)?;
-        let header = Header::read(&mut file).map_err(|reason| corrupt(path, reason))?;
+        let stamped = Stamped::new(path)?;
+        let header = Header::read(&mut stamped.open()?).map_err(|reason| corrupt(path, reason));
+        let header = stamped.blame(header)?;
         let expected = header.start + (header.rows * header.row_bytes()) as u64;
         if stamped.length != expected {
             let got = stamped.length;
@@ -132,17 +130,9 @@ impl NpyFile {
     fn read(&self, start: usize, rows: usize) -> Result<arrow::array::ArrayRef> {
         let row_bytes = self.header.row_bytes();
         let at = self.header.start + (start * row_bytes) as u64;
-        let bytes = read_at(self.stamped.open()?, at, rows * row_bytes);
-        let bytes = bytes.at("read", &self.stamped.path)?;
-        self.header.array(bytes, rows)
+        let bytes = self.stamped.read_one(at..at + (rows * row_bytes) as u64)?;
+        self.header.array(bytes.into(), rows)
     }
-}
-
-fn read_at(mut file: File, start: u64, length: usize) -> std::io::Result<Vec<u8>> {
-    let mut bytes = vec![0; length];
-    file.seek(SeekFrom::Start(start))?;
-    file.read_exact(&mut bytes)?;
-    Ok(bytes)
 }
 
 fn corrupt(path: &Path, reason: impl Display) -> Error {

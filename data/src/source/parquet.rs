@@ -1,23 +1,27 @@
 //! Parquet files: a block is a row group.
 
+mod chunks;
+pub(crate) mod footer;
 mod unified;
 
-use super::file::Stamped;
+use super::file::{Opened, Stamped, each};
 use super::{BatchIter, Blocks, Source, columns, hash};
 use crate::error::{Error, Result};
+use crate::remote::is_url;
 use crate::runtime::{block_on, joined, threads};
 use arrow::datatypes::{DECIMAL64_MAX_PRECISION, DataType, Schema, SchemaRef};
 use arrow::record_batch::RecordBatch;
+use chunks::Chunks;
 use datafusion::parquet::arrow::ProjectionMask;
 use datafusion::parquet::arrow::arrow_reader::{
-    ArrowReaderMetadata, ArrowReaderOptions, ParquetRecordBatchReaderBuilder,
+    ArrowReaderMetadata, ArrowReaderOptions, ParquetRecordBatchReader,
+    ParquetRecordBatchReaderBuilder,
 };
+use datafusion::parquet::errors::Result as ParquetResult;
+use datafusion::parquet::file::reader::ChunkReader;
 use futures::{FutureExt, StreamExt, TryStreamExt, stream};
-use mobula_core::error::AtPath;
 use serde::{Deserialize, Serialize};
 use std::fmt::Display;
-use std::fs::File;
-use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -111,8 +115,7 @@ struct ParquetFile {
 
 impl ParquetBlocks {
     fn open(source: &Parquet) -> Result<Self> {
-        let files = source.files.iter().map(|path| ParquetFile::open(path));
-        let files = files.collect::<Result<Vec<_>>>()?;
+        let files = each(&source.files, |path| is_url(path), |path| ParquetFile::open(path))?;
         let first = files.first().ok_or(Error::Empty { after: "" })?;
         let mut schema = first.schema();
         if source.options.unify {
@@ -223,10 +226,8 @@ impl Blocks for ParquetBlocks {
 
 impl ParquetFile {
     fn open(path: &Path) -> Result<Self> {
-        let (stamped, mut file) = Stamped::new(path)?;
-        let metadata = ArrowReaderMetadata::load(&file, ArrowReaderOptions::new())
-            .map_err(|error| corrupt(path, error))?;
-        let identity = identity(&mut file).at("read", path)?;
+        let stamped = Stamped::new(path)?;
+        let (metadata, identity) = footer::read(&stamped)?;
         let narrow = narrow(&metadata).unwrap_or_else(|| metadata.clone());
         Ok(Self { stamped, metadata, narrow, identity })
     }
@@ -255,14 +256,17 @@ impl ParquetFile {
         projection: &[usize],
         metadata: &ArrowReaderMetadata,
     ) -> Result<BatchIter> {
-        let (file, path) = (self.stamped.open()?, self.stamped.path.clone());
+        let path = self.stamped.path.clone();
         let mask = ProjectionMask::roots(metadata.parquet_schema(), projection.iter().copied());
-        let reader = ParquetRecordBatchReaderBuilder::new_with_metadata(file, metadata.clone())
-            .with_row_groups(vec![group])
-            .with_projection(mask)
-            .with_batch_size(BATCH_ROWS)
-            .build()
-            .map_err(|error| corrupt(&path, error))?;
+        let reader = match self.stamped.open()? {
+            Opened::Here(file) => reader(file, group, mask, metadata),
+            Opened::Remote(_) => {
+                let chunks =
+                    Chunks::read(&self.stamped, metadata.metadata().row_group(group), &mask);
+                reader(chunks?, group, mask, metadata)
+            }
+        };
+        let reader = reader.map_err(|error| corrupt(&path, error))?;
         let reorder = reorder(projection);
         let schema = Arc::new(schema(metadata).project(projection)?);
         Ok(Box::new(reader.map(move |batch| {
@@ -274,6 +278,19 @@ impl ParquetFile {
             Ok(RecordBatch::try_new_with_options(schema.clone(), columns, &options)?)
         })))
     }
+}
+
+fn reader(
+    file: impl ChunkReader + 'static,
+    group: usize,
+    mask: ProjectionMask,
+    metadata: &ArrowReaderMetadata,
+) -> ParquetResult<ParquetRecordBatchReader> {
+    ParquetRecordBatchReaderBuilder::new_with_metadata(file, metadata.clone())
+        .with_row_groups(vec![group])
+        .with_projection(mask)
+        .with_batch_size(BATCH_ROWS)
+        .build()
 }
 
 /// The columns, without the key-value metadata that writers add.
@@ -299,17 +316,6 @@ fn narrow(metadata: &ArrowReaderMetadata) -> Option<ArrowReaderMetadata> {
 fn reorder(projection: &[usize]) -> Vec<usize> {
     let rank = |column: &usize| projection.iter().filter(|other| *other < column).count();
     projection.iter().map(rank).collect()
-}
-
-fn identity(file: &mut File) -> std::io::Result<String> {
-    let mut tail = [0; 8];
-    let length = file.seek(SeekFrom::End(-8))? + 8;
-    file.read_exact(&mut tail)?;
-    let footer = u32::from_le_bytes([tail[0], tail[1], tail[2], tail[3]]);
-    file.seek(SeekFrom::End(-8 - i64::from(footer)))?;
-    let mut bytes = vec![0; footer as usize];
-    file.read_exact(&mut bytes)?;
-    Ok(format!("{length}-{:08x}", crc32fast::hash(&bytes)))
 }
 
 fn corrupt(path: &Path, reason: impl Display) -> Error {

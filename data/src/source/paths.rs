@@ -1,18 +1,22 @@
 //! From what the user typed to a sorted list of absolute paths.
 
 use crate::error::{Error, Result};
+use crate::remote;
 use glob::MatchOptions;
 use mobula_core::error::AtPath;
 use std::path::{Path, PathBuf};
 
 /// The files of a pattern: a path, a folder (its `*.extension` files) or a glob such as
-/// `data/part-*.parquet`. Sorted, absolute, at least one.
+/// `data/part-*.parquet`; or URLs of the same. Sorted, absolute, at least one.
 pub(crate) fn expand(pattern: &str, extension: &str) -> Result<Vec<PathBuf>> {
     expand_in(pattern, &format!("*.{extension}"))
 }
 
 /// The same with a pattern for the files of a folder, such as `**/*`.
 pub(crate) fn expand_in(pattern: &str, in_folder: &str) -> Result<Vec<PathBuf>> {
+    if remote::is_url(Path::new(pattern)) {
+        return remote::expand(Path::new(pattern), in_folder);
+    }
     let mut path = absolute(pattern)?;
     if path.is_file() {
         return Ok(vec![path]);
@@ -29,7 +33,9 @@ pub(crate) fn expand_in(pattern: &str, in_folder: &str) -> Result<Vec<PathBuf>> 
 /// The images of a pattern; of a folder, those with an image's extension, at any depth.
 pub(crate) fn expand_images(pattern: &str) -> Result<Vec<PathBuf>> {
     let files = expand_in(pattern, "**/*")?;
-    if !absolute(pattern)?.is_dir() {
+    let pattern = absolute(pattern)?;
+    // What is named itself is taken as it is.
+    if !pattern.is_dir() && !remote::is_folder(&pattern, &files) {
         return Ok(files);
     }
     let is_image = |path: &PathBuf| {
@@ -37,17 +43,24 @@ pub(crate) fn expand_images(pattern: &str) -> Result<Vec<PathBuf>> {
         extension.is_some_and(|extension| ["jpeg", "jpg", "png"].iter().any(|e| *e == extension))
     };
     let files: Vec<_> = files.into_iter().filter(is_image).collect();
-    let pattern = || absolute(pattern).map(|path| path.join("**/*.{jpeg,jpg,png}"));
-    if files.is_empty() { Err(Error::NoFiles { pattern: pattern()? }) } else { Ok(files) }
+    let pattern = pattern.join("**/*.{jpeg,jpg,png}");
+    if files.is_empty() { Err(Error::NoFiles { pattern }) } else { Ok(files) }
 }
 
 /// A path that must be a file, made absolute.
 pub(crate) fn existing(path: &Path) -> Result<PathBuf> {
     let path = absolute(path)?;
-    if path.is_file() { Ok(path) } else { Err(Error::NoFiles { pattern: path }) }
+    if remote::is_url(&path) || path.is_file() {
+        Ok(path)
+    } else {
+        Err(Error::NoFiles { pattern: path })
+    }
 }
 
 fn absolute(path: impl AsRef<Path>) -> Result<PathBuf> {
+    if remote::is_url(path.as_ref()) {
+        return Ok(path.as_ref().to_owned());
+    }
     Ok(std::path::absolute(&path).at("resolve", &path)?)
 }
 

@@ -26,7 +26,7 @@ impl Source for Text {
     fn open(&self) -> Result<Arc<dyn Blocks>> {
         let open = |path: &PathBuf| {
             let file = Pieces::open(path, FORMAT)?;
-            let spans = cut_lines(&file, |number, line| check(path, number, line))?;
+            let spans = file.blame(cut_lines(&file, |number, line| check(path, number, line)))?;
             Ok((file, spans))
         };
         let files = self.files.iter().map(open).collect::<Result<Vec<_>>>()?;

@@ -40,7 +40,8 @@ impl Source for TfRecord {
         for path in &self.files {
             let corrupt = |reason| Error::Corrupt { path: path.clone(), format: FORMAT, reason };
             let file = Pieces::open(path, FORMAT)?;
-            let spans = scan(&file)?.map_err(corrupt)?;
+            let spans = scan(&file).and_then(|spans| spans.map_err(corrupt));
+            let spans = file.blame(spans)?;
             for span in &spans {
                 if typed == TYPED {
                     break;

@@ -33,12 +33,10 @@ impl Source for WebDataset {
         for path in &self.files {
             let file = Pieces::open(path, FORMAT)?;
             let reason = |error: std::io::Error| error.to_string();
-            let spans = scan(&file, &mut extensions)?.map_err(reason);
-            let spans = spans.map_err(|reason| Error::Corrupt {
-                path: path.clone(),
-                format: FORMAT,
-                reason,
-            })?;
+            let corrupt = |reason| Error::Corrupt { path: path.clone(), format: FORMAT, reason };
+            let spans = scan(&file, &mut extensions);
+            let spans = spans.and_then(|spans| spans.map_err(reason).map_err(corrupt));
+            let spans = file.blame(spans)?;
             files.push((file, spans));
         }
         let bytes = extensions.iter().map(|name| Field::new(name, DataType::Binary, true));

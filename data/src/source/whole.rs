@@ -1,17 +1,18 @@
 //! A row a file: files as bytes, and images.
 
-use super::file::Stamped;
+use super::file::{Stamped, each};
 use super::{BatchIter, Blocks, Source, hash};
 use crate::error::{Error, Result};
+use crate::remote::is_url;
 use arrow::array::{ArrayRef, BinaryArray, FixedSizeListArray, StringArray, UInt8Array};
 use arrow::array::{RecordBatch, RecordBatchOptions};
 use arrow::datatypes::{DataType, Field, Schema, SchemaRef};
+use bytes::Bytes;
 use image::ImageReader;
 use image::imageops::FilterType;
-use mobula_core::error::AtPath;
 use serde::{Deserialize, Serialize};
 use std::fmt::Debug;
-use std::io::{Cursor, Read};
+use std::io::Cursor;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -89,14 +90,12 @@ impl Content {
     fn read(self, files: &[Stamped]) -> Result<ArrayRef> {
         match self {
             Self::Bytes => {
-                let all = files.iter().map(read_file).collect::<Result<Vec<_>>>()?;
+                let all = each(files, Stamped::is_remote, Stamped::read_all)?;
                 Ok(Arc::new(BinaryArray::from_iter_values(all)))
             }
             Self::Image { height, width, values } => {
-                let mut all = Vec::with_capacity(files.len() * values as usize);
-                for file in files {
-                    all.extend(decode(&file.path, read_file(file)?, height, width)?);
-                }
+                let image = |file: &Stamped| decode(&file.path, file.read_all()?, height, width);
+                let all = each(files, Stamped::is_remote, image)?.concat();
                 let all = Arc::new(UInt8Array::from(all));
                 Ok(Arc::new(FixedSizeListArray::try_new(byte(), values, all, None)?))
             }
@@ -108,14 +107,8 @@ fn byte() -> Arc<Field> {
     Arc::new(Field::new("item", DataType::UInt8, false))
 }
 
-fn read_file(file: &Stamped) -> Result<Vec<u8>> {
-    let mut bytes = Vec::new();
-    file.open()?.read_to_end(&mut bytes).at("read", &file.path)?;
-    Ok(bytes)
-}
-
 /// Rows of pixels, each of red, green and blue.
-fn decode(path: &Path, bytes: Vec<u8>, height: u32, width: u32) -> Result<Vec<u8>> {
+fn decode(path: &Path, bytes: Bytes, height: u32, width: u32) -> Result<Vec<u8>> {
     let corrupt =
         |reason: String| Error::Corrupt { path: path.to_owned(), format: "PNG or JPEG", reason };
     let reader = ImageReader::new(Cursor::new(bytes)).with_guessed_format();
@@ -138,8 +131,7 @@ struct WholeFiles {
 
 impl WholeFiles {
     fn new(paths: &[PathBuf], content: Content) -> Result<Self> {
-        let stamped = |path: &PathBuf| Stamped::new(path).map(|(stamped, _)| stamped);
-        let files = paths.iter().map(stamped).collect::<Result<Vec<_>>>()?;
+        let files = each(paths, |path| is_url(path), |path| Stamped::new(path))?;
         let groups = groups(files.iter().map(|file| content.bytes_of(file)));
         let path = Field::new("path", DataType::Utf8, false);
         let schema = Arc::new(Schema::new(vec![path, content.field()]));

@@ -3,14 +3,13 @@
 use super::corrupt;
 use super::header::Header;
 use crate::error::{Error, Result};
+use crate::source::file::Stamped;
 use crate::source::memory::MemoryBlocks;
 use crate::source::{Blocks, Source, columns};
 use arrow::array::ArrayRef;
 use arrow::record_batch::RecordBatch;
-use mobula_core::error::AtPath;
 use serde::{Deserialize, Serialize};
-use std::fs::File;
-use std::io::{BufReader, Read};
+use std::io::{Cursor, Read};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use zip::ZipArchive;
@@ -41,8 +40,8 @@ impl Source for Npz {
 }
 
 fn read(path: &Path) -> Result<RecordBatch> {
-    let file = BufReader::new(File::open(path).at("open", path)?);
-    let mut archive = ZipArchive::new(file).map_err(|error| corrupt(path, error))?;
+    let bytes = Stamped::new(path)?.read_all()?;
+    let mut archive = ZipArchive::new(Cursor::new(bytes)).map_err(|error| corrupt(path, error))?;
     let mut arrays: Vec<(String, ArrayRef)> = Vec::new();
     for at in 0..archive.len() {
         let mut member = archive.by_index(at).map_err(|error| corrupt(path, error))?;

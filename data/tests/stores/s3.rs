@@ -1,0 +1,280 @@
+//! Datasets in S3. The server's buckets are folders here, so what it has can be put there by hand.
+
+use crate::{Test, example, message};
+use arrow::record_batch::RecordBatch;
+use mobula_core::{BatchSource, Shard};
+use mobula_data::{CsvOptions, Dataset, Error, StreamOptions, WriteOptions, inspect, query};
+use std::fs;
+use std::io::{BufRead, BufReader};
+use std::net::TcpListener;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitCode, Stdio};
+use std::sync::OnceLock;
+use tempfile::TempDir;
+
+/// In the environment of a copy of this program: the URL of which it is to say what it finds.
+pub(crate) const ASKER: &str = "MOBULA_TEST_S3_URL";
+
+pub(crate) const TESTS: &[Test] = &[
+    ("files_are_read_as_they_are_here", files_are_read_as_they_are_here),
+    ("patterns_mean_what_they_mean_here", patterns_mean_what_they_mean_here),
+    ("shuffled_steps_are_the_same", shuffled_steps_are_the_same),
+    ("queries_read_objects", queries_read_objects),
+    ("images_and_bytes", images_and_bytes),
+    ("an_object_that_changes_is_an_error", an_object_that_changes_is_an_error),
+    ("what_is_not_there_is_named", what_is_not_there_is_named),
+    ("who_may_not_ask_is_told_how_to", who_may_not_ask_is_told_how_to),
+];
+
+const BUCKET: &str = "bucket";
+
+static ROOT: OnceLock<PathBuf> = OnceLock::new();
+
+/// Ends with this program.
+pub(crate) struct Server {
+    server: Child,
+    _folder: TempDir,
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.server.kill();
+        let _ = self.server.wait();
+    }
+}
+
+/// Starts a server, and tells this process where it is; or why there is none.
+pub(crate) fn start() -> Result<Server, String> {
+    let folder = tempfile::tempdir().map_err(|error| error.to_string())?;
+    fs::create_dir(folder.path().join(BUCKET)).map_err(|error| error.to_string())?;
+    let port = TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr());
+    let port = port.map_err(|error| error.to_string())?.port().to_string();
+    let keys = ["--access-key", "someone", "--secret-key", "something"];
+    let server = Command::new("s3s-fs")
+        .args(["--host", "127.0.0.1", "--port", &port])
+        .args(keys)
+        .arg(folder.path())
+        .env("RUST_LOG", "info")
+        .stdout(Stdio::piped())
+        .spawn();
+    let mut server = server.map_err(|error| {
+        format!("no S3 server ({error}): cargo install s3s-fs --version 0.14.1 --features binary")
+    })?;
+    let output = server.stdout.take().ok_or("no output")?;
+    let mut lines = BufReader::new(output).lines().map_while(Result::ok);
+    if !lines.any(|line| line.contains("server is running")) {
+        return Err("the S3 server ended".to_owned());
+    }
+    // What it says later would fill the pipe.
+    std::thread::spawn(move || lines.for_each(drop));
+    // SAFETY: no other thread looks at the environment yet.
+    #[expect(unsafe_code, reason = "what says where a store is")]
+    unsafe {
+        std::env::set_var("AWS_ENDPOINT_URL", format!("http://127.0.0.1:{port}"));
+        std::env::set_var("AWS_ALLOW_HTTP", "true");
+        std::env::set_var("AWS_REGION", "eu-central-1");
+        std::env::set_var("AWS_ACCESS_KEY_ID", "someone");
+        std::env::set_var("AWS_SECRET_ACCESS_KEY", "something");
+    }
+    ROOT.get_or_init(|| folder.path().join(BUCKET));
+    Ok(Server { server, _folder: folder })
+}
+
+/// A folder of the bucket, and its URL.
+fn folder(name: &str) -> (PathBuf, String) {
+    let path = ROOT.get().expect("a server").join(name);
+    fs::create_dir_all(&path).expect("a folder");
+    (path, format!("s3://{BUCKET}/{name}"))
+}
+
+fn digits_in(folder: &Path) {
+    for i in 0..4 {
+        let name = format!("digits-{i}.parquet");
+        fs::copy(example(&name), folder.join(name)).expect("copy");
+    }
+}
+
+fn digits() -> Dataset {
+    let files = example("digits-*.parquet");
+    Dataset::read_parquet(files.to_str().expect("UTF-8")).expect("digits")
+}
+
+fn rows(dataset: mobula_data::Result<Dataset>) -> RecordBatch {
+    dataset.and_then(|dataset| dataset.collect()).expect("rows")
+}
+
+fn files_are_read_as_they_are_here() {
+    let (here, there) = folder("formats");
+    let options = WriteOptions::default().with_rows_per_file(500);
+    let penguins = example("penguins.csv");
+    let csv = |pattern: &str| Dataset::read_csv(pattern, CsvOptions::default());
+    let penguins = csv(penguins.to_str().expect("UTF-8")).expect("penguins");
+    penguins.write_csv(here.join("csv"), options.clone()).expect("write");
+    let expected = rows(csv(here.join("csv").to_str().expect("UTF-8")));
+    assert_eq!(rows(csv(&format!("{there}/csv"))), expected);
+
+    type Read = fn(&str) -> mobula_data::Result<Dataset>;
+    digits().write_parquet(here.join("parquet"), options.clone()).expect("write");
+    digits().write_json(here.join("jsonl"), options.clone()).expect("write");
+    digits().write_ipc(here.join("arrow"), options).expect("write");
+    let formats: [(&str, Read); 3] = [
+        ("parquet", |pattern| Dataset::read_parquet(pattern)),
+        ("jsonl", |pattern| Dataset::read_json(pattern)),
+        ("arrow", |pattern| Dataset::read_ipc(pattern)),
+    ];
+    for (format, read) in formats {
+        let expected = rows(read(here.join(format).to_str().expect("UTF-8")));
+        let there = read(&format!("{there}/{format}")).expect(format);
+        let sent = serde_json::to_string(&there).expect("JSON");
+        let sent: Dataset = serde_json::from_str(&sent).expect("a dataset");
+        assert_eq!(sent.collect().expect("rows"), expected, "{format}");
+        let few = there.select(["label"]).and_then(|labels| labels.filter("label = 3"));
+        assert_eq!(few.and_then(|few| few.count()).expect("count"), 183, "{format}");
+    }
+    let one = format!("{there}/parquet/part-00000.parquet");
+    let info = inspect::inspect(&one).expect("inspect");
+    let file = here.join("parquet/part-00000.parquet");
+    assert_eq!(info.bytes, fs::metadata(&file).expect("a file").len());
+    assert_eq!(info.row_groups.len(), inspect::inspect(file).expect("inspect").row_groups.len());
+}
+
+fn patterns_mean_what_they_mean_here() {
+    let (here, there) = folder("a b/ü#1%20");
+    digits_in(&here);
+    fs::create_dir(here.join("below")).expect("a folder");
+    fs::copy(example("digits-0.parquet"), here.join("below/digits-9.parquet")).expect("copy");
+    fs::copy(example("digits-0.parquet"), here.join(".digits-8.parquet")).expect("copy");
+    let there = there.replace('%', "%25").replace('#', "%23");
+    let all = rows(Ok(digits()));
+    let count = |pattern: &str| {
+        Dataset::read_parquet(format!("{there}{pattern}")).and_then(|found| found.count())
+    };
+    assert_eq!(rows(Dataset::read_parquet(&there)), all);
+    assert_eq!(rows(Dataset::read_parquet(format!("{there}/"))), all);
+    assert_eq!(rows(Dataset::read_parquet(format!("{there}/digits-*.parquet"))), all);
+    assert_eq!(rows(Dataset::read_parquet("s3://bucket/a */*/digits-[0-7].*")), all);
+    let one = count("/digits-0.parquet").expect("a file");
+    assert_eq!(count("/*/digits-9.parquet").expect("files"), one);
+    assert_eq!(count("/**/digits-[09].parquet").expect("files"), 2 * one);
+    let text = message(count("/digits-?.parquet"));
+    assert!(text.contains("it has a query"), "{text}");
+}
+
+fn shuffled_steps_are_the_same() {
+    let (here, there) = folder("shuffled");
+    digits_in(&here);
+    let labels = |dataset: Dataset| {
+        let options = StreamOptions::new(["image"], "label").with_batch_size(64).with_shuffle(7);
+        let source = dataset.stream(options).expect("a stream");
+        let mut stream = source.open(Shard { rank: 0, world: 1 }).expect("open");
+        let next = || stream.next_batch().expect("read");
+        let batches = std::iter::from_fn(next).map(|batch| {
+            batch.get("label").and_then(|labels| Ok(labels.to_vec1::<u32>()?)).expect("labels")
+        });
+        batches.collect::<Vec<_>>()
+    };
+    let there = labels(Dataset::read_parquet(there).expect("dataset"));
+    assert_eq!(there.concat().len(), 1797);
+    assert_eq!(there, labels(digits()));
+}
+
+fn queries_read_objects() {
+    let (here, there) = folder("queries");
+    digits_in(&here);
+    let sql = |files: String| {
+        let sql =
+            format!("SELECT label, count(*) AS n FROM '{files}' GROUP BY label ORDER BY label");
+        query::<String>(&sql, []).expect("an answer")
+    };
+    let local = example("digits-*.parquet");
+    assert_eq!(sql(format!("{there}/digits-*.parquet")), sql(local.display().to_string()));
+    let first = format!("SELECT label FROM '{there}/*.parquet' LIMIT 3");
+    let first = query::<String>(&first, []).expect("an answer");
+    let expected = digits().select(["label"]).and_then(|labels| labels.head(3)).expect("rows");
+    assert_eq!(first.column(0), expected.column(0));
+}
+
+fn images_and_bytes() {
+    let (here, there) = folder("images");
+    for i in 0..70_u8 {
+        let image = image::RgbImage::from_fn(8, 6, |x, y| image::Rgb([i, x as u8, y as u8]));
+        fs::create_dir_all(here.join(format!("{}", i % 3))).expect("a folder");
+        image.save(here.join(format!("{}/{i}.png", i % 3))).expect("an image");
+    }
+    fs::write(here.join("0/notes.txt"), "no image").expect("a file");
+    let local = rows(Dataset::read_images(here.to_str().expect("UTF-8"), [3, 4]));
+    let remote = rows(Dataset::read_images(&there, [3, 4]));
+    assert_eq!(remote.num_rows(), 70);
+    assert_eq!(remote.column_by_name("image"), local.column_by_name("image"));
+    let local = rows(Dataset::read_binary_files(here.to_str().expect("UTF-8")));
+    let remote = rows(Dataset::read_binary_files(&there));
+    assert_eq!(remote.num_rows(), 71);
+    assert_eq!(remote.column_by_name("bytes"), local.column_by_name("bytes"));
+}
+
+fn an_object_that_changes_is_an_error() {
+    let (here, there) = folder("changes");
+    digits_in(&here);
+    let labels = digits().select(["label"]).expect("labels");
+    labels.write_csv(here.join("csv"), WriteOptions::default()).expect("write");
+    let parquet = Dataset::read_parquet(&there).expect("dataset");
+    let csv = Dataset::read_csv(format!("{there}/csv"), CsvOptions::default()).expect("dataset");
+    let first = parquet.collect().expect("rows").num_rows();
+    assert_eq!(csv.count().expect("count"), first as u64);
+    fs::copy(example("digits-0.parquet"), here.join("digits-2.parquet")).expect("copy");
+    let file = here.join("csv/part-00000.csv");
+    let text = fs::read_to_string(&file).expect("read");
+    fs::write(&file, text.replace('1', "2")).expect("write");
+    let changed = |dataset: Dataset| match dataset.collect() {
+        Err(Error::FileChanged { path }) => path.display().to_string(),
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(changed(parquet), format!("{there}/digits-2.parquet"));
+    assert_eq!(changed(csv), format!("{there}/csv/part-00000.csv"));
+}
+
+fn what_is_not_there_is_named() {
+    for url in ["s3://bucket/absent.parquet", "s3://bucket/absent/*.parquet", "s3://other/x"] {
+        let text = message(Dataset::read_parquet(url));
+        assert!(text.contains(url), "{text}");
+    }
+    let text = message(Dataset::read_parquet("ftp://host/file.parquet"));
+    assert!(text.contains("one of s3, gs, az") || text.contains("s3://bucket/key"), "{text}");
+    let (here, there) = folder("broken");
+    fs::write(here.join("a.parquet"), "PAR1, it says").expect("write");
+    let text = message(Dataset::read_parquet(&there));
+    assert!(text.contains("broken/a.parquet is not a valid Parquet file"), "{text}");
+}
+
+/// Says what comes of a URL.
+pub(crate) fn ask(url: &str) -> ExitCode {
+    println!("{}", message(Dataset::read_parquet(url)));
+    ExitCode::SUCCESS
+}
+
+fn who_may_not_ask_is_told_how_to() {
+    let (here, there) = folder("private");
+    digits_in(&here);
+    let ask = |change: &dyn Fn(&mut Command)| {
+        let mut asker = Command::new(std::env::current_exe().expect("this program"));
+        asker.env(ASKER, &there);
+        change(&mut asker);
+        let said = asker.output().expect("a copy of this program");
+        String::from_utf8(said.stdout).expect("UTF-8")
+    };
+    let wrong = ask(&|asker| {
+        asker.env("AWS_SECRET_ACCESS_KEY", "a guess");
+    });
+    assert!(wrong.contains("AWS_SECRET_ACCESS_KEY"), "{wrong}");
+    assert!(wrong.contains(&there) && !wrong.contains("a guess"), "{wrong}");
+    let nobody = ask(&|asker| {
+        asker.env("AWS_SKIP_SIGNATURE", "true");
+    });
+    assert!(nobody.contains("AWS_ACCESS_KEY_ID"), "{nobody}");
+    let free = TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr());
+    let nowhere = format!("http://{}", free.expect("a port"));
+    let nowhere = ask(&|asker| {
+        asker.env("AWS_ENDPOINT_URL", &nowhere);
+    });
+    assert!(nowhere.contains("AWS_ENDPOINT_URL"), "{nowhere}");
+}
