@@ -18,7 +18,8 @@ use crate::source::whole::{BinaryFiles, Images};
 use arrow::record_batch::RecordBatch;
 use std::path::Path;
 
-/// Where datasets come from.
+/// Where datasets come from. A path or a pattern may be a URL of an object store, such as
+/// `s3://bucket/data/*.parquet`.
 impl Dataset {
     /// Parquet files: a path, a folder, or a pattern such as `data/part-*.parquet`, which are
     /// read in alphabetical order. Errors when no file matches, when one is not Parquet, and when
