@@ -2,7 +2,7 @@
 
 use crate::error::Result;
 use crate::plan::Compiled;
-use crate::runtime::{Pending, spawn, threads};
+use crate::runtime::{Pending, spawn};
 use arrow::record_batch::RecordBatch;
 use std::collections::VecDeque;
 
@@ -22,7 +22,7 @@ impl Batches {
 
     /// The next block, if there is one.
     fn block(&mut self) -> Result<Option<Vec<RecordBatch>>> {
-        while self.coming.len() < threads() && self.next < self.compiled.blocks() {
+        while self.coming.len() < self.compiled.at_once() && self.next < self.compiled.blocks() {
             let (compiled, block) = (self.compiled.clone(), self.next);
             self.coming.push_back(spawn(async move { compiled.execute(block).await })?);
             self.next += 1;

@@ -5,7 +5,7 @@ use crate::error::{Error, Result};
 use crate::plan::Compiled;
 use crate::preprocess::Preprocessor;
 use crate::resample::Resample;
-use crate::runtime::{block_on, joined, threads};
+use crate::runtime::{block_on, joined};
 use crate::source::sorted::DrawKeys;
 use crate::source::{OpenSource, Source};
 use crate::split::{Side, Split};
@@ -348,7 +348,8 @@ impl Dataset {
                     async move { Ok(compiled.execute(block).await?.iter().map(rows).sum()) },
                 )
             };
-            let mut counts = stream::iter(0..compiled.blocks()).map(count).buffered(threads());
+            let counts = stream::iter(0..compiled.blocks()).map(count);
+            let mut counts = counts.buffered(compiled.at_once());
             let (mut rows, mut sum) = (vec![0; compiled.blocks()], 0_u64);
             for of_block in &mut rows {
                 if sum >= most {
@@ -393,7 +394,7 @@ pub(crate) fn fold_blocks<T: Send + 'static, A: Send + 'static>(
             let (compiled, function) = (compiled.clone(), function.clone());
             tokio::spawn(async move { function(block, compiled.execute(block).await?) })
         };
-        let results = stream::iter(0..compiled.blocks()).map(run).buffered(threads());
+        let results = stream::iter(0..compiled.blocks()).map(run).buffered(compiled.at_once());
         let mut results = results.map(joined);
         let mut all = start;
         while let Some(result) = results.try_next().await? {

@@ -99,7 +99,7 @@ impl Parts {
             })
             .map(joined)
         };
-        let mut routed = stream::iter(0..input.blocks()).map(route).buffered(threads());
+        let mut routed = stream::iter(0..input.blocks()).map(route).buffered(input.at_once());
         let mut writer = PartsWriter::new(cuts.len() + 1)?;
         while let Some(block) = routed.try_next().await? {
             for batch in block {
@@ -229,7 +229,7 @@ async fn cuts(input: &Compiled, sample: Compiled, keys: Arc<dyn Keys>) -> Result
         .map(joined)
     };
     let looked = stream::iter(spread(sample.blocks(), SAMPLED_BLOCKS)).map(look);
-    let looked = looked.buffered(threads()).try_collect::<Vec<_>>().await?;
+    let looked = looked.buffered(sample.at_once()).try_collect::<Vec<_>>().await?;
     let rows_of: Vec<_> = looked.iter().map(|of| (of.block, of.rows)).collect();
     let seen: u64 = looked.iter().map(|of| of.rows).sum();
     // As if all blocks were like those.

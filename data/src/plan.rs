@@ -11,7 +11,7 @@ use crate::batch_fn::BatchMap;
 use crate::dataset::Op;
 use crate::error::{Error, Result};
 use crate::resample::Resample;
-use crate::runtime::block_on;
+use crate::runtime::{block_on, threads};
 use crate::scan::{MapStream, SourceTable};
 use crate::session::{Mode, new_session, session};
 use crate::source::OpenSource;
@@ -34,6 +34,10 @@ use std::sync::Arc;
 
 /// The name that queries use for the dataset they are asked of.
 pub(crate) const TABLE: &str = "dataset";
+
+/// Blocks that wait for a network at the same time, and rows of all of them.
+const MOST_WAITING: u64 = 16;
+const WAITING_ROWS: u64 = 1 << 20;
 
 /// An executable plan: partition `i` is block `i` of the source after all operations.
 #[derive(Clone, Debug)]
@@ -102,6 +106,14 @@ impl Compiled {
 
     pub(crate) fn blocks(&self) -> usize {
         self.source.blocks().len()
+    }
+
+    /// How many blocks are worth reading at the same time.
+    pub(crate) fn at_once(&self) -> usize {
+        let most = self.source.blocks().iter().map(|block| block.rows).max().unwrap_or(0).max(1);
+        // Large ones wait less for each of their rows, and more of them would not fit into memory.
+        let waiting = MOST_WAITING.min(WAITING_ROWS / most) as usize;
+        if self.source.waits() { threads().max(waiting) } else { threads() }
     }
 
     pub(crate) fn source(&self) -> &OpenSource {

@@ -149,6 +149,12 @@ pub trait Blocks: Debug + Send + Sync {
         format!("block {block}")
     }
 
+    /// Whether most of the time that a block takes is spent waiting, such as for a network: more are
+    /// then read at the same time than there are processors. Default: no.
+    fn waits(&self) -> bool {
+        false
+    }
+
     /// The rows of a block, always in the same order, with the columns at `projection`, in that
     /// order. An empty projection gives batches that have rows and no columns.
     fn read(&self, block: usize, projection: &[usize]) -> Result<BatchIter>;

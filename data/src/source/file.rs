@@ -239,6 +239,10 @@ impl Pieces {
         if same { Ok(bytes) } else { Err(self.file.changed()) }
     }
 
+    pub(super) fn is_remote(&self) -> bool {
+        self.file.is_remote() && self.unzipped.is_none()
+    }
+
     /// See [`Stamped::blame`].
     pub(super) fn blame<T>(&self, made: Result<T>) -> Result<T> {
         self.file.blame(made)

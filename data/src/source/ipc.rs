@@ -65,6 +65,10 @@ impl Blocks for IpcBlocks {
         Ok(hash(parts.iter().map(String::as_bytes)))
     }
 
+    fn waits(&self) -> bool {
+        self.files.iter().any(|file| file.stamped.is_remote())
+    }
+
     fn name(&self, block: usize) -> String {
         let (file, batch) = self.batches[block];
         format!("{} (record batch {batch})", self.files[file].stamped.path.display())

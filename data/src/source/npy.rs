@@ -70,6 +70,10 @@ impl Blocks for NpyBlocks {
         Ok(hash(parts.iter().map(String::as_bytes)))
     }
 
+    fn waits(&self) -> bool {
+        self.files.iter().any(|file| file.stamped.is_remote())
+    }
+
     fn name(&self, block: usize) -> String {
         let (file, start, rows) = self.pieces[block];
         let path = self.files[file].stamped.path.display();

@@ -76,6 +76,10 @@ impl OpenSource {
         self.inner.fingerprint()
     }
 
+    pub(crate) fn waits(&self) -> bool {
+        self.inner.waits()
+    }
+
     pub(crate) fn name(&self, block: usize) -> String {
         self.inner.name(block)
     }

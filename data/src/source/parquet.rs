@@ -200,6 +200,10 @@ impl Blocks for ParquetBlocks {
         Ok(self.fingerprint.clone())
     }
 
+    fn waits(&self) -> bool {
+        self.files.iter().any(|file| file.stamped.is_remote())
+    }
+
     fn name(&self, block: usize) -> String {
         let (file, group) = self.groups[block];
         format!("{} (row group {group})", self.files[file].stamped.path.display())

@@ -195,6 +195,10 @@ impl Blocks for RecordBlocks {
         Ok(hash(parts.iter().map(String::as_bytes)))
     }
 
+    fn waits(&self) -> bool {
+        self.files.iter().any(Pieces::is_remote)
+    }
+
     fn name(&self, block: usize) -> String {
         let (file, row, span) = &self.spans[block];
         let (path, last) = (self.files[*file].path().display(), row + span.rows - 1);

@@ -160,6 +160,10 @@ impl Blocks for SliceBlocks {
         format!("rows {start} to {}", end.saturating_sub(1))
     }
 
+    fn waits(&self) -> bool {
+        self.rows.input.waits()
+    }
+
     fn read(&self, block: usize, projection: &[usize]) -> Result<BatchIter> {
         let batches = self.rows.read(&self.ranges[block], projection)?;
         relabelled(batches, &self.schema(), projection)
@@ -224,6 +228,10 @@ impl Blocks for ZipBlocks {
 
     fn name(&self, block: usize) -> String {
         self.left.input.name(block).unwrap_or_else(|_| format!("block {block}"))
+    }
+
+    fn waits(&self) -> bool {
+        self.left.input.waits() || self.right.input.waits()
     }
 
     fn read(&self, block: usize, projection: &[usize]) -> Result<BatchIter> {

@@ -100,6 +100,10 @@ impl Input {
         Ok(self.dataset.open()?.name(block))
     }
 
+    pub(super) fn waits(&self) -> bool {
+        self.dataset.open().is_ok_and(|source| source.waits())
+    }
+
     /// The rows of a block, of the columns at `projection`.
     pub(super) fn read(&self, block: usize, projection: &[usize]) -> Result<Vec<RecordBatch>> {
         let compiled = self.compiled(projection)?;
@@ -154,6 +158,10 @@ impl Blocks for UnionBlocks {
         self.inputs[input]
             .name(block)
             .unwrap_or_else(|_| format!("block {block} of dataset {input}"))
+    }
+
+    fn waits(&self) -> bool {
+        self.inputs.iter().any(Input::waits)
     }
 
     fn read(&self, block: usize, projection: &[usize]) -> Result<BatchIter> {

@@ -42,12 +42,14 @@ impl Block {
 }
 
 impl Blocks {
-    pub(super) fn new(source: &TensorSource, capacity: usize) -> Result<Self> {
+    /// With room for so many, and for those that are read ahead.
+    pub(super) fn new(source: &TensorSource, needed: usize) -> Result<Self> {
         let loader = Loader {
             compiled: source.dataset.compile()?,
             layout: source.layout.clone(),
             rows: source.rows.clone(),
         };
+        let capacity = needed + 2 * loader.compiled.at_once();
         Ok(Self { loader: Arc::new(loader), held: HashMap::new(), capacity, clock: 0 })
     }
 
@@ -56,9 +58,10 @@ impl Blocks {
         self.held.len()
     }
 
-    /// How many are being read.
-    pub(super) fn coming(&self) -> usize {
-        self.held.values().filter(|held| held.block.is_coming()).count()
+    /// Whether as many are being read as can be at once.
+    pub(super) fn enough_coming(&self) -> bool {
+        let coming = self.held.values().filter(|held| held.block.is_coming()).count();
+        coming >= self.loader.compiled.at_once()
     }
 
     /// A step begins.

@@ -6,7 +6,6 @@ use super::blocks::Blocks;
 use super::collate::{Collation, Rows};
 use super::order::{EpochOrder, GROUP_BLOCKS, Run, VERSION};
 use crate::error::{Error, Result};
-use crate::runtime::threads;
 use mobula_core::{Batch, BatchStream, Shard, StreamState};
 use std::sync::mpsc::{Receiver, sync_channel};
 use std::thread::JoinHandle;
@@ -167,9 +166,7 @@ impl Producer {
     fn new(source: &TensorSource, shard: Shard, place: Place) -> Result<Self> {
         let lanes = (shard.rank..source.shape.lanes).step_by(shard.world).len();
         let at_once = if source.shuffle.is_some() { lanes * (GROUP_BLOCKS + 1) } else { 2 };
-        // With room for those that are read ahead.
-        let capacity = at_once + 2 * threads();
-        let (blocks, order) = (Blocks::new(source, capacity)?, order(source, place.epoch));
+        let (blocks, order) = (Blocks::new(source, at_once)?, order(source, place.epoch));
         let slots = Slots::new(source.rows.len());
         Ok(Self { source: source.clone(), shard, blocks, slots, order, place, fetched: place.step })
     }
@@ -192,13 +189,13 @@ impl Producer {
         (self.shard.rank..self.source.shape.lanes).step_by(self.shard.world)
     }
 
-    /// Has the blocks of this step read, and keeps as many more coming as there are threads.
+    /// Has the blocks of this step read, and keeps as many more coming as can be read at once.
     fn fetch(&mut self, steps: u64) -> Result<()> {
         self.blocks.begin();
         self.fetch_step(self.place.step, true)?;
         self.fetched = self.fetched.max(self.place.step + 1);
         while self.fetched < steps
-            && self.blocks.coming() < threads()
+            && !self.blocks.enough_coming()
             && self.fetch_step(self.fetched, false)?
         {
             self.fetched += 1;

@@ -1,13 +1,14 @@
 //! Datasets behind HTTP, on servers that do what networks do.
 
 use crate::{Test, example, message};
-use mobula_data::{Dataset, Error};
+use mobula_data::{Dataset, Error, ParquetSink, WriteOptions};
 use std::fmt::Write as _;
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
 use std::net::{TcpListener, TcpStream};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex};
+use std::time::Duration;
 
 pub(crate) const TESTS: &[Test] = &[
     ("a_file_is_read_by_its_url", a_file_is_read_by_its_url),
@@ -15,10 +16,11 @@ pub(crate) const TESTS: &[Test] = &[
     ("a_file_that_changes_is_an_error", a_file_that_changes_is_an_error),
     ("a_server_that_ends_is_no_damaged_file", a_server_that_ends_is_no_damaged_file),
     ("no_url_is_guessed", no_url_is_guessed),
+    ("blocks_wait_at_the_same_time", blocks_wait_at_the_same_time),
 ];
 
 /// What a server does with the request of this number.
-type Behaviour = fn(usize) -> Answer;
+type Behaviour = Arc<dyn Fn(usize) -> Answer + Send + Sync>;
 
 #[derive(Clone, Copy, PartialEq)]
 enum Answer {
@@ -31,20 +33,26 @@ enum Answer {
 }
 
 /// Serves one file, to the end of the program; its URL.
-fn serve(name: &str, content: Vec<u8>, behaviour: Behaviour) -> String {
+fn serve(
+    name: &str,
+    content: Vec<u8>,
+    behaviour: impl Fn(usize) -> Answer + Send + Sync + 'static,
+) -> String {
+    let behaviour: Behaviour = Arc::new(behaviour);
     let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
     let url = format!("http://{}/data/{name}", listener.local_addr().expect("an address"));
     let (content, requests) = (Arc::new(content), Arc::new(AtomicUsize::new(0)));
     std::thread::spawn(move || {
         for stream in listener.incoming().map_while(Result::ok) {
             let (content, requests) = (content.clone(), requests.clone());
-            std::thread::spawn(move || answer_all(stream, &content, &requests, behaviour));
+            let behaviour = behaviour.clone();
+            std::thread::spawn(move || answer_all(stream, &content, &requests, &behaviour));
         }
     });
     url
 }
 
-fn answer_all(stream: TcpStream, content: &[u8], requests: &AtomicUsize, behaviour: Behaviour) {
+fn answer_all(stream: TcpStream, content: &[u8], requests: &AtomicUsize, behaviour: &Behaviour) {
     let mut reader = BufReader::new(stream.try_clone().expect("a stream"));
     while let Some((is_head, range)) = request(&mut reader) {
         // A question about the file is none for its content.
@@ -169,4 +177,27 @@ fn no_url_is_guessed() {
     assert!(text.contains("query"), "{text}");
     let text = message(Dataset::read_parquet(url.replace("digits.parquet", "*.parquet")));
     assert!(text.contains("cannot list"), "{text}");
+}
+
+/// The server answers when four ask for a part of the file: more than this machine may have processors.
+fn blocks_wait_at_the_same_time() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let sink = ParquetSink::default().with_row_group_rows(100);
+    let rows = Dataset::range(2000).expect("rows");
+    rows.write(dir.path().join("rows"), sink, WriteOptions::default()).expect("write");
+    let file = fs::read(dir.path().join("rows/part-00000.parquet")).expect("read");
+    let (waiting, many) = (Mutex::new(0), Condvar::new());
+    let url = serve("rows.parquet", file, move |request| {
+        let mut waiting = waiting.lock().expect("a count");
+        *waiting += usize::from(request > 0);
+        many.notify_all();
+        let few = |count: &mut usize| (1..4).contains(count);
+        let waited = many.wait_timeout_while(waiting, Duration::from_secs(20), few);
+        match waited.expect("a count").1.timed_out() {
+            true => Answer::Nothing,
+            false => Answer::Whole(1),
+        }
+    });
+    let found = Dataset::read(&url).expect("dataset");
+    assert_eq!(found.collect().expect("rows"), rows.collect().expect("rows"));
 }
