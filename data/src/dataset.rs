@@ -316,7 +316,21 @@ impl Dataset {
     }
 
     pub(crate) fn compile(&self) -> Result<Compiled> {
-        Compiled::new(self.open()?, &self.ops)
+        self.compile_with(&self.ops)
+    }
+
+    /// The same with other operations.
+    pub(crate) fn compile_with(&self, ops: &[Op]) -> Result<Compiled> {
+        Compiled::new(self.open()?, ops, self.stage(ops))
+    }
+
+    /// What its source and operations on it are called as one.
+    fn stage(&self, ops: &[Op]) -> String {
+        let (kind, summary) = (self.source.typetag_name(), self.source.summary());
+        let source =
+            if summary.is_empty() { kind.to_owned() } else { format!("{kind}: {summary}") };
+        let ops = ops.iter().map(|op| op.to_string());
+        std::iter::once(source).chain(ops).collect::<Vec<_>>().join(" → ")
     }
 
     pub(crate) fn source(&self) -> &dyn Source {
@@ -339,7 +353,9 @@ impl Dataset {
         let Some(last) = needed else {
             return Ok(source.blocks().iter().map(|block| block.rows).collect());
         };
-        let compiled = Compiled::for_counting(source, &self.ops[..=last])?;
+        let ops = &self.ops[..=last];
+        let name = format!("count: {}", self.stage(ops));
+        let compiled = Compiled::for_counting(source, ops, name)?;
         block_on(async move {
             let count = |block| {
                 let compiled = compiled.clone();

@@ -1,15 +1,17 @@
 //! What a dataset will do, as text.
 
 use crate::Dataset;
-use crate::dataset::Op;
+use crate::dataset::{Op, fold_blocks};
 use crate::error::{Error, Result};
 use crate::plan::{self, Compiled};
 use crate::runtime::block_on;
 use crate::session::Mode;
 use crate::split::Side;
+use crate::stage;
 use datafusion::physical_plan::displayable;
 use datafusion::prelude::DataFrame;
 use std::fmt::Write;
+use std::time::Instant;
 
 impl Dataset {
     /// What is done to the rows, the last step first, down to where they come from. Below each query
@@ -18,6 +20,22 @@ impl Dataset {
     pub fn explain(&self) -> Result<String> {
         let mut text = String::new();
         self.explain_into(&mut text, 0)?;
+        Ok(text)
+    }
+
+    /// Computes all rows, and says what that took: a line a stage (see [`stages`](crate::stages)), also of
+    /// those before it that were run for it, and the physical plan with the rows and the time of each of
+    /// its parts.
+    pub fn explain_analyze(&self) -> Result<String> {
+        let begun = Instant::now();
+        let compiled = self.compile()?;
+        fold_blocks(compiled.clone(), |_, _| Ok(()), (), |(), ()| ())?;
+        let mut text = String::new();
+        for stage in stage::since(begun) {
+            line(&mut text, 0, &stage.to_string());
+        }
+        line(&mut text, 0, "physical plan:");
+        lines(&mut text, 1, compiled.metrics().trim_end());
         Ok(text)
     }
 

@@ -54,6 +54,7 @@ mod sink;
 mod source;
 mod spill;
 mod split;
+mod stage;
 mod store;
 mod stream;
 mod typed;
@@ -79,6 +80,7 @@ pub use sink::{
 pub use source::csv::CsvOptions;
 pub use source::parquet::ParquetOptions;
 pub use source::{BatchIter, Blocks, Source};
+pub use stage::{StageReport, Stall, stages};
 pub use stream::{Collate, ImageAugment, Rows, StreamOptions, TensorSource, TensorSpec};
 /// For registering a [`Source`], or writing a [`Transform`] of your own as JSON.
 pub use typetag;

@@ -15,6 +15,7 @@ use crate::runtime::{block_on, threads};
 use crate::scan::{MapStream, SourceTable};
 use crate::session::{Mode, new_session, session};
 use crate::source::OpenSource;
+use crate::stage::{Names, Stage, Watched};
 use crate::store::BlockStore;
 use arrow::compute::concat_batches;
 use arrow::datatypes::{DataType, SchemaRef};
@@ -22,10 +23,10 @@ use arrow::record_batch::RecordBatch;
 use datafusion::catalog::streaming::StreamingTable;
 use datafusion::common::tree_node::{TreeNode, TreeNodeRecursion};
 use datafusion::common::{Column, TableReference};
-use datafusion::error::DataFusionError;
 use datafusion::execution::SendableRecordBatchStream;
 use datafusion::execution::context::SQLOptions;
 use datafusion::logical_expr::{Expr, LogicalPlan, Volatility, cast};
+use datafusion::physical_plan::display::DisplayableExecutionPlan;
 use datafusion::physical_plan::{ExecutionPlan, ExecutionPlanProperties, execute_stream};
 use datafusion::prelude::{DataFrame, SessionContext, lit};
 use futures::stream::{self, BoxStream};
@@ -46,16 +47,18 @@ pub(crate) struct Compiled {
     source: Arc<OpenSource>,
     /// Where no operation does more than choose columns: which.
     chosen: Option<Arc<[usize]>>,
+    stage: Arc<Stage>,
 }
 
 impl Compiled {
-    pub(crate) fn new(source: Arc<OpenSource>, ops: &[Op]) -> Result<Self> {
-        Self::build(source, ops, Ok)
+    /// `name` is what reports call it.
+    pub(crate) fn new(source: Arc<OpenSource>, ops: &[Op], name: String) -> Result<Self> {
+        Self::build(source, ops, name, Ok)
     }
 
     /// The plan without its columns: as many rows, and nothing read that is not needed to know it.
-    pub(crate) fn for_counting(source: Arc<OpenSource>, ops: &[Op]) -> Result<Self> {
-        Self::build(source, ops, |frame| {
+    pub(crate) fn for_counting(source: Arc<OpenSource>, ops: &[Op], name: String) -> Result<Self> {
+        Self::build(source, ops, name, |frame| {
             frame.select([lit(1u8).alias("row")]).map_err(Error::engine("count"))
         })
     }
@@ -63,9 +66,11 @@ impl Compiled {
     fn build(
         source: Arc<OpenSource>,
         ops: &[Op],
+        name: String,
         last: fn(DataFrame) -> Result<DataFrame>,
     ) -> Result<Self> {
         let ops = ops.to_vec();
+        let stage = Stage::new(name, Some(source.blocks().len()), Box::new(source.clone()));
         block_on(async move {
             let frame = last(frame(&source, &ops).await?)?;
             let plan = frame.create_physical_plan().await.map_err(Error::engine("plan"))?;
@@ -77,7 +82,7 @@ impl Compiled {
                 )));
             }
             let chosen = chosen(&plan.schema(), source.schema(), &ops);
-            Ok(Self { plan, source, chosen })
+            Ok(Self { plan, source, chosen, stage })
         })
     }
 
@@ -116,13 +121,24 @@ impl Compiled {
         if self.source.waits() { threads().max(waiting) } else { threads() }
     }
 
+    /// For who takes rows for as long as it likes.
+    pub(crate) fn endless(self) -> Self {
+        self.stage.has_no_end();
+        self
+    }
+
+    /// The engine's plan, with what each part of it has done so far.
+    pub(crate) fn metrics(&self) -> String {
+        DisplayableExecutionPlan::with_metrics(&*self.plan).indent(false).to_string()
+    }
+
     pub(crate) fn source(&self) -> &OpenSource {
         &self.source
     }
 
     /// The rows of one block, in order. Runs on the crate's threads.
     pub(crate) async fn execute(&self, block: usize) -> Result<Vec<RecordBatch>> {
-        self.stream(block)?.try_collect().await.map_err(Error::engine("read rows"))
+        self.batches(block)?.try_collect().await
     }
 
     /// The same as one batch.
@@ -132,7 +148,8 @@ impl Compiled {
 
     /// The same, a batch at a time.
     pub(crate) fn batches(&self, block: usize) -> Result<BoxStream<'static, Result<RecordBatch>>> {
-        Ok(self.stream(block)?.map_err(Error::engine("read rows")).boxed())
+        let rows = self.stream(block)?.map_err(Error::engine("read rows"));
+        Ok(Watched::new(rows, &self.stage, block).boxed())
     }
 
     /// The same, a batch at a time, for who takes numbers of any width: what needs no engine goes by it.
@@ -141,7 +158,10 @@ impl Compiled {
         block: usize,
     ) -> Result<BoxStream<'static, Result<RecordBatch>>> {
         Ok(match &self.chosen {
-            Some(columns) => stream::iter(self.source.read_narrow(block, columns)?).boxed(),
+            Some(columns) => {
+                let rows = stream::iter(self.source.read_narrow(block, columns)?);
+                Watched::new(rows, &self.stage, block).boxed()
+            }
             None => self.batches(block)?,
         })
     }
@@ -265,7 +285,7 @@ pub(crate) fn run_query(inputs: &[(String, Dataset)], query: &str) -> Result<Blo
         let mut mode = Mode::Serial;
         loop {
             let frame = query_frame(tables.clone(), &query, mode).await?;
-            match (store(frame, Error::sql(&query)).await, mode.with_less_memory()) {
+            match (store(frame, &query).await, mode.with_less_memory()) {
                 (Err(Error::OutOfMemory { .. }), Some(less)) => mode = less,
                 (result, _) => return result,
             }
@@ -288,13 +308,26 @@ fn schema_of(frame: DataFrame) -> Result<SchemaRef> {
     Ok(Arc::new(plan.schema().as_arrow().clone()))
 }
 
-/// The rows of a frame, as blocks.
-async fn store(frame: DataFrame, failed: impl Fn(DataFusionError) -> Error) -> Result<BlockStore> {
+/// What the rows of a query are called.
+#[derive(Debug)]
+struct Query;
+
+impl Names for Query {
+    fn name(&self, _block: usize) -> String {
+        "its result".to_owned()
+    }
+}
+
+/// The rows of a query, as blocks.
+async fn store(frame: DataFrame, query: &str) -> Result<BlockStore> {
+    let failed = Error::sql(query);
     let context = Arc::new(frame.task_ctx());
     let plan = frame.create_physical_plan().await.map_err(&failed)?;
     let schema = plan.schema();
     let batches = execute_stream(plan, context).map_err(&failed)?;
-    BlockStore::collect(schema, batches.map_err(failed)).await
+    let stage = Stage::new(format!("query: {query}"), None, Box::new(Query));
+    let batches = Watched::new(batches.map_err(failed), &stage, 0);
+    BlockStore::collect(schema, batches).await
 }
 
 pub(crate) async fn query_frame(

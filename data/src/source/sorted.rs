@@ -7,7 +7,6 @@ use crate::dataset::Op;
 use crate::error::{Error, Result};
 use crate::exchange::{Keys, Parts, Sample};
 use crate::order::OrderBy;
-use crate::plan::Compiled;
 use crate::runtime::{block_on, joined, meanwhile, threads};
 use crate::scan::conform;
 use crate::store::{BlockStore, BlockWriter};
@@ -105,7 +104,7 @@ impl Source for Shuffled {
         }
         let keyed = Op::DrawKeys(DrawKeys { seed: self.seed, starts });
         let ops = [self.input.ops(), &[keyed]].concat();
-        let input = Compiled::new(self.input.open()?, &ops)?;
+        let input = self.input.compile_with(&ops)?;
         let columns = self.input.compile()?.schema();
         let parts = block_on(Parts::new(input, Sample::Even(rows), Arc::new(Drawn)))?;
         let seed = self.seed.to_le_bytes();

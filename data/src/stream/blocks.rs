@@ -45,7 +45,7 @@ impl Blocks {
     /// With room for so many, and for those that are read ahead.
     pub(super) fn new(source: &TensorSource, needed: usize) -> Result<Self> {
         let loader = Loader {
-            compiled: source.dataset.compile()?,
+            compiled: source.dataset.compile()?.endless(),
             layout: source.layout.clone(),
             rows: source.rows.clone(),
         };

@@ -5,7 +5,8 @@ use arrow::array::{ArrayRef, AsArray, Float64Array, Int64Array, RecordBatch, Str
 use arrow::datatypes::Int64Type;
 use mobula_core::{BatchSource, BoxError, Shard};
 use mobula_data::{BatchFn, CsvOptions, Dataset, Error, JoinType, StreamOptions};
-use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, LazyLock, Mutex};
 
 fn table(keys: &[Option<i64>], name: &str, values: &[&str]) -> Dataset {
     let keys: ArrayRef = Arc::new(Int64Array::from(keys.to_vec()));
@@ -294,6 +295,53 @@ fn results_travel_and_stream() {
 }
 
 /// Every step is named, from the last to the files, and nothing runs.
+#[test]
+fn analysis_says_what_each_stage_did() {
+    let rows = numbered(1000, &[100]).filter("id % 4 = 0").and_then(|rows| rows.sort(["id DESC"]));
+    let rows = rows.and_then(|rows| rows.filter("id > 100")).expect("dataset");
+    let text = rows.explain_analyze().expect("analysis");
+    let line = |start: &str| {
+        let line = text.lines().find(|line| line.starts_with(start));
+        line.unwrap_or_else(|| panic!("no {start:?} in\n{text}"))
+    };
+    let first = line("batches → filter id % 4 = 0 → select id: ");
+    assert!(first.contains(": 10 of 10 blocks, 250 rows, 0.0 MB, "), "{text}");
+    assert!(line("sorted: by id DESC → filter id > 100: ").contains(" 224 rows"), "{text}");
+    let filter = text.lines().find(|line| line.contains("FilterExec: id")).expect("a filter");
+    assert!(filter.contains("output_rows=224"), "{text}");
+}
+
+/// What the function `waits` waits for.
+static RELEASE: LazyLock<(Sender<()>, Mutex<Receiver<()>>)> = LazyLock::new(|| {
+    let (release, released) = channel();
+    (release, released.into())
+});
+
+mobula_data::inventory::submit! { BatchFn::new("waits", waits) }
+
+fn waits(batch: &RecordBatch) -> Result<RecordBatch, BoxError> {
+    if batch.column(0).as_primitive::<Int64Type>().values().contains(&10) {
+        RELEASE.1.lock().expect("a lock").recv()?;
+    }
+    Ok(batch.clone())
+}
+
+#[test]
+fn a_block_that_nothing_comes_of_is_named() {
+    let rows = numbered(30, &[10]).map_batches("waits").expect("dataset");
+    let counted = std::thread::spawn(move || rows.collect().expect("rows").num_rows());
+    // Only that one, once the others are done.
+    let stalled = || {
+        let stages = mobula_data::stages();
+        let stage = stages.into_iter().rfind(|stage| stage.name.contains("waits"));
+        stage.filter(|stage| stage.blocks == 2).and_then(|stage| stage.waiting)
+    };
+    let stall = std::iter::repeat_with(stalled).find_map(|stall| stall).expect("a stall");
+    assert_eq!(stall.block, "rows 10 to 19");
+    RELEASE.0.send(()).expect("a reader");
+    assert_eq!(counted.join().expect("a count"), 30);
+}
+
 #[test]
 fn explain_shows_our_steps_and_the_engines_plans() {
     let digits = crate::digits();
