@@ -52,6 +52,19 @@ pub enum Error {
         /// Columns of this file.
         got: String,
     },
+    /// The folders named `column=value` that files lie in do not have the same columns.
+    #[error(
+        "{} lies in folders for the columns [{}], expected [{}] as the first file does",
+        path.display(), got.join(", "), expected.join(", ")
+    )]
+    FoldersDiffer {
+        /// The file that differs.
+        path: PathBuf,
+        /// Columns of the first file's folders.
+        expected: Vec<String>,
+        /// Columns of this file's.
+        got: Vec<String>,
+    },
     /// A column that the data does not have.
     #[error("there is no column {column:?}; available: {}", available.join(", "))]
     NoSuchColumn {

@@ -34,6 +34,7 @@ mod exchange;
 mod explain;
 mod formats;
 mod frame;
+mod hive;
 mod in_order;
 pub mod inspect;
 mod memory;

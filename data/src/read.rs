@@ -9,17 +9,25 @@ use crate::source::json::Json;
 use crate::source::memory::MemoryTable;
 use crate::source::npy::{Npy, Npz};
 use crate::source::parquet::{Parquet, ParquetOptions};
-use crate::source::paths;
 use crate::source::range::Range;
 use crate::source::text::Text;
 use crate::source::tfrecord::TfRecord;
 use crate::source::webdataset::WebDataset;
 use crate::source::whole::{BinaryFiles, Images};
+use crate::source::{partitioned, paths};
 use arrow::record_batch::RecordBatch;
 use std::path::Path;
 
 /// Where datasets come from. A path or a pattern may be a URL of an object store, such as
 /// `s3://bucket/data/*.parquet`.
+///
+/// Files may lie in folders named `column=value`, as Hive, Spark and Arrow write them: a folder that has
+/// such folders is read at any depth, and what they, or the folders that a pattern leaves open, say
+/// of a file are columns of its rows, behind those of the file (unless it has one of that name
+/// itself). They are `Int64` if all values are whole numbers, and text otherwise; reading nothing
+/// else costs no reading of the files, and files that a [`filter`](Self::filter) on them leaves out
+/// are not read. All files must have the same such columns. `.npz`, images, IDX and files as they
+/// are have none.
 impl Dataset {
     /// Parquet files: a path, a folder, or a pattern such as `data/part-*.parquet`, which are
     /// read in alphabetical order. Errors when no file matches, when one is not Parquet, and when
@@ -30,44 +38,38 @@ impl Dataset {
 
     /// The same of files that may differ, or be damaged in part.
     pub fn read_parquet_with(pattern: impl AsRef<str>, options: ParquetOptions) -> Result<Self> {
-        let files = paths::expand(pattern.as_ref(), "parquet")?;
-        Self::from_source(Parquet::new(files, options)?)
+        partitioned::read(pattern.as_ref(), "parquet", |files| Parquet::new(files, options))
     }
 
     /// CSV files: a path, a folder or a pattern, gzipped or not. Types are inferred from all rows:
     /// the files are read once when they are opened, and in pieces when rows are needed.
     pub fn read_csv(pattern: impl AsRef<str>, options: CsvOptions) -> Result<Self> {
-        let files = paths::expand(pattern.as_ref(), "csv")?;
-        Self::from_source(Csv { files, options })
+        partitioned::read(pattern.as_ref(), "csv", |files| Ok(Csv { files, options }))
     }
 
     /// Files of JSON lines (an object a line): a path, a folder (its `*.jsonl` files) or a pattern,
     /// gzipped or not. Columns and types are those of all lines: what a line does not have is
     /// missing, numbers widen to floats, other mixed values to text. Read as CSV files are.
     pub fn read_json(pattern: impl AsRef<str>) -> Result<Self> {
-        let files = paths::expand(pattern.as_ref(), "jsonl")?;
-        Self::from_source(Json { files })
+        partitioned::read(pattern.as_ref(), "jsonl", |files| Ok(Json { files }))
     }
 
     /// Text files: a path, a folder (its `*.txt` files) or a pattern, gzipped or not. A line is a
     /// row of the column `text`, without its end. Read as CSV files are; they must be UTF-8.
     pub fn read_text(pattern: impl AsRef<str>) -> Result<Self> {
-        let files = paths::expand(pattern.as_ref(), "txt")?;
-        Self::from_source(Text { files })
+        partitioned::read(pattern.as_ref(), "txt", |files| Ok(Text { files }))
     }
 
     /// Arrow IPC files: a path, a folder (its `*.arrow` files) or a pattern. Feather files (version
     /// 2) are the same. A block is a record batch.
     pub fn read_ipc(pattern: impl AsRef<str>) -> Result<Self> {
-        let files = paths::expand(pattern.as_ref(), "arrow")?;
-        Self::from_source(Ipc { files })
+        partitioned::read(pattern.as_ref(), "arrow", |files| Ok(Ipc { files }))
     }
 
     /// NumPy's `.npy` files: a path, a folder or a pattern. The first axis has the rows of the
     /// column `data`; a row of more than a number is a flat list. Numbers and booleans in C order.
     pub fn read_npy(pattern: impl AsRef<str>) -> Result<Self> {
-        let files = paths::expand(pattern.as_ref(), "npy")?;
-        Self::from_source(Npy { files })
+        partitioned::read(pattern.as_ref(), "npy", |files| Ok(Npy { files }))
     }
 
     /// NumPy's `.npz` files: a path, a folder or a pattern. An array is a column, as in
@@ -98,16 +100,14 @@ impl Dataset {
     /// one. A later record that has others is an error when it is read. What a record does not
     /// have is missing.
     pub fn read_tfrecord(pattern: impl AsRef<str>) -> Result<Self> {
-        let files = paths::expand(pattern.as_ref(), "tfrecord")?;
-        Self::from_source(TfRecord { files })
+        partitioned::read(pattern.as_ref(), "tfrecord", |files| Ok(TfRecord { files }))
     }
 
     /// WebDataset shards: a tar file, a folder of them or a pattern, gzipped or not. Neighbouring
     /// members whose names are the same up to the first dot are a row: `__key__` and a column of
     /// bytes for each extension, missing where the row has none.
     pub fn read_webdataset(pattern: impl AsRef<str>) -> Result<Self> {
-        let files = paths::expand(pattern.as_ref(), "tar")?;
-        Self::from_source(WebDataset { files })
+        partitioned::read(pattern.as_ref(), "tar", |files| Ok(WebDataset { files }))
     }
 
     /// A pair of IDX files as MNIST and Fashion-MNIST have them, gzipped or not. Columns: `image`

@@ -8,15 +8,17 @@ use crate::runtime::meanwhile;
 use crate::source::{Block, OpenSource};
 use crate::split::{Split, mask};
 use crate::store::relabel;
+use arrow::array::AsArray;
 use arrow::compute::filter_record_batch;
 use arrow::datatypes::{FieldRef, SchemaRef};
 use arrow::record_batch::RecordBatch;
 use async_trait::async_trait;
 use datafusion::catalog::{Session, TableProvider};
-use datafusion::common::Result as EngineResult;
+use datafusion::common::{DFSchema, Result as EngineResult};
 use datafusion::error::DataFusionError;
 use datafusion::execution::{SendableRecordBatchStream, TaskContext};
-use datafusion::logical_expr::{Expr, TableType};
+use datafusion::logical_expr::expr_rewriter::unnormalize_col;
+use datafusion::logical_expr::{Expr, TableProviderFilterPushDown, TableType};
 use datafusion::physical_plan::stream::RecordBatchStreamAdapter;
 use datafusion::physical_plan::streaming::{PartitionStream, StreamingTableExec};
 use datafusion::physical_plan::{ExecutionPlan, ExecutionPlanProperties};
@@ -46,14 +48,28 @@ impl SourceTable {
         Self::Blocks { source, splits }
     }
 
-    fn partitions(&self, projection: &[usize]) -> EngineResult<Vec<Arc<dyn PartitionStream>>> {
+    /// The blocks, if filters can leave out some of them.
+    fn constants(&self) -> Option<&RecordBatch> {
+        match self {
+            Self::Blocks { source, .. } | Self::Sequences(source, _) => source.constants(),
+            Self::Chains(..) => None,
+        }
+    }
+
+    fn partitions(
+        &self,
+        projection: &[usize],
+        left_out: &[bool],
+    ) -> EngineResult<Vec<Arc<dyn PartitionStream>>> {
         let schema = Arc::new(self.schema().project(projection)?);
         let projection: Arc<[usize]> = projection.into();
+        let is_left_out = |block: usize| left_out.get(block).is_some_and(|out| *out);
         Ok(match self {
             Self::Blocks { source, splits } => (0..source.blocks().len())
                 .map(|block| {
                     let (source, splits) = (source.clone(), splits.clone());
                     let (schema, projection) = (schema.clone(), projection.clone());
+                    let block = (!is_left_out(block)).then_some(block);
                     Arc::new(BlockStream { source, block, projection, splits, schema }) as _
                 })
                 .collect(),
@@ -65,6 +81,7 @@ impl SourceTable {
                 .collect(),
             Self::Sequences(source, parts) => ranges(source.blocks().len(), *parts)
                 .map(|blocks| {
+                    let blocks = blocks.filter(|block| !is_left_out(*block)).collect();
                     let (source, projection) = (source.clone(), projection.clone());
                     let schema = schema.clone();
                     Arc::new(SequenceStream { source, blocks, projection, schema }) as _
@@ -87,37 +104,83 @@ impl TableProvider for SourceTable {
         TableType::Base
     }
 
+    /// The engine filters what comes, too.
+    fn supports_filters_pushdown(
+        &self,
+        filters: &[&Expr],
+    ) -> EngineResult<Vec<TableProviderFilterPushDown>> {
+        let is_known = |filter: &Expr| self.constants().is_some_and(|of| is_of(filter, of));
+        let kind = |filter: &&Expr| match is_known(filter) {
+            true => TableProviderFilterPushDown::Inexact,
+            false => TableProviderFilterPushDown::Unsupported,
+        };
+        Ok(filters.iter().map(kind).collect())
+    }
+
     async fn scan(
         &self,
-        _state: &dyn Session,
+        state: &dyn Session,
         projection: Option<&Vec<usize>>,
-        _filters: &[Expr],
+        filters: &[Expr],
         limit: Option<usize>,
     ) -> EngineResult<Arc<dyn ExecutionPlan>> {
         let all = || (0..self.schema().fields().len()).collect();
         let projection: Vec<usize> = projection.cloned().unwrap_or_else(all);
         let schema = Arc::new(self.schema().project(&projection)?);
-        let partitions = self.partitions(&projection)?;
+        let left_out = self.constants().map(|of| left_out(of, state, filters)).transpose()?;
+        let partitions = self.partitions(&projection, &left_out.unwrap_or_default())?;
         let plan = StreamingTableExec::try_new(schema, partitions, None, [], false, limit)?;
         Ok(Arc::new(plan))
     }
+}
+
+/// Whether a filter asks for these columns alone.
+fn is_of(filter: &Expr, constants: &RecordBatch) -> bool {
+    filter.column_refs().iter().all(|column| constants.column_by_name(&column.name).is_some())
+}
+
+/// Which blocks have no row that passes the filters.
+fn left_out(
+    constants: &RecordBatch,
+    state: &dyn Session,
+    filters: &[Expr],
+) -> EngineResult<Vec<bool>> {
+    let schema = DFSchema::try_from(constants.schema())?;
+    let mut out = vec![false; constants.num_rows()];
+    for filter in filters.iter().filter(|filter| is_of(filter, constants)) {
+        let passes = state
+            .create_physical_expr(unnormalize_col(filter.clone()), &schema)
+            .and_then(|filter| filter.evaluate(constants)?.into_array(out.len()));
+        // What fails here fails again for the rows that it fails for.
+        let Some(passes) = passes.as_ref().ok().and_then(|passes| passes.as_boolean_opt()) else {
+            continue;
+        };
+        for (out, passes) in out.iter_mut().zip(passes) {
+            *out |= passes != Some(true);
+        }
+    }
+    Ok(out)
 }
 
 /// One block of a source.
 #[derive(Debug)]
 struct BlockStream {
     source: Arc<OpenSource>,
-    block: usize,
+    /// None if no row of it is needed.
+    block: Option<usize>,
     projection: Arc<[usize]>,
     splits: Arc<[Split]>,
     schema: SchemaRef,
 }
 
 impl BlockStream {
-    fn read(&self) -> Result<impl Iterator<Item = Result<RecordBatch>> + Send + use<>> {
-        let Block { start: mut position, .. } = self.source.blocks()[self.block];
+    fn read(
+        &self,
+        block: usize,
+    ) -> Result<impl Iterator<Item = Result<RecordBatch>> + Send + use<>> {
+        let Block { start: mut position, .. } = self.source.blocks()[block];
         let splits = self.splits.clone();
-        let batches = self.source.read(self.block, &self.projection)?;
+        let batches = self.source.read(block, &self.projection)?;
         Ok(batches.map(move |batch| {
             let batch = batch?;
             let first = position;
@@ -136,8 +199,10 @@ impl PartitionStream for BlockStream {
     }
 
     fn execute(&self, _context: Arc<TaskContext>) -> SendableRecordBatchStream {
-        let batches = match self.read() {
-            Ok(batches) => stream::iter(batches).map(|b| b.map_err(Into::into)).boxed(),
+        let batches = match self.block.map(|block| self.read(block)).transpose() {
+            Ok(batches) => {
+                stream::iter(batches.into_iter().flatten()).map(|b| b.map_err(Into::into)).boxed()
+            }
             Err(error) => stream::once(async { Err(error.into()) }).boxed(),
         };
         Box::pin(RecordBatchStreamAdapter::new(self.schema.clone(), batches))
@@ -154,7 +219,7 @@ fn ranges(blocks: usize, pieces: usize) -> impl Iterator<Item = Range<usize>> {
 #[derive(Debug)]
 struct SequenceStream {
     source: Arc<OpenSource>,
-    blocks: Range<usize>,
+    blocks: Vec<usize>,
     projection: Arc<[usize]>,
     schema: SchemaRef,
 }
@@ -166,11 +231,12 @@ impl PartitionStream for SequenceStream {
 
     fn execute(&self, _context: Arc<TaskContext>) -> SendableRecordBatchStream {
         let (source, projection) = (self.source.clone(), self.projection.clone());
-        let batches =
-            self.blocks.clone().flat_map(move |block| match source.read(block, &projection) {
+        let batches = self.blocks.clone().into_iter().flat_map(move |block| {
+            match source.read(block, &projection) {
                 Ok(batches) => batches,
                 Err(error) => Box::new(std::iter::once(Err(error))) as _,
-            });
+            }
+        });
         let batches = stream::iter(batches.map(|batch| batch.map_err(Into::into)));
         Box::pin(RecordBatchStreamAdapter::new(self.schema.clone(), batches))
     }

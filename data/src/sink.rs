@@ -3,6 +3,7 @@
 mod folder;
 mod formats;
 mod part;
+mod partition;
 
 pub use formats::{CsvSink, IpcSink, JsonSink, ParquetCompression, ParquetSink};
 
@@ -14,7 +15,8 @@ use arrow::datatypes::SchemaRef;
 use arrow::record_batch::RecordBatch;
 use folder::NewFolder;
 use futures::{FutureExt, StreamExt, stream};
-use part::{Part, PartWriter, parts};
+use part::{Part, PartWriter, WrittenPart, parts};
+use partition::Partitioning;
 use serde::{Deserialize, Serialize};
 use std::fmt::Debug;
 use std::fs::File;
@@ -61,11 +63,14 @@ pub struct WriteOptions {
     pub rows_per_file: u64,
     /// Whether a folder that was written before is replaced (default: no, it is an error).
     pub overwrite: bool,
+    /// The columns whose values name the folders that files lie in, the outermost first (default:
+    /// none, all files lie in one folder).
+    pub partition_by: Vec<String>,
 }
 
 impl Default for WriteOptions {
     fn default() -> Self {
-        Self { rows_per_file: FILE_ROWS, overwrite: false }
+        Self { rows_per_file: FILE_ROWS, overwrite: false, partition_by: Vec::new() }
     }
 }
 
@@ -79,12 +84,23 @@ impl WriteOptions {
     pub fn with_overwrite(self, overwrite: bool) -> Self {
         Self { overwrite, ..self }
     }
+
+    /// Sets the columns whose values name folders: `["year", "city"]` makes files such as
+    /// `year=2024/city=Oslo/part-00000.parquet`, which do not have these columns. Values are
+    /// percent-encoded, and a missing one is `__HIVE_DEFAULT_PARTITION__`, as Hive and Spark have it.
+    ///
+    /// They must be whole numbers, text, booleans or days, and leave a column for the files. Rows are
+    /// sorted by them first, as [`Dataset::sort`] does it: so there are few files, of which few are
+    /// open, and those of a folder have its rows in the order of the dataset.
+    pub fn with_partition_by<S: Into<String>>(self, columns: impl IntoIterator<Item = S>) -> Self {
+        Self { partition_by: columns.into_iter().map(Into::into).collect(), ..self }
+    }
 }
 
 /// What was written.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Written {
-    /// The files, in the order of the rows.
+    /// The files, in the order of the rows; where there are folders by values, in the order of these.
     pub files: Vec<WrittenFile>,
 }
 
@@ -103,7 +119,7 @@ impl Written {
 /// A file that was written.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct WrittenFile {
-    /// Its name in the folder.
+    /// Its name in the folder, behind those of the folders that it lies in there.
     pub name: PathBuf,
     /// Its rows.
     pub rows: u64,
@@ -116,7 +132,7 @@ pub struct WrittenFile {
 ///
 /// The folder is whole or not there: files are written into a hidden one beside it, which gets the
 /// folder's name at the end. Several blocks are written at once, and no more than these are in
-/// memory. A dataset without rows is one file without rows.
+/// memory. A dataset without rows is one file without rows, that has all columns.
 impl Dataset {
     /// Writes files of the format that `sink` knows.
     pub fn write(
@@ -130,12 +146,22 @@ impl Dataset {
             let option = "rows_per_file";
             return Err(Error::InvalidOption { option, expected, got: "0".to_owned() });
         }
-        let compiled = self.compile()?;
-        sink.check(&compiled.schema())?;
-        let folder = NewFolder::begin(folder.as_ref(), options.overwrite)?;
+        let partitioning = Partitioning::new(&self.schema()?, &options.partition_by)?;
+        sink.check(partitioning.schema_of_files())?;
+        let new = NewFolder::begin(folder.as_ref(), options.overwrite)?;
+        let compiled = match partitioning.order() {
+            None => self.compile()?,
+            Some(columns) => self.sort(columns)?.compile()?,
+        };
         let sink: Arc<dyn Sink> = Arc::new(sink);
-        let rows = write_parts(compiled, sink.clone(), folder.path(), options.rows_per_file)?;
-        folder.commit(sink.extension(), &rows)
+        let to = Target {
+            folder: new.path().into(),
+            sink: sink.clone(),
+            partitioning: Partitioning::new(&compiled.schema(), &options.partition_by)?,
+            most: options.rows_per_file,
+        };
+        let parts = write_parts(compiled, Arc::new(to))?;
+        new.commit(sink.extension(), &parts)
     }
 
     /// Writes Parquet files with the default [`ParquetSink`]: ZSTD, row groups of 8192 rows.
@@ -163,30 +189,32 @@ impl Dataset {
     }
 }
 
-/// Writes all rows; gives the files that were made, in order, and the rows of each.
-fn write_parts(
-    compiled: Compiled,
+/// Where parts are written, and how.
+#[derive(Debug)]
+struct Target {
+    folder: PathBuf,
     sink: Arc<dyn Sink>,
-    folder: &Path,
+    partitioning: Partitioning,
+    /// Rows of a file.
     most: u64,
-) -> Result<Vec<(PathBuf, u64)>> {
+}
+
+/// Writes all rows; gives the files that were made, in order.
+fn write_parts(compiled: Compiled, to: Arc<Target>) -> Result<Vec<WrittenPart>> {
     let rows: Vec<_> = compiled.source().blocks().iter().map(|block| block.rows).collect();
-    let folder: Arc<Path> = folder.into();
     block_on(async move {
         let failed = Arc::new(AtomicBool::new(false));
         let write = |part: Part| {
-            let schema = compiled.schema();
-            let writer = PartWriter::new(folder.clone(), part.number, sink.clone(), schema, most);
+            let writer = PartWriter::new(to.clone(), part.number);
             let work = write_part(compiled.clone(), part, writer, failed.clone());
             tokio::spawn(work).map(joined)
         };
         // To the end, whatever fails: nobody may still write when the folder is removed.
-        let written = stream::iter(parts(&rows, most)).map(write).buffered(threads());
+        let written = stream::iter(parts(&rows, to.most)).map(write).buffered(threads());
         let written = written.collect::<Vec<_>>().await;
         let mut files = written.into_iter().collect::<Result<Vec<_>>>()?.concat();
         if files.is_empty() {
-            let (number, schema) = (rows.len(), compiled.schema());
-            files = PartWriter::new(folder, number, sink, schema, most).finish_empty()?;
+            files = PartWriter::new(to, rows.len()).finish_empty()?;
         }
         Ok(files)
     })
@@ -198,7 +226,7 @@ async fn write_part(
     part: Part,
     mut writer: PartWriter,
     failed: Arc<AtomicBool>,
-) -> Result<Vec<(PathBuf, u64)>> {
+) -> Result<Vec<WrittenPart>> {
     let read = |block| {
         let compiled = compiled.clone();
         tokio::spawn(async move { compiled.execute(block).await }).map(joined)

@@ -12,6 +12,7 @@ pub(crate) mod memory;
 pub(crate) mod npy;
 mod opened;
 pub(crate) mod parquet;
+pub(crate) mod partitioned;
 pub(crate) mod paths;
 pub(crate) mod query;
 pub(crate) mod range;
@@ -163,6 +164,19 @@ pub trait Blocks: Debug + Send + Sync {
     /// holds their digits. Default: what [`read`](Self::read) gives.
     fn read_narrow(&self, block: usize, projection: &[usize]) -> Result<BatchIter> {
         self.read(block, projection)
+    }
+
+    /// Columns that have one value in all rows of a block, a row a block: filters on these leave out
+    /// whole blocks.
+    #[doc(hidden)]
+    fn constants(&self) -> Option<&RecordBatch> {
+        None
+    }
+
+    /// Which of the source's files has the block.
+    #[doc(hidden)]
+    fn file(&self, _block: usize) -> Option<usize> {
+        None
     }
 }
 

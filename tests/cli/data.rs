@@ -118,6 +118,13 @@ fn files_are_converted_sorted_and_cut() {
         let count = format!("SELECT count(*) AS n FROM '{to}/*.{format}'");
         assert_eq!(sql(&["--json", &count]).json(), json!([{"n": 344}]));
     }
+    let written = convert(&["--overwrite", "--partition-by", "species,island"]);
+    assert!(
+        written.stdout.contains("species=Gentoo/island=Biscoe/part-00000.parquet"),
+        "{written:?}"
+    );
+    let count = format!("SELECT count(*) AS n FROM '{to}/**/*.parquet' WHERE species = 'Gentoo'");
+    assert_eq!(sql(&["--json", &count]).json(), json!([{"n": 124}]));
     let wrong = convert(&["--overwrite", "--format", "csv", "--compression", "lz4"]);
     assert!(wrong.error().contains("are for Parquet"), "{wrong:?}");
     let wrong = convert(&["--overwrite", "--sort-by", "wieght"]);

@@ -1,9 +1,11 @@
 //! A folder that is whole or not there.
 
+use super::part::WrittenPart;
 use super::{Written, WrittenFile};
 use crate::error::{Error, Result};
 use mobula_core::error::AtPath;
 use rustix::fs::{CWD, RenameFlags, renameat_with};
+use std::collections::{BTreeSet, HashMap};
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -39,14 +41,8 @@ impl NewFolder {
     }
 
     /// Gives the files, and then the folder, the names that they are to have.
-    pub(super) fn commit(self, extension: &str, files: &[(PathBuf, u64)]) -> Result<Written> {
-        let finish = |(at, (path, rows)): (usize, &(PathBuf, u64))| {
-            let name = part_name(at, files.len(), extension);
-            let bytes = sync(path)?;
-            fs::rename(path, self.hidden.join(&name)).at("rename", path)?;
-            Ok(WrittenFile { name, rows: *rows, bytes })
-        };
-        let files = files.iter().enumerate().map(finish).collect::<Result<_>>()?;
+    pub(super) fn commit(self, extension: &str, parts: &[WrittenPart]) -> Result<Written> {
+        let files = self.name_files(extension, parts)?;
         let written = Written { files };
         let list = serde_json::to_vec_pretty(&written).map_err(mobula_core::Error::layer)?;
         let path = self.hidden.join(LIST);
@@ -55,6 +51,27 @@ impl NewFolder {
         sync(&self.hidden)?;
         self.swap()?;
         Ok(written)
+    }
+
+    /// Moves the files into the folders that they belong into, with numbers in each.
+    fn name_files(&self, extension: &str, parts: &[WrittenPart]) -> Result<Vec<WrittenFile>> {
+        let (mut counts, mut files) = (HashMap::<&Path, usize>::new(), Vec::new());
+        parts.iter().for_each(|part| *counts.entry(&part.folder).or_default() += 1);
+        let mut numbers = HashMap::<&Path, usize>::new();
+        for WrittenPart { path, folder, rows } in parts {
+            fs::create_dir_all(self.hidden.join(folder)).at("create", self.hidden.join(folder))?;
+            let number = numbers.entry(folder).or_default();
+            let name = folder.join(part_name(*number, counts[&**folder], extension));
+            *number += 1;
+            let bytes = sync(path)?;
+            // Folders that differ in case may be one.
+            rename(path, &self.hidden.join(&name)).at("rename", path)?;
+            files.push(WrittenFile { name, rows: *rows, bytes });
+        }
+        for folder in parents(counts.keys().copied()) {
+            sync(&self.hidden.join(folder))?;
+        }
+        Ok(files)
     }
 
     fn swap(&self) -> Result<()> {
@@ -73,6 +90,11 @@ impl Drop for NewFolder {
     fn drop(&mut self) {
         let _ = fs::remove_dir_all(&self.hidden);
     }
+}
+
+/// The folders, and those that they lie in.
+fn parents<'a>(folders: impl Iterator<Item = &'a Path>) -> BTreeSet<&'a Path> {
+    folders.flat_map(Path::ancestors).collect()
 }
 
 /// An error if something is there that may not be replaced.

@@ -1,6 +1,6 @@
 //! Which blocks share a file, and the files of some blocks.
 
-use super::{Sink, SinkFile};
+use super::{SinkFile, Target};
 use crate::error::Result;
 use arrow::datatypes::SchemaRef;
 use arrow::record_batch::RecordBatch;
@@ -36,47 +36,49 @@ pub(super) fn parts(rows: &[u64], most: u64) -> Vec<Part> {
     parts
 }
 
-/// Writes the rows of a part, into several files where they are too many for one.
+/// A file that was written, under a name that is nothing a reader would look for.
+#[derive(Clone, Debug)]
+pub(super) struct WrittenPart {
+    pub(super) path: PathBuf,
+    /// Where it belongs in the folder.
+    pub(super) folder: PathBuf,
+    pub(super) rows: u64,
+}
+
+/// Writes the rows of a part, into several files where they are too many for one, or belong into
+/// several folders.
 pub(super) struct PartWriter {
-    folder: Arc<Path>,
+    to: Arc<Target>,
     part: usize,
-    sink: Arc<dyn Sink>,
-    schema: SchemaRef,
-    most: u64,
     current: Option<Current>,
-    done: Vec<(PathBuf, u64)>,
+    done: Vec<WrittenPart>,
 }
 
 struct Current {
     file: Box<dyn SinkFile>,
-    path: PathBuf,
-    rows: u64,
+    written: WrittenPart,
 }
 
 impl PartWriter {
-    pub(super) fn new(
-        folder: Arc<Path>,
-        part: usize,
-        sink: Arc<dyn Sink>,
-        schema: SchemaRef,
-        most: u64,
-    ) -> Self {
-        Self { folder, part, sink, schema, most, current: None, done: Vec::new() }
+    pub(super) fn new(to: Arc<Target>, part: usize) -> Self {
+        Self { to, part, current: None, done: Vec::new() }
     }
 
     pub(super) fn write(&mut self, batch: &RecordBatch) -> Result<()> {
-        let mut rest = batch.clone();
+        let to = self.to.clone();
+        let pieces = to.partitioning.cut(batch)?;
+        pieces.into_iter().try_for_each(|(folder, rows)| self.write_to(&folder, rows))
+    }
+
+    fn write_to(&mut self, folder: &Path, mut rest: RecordBatch) -> Result<()> {
         while rest.num_rows() > 0 {
-            let mut current = match self.current.take() {
-                Some(current) => current,
-                None => self.begin()?,
-            };
-            let room = usize::try_from(self.most - current.rows).unwrap_or(usize::MAX);
-            let now = rest.num_rows().min(room);
+            let mut current = self.file_in(folder)?;
+            let room = self.to.most - current.written.rows;
+            let now = rest.num_rows().min(usize::try_from(room).unwrap_or(usize::MAX));
             current.file.write(&rest.slice(0, now))?;
-            current.rows += now as u64;
+            current.written.rows += now as u64;
             rest = rest.slice(now, rest.num_rows() - now);
-            match current.rows == self.most {
+            match current.written.rows == self.to.most {
                 true => self.end(current)?,
                 false => self.current = Some(current),
             }
@@ -84,7 +86,7 @@ impl PartWriter {
         Ok(())
     }
 
-    pub(super) fn finish(mut self) -> Result<Vec<(PathBuf, u64)>> {
+    pub(super) fn finish(mut self) -> Result<Vec<WrittenPart>> {
         if let Some(current) = self.current.take() {
             self.end(current)?;
         }
@@ -92,22 +94,31 @@ impl PartWriter {
     }
 
     /// A file without rows, that says which columns there are.
-    pub(super) fn finish_empty(mut self) -> Result<Vec<(PathBuf, u64)>> {
-        self.current = Some(self.begin()?);
+    pub(super) fn finish_empty(mut self) -> Result<Vec<WrittenPart>> {
+        self.current = Some(self.begin(Path::new(""), self.to.partitioning.schema())?);
         self.finish()
     }
 
-    /// A file whose name is nothing that a reader would look for.
-    fn begin(&self) -> Result<Current> {
-        let path = self.folder.join(format!("{}-{}.unfinished", self.part, self.done.len()));
+    /// The file that is being written, if it belongs into this folder; another one otherwise.
+    fn file_in(&mut self, folder: &Path) -> Result<Current> {
+        match self.current.take() {
+            Some(current) if current.written.folder == folder => return Ok(current),
+            Some(other) => self.end(other)?,
+            None => {}
+        }
+        self.begin(folder, self.to.partitioning.schema_of_files())
+    }
+
+    fn begin(&self, folder: &Path, schema: &SchemaRef) -> Result<Current> {
+        let path = self.to.folder.join(format!("{}-{}.unfinished", self.part, self.done.len()));
         let file = File::create_new(&path).at("create", &path)?;
-        Ok(Current { file: self.sink.begin(file, &self.schema)?, path, rows: 0 })
+        let file = self.to.sink.begin(file, schema)?;
+        Ok(Current { file, written: WrittenPart { path, folder: folder.to_owned(), rows: 0 } })
     }
 
     fn end(&mut self, current: Current) -> Result<()> {
-        let Current { file, path, rows } = current;
-        file.finish()?;
-        self.done.push((path, rows));
+        current.file.finish()?;
+        self.done.push(current.written);
         Ok(())
     }
 }

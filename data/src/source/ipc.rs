@@ -74,6 +74,10 @@ impl Blocks for IpcBlocks {
         format!("{} (record batch {batch})", self.files[file].stamped.path.display())
     }
 
+    fn file(&self, block: usize) -> Option<usize> {
+        Some(self.batches[block].0)
+    }
+
     fn read(&self, block: usize, projection: &[usize]) -> Result<BatchIter> {
         let (file, batch) = self.batches[block];
         self.files[file].read(batch, projection)

@@ -80,6 +80,10 @@ impl Blocks for NpyBlocks {
         format!("{path} (rows {start} to {})", start + rows - 1)
     }
 
+    fn file(&self, block: usize) -> Option<usize> {
+        Some(self.pieces[block].0)
+    }
+
     fn read(&self, block: usize, projection: &[usize]) -> Result<BatchIter> {
         let (file, start, rows) = self.pieces[block];
         let schema = Arc::new(self.schema.project(projection)?);

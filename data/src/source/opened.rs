@@ -80,6 +80,10 @@ impl OpenSource {
         self.inner.waits()
     }
 
+    pub(crate) fn constants(&self) -> Option<&RecordBatch> {
+        self.inner.constants()
+    }
+
     pub(crate) fn name(&self, block: usize) -> String {
         self.inner.name(block)
     }

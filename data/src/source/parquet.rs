@@ -209,6 +209,10 @@ impl Blocks for ParquetBlocks {
         format!("{} (row group {group})", self.files[file].stamped.path.display())
     }
 
+    fn file(&self, block: usize) -> Option<usize> {
+        Some(self.groups[block].0)
+    }
+
     fn read(&self, block: usize, projection: &[usize]) -> Result<BatchIter> {
         let (file, group) = self.groups[block];
         let file = &self.files[file];

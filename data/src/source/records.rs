@@ -205,6 +205,10 @@ impl Blocks for RecordBlocks {
         format!("{path} (rows {row} to {last})")
     }
 
+    fn file(&self, block: usize) -> Option<usize> {
+        Some(self.spans[block].0)
+    }
+
     fn read(&self, block: usize, projection: &[usize]) -> Result<BatchIter> {
         let (file, _, span) = &self.spans[block];
         let bytes = self.files[*file].read(span.start, span.length, span.crc)?;

@@ -6,6 +6,7 @@ mod formats;
 mod frame;
 mod memory;
 mod own_source;
+mod partitioned;
 mod persist;
 mod preprocess;
 mod resample;

@@ -19,6 +19,7 @@ pub(crate) const TESTS: &[Test] = &[
     ("files_are_read_as_they_are_here", files_are_read_as_they_are_here),
     ("patterns_mean_what_they_mean_here", patterns_mean_what_they_mean_here),
     ("shuffled_steps_are_the_same", shuffled_steps_are_the_same),
+    ("folders_named_by_values_are_columns", folders_named_by_values_are_columns),
     ("queries_read_objects", queries_read_objects),
     ("images_and_bytes", images_and_bytes),
     ("an_object_that_changes_is_an_error", an_object_that_changes_is_an_error),
@@ -176,6 +177,20 @@ fn shuffled_steps_are_the_same() {
     let there = labels(Dataset::read_parquet(there).expect("dataset"));
     assert_eq!(there.concat().len(), 1797);
     assert_eq!(there, labels(digits()));
+}
+
+fn folders_named_by_values_are_columns() {
+    let (here, there) = folder("parted");
+    let options = WriteOptions::default().with_partition_by(["label"]);
+    digits().write_parquet(here.join("by label"), options).expect("write");
+    let local = rows(Dataset::read_parquet(here.join("by label").to_str().expect("UTF-8")));
+    let all = Dataset::read_parquet(format!("{there}/by label")).expect("dataset");
+    assert_eq!(rows(Ok(all.clone())), local);
+    assert_eq!(all.filter("label = 3").and_then(|few| few.count()).expect("count"), 183);
+    let open = Dataset::read_parquet(format!("{there}/by label/label=[23]/*.parquet"));
+    assert_eq!(rows(open).num_rows(), 183 + 177);
+    let one = Dataset::read_parquet(format!("{there}/by label/label=3"));
+    assert!(rows(one).column_by_name("label").is_none());
 }
 
 fn queries_read_objects() {

@@ -27,6 +27,9 @@ pub(crate) struct Convert {
     /// Sort by these columns, such as "day, price DESC"; what has no room in memory is put on disk
     #[arg(long, value_name = "COLUMNS")]
     sort_by: Option<String>,
+    /// Put rows into folders by these columns, such as year,city: year=2024/city=Oslo/…
+    #[arg(long, value_name = "COLUMNS", value_delimiter = ',')]
+    partition_by: Vec<String>,
     /// Replace a folder that was written before
     #[arg(long)]
     overwrite: bool,
@@ -102,7 +105,8 @@ fn write(dataset: &Dataset, options: &Convert) -> anyhow::Result<Written> {
     let to = &options.output;
     let how = WriteOptions::default()
         .with_rows_per_file(options.rows_per_file)
-        .with_overwrite(options.overwrite);
+        .with_overwrite(options.overwrite)
+        .with_partition_by(&options.partition_by);
     let is_tuned = options.compression.is_some() || options.row_group_rows.is_some();
     if is_tuned && options.format != Format::Parquet {
         bail!("--compression and --row-group-rows are for Parquet; leave them out, or --format");
