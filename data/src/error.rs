@@ -32,6 +32,14 @@ pub enum Error {
         /// Where its address and credentials come from.
         hint: &'static str,
     },
+    /// A folder in an object store with nothing but what a write that did not end has left.
+    #[error(
+        "{folder} is being written, or was when its writer ended; write it again, with overwrite"
+    )]
+    Unfinished {
+        /// Its URL.
+        folder: String,
+    },
     /// A file whose content is not what its format says.
     #[error("{} is not a valid {format} file: {reason}", path.display())]
     Corrupt {

@@ -3,8 +3,11 @@
 //! Where to find a store, and who asks, is said by the environment, by the names that its own tools
 //! have: nothing secret is in the description of a dataset.
 
+mod folder;
 mod reader;
 
+use folder::without_unfinished;
+pub(crate) use folder::{PART, WRITING};
 pub(crate) use reader::RemoteReader;
 
 use crate::error::{Error, Result};
@@ -74,7 +77,7 @@ impl Place {
     }
 
     /// Its URL, with another key.
-    fn url(&self, key: &Key) -> PathBuf {
+    fn url_of(&self, key: &Key) -> PathBuf {
         // What would mean something else in a URL.
         let key = key.as_ref().replace('%', "%25").replace('#', "%23").replace('?', "%3F");
         format!("{}/{key}", self.root).into()
@@ -83,7 +86,7 @@ impl Place {
     /// The objects that are below a key.
     fn list(&self, prefix: &Key) -> Result<Vec<ObjectMeta>> {
         let (store, prefix) = (self.store.clone(), prefix.clone());
-        let url = self.url(&prefix);
+        let url = self.url_of(&prefix);
         block_on(async move {
             let mut found: Vec<_> =
                 store.list(Some(&prefix)).try_collect().await.map_err(failed("list", &url))?;
@@ -94,7 +97,7 @@ impl Place {
 
     /// What is known of an object; `None` where there is none.
     fn head(&self) -> Result<Option<ObjectMeta>> {
-        let (store, key, url) = (self.store.clone(), self.key.clone(), self.url(&self.key));
+        let (store, key, url) = (self.store.clone(), self.key.clone(), self.url());
         block_on(async move {
             match store.head(&key).await {
                 Ok(meta) => Ok(Some(meta)),
@@ -175,7 +178,7 @@ fn unknown(url: &Url) -> Error {
 }
 
 /// What to do about what a store says.
-fn failed(action: &'static str, url: &Path) -> impl Fn(StoreError) -> Error {
+fn failed(action: &'static str, url: &Path) -> impl Fn(StoreError) -> Error + use<> {
     let url = url.to_path_buf();
     move |error| match error {
         StoreError::NotFound { .. } => Error::NoFiles { pattern: url.clone() },
@@ -229,7 +232,7 @@ pub(crate) fn expand(pattern: &Path, in_folder: &str) -> Result<Vec<PathBuf>> {
 /// Tells the engine where to find an object, by which URL. It knows no store by more than a host.
 pub(crate) fn register(path: &Path, session: &SessionContext) -> Result<Option<Url>> {
     let place = Place::new(path)?;
-    let url = Url::parse(&place.url(&place.key).to_string_lossy());
+    let url = Url::parse(&place.url().to_string_lossy());
     let url = url.map_err(|error| Error::Internal(error.to_string()))?;
     let is_host = url[..Position::BeforePath] == place.root;
     Ok(is_host.then(|| {
@@ -253,7 +256,7 @@ fn wildcards(key: &str) -> Option<&str> {
 /// question is enough.
 fn one_or_folder(place: &Place, in_folder: &str) -> Result<Vec<PathBuf>> {
     let is_file = || Ok::<_, Error>(!place.key.as_ref().is_empty() && place.head()?.is_some());
-    let itself = || vec![place.url(&place.key)];
+    let itself = || vec![place.url()];
     let dotted = place.is_http || place.key.filename().is_some_and(|name| name.contains('.'));
     if dotted && is_file()? {
         return Ok(itself());
@@ -276,11 +279,11 @@ fn matching(place: &Place, folder: &str, pattern: &str) -> Result<Vec<PathBuf>> 
         require_literal_leading_dot: true,
         ..MatchOptions::default()
     };
-    let folder =
-        Key::parse(folder).map_err(|error| failed("list", &place.url(&place.key))(error.into()))?;
-    let found = place.list(&folder)?.into_iter().map(|object| object.location);
-    let fits = found.filter(|key| pattern.matches_with(key.as_ref(), options));
-    Ok(fits.map(|key| place.url(&key)).collect())
+    let folder = Key::parse(folder).map_err(|error| failed("list", &place.url())(error.into()))?;
+    let found = place.list(&folder)?.into_iter().map(|object| object.location).collect();
+    let found = without_unfinished(place, found)?;
+    let fits = found.into_iter().filter(|key| pattern.matches_with(key.as_ref(), options));
+    Ok(fits.map(|key| place.url_of(&key)).collect())
 }
 
 /// An object as it was when it was opened: what is read of it later is the same, or an error.
@@ -318,7 +321,7 @@ impl RemoteFile {
     }
 
     async fn get(self: Arc<Self>, range: Range<u64>) -> Result<Bytes> {
-        let url = self.place.url(&self.place.key);
+        let url = self.place.url();
         let options = GetOptions {
             range: Some(GetRange::Bounded(range)),
             if_match: self.meta.e_tag.clone(),

@@ -4,12 +4,14 @@ mod folder;
 mod formats;
 mod part;
 mod partition;
+mod remote;
 
 pub use formats::{CsvSink, IpcSink, JsonSink, ParquetCompression, ParquetSink};
 
 use crate::Dataset;
 use crate::error::{Error, Result};
 use crate::plan::Compiled;
+use crate::remote::is_url;
 use crate::runtime::{block_on, joined, threads};
 use arrow::datatypes::SchemaRef;
 use arrow::record_batch::RecordBatch;
@@ -17,12 +19,16 @@ use folder::NewFolder;
 use futures::{FutureExt, StreamExt, stream};
 use part::{Part, PartWriter, WrittenPart, parts};
 use partition::Partitioning;
+use remote::RemoteFolder;
 use serde::{Deserialize, Serialize};
 use std::fmt::Debug;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+
+/// Says of a folder that it may be replaced, since it was written and not typed.
+pub(crate) const LIST: &str = "_written.json";
 
 /// Rows of a file, unless told otherwise.
 const FILE_ROWS: u64 = 1 << 20;
@@ -133,6 +139,11 @@ pub struct WrittenFile {
 /// The folder is whole or not there: files are written into a hidden one beside it, which gets the
 /// folder's name at the end. Several blocks are written at once, and no more than these are in
 /// memory. A dataset without rows is one file without rows, that has all columns.
+///
+/// A folder may be a URL of an object store, such as `s3://bucket/folder`. There is no renaming there: files
+/// are sent as they are made, under names that are new, and are data from the moment on in which
+/// `_written.json` lists them, to Mobula; other programs see them as they come. What was replaced is
+/// removed then.
 impl Dataset {
     /// Writes files of the format that `sink` knows.
     pub fn write(
@@ -148,14 +159,15 @@ impl Dataset {
         }
         let partitioning = Partitioning::new(&self.schema()?, &options.partition_by)?;
         sink.check(partitioning.schema_of_files())?;
-        let new = NewFolder::begin(folder.as_ref(), options.overwrite)?;
+        let new = New::begin(folder.as_ref(), options.overwrite)?;
         let compiled = match partitioning.order() {
             None => self.compile()?,
             Some(columns) => self.sort(columns)?.compile()?,
         };
         let sink: Arc<dyn Sink> = Arc::new(sink);
         let to = Target {
-            folder: new.path().into(),
+            folder: new.here().into(),
+            remote: new.remote(),
             sink: sink.clone(),
             partitioning: Partitioning::new(&compiled.schema(), &options.partition_by)?,
             most: options.rows_per_file,
@@ -189,10 +201,46 @@ impl Dataset {
     }
 }
 
+/// A folder that is being written, here or in an object store.
+enum New {
+    Here(NewFolder),
+    Remote(Arc<RemoteFolder>),
+}
+
+impl New {
+    fn begin(folder: &Path, overwrite: bool) -> Result<Self> {
+        Ok(match is_url(folder) {
+            true => Self::Remote(Arc::new(RemoteFolder::begin(folder, overwrite)?)),
+            false => Self::Here(NewFolder::begin(folder, overwrite)?),
+        })
+    }
+
+    /// Where files are written.
+    fn here(&self) -> &Path {
+        match self {
+            Self::Here(folder) => folder.path(),
+            Self::Remote(folder) => folder.here(),
+        }
+    }
+
+    fn remote(&self) -> Option<Arc<RemoteFolder>> {
+        if let Self::Remote(folder) = self { Some(folder.clone()) } else { None }
+    }
+
+    fn commit(self, extension: &str, parts: &[WrittenPart]) -> Result<Written> {
+        match self {
+            Self::Here(folder) => folder.commit(extension, parts),
+            Self::Remote(folder) => folder.commit(parts),
+        }
+    }
+}
+
 /// Where parts are written, and how.
 #[derive(Debug)]
 struct Target {
     folder: PathBuf,
+    /// Where they are sent, if not left there.
+    remote: Option<Arc<RemoteFolder>>,
     sink: Arc<dyn Sink>,
     partitioning: Partitioning,
     /// Rows of a file.

@@ -1,7 +1,7 @@
 //! A folder that is whole or not there.
 
 use super::part::WrittenPart;
-use super::{Written, WrittenFile};
+use super::{LIST, Written, WrittenFile};
 use crate::error::{Error, Result};
 use mobula_core::error::AtPath;
 use rustix::fs::{CWD, RenameFlags, renameat_with};
@@ -9,9 +9,6 @@ use std::collections::{BTreeSet, HashMap};
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
-
-/// Says of a folder that it may be replaced, since it was written and not typed.
-const LIST: &str = "_written.json";
 
 /// A folder that is being written under a hidden name. It goes, unless it is committed.
 #[derive(Debug)]
@@ -58,7 +55,7 @@ impl NewFolder {
         let (mut counts, mut files) = (HashMap::<&Path, usize>::new(), Vec::new());
         parts.iter().for_each(|part| *counts.entry(&part.folder).or_default() += 1);
         let mut numbers = HashMap::<&Path, usize>::new();
-        for WrittenPart { path, folder, rows } in parts {
+        for WrittenPart { path, folder, rows, .. } in parts {
             fs::create_dir_all(self.hidden.join(folder)).at("create", self.hidden.join(folder))?;
             let number = numbers.entry(folder).or_default();
             let name = folder.join(part_name(*number, counts[&**folder], extension));

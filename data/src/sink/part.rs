@@ -43,6 +43,8 @@ pub(super) struct WrittenPart {
     /// Where it belongs in the folder.
     pub(super) folder: PathBuf,
     pub(super) rows: u64,
+    /// Its length, once that is known.
+    pub(super) bytes: u64,
 }
 
 /// Writes the rows of a part, into several files where they are too many for one, or belong into
@@ -113,12 +115,20 @@ impl PartWriter {
         let path = self.to.folder.join(format!("{}-{}.unfinished", self.part, self.done.len()));
         let file = File::create_new(&path).at("create", &path)?;
         let file = self.to.sink.begin(file, schema)?;
-        Ok(Current { file, written: WrittenPart { path, folder: folder.to_owned(), rows: 0 } })
+        let written = WrittenPart { path, folder: folder.to_owned(), rows: 0, bytes: 0 };
+        Ok(Current { file, written })
     }
 
     fn end(&mut self, current: Current) -> Result<()> {
         current.file.finish()?;
-        self.done.push(current.written);
+        let written = match &self.to.remote {
+            None => current.written,
+            Some(remote) => {
+                let name = format!("{:05}-{:03}", self.part, self.done.len());
+                remote.send(current.written, &name, self.to.sink.extension())?
+            }
+        };
+        self.done.push(written);
         Ok(())
     }
 }

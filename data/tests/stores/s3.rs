@@ -1,9 +1,13 @@
 //! Datasets in S3. The server's buckets are folders here, so what it has can be put there by hand.
 
 use crate::{Test, example, message};
+use arrow::array::AsArray;
+use arrow::datatypes::Int64Type;
 use arrow::record_batch::RecordBatch;
-use mobula_core::{BatchSource, Shard};
-use mobula_data::{CsvOptions, Dataset, Error, StreamOptions, WriteOptions, inspect, query};
+use mobula_core::{BatchSource, BoxError, Shard};
+use mobula_data::{
+    BatchFn, CsvOptions, Dataset, Error, StreamOptions, WriteOptions, Written, inspect, query,
+};
 use std::fs;
 use std::io::{BufRead, BufReader};
 use std::net::TcpListener;
@@ -20,12 +24,19 @@ pub(crate) const TESTS: &[Test] = &[
     ("patterns_mean_what_they_mean_here", patterns_mean_what_they_mean_here),
     ("shuffled_steps_are_the_same", shuffled_steps_are_the_same),
     ("folders_named_by_values_are_columns", folders_named_by_values_are_columns),
+    ("what_is_written_there_is_read_here", what_is_written_there_is_read_here),
+    ("only_what_was_written_is_replaced", only_what_was_written_is_replaced),
+    ("a_write_that_fails_leaves_nothing", a_write_that_fails_leaves_nothing),
+    ("a_write_that_is_killed_is_no_data", a_write_that_is_killed_is_no_data),
     ("queries_read_objects", queries_read_objects),
     ("images_and_bytes", images_and_bytes),
     ("an_object_that_changes_is_an_error", an_object_that_changes_is_an_error),
     ("what_is_not_there_is_named", what_is_not_there_is_named),
     ("who_may_not_ask_is_told_how_to", who_may_not_ask_is_told_how_to),
 ];
+
+/// The same: it is to write there, and whether to overwrite.
+const WRITER: &str = "MOBULA_TEST_S3_OVERWRITE";
 
 const BUCKET: &str = "bucket";
 
@@ -193,6 +204,124 @@ fn folders_named_by_values_are_columns() {
     assert!(rows(one).column_by_name("label").is_none());
 }
 
+/// The files of a folder and of those in it, without the numbers of their writes.
+fn names(folder: &Path) -> Vec<String> {
+    let entries = fs::read_dir(folder).expect("list").map(|entry| entry.expect("entry"));
+    let mut names: Vec<_> = entries
+        .flat_map(|entry| {
+            let name = entry.file_name().into_string().expect("UTF-8");
+            match entry.path().is_dir() {
+                true => {
+                    names(&entry.path()).iter().map(|below| format!("{name}/{below}")).collect()
+                }
+                false => vec![name],
+            }
+        })
+        .collect();
+    names.sort();
+    names
+}
+
+fn what_is_written_there_is_read_here() {
+    let (here, there) = folder("written");
+    let options = || WriteOptions::default().with_rows_per_file(500);
+    let written = digits().write_parquet(format!("{there}/a b"), options()).expect("write");
+    assert_eq!(names(&here.join("a b")).len(), written.files.len() + 1);
+    assert_eq!((written.rows(), written.files.len() > 1), (1797, true));
+    assert_eq!(
+        rows(Dataset::read_parquet(here.join("a b").to_str().expect("UTF-8"))),
+        rows(Ok(digits()))
+    );
+    assert_eq!(rows(Dataset::read_parquet(format!("{there}/a b"))), rows(Ok(digits())));
+    let parted = options().with_partition_by(["label"]);
+    digits().write_ipc(format!("{there}/parted"), parted).expect("write");
+    let three =
+        Dataset::read_ipc(format!("{there}/parted")).and_then(|all| all.filter("label = 3"));
+    assert_eq!(three.and_then(|three| three.count()).expect("count"), 183);
+    assert!(names(&here.join("parted")).iter().any(|name| name.starts_with("label=3/part-")));
+}
+
+fn only_what_was_written_is_replaced() {
+    let (here, there) = folder("replaced");
+    let range = |rows| Dataset::range(rows).expect("rows");
+    let write = |rows, overwrite| {
+        let options = WriteOptions::default().with_rows_per_file(2000).with_overwrite(overwrite);
+        range(rows).write_parquet(format!("{there}/rows"), options)
+    };
+    write(10_000, false).expect("write");
+    let text = message(write(1, false));
+    assert!(text.contains("exists; write elsewhere, or overwrite it"), "{text}");
+    let before = Dataset::read_parquet(format!("{there}/rows")).expect("dataset");
+    write(3000, true).expect("write");
+    assert_eq!(rows(Dataset::read_parquet(format!("{there}/rows"))), rows(Ok(range(3000))));
+    assert_eq!(names(&here.join("rows")).len(), 3, "two files and their list");
+    let gone = message(before.collect());
+    assert!(gone.contains("replaced/rows/part-"), "{gone}");
+    fs::create_dir(here.join("own")).expect("a folder");
+    fs::write(here.join("own/diary.txt"), "today").expect("write");
+    let options = WriteOptions::default().with_overwrite(true);
+    let text = message(range(1).write_csv(format!("{there}/own"), options));
+    assert!(text.contains("_written.json"), "{text}");
+    assert_eq!(names(&here.join("own")), ["diary.txt"]);
+}
+
+mobula_data::inventory::submit! { BatchFn::new("fails late", |batch| ends(batch, || Err("as it is told".into()))) }
+mobula_data::inventory::submit! { BatchFn::new("aborts late", |batch| ends(batch, || std::process::abort())) }
+
+/// Does something at row 150,000.
+fn ends(
+    batch: &RecordBatch,
+    end: fn() -> Result<RecordBatch, BoxError>,
+) -> Result<RecordBatch, BoxError> {
+    let ids = batch.column(0).as_primitive::<Int64Type>();
+    if ids.values().contains(&150_000) { end() } else { Ok(batch.clone()) }
+}
+
+fn ending(function: &str, url: &str, overwrite: bool) -> mobula_data::Result<Written> {
+    let rows = Dataset::range(200_000).and_then(|rows| rows.map_batches(function))?;
+    let options = WriteOptions::default().with_rows_per_file(10_000).with_overwrite(overwrite);
+    rows.write_parquet(url, options)
+}
+
+fn a_write_that_fails_leaves_nothing() {
+    let (here, there) = folder("failed");
+    let text = message(ending("fails late", &format!("{there}/rows"), false));
+    assert!(text.contains("as it is told"), "{text}");
+    assert!(!here.join("rows").exists() || names(&here.join("rows")).is_empty());
+    Dataset::range(5)
+        .and_then(|rows| rows.write_parquet(format!("{there}/rows"), WriteOptions::default()))
+        .expect("write");
+    ending("fails late", &format!("{there}/rows"), true).expect_err("a failure");
+    assert_eq!(rows(Dataset::read_parquet(format!("{there}/rows"))).num_rows(), 5);
+    assert_eq!(names(&here.join("rows")).len(), 2);
+}
+
+fn a_write_that_is_killed_is_no_data() {
+    let (here, there) = folder("killed");
+    let url = format!("{there}/rows");
+    let kill = |overwrite: &str| {
+        let mut writer = Command::new(std::env::current_exe().expect("this program"));
+        writer.env(ASKER, &url).env(WRITER, overwrite);
+        let ended = writer.output().expect("a copy of this program").status;
+        assert!(!ended.success(), "{ended}");
+        assert!(names(&here.join("rows")).len() > 3, "some files were sent");
+    };
+    kill("no");
+    let read = || Dataset::read_parquet(&url).and_then(|found| found.count());
+    assert!(matches!(read(), Err(Error::Unfinished { .. })), "{:?}", read());
+    let pattern = Dataset::read_parquet(format!("{url}/*.parquet"));
+    assert!(matches!(pattern, Err(Error::Unfinished { .. })));
+    let options = || WriteOptions::default().with_overwrite(true);
+    let few = Dataset::range(7).expect("rows");
+    few.write_parquet(&url, options()).expect("write");
+    assert_eq!((read().expect("count"), names(&here.join("rows")).len()), (7, 2));
+    // What was there before stays, while another one is written and when it is not.
+    kill("yes");
+    assert_eq!(read().expect("count"), 7);
+    few.write_parquet(&url, options()).expect("write");
+    assert_eq!((read().expect("count"), names(&here.join("rows")).len()), (7, 2));
+}
+
 fn queries_read_objects() {
     let (here, there) = folder("queries");
     digits_in(&here);
@@ -263,6 +392,10 @@ fn what_is_not_there_is_named() {
 
 /// Says what comes of a URL.
 pub(crate) fn ask(url: &str) -> ExitCode {
+    if let Some(overwrite) = std::env::var_os(WRITER) {
+        println!("{:?}", ending("aborts late", url, overwrite == "yes"));
+        return ExitCode::SUCCESS;
+    }
     println!("{}", message(Dataset::read_parquet(url)));
     ExitCode::SUCCESS
 }
