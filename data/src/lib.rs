@@ -28,6 +28,8 @@
 
 mod batch_fn;
 mod batches;
+#[cfg(any(feature = "postgres", feature = "sqlite"))]
+mod database;
 mod dataset;
 mod error;
 mod exchange;
@@ -53,6 +55,8 @@ mod sink;
 mod source;
 mod spill;
 mod split;
+#[cfg(feature = "sqlite")]
+mod sqlite;
 mod store;
 mod stream;
 mod typed;

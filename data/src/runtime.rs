@@ -15,6 +15,8 @@ static RUNTIME: LazyLock<std::io::Result<Runtime>> = LazyLock::new(|| {
         .worker_threads(threads())
         .thread_name("mobula-data")
         .on_thread_start(|| OURS.set(true))
+        // Clients of stores and servers live on it.
+        .enable_all()
         .build()
 });
 

@@ -12,6 +12,8 @@ mod resample;
 mod sklearn;
 mod sources;
 mod sql;
+#[cfg(feature = "sqlite")]
+mod sqlite;
 mod stream;
 mod tensors;
 mod typed;
