@@ -42,6 +42,8 @@ mod memory;
 mod order;
 mod persist;
 mod plan;
+#[cfg(feature = "postgres")]
+mod postgres;
 mod preprocess;
 mod query;
 mod read;
@@ -62,12 +64,16 @@ mod stream;
 mod typed;
 
 pub use batch_fn::{BatchActor, BatchFn};
+#[cfg(any(feature = "postgres", feature = "sqlite"))]
+pub use database::IfExists;
 pub use dataset::Dataset;
 pub use error::{Error, Result};
 pub use frame::JoinType;
 /// For registering a [`BatchFn`].
 pub use inventory;
 pub use persist::{BlockRef, StorageLevel};
+#[cfg(feature = "postgres")]
+pub use postgres::{PostgresOptions, PostgresWriteOptions};
 pub use preprocess::{
     Chain, Concatenator, CountVectorizer, Estimator, FeatureHasher, Fill, KBinsDiscretizer,
     LabelEncoder, MaxAbsScaler, MinMaxScaler, MultiHotEncoder, Norm, Normalizer, OneHotEncoder,
