@@ -1,5 +1,6 @@
 //! SQLite: the result of a query as a dataset, and a dataset as a table.
 
+mod sink;
 mod source;
 mod values;
 

@@ -43,9 +43,11 @@ impl Source for Sqlite {
 }
 
 fn connect(path: &Path) -> Result<Connection> {
-    let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+    // To write, if it may: what a killed writer has left is undone by who opens the file next.
+    let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
     let opened = Connection::open_with_flags(path, flags);
     let connection = opened.map_err(failed(path, "open"))?;
+    connection.pragma_update(None, "query_only", true).map_err(failed(path, "query_only"))?;
     connection.busy_timeout(BUSY).map_err(failed(path, "busy_timeout"))?;
     Ok(connection)
 }

@@ -4,10 +4,12 @@ use crate::{failure, message};
 use arrow::array::{Array, AsArray, RecordBatch};
 use arrow::datatypes::{DataType, Int64Type};
 use arrow::util::display::array_value_to_string;
-use mobula_core::{BatchSource, Shard};
-use mobula_data::{Dataset, Error, StorageLevel, StreamOptions, TensorSource};
+use mobula_core::{BatchSource, BoxError, Shard};
+use mobula_data::{BatchFn, Dataset, Error, IfExists, StorageLevel, StreamOptions, TensorSource};
 use rusqlite::Connection;
 use std::path::PathBuf;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
 /// A database in which `sql` was run.
@@ -188,4 +190,132 @@ fn rows_are_streamed_and_the_same_in_every_process() {
     database.run("ALTER TABLE numbers RENAME COLUMN t TO text");
     let text = message(epoch(&sent(&source)));
     assert!(text.contains("[id: Int64, x: Float64, text: Utf8] now"), "{text}");
+}
+
+fn fails_late(batch: &RecordBatch) -> Result<RecordBatch, BoxError> {
+    match has(batch, 50_000) {
+        true => Err("no such luck".into()),
+        false => Ok(batch.clone()),
+    }
+}
+
+/// Says when it has the block with row 50,000, and never gives it.
+fn stops_late(batch: &RecordBatch) -> Result<RecordBatch, BoxError> {
+    if has(batch, 50_000) {
+        std::fs::write(PathBuf::from(std::env::var(WRITE)?).with_extension("stopped"), "")?;
+        loop {
+            std::thread::park();
+        }
+    }
+    Ok(batch.clone())
+}
+
+fn has(batch: &RecordBatch, id: i64) -> bool {
+    batch.column(0).as_primitive::<Int64Type>().values().contains(&id)
+}
+
+mobula_data::inventory::submit! { BatchFn::new("sqlite_fails_late", fails_late) }
+mobula_data::inventory::submit! { BatchFn::new("sqlite_stops_late", stops_late) }
+
+#[test]
+fn tables_are_written_kept_extended_or_replaced() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("new.db");
+    let rows = |count| Dataset::range(count).expect("rows");
+    let ids = || {
+        let ids = Dataset::read_sqlite(&path, "SELECT id FROM \"all ids\"");
+        crate::ids(&ids.expect("a dataset"))
+    };
+    assert_eq!(rows(3).write_sqlite(&path, "all ids", IfExists::Fail).expect("writes"), 3);
+    let exists = failure(rows(5).write_sqlite(&path, "All IDs", IfExists::Fail));
+    assert!(matches!(exists, Error::TableExists { .. }), "{exists}");
+    assert_eq!(rows(2).write_sqlite(&path, "all ids", IfExists::Append).expect("appends"), 2);
+    assert_eq!(ids(), [0, 1, 2, 0, 1]);
+    let other = rows(1).rename("id", "number").expect("rename");
+    let text = message(other.write_sqlite(&path, "all ids", IfExists::Append));
+    assert!(text.contains("no column named number"), "{text}");
+    rows(1).write_sqlite(&path, "all ids", IfExists::Replace).expect("replaces");
+    assert_eq!(ids(), [0]);
+    let absent = folder.path().join("absent").join("new.db");
+    let text = message(rows(1).write_sqlite(absent, "ids", IfExists::Fail));
+    assert!(text.contains("unable to open database file"), "{text}");
+}
+
+#[test]
+fn what_is_written_is_read_back() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("new.db");
+    let rows = Dataset::range(100_000)
+        .and_then(|d| d.with_column("x", "CASE WHEN id % 7 <> 0 THEN id * 0.5 END"))
+        .and_then(|d| d.with_column("t", "concat('row ', CAST(id AS VARCHAR))"))
+        .and_then(|d| d.with_column("even", "id % 2 = 0"))
+        .and_then(|d| d.with_column("bytes", "CAST(concat('b', CAST(id AS VARCHAR)) AS BYTEA)"))
+        .expect("rows");
+    assert_eq!(rows.write_sqlite(&path, "rows", IfExists::Fail).expect("writes"), 100_000);
+    let back = Dataset::read_sqlite(&path, "SELECT * FROM rows").and_then(|d| d.collect());
+    let (back, there) = (back.expect("rows"), rows.collect().expect("rows"));
+    assert_eq!(back.columns(), there.columns());
+
+    let query = "SELECT CAST(1.25 AS DECIMAL(5, 2)) AS d, CAST('2000-12-31' AS DATE) AS day, \
+                 CAST('2000-12-31T23:59:59' AS TIMESTAMP) AS time FROM dataset LIMIT 1";
+    let others = rows.sql(query).expect("rows");
+    others.write_sqlite(&path, "others", IfExists::Fail).expect("writes");
+    let back = Dataset::read_sqlite(&path, "SELECT * FROM others").and_then(|d| d.collect());
+    let shown = |at: usize| array_value_to_string(back.as_ref().expect("rows").column(at), 0);
+    let shown = [0, 1, 2].map(|at| shown(at).expect("text"));
+    assert_eq!(shown, ["1.25", "2000-12-31", "2000-12-31T23:59:59"]);
+
+    for (column, says) in [
+        ("CAST('NaN' AS DOUBLE) AS x", "column \"x\" has NaN in row 1"),
+        ("CAST(18446744073709551615 AS BIGINT UNSIGNED) AS x", "has 18446744073709551615 in row 1"),
+        ("make_array(1) AS x", "column \"x\" is List(Int64)"),
+    ] {
+        let rows = rows.sql(format!("SELECT {column} FROM dataset LIMIT 1")).expect("rows");
+        let text = message(rows.write_sqlite(&path, "bad", IfExists::Fail));
+        assert!(text.contains(says), "{text}");
+        let text = message(Dataset::read_sqlite(&path, "SELECT * FROM bad"));
+        assert!(text.contains("no such table"), "{text}");
+    }
+}
+
+/// Tells a process of these tests what to write and never end.
+const WRITE: &str = "MOBULA_TEST_SQLITE";
+
+/// What the process is that gets killed; otherwise nothing.
+#[test]
+fn writes_for_ever_if_told_to() {
+    let Ok(path) = std::env::var(WRITE) else { return };
+    // More than SQLite keeps in memory, so that a part is in the file.
+    let rows = Dataset::range(100_000).and_then(|d| d.with_column("t", "repeat('wide', 100)"));
+    let rows = rows.and_then(|d| d.map_batches("sqlite_stops_late"));
+    rows.and_then(|rows| rows.write_sqlite(path, "numbers", IfExists::Replace)).expect("no end");
+}
+
+#[test]
+fn a_write_that_fails_or_is_killed_leaves_what_was() {
+    let database = numbers(7);
+    let count = || database.rows("SELECT * FROM numbers").num_rows();
+    let rows = Dataset::range(100_000).and_then(|d| d.map_batches("sqlite_fails_late"));
+    let rows = rows.expect("rows");
+    for (table, if_exists) in [("new", IfExists::Fail), ("numbers", IfExists::Replace)] {
+        let text = message(rows.write_sqlite(database.path(), table, if_exists));
+        assert!(text.contains("no such luck"), "{text}");
+    }
+    assert_eq!(count(), 7);
+    assert!(message(database.read("SELECT * FROM new")).contains("no such table"));
+
+    let mut child = Command::new(std::env::current_exe().expect("this program"));
+    child.args(["--exact", "sqlite::writes_for_ever_if_told_to"]).env(WRITE, database.path());
+    let mut child = child.stdout(Stdio::null()).spawn().expect("starts");
+    let (stopped, end) =
+        (database.path().with_extension("stopped"), Instant::now() + Duration::from_secs(60));
+    while !stopped.exists() && Instant::now() < end {
+        std::thread::park_timeout(Duration::from_millis(10));
+    }
+    // It holds the database, and has written to it.
+    let other = Dataset::range(1).expect("rows");
+    child.kill().and_then(|()| child.wait()).expect("killed");
+    assert!(stopped.exists(), "it came as far");
+    assert_eq!(count(), 7);
+    other.write_sqlite(database.path(), "other", IfExists::Fail).expect("nobody holds it");
 }
