@@ -2,7 +2,9 @@
 
 mod address;
 mod connection;
+mod encode;
 mod numeric;
+mod sink;
 mod source;
 mod types;
 

@@ -71,7 +71,6 @@ impl Numeric {
 }
 
 /// The bytes of a number written as `-12.50`, `NaN`, `inf` or `-inf`; nothing if it is none.
-#[cfg(test)]
 pub(super) fn encode(text: &str) -> Option<Vec<u8>> {
     let (is_negative, plain) = text.strip_prefix('-').map_or((false, text), |rest| (true, rest));
     let special = match plain {
@@ -112,7 +111,6 @@ pub(super) fn encode(text: &str) -> Option<Vec<u8>> {
     Some(words(head.into_iter().chain(digits)))
 }
 
-#[cfg(test)]
 fn words(words: impl IntoIterator<Item = u16>) -> Vec<u8> {
     words.into_iter().flat_map(u16::to_be_bytes).collect()
 }

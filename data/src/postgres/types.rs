@@ -41,7 +41,11 @@ pub(super) struct Misfit {
     pub(super) hint: &'static str,
 }
 
-const fn misfit(got: &'static str, expected: &'static str, hint: &'static str) -> Misfit {
+pub(super) const fn misfit(
+    got: &'static str,
+    expected: &'static str,
+    hint: &'static str,
+) -> Misfit {
     Misfit { got, expected, hint }
 }
 

@@ -5,6 +5,7 @@
 mod failures;
 mod read;
 mod server;
+mod write;
 
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
 use server::Server;
@@ -18,8 +19,11 @@ fn main() -> ExitCode {
     if let Some(path) = std::env::var_os(read::STREAM) {
         return read::epoch(&path);
     }
+    if let Ok(port) = std::env::var(write::ENDLESS) {
+        return write::endless(&port);
+    }
     let shared = Shared::default();
-    let tests = [read::TESTS, failures::TESTS].concat().into_iter();
+    let tests = [read::TESTS, write::TESTS, failures::TESTS].concat().into_iter();
     let trials = tests.map(|(name, test)| {
         let shared = shared.clone();
         Trial::ignorable_test(name, move || shared.with(test))
