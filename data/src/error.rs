@@ -131,9 +131,7 @@ pub enum Error {
         hint: &'static str,
     },
     /// A database that says nothing for longer than it may.
-    #[error(
-        "cannot {action} {database}: it said nothing for {timeout:?}; look what it waits for, or give it longer with with_timeout"
-    )]
+    #[error("cannot {action} {database}: it said nothing for {timeout:?}; {hint}")]
     DatabaseSilent {
         /// What was attempted.
         action: &'static str,
@@ -141,6 +139,8 @@ pub enum Error {
         database: String,
         /// How long it may say nothing.
         timeout: Duration,
+        /// The way out.
+        hint: &'static str,
     },
     /// What a database says to a query or a table that it was given.
     #[error("{database}, on {sql:?}{}: {reason}", at(*position))]

@@ -32,8 +32,12 @@ impl Address {
             // What else it is may be a password.
             return Err(invalid("another text".to_owned()));
         }
-        if Parts::of(&self.url).place.contains('@') {
-            return Err(invalid("one with two @; write that of a password as %40".to_owned()));
+        let Parts { credentials, place, .. } = Parts::of(&self.url);
+        if credentials.contains(['/', '?']) || place.contains('@') {
+            // Cut at the wrong place, a password would be taken for a host, and shown.
+            let got =
+                "one with @, / or ? where they mean something else; write them as %40, %2F and %3F";
+            return Err(invalid(got.to_owned()));
         }
         let parsed = self.url.parse::<Config>();
         let mut config = parsed.map_err(|error| invalid(mobula_core::error::chain(&error)))?;
@@ -42,7 +46,8 @@ impl Address {
     }
 
     fn without_password(&self) -> String {
-        let Parts { scheme, user, place, parameters } = Parts::of(&self.url);
+        let Parts { scheme, credentials, place, parameters } = Parts::of(&self.url);
+        let user = credentials.split(':').next().unwrap_or_default();
         let harmless = |parameter: &&str| {
             let key = parameter.split('=').next().unwrap_or_default();
             // A key can be written in more ways than one.
@@ -59,7 +64,8 @@ impl Address {
 /// The parts of a URL, cut where tokio-postgres cuts it.
 struct Parts<'a> {
     scheme: &'a str,
-    user: &'a str,
+    /// User and password.
+    credentials: &'a str,
     /// Hosts, ports and the database.
     place: &'a str,
     parameters: &'a str,
@@ -70,8 +76,7 @@ impl<'a> Parts<'a> {
         let (scheme, rest) = url.split_at(url.find("//").map_or(0, |at| at + 2));
         let (credentials, rest) = rest.split_once('@').unwrap_or(("", rest));
         let (place, parameters) = rest.split_once('?').unwrap_or((rest, ""));
-        let user = credentials.split(':').next().unwrap_or_default();
-        Self { scheme, user, place, parameters }
+        Self { scheme, credentials, place, parameters }
     }
 }
 
@@ -184,7 +189,6 @@ mod tests {
                 "postgresql://ann@a,b/birds?sslmode=disable",
             ),
             ("postgres:///birds?host=/run/pg&user=ann", "postgres:///birds?host=/run/pg&user=ann"),
-            ("postgres://ann:s3/cr?et@db", "postgres://ann@db"),
         ] {
             let address = address(url);
             assert_eq!(address.to_string(), shown);
@@ -202,6 +206,9 @@ mod tests {
             "host=db password=s3cret",
             "mysql://ann:s3cret@db/birds",
             "postgres://ann:s3@cret@db/birds",
+            "postgres://ann:s3/cr?et@db",
+            "postgres://db:5432/birds?password=s3@cret",
+            "postgres://db/birds?password=s3@cret",
             "postgres://ann:s3cret@db/birds?sslmode=s3cret",
             "postgres://ann:s3cret@db:s3cret/birds",
         ] {

@@ -3,11 +3,14 @@
 use super::address::{Address, name_of};
 use crate::database::line_and_column;
 use crate::error::{Error, Result};
+use futures::future::{Either, select};
 use futures::{FutureExt, TryStreamExt};
 use mobula_core::BoxError;
 use std::pin::Pin;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::sync::oneshot;
 use tokio::time::timeout;
 use tokio_postgres::config::SslMode;
 use tokio_postgres::error::{DbError, ErrorPosition};
@@ -18,6 +21,9 @@ const CONNECT: Duration = Duration::from_secs(10);
 
 /// How long a server is asked to give up what nobody waits for any more.
 const CANCEL: Duration = Duration::from_secs(2);
+
+/// How long a connection that nobody has any more may take to end.
+const GOODBYE: Duration = Duration::from_secs(2);
 
 const NO_TLS: &str = "; leave sslmode out, or set it to disable or prefer, where the way to the server is safe, such as a tunnel of ssh";
 
@@ -30,6 +36,8 @@ pub(super) struct Connection {
     patience: Duration,
     /// Why it ended, if it did by itself.
     ended: Arc<OnceLock<String>>,
+    /// Says by its end that nobody has the connection any more.
+    _in_use: oneshot::Sender<()>,
 }
 
 impl Connection {
@@ -47,18 +55,14 @@ impl Connection {
             action: "connect to",
             database: name.clone(),
             timeout: each,
+            hint: "check host and port, or give it longer with ?connect_timeout=SECONDS in the URL",
         };
         let connected = connected.map_err(silent)?;
         let (client, connection) =
             connected.map_err(|error| failed(error, "connect to", &name, None, None))?;
-        let ended = Arc::new(OnceLock::new());
-        let why = ended.clone();
-        tokio::spawn(async move {
-            if let Err(error) = connection.await {
-                let _ = why.set(mobula_core::error::chain(&error));
-            }
-        });
-        Ok(Self { client, name, patience, ended })
+        let (ended, (in_use, unused)) = (Arc::new(OnceLock::new()), oneshot::channel());
+        tokio::spawn(drive(connection, unused, ended.clone()));
+        Ok(Self { client, name, patience, ended, _in_use: in_use })
     }
 
     pub(super) fn client(&self) -> &Client {
@@ -78,7 +82,8 @@ impl Connection {
                 // It may well be as silent about this.
                 let _ = timeout(CANCEL, self.client.cancel_token().cancel_query(NoTls)).await;
                 let (database, timeout) = (self.name.clone(), self.patience);
-                Err(Error::DatabaseSilent { action, database, timeout })
+                let hint = "look in pg_stat_activity what it waits for, or give it longer with with_timeout";
+                Err(Error::DatabaseSilent { action, database, timeout, hint })
             }
         }
     }
@@ -117,6 +122,25 @@ impl Connection {
         sql: &str,
     ) -> Error {
         failed(error, action, &self.name, Some(sql), self.ended.get())
+    }
+}
+
+/// Carries what is said until the connection ends, and a moment longer than somebody has it: to say
+/// goodbye, not to hear a long answer out.
+async fn drive<S, T>(
+    mut connection: tokio_postgres::Connection<S, T>,
+    unused: oneshot::Receiver<()>,
+    why: Arc<OnceLock<String>>,
+) where
+    S: AsyncRead + AsyncWrite + Unpin,
+    T: AsyncRead + AsyncWrite + Unpin,
+{
+    let ended = match select(&mut connection, unused).await {
+        Either::Left((ended, _)) => ended,
+        Either::Right(_) => timeout(GOODBYE, connection).await.unwrap_or(Ok(())),
+    };
+    if let Err(error) = ended {
+        let _ = why.set(mobula_core::error::chain(&error));
     }
 }
 
@@ -160,7 +184,7 @@ fn failed(
 
 /// Whether a SQLSTATE says that the server ends, or the connection.
 fn is_farewell(code: &str) -> bool {
-    code.starts_with("57P") || code.starts_with("08")
+    code.starts_with("57P") || code.starts_with("08") || code == "25P03"
 }
 
 /// Whether a SQLSTATE is about who may connect: class 28, no such database, too many connections.
@@ -170,7 +194,10 @@ fn is_refusal(code: &str) -> bool {
 
 fn hint(code: &str) -> &'static str {
     match code {
-        "28P01" | "28000" => "; give user and password in the URL, or in PGUSER and PGPASSWORD",
+        "28P01" => "; give user and password in the URL, or in PGUSER and PGPASSWORD",
+        "28000" => {
+            "; it may want another user, or TLS, which is not supported: see pg_hba.conf there"
+        }
         "3D000" => "; the database comes behind the last / of the URL",
         "53300" => "; wait until others have gone, or ask for fewer partitions",
         _ => "",

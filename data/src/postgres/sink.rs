@@ -30,8 +30,8 @@ const TAIL: [u8; 2] = (-1_i16).to_be_bytes();
 
 impl Dataset {
     /// Writes the rows to a table of a PostgreSQL server, in order, in one transaction: others see all of
-    /// them or none, and a write that fails or is killed leaves nothing. `table` is a name, or a schema
-    /// and a name such as `birds.penguins`. The URL is as [`read_postgres`](Self::read_postgres) takes it.
+    /// them or none, and a write that fails or is killed leaves nothing. `table` is a name as it is,
+    /// capitals included, or a schema and a name such as `birds.penguins`. The URL is as [`read_postgres`](Self::read_postgres) takes it.
     /// Gives the number of rows.
     ///
     /// A table that is not there is made, of columns that may be missing and have the types of which

@@ -5,6 +5,7 @@ use crate::read::{collect, read};
 use crate::server::{Server, signal};
 use mobula_data::{Dataset, Error, PostgresOptions};
 use std::net::TcpListener;
+use std::process::{Child, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -134,16 +135,16 @@ fn values_and_types_that_arrow_has_not_are_named(server: &Server) {
     }
 }
 
-/// Holds a lock while `psql` lives.
+/// A `psql` whose session holds a lock; the server sleeps in it until it ends itself.
 struct Lock {
-    psql: std::process::Child,
+    psql: Child,
 }
 
 impl Lock {
     fn take(server: &Server, key: u32) -> Self {
-        // Ends when nobody wants it any more, and by itself in the end.
         let hold = format!("SELECT pg_advisory_lock({key}); SELECT pg_sleep(120)");
-        let psql = server.psql().args(["-c", &hold]).stdout(std::process::Stdio::null()).spawn();
+        let psql =
+            server.psql().args(["-c", &hold]).stdout(Stdio::null()).stderr(Stdio::null()).spawn();
         let lock = Self { psql: psql.expect("psql") };
         server.wait_for(&format!(
             "SELECT pid FROM pg_locks WHERE locktype = 'advisory' AND objid = {key} AND granted"

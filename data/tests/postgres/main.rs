@@ -19,6 +19,9 @@ fn main() -> ExitCode {
     if let Some(path) = std::env::var_os(read::STREAM) {
         return read::epoch(&path);
     }
+    if let Ok(port) = std::env::var(read::LARGE) {
+        return read::large(&port);
+    }
     if let Ok(port) = std::env::var(write::ENDLESS) {
         return write::endless(&port);
     }

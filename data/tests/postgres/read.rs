@@ -19,6 +19,7 @@ pub(crate) const TESTS: &[Test] = &[
         partitions_have_each_row_once_as_of_one_moment,
     ),
     ("processes_have_the_same_epoch_or_none", processes_have_the_same_epoch_or_none),
+    ("results_beyond_memory_are_kept_on_disk", results_beyond_memory_are_kept_on_disk),
     ("descriptions_have_no_password", descriptions_have_no_password),
     ("the_environment_says_what_the_url_does_not", the_environment_says_what_the_url_does_not),
 ];
@@ -152,6 +153,19 @@ fn rows_come_in_blocks_that_are_read_again(server: &Server) {
     let explained = dataset.explain().expect("explain");
     assert!(explained.contains("SELECT id, x, t FROM blocks of postgres://tester@127.0.0.1"));
     assert!(explained.contains("(25 blocks, 100000 rows)"), "{explained}");
+    // Where and by how many processes a table is read is not left to chance.
+    let query = "SELECT current_setting('synchronize_seqscans') AS a, \
+                 current_setting('max_parallel_workers_per_gather') AS b, k \
+                 FROM generate_series(1, 2) AS k";
+    for options in [PostgresOptions::default(), PostgresOptions::default().with_partitions("k", 2)]
+    {
+        let settings = Dataset::read_postgres_with(server.url(), query, options).expect("settings");
+        let settings = collect(&settings);
+        for row in 0..2 {
+            let [a, b] = [0, 1].map(|at| settings.column(at).as_string::<i32>().value(row));
+            assert_eq!((a, b), ("off", "0"));
+        }
+    }
     // What was read is what there was, whatever the table has now.
     server.sql("DROP TABLE blocks");
     assert_eq!(collect(&dataset).num_rows(), 100_000);
@@ -162,6 +176,12 @@ fn partitions_have_each_row_once_as_of_one_moment(server: &Server) {
         "CREATE TABLE parts AS SELECT CASE WHEN i % 10 <> 0 THEN i END AS k, i AS id \
          FROM generate_series(-500, 12000) AS i",
     );
+    // Somebody changes the database all the time.
+    server.sql("CREATE TABLE enough (x int); CREATE TABLE busy (x int)");
+    let work = "DO $$ BEGIN LOOP INSERT INTO busy VALUES (1); COMMIT; \
+                EXIT WHEN EXISTS (SELECT FROM enough); END LOOP; END $$";
+    let mut worker = server.psql().args(["-c", work]).spawn().expect("psql");
+    server.wait_for("SELECT 'some' WHERE EXISTS (SELECT FROM busy)");
     let query = "SELECT k, id, pg_current_snapshot()::text AS moment, pg_backend_pid() AS pid \
                  FROM parts ORDER BY id -- all of them";
     let parted = |column: &str, count| {
@@ -169,6 +189,8 @@ fn partitions_have_each_row_once_as_of_one_moment(server: &Server) {
         Dataset::read_postgres_with(server.url(), query, options)
     };
     let rows = collect(&parted("k", 4).expect("a dataset"));
+    server.sql("INSERT INTO enough VALUES (1)");
+    worker.wait().expect("it has ended");
     let mut ids = rows.column(1).as_primitive::<Int32Type>().values().to_vec();
     ids.sort_unstable();
     assert_eq!(ids, (-500..=12000).collect::<Vec<_>>());
@@ -312,4 +334,30 @@ fn the_environment_says_what_the_url_does_not(server: &Server) {
         let text = said(child.env("PGSSLMODE", "require"));
         assert!(text.contains("sslmode=require asks for TLS"), "{text}");
     }
+}
+
+/// Tells this program to read more from the server on a port than it may keep in memory.
+pub(crate) const LARGE: &str = "MOBULA_TEST_LARGE";
+
+/// What this program is as another process: how much memory it had at most, in KiB.
+pub(crate) fn large(port: &str) -> ExitCode {
+    let url = format!("postgres://tester@127.0.0.1:{port}/postgres");
+    let query = "SELECT i, repeat('wide', 250) AS t FROM generate_series(1, 300000) AS i";
+    let rows = Dataset::read_postgres(url, query).and_then(|rows| rows.count()).expect("rows");
+    let status = std::fs::read_to_string("/proc/self/status").expect("Linux");
+    let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).expect("a peak");
+    println!("{rows} {}", peak.trim_end_matches("kB").trim());
+    ExitCode::SUCCESS
+}
+
+/// 300 MB, in a process that may keep 16.
+fn results_beyond_memory_are_kept_on_disk(server: &Server) {
+    let mut child = Command::new(std::env::current_exe().expect("this program"));
+    child.env(LARGE, server.port.to_string()).env("PGPASSWORD", PASSWORD);
+    let output = child.env("MOBULA_DATA_BYTES", "32000000").output().expect("runs");
+    let text = String::from_utf8_lossy(&output.stdout);
+    let (rows, peak) = text.trim().split_once(' ').unwrap_or_else(|| panic!("{output:?}"));
+    assert_eq!(rows, "300000");
+    let peak: u64 = peak.parse().expect("a number");
+    assert!(peak < 150 << 10, "{peak} KiB");
 }
