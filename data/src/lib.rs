@@ -2,7 +2,7 @@
 //!
 //! A [`Dataset`] is a description of rows. It is cheap to clone and to send; worker processes open
 //! it and read the blocks of their shard. A [`Preprocessor`] is fitted on the training rows and
-//! applied, from one definition, in training and in serving.
+//! applied, from one definition, in training and in serving. Rows come from files, databases and programs.
 //!
 //! ```
 //! use mobula_core::{BatchSource, Shard};

@@ -88,18 +88,15 @@ fn invalid(got: String) -> Error {
     }
 }
 
+/// A variable of the environment that says something.
+fn variable(name: &str) -> Option<String> {
+    env::var(name).ok().filter(|value| !value.is_empty())
+}
+
 /// Adds what the environment says, and what a wait needs to end.
 fn complete(config: &mut Config, url: &str) -> Result<()> {
-    let variable = |name: &str| env::var(name).ok().filter(|value| !value.is_empty());
     if config.get_hosts().is_empty() && config.get_hostaddrs().is_empty() {
-        match variable("PGHOST") {
-            Some(path) if path.starts_with('/') => config.host_path(path),
-            host => config.host(host.unwrap_or_else(|| "localhost".to_owned())),
-        };
-        if let (Some(port), true) = (variable("PGPORT"), config.get_ports().is_empty()) {
-            let wrong = |_| invalid(format!("the port {port:?} in PGPORT"));
-            config.port(port.parse().map_err(wrong)?);
-        }
+        complete_place(config)?;
     }
     if let (None, Some(user)) = (config.get_user(), variable("PGUSER")) {
         config.user(user);
@@ -121,6 +118,19 @@ fn complete(config: &mut Config, url: &str) -> Result<()> {
     if !url.contains("keepalives") {
         let (interval, retries) = PROBES;
         config.keepalives_idle(KEEPALIVE).keepalives_interval(interval).keepalives_retries(retries);
+    }
+    Ok(())
+}
+
+/// Adds host and port.
+fn complete_place(config: &mut Config) -> Result<()> {
+    match variable("PGHOST") {
+        Some(path) if path.starts_with('/') => config.host_path(path),
+        host => config.host(host.unwrap_or_else(|| "localhost".to_owned())),
+    };
+    if let (Some(port), true) = (variable("PGPORT"), config.get_ports().is_empty()) {
+        let wrong = |_| invalid(format!("the port {port:?} in PGPORT"));
+        config.port(port.parse().map_err(wrong)?);
     }
     Ok(())
 }

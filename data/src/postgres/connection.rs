@@ -152,24 +152,12 @@ fn failed(
     sql: Option<&str>,
     ended: Option<&String>,
 ) -> Error {
-    let database = database.to_owned();
     if let Some(said) = error.as_db_error() {
-        return match (said.code().code(), sql) {
-            (code, _) if is_farewell(code) => {
-                Error::DatabaseGone { action, database, source: said.message().into() }
-            }
-            (code, Some(sql)) if !is_refusal(code) => {
-                let position = position(said, sql);
-                let (sql, reason) = (sql.to_owned(), reason(said));
-                Error::DatabaseQuery { database, sql, position, reason }
-            }
-            (code, _) => {
-                Error::DatabaseRefused { database, reason: reason(said), hint: hint(code) }
-            }
-        };
+        return complaint(said, action, database, sql);
     }
-    let is_io =
-        std::error::Error::source(&error).is_some_and(|source| source.is::<std::io::Error>());
+    let database = database.to_owned();
+    let source = std::error::Error::source(&error);
+    let is_io = source.is_some_and(|source| source.is::<std::io::Error>());
     let text = mobula_core::error::chain(&error);
     if error.is_closed() || is_io {
         let source: BoxError = match ended {
@@ -180,6 +168,22 @@ fn failed(
     }
     let hint = if text.contains("password missing") { hint("28P01") } else { "" };
     Error::DatabaseRefused { database, reason: text, hint }
+}
+
+/// What the server itself says is wrong.
+fn complaint(said: &DbError, action: &'static str, database: &str, sql: Option<&str>) -> Error {
+    let (database, code) = (database.to_owned(), said.code().code());
+    match sql {
+        _ if is_farewell(code) => {
+            Error::DatabaseGone { action, database, source: said.message().into() }
+        }
+        Some(sql) if !is_refusal(code) => {
+            let position = position(said, sql);
+            let (sql, reason) = (sql.to_owned(), reason(said));
+            Error::DatabaseQuery { database, sql, position, reason }
+        }
+        _ => Error::DatabaseRefused { database, reason: reason(said), hint: hint(code) },
+    }
 }
 
 /// Whether a SQLSTATE says that the server ends, or the connection.

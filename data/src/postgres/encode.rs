@@ -230,20 +230,8 @@ fn put(made: &ArrayRef, of: &Type) -> Option<Put> {
             let values = made.as_binary_opt::<i32>()?.clone();
             Box::new(move |row, out| write(out, values.value(row).iter().copied()))
         }
-        Type::DATE => shifted::<Date32Type>(
-            made,
-            |days| {
-                Some(i64::from(days.checked_sub(EPOCH_DAYS)?))
-                    .filter(|days| *days > i32::MIN.into())
-            },
-            4,
-        )?,
+        Type::DATE | Type::TIMESTAMP | Type::TIMESTAMPTZ => put_days(made)?,
         Type::TIME => plain::<Time64MicrosecondType, 8>(made, i64::to_be_bytes)?,
-        Type::TIMESTAMP | Type::TIMESTAMPTZ => shifted::<TimestampMicrosecondType>(
-            made,
-            |time| time.checked_sub(EPOCH_MICROSECONDS).filter(|time| *time > i64::MIN),
-            8,
-        )?,
         Type::UUID => {
             let values = text()?;
             Box::new(move |row, out| write(out, uuid(values.value(row))?))
@@ -266,17 +254,21 @@ fn plain<T: ArrowPrimitiveType, const N: usize>(
     Some(Box::new(move |row, out| write(out, bytes(values.value(row)))))
 }
 
-/// Times, which are counted from another day; the last `width` bytes of what `shift` makes of them.
-fn shifted<T: ArrowPrimitiveType>(
-    made: &ArrayRef,
-    shift: fn(T::Native) -> Option<i64>,
-    width: usize,
-) -> Option<Put> {
-    let values: PrimitiveArray<T> = made.as_primitive_opt::<T>()?.clone();
+/// Days, or moments, which are counted from another day.
+fn put_days(made: &ArrayRef) -> Option<Put> {
+    const NO_TIME: Misfit = misfit("a time that PostgreSQL has not", "one from 4713 BC on", "");
+    if let Some(days) = made.as_primitive_opt::<Date32Type>().cloned() {
+        return Some(Box::new(move |row, out| {
+            // The least of all numbers is not a day, but minus infinity.
+            let days = days.value(row).checked_sub(EPOCH_DAYS).filter(|days| *days > i32::MIN);
+            write(out, days.ok_or(NO_TIME)?.to_be_bytes())
+        }));
+    }
+    let times = made.as_primitive_opt::<TimestampMicrosecondType>()?.clone();
     Some(Box::new(move |row, out| {
-        let misfit = misfit("a time that PostgreSQL has not", "one from 4713 BC on", "");
-        let bytes = shift(values.value(row)).ok_or(misfit)?.to_be_bytes();
-        write(out, bytes[8 - width..].iter().copied())
+        let time = times.value(row).checked_sub(EPOCH_MICROSECONDS);
+        let time = time.filter(|time| *time > i64::MIN);
+        write(out, time.ok_or(NO_TIME)?.to_be_bytes())
     }))
 }
 

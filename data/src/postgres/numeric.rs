@@ -6,7 +6,11 @@
 use arrow::datatypes::i256;
 
 const HEAD: usize = 8;
+/// What may be in the place of the sign.
 const NEGATIVE: u16 = 0x4000;
+const NAN: u16 = 0xc000;
+const INFINITY: u16 = 0xd000;
+const MINUS_INFINITY: u16 = 0xf000;
 
 /// Digits of base 10,000, and which power of ten the last of them counts.
 #[derive(Debug, PartialEq)]
@@ -32,9 +36,9 @@ impl Numeric {
             0 | NEGATIVE if digits.len() == count => {
                 Some(Self::Finite { is_negative: sign != 0, digits: digits.to_vec(), exponent })
             }
-            0xc000 => Some(Self::Other(f64::NAN)),
-            0xd000 => Some(Self::Other(f64::INFINITY)),
-            0xf000 => Some(Self::Other(f64::NEG_INFINITY)),
+            NAN => Some(Self::Other(f64::NAN)),
+            INFINITY => Some(Self::Other(f64::INFINITY)),
+            MINUS_INFINITY => Some(Self::Other(f64::NEG_INFINITY)),
             _ => None,
         }
     }
@@ -72,43 +76,41 @@ impl Numeric {
 
 /// The bytes of a number written as `-12.50`, `NaN`, `inf` or `-inf`; nothing if it is none.
 pub(super) fn encode(text: &str) -> Option<Vec<u8>> {
-    let (is_negative, plain) = text.strip_prefix('-').map_or((false, text), |rest| (true, rest));
-    let special = match plain {
-        "NaN" => Some(0xc000),
-        "inf" if is_negative => Some(0xf000),
-        "inf" => Some(0xd000),
+    let special = match text {
+        "NaN" => Some(NAN),
+        "inf" => Some(INFINITY),
+        "-inf" => Some(MINUS_INFINITY),
         _ => None,
     };
     if let Some(sign) = special {
         return Some(words([0, 0, sign, 0]));
     }
+    let plain = text.strip_prefix('-').unwrap_or(text);
     let (whole, fraction) = plain.split_once('.').unwrap_or((plain, ""));
     let are_digits = |text: &str| text.bytes().all(|byte| byte.is_ascii_digit());
     if !are_digits(whole) || !are_digits(fraction) || plain.is_empty() {
         return None;
     }
-    // The point is between two digits of base 10,000.
-    let padded = format!(
-        "{}{whole}{fraction}{}",
-        "0".repeat(whole.len().next_multiple_of(4) - whole.len()),
-        "0".repeat(fraction.len().next_multiple_of(4) - fraction.len())
-    );
-    let mut digits: Vec<u16> = padded
-        .as_bytes()
-        .chunks(4)
-        .map(|four| four.iter().fold(0, |sum, b| sum * 10 + u16::from(b - b'0')))
-        .collect();
-    let mut weight = whole.len().div_ceil(4) as i32 - 1;
+    let (digits, weight) = trimmed(whole, fraction);
+    let sign = if plain.len() < text.len() && !digits.is_empty() { NEGATIVE } else { 0 };
+    let head = [digits.len() as u16, weight as u16, sign, fraction.len() as u16];
+    Some(words(head.into_iter().chain(digits)))
+}
+
+/// Digits of base 10,000, without zeros at either end, and the power of 10,000 of the first.
+fn trimmed(whole: &str, fraction: &str) -> (Vec<u16>, i16) {
+    // The point is between two of them.
+    let missing = |text: &str| "0".repeat(text.len().next_multiple_of(4) - text.len());
+    let padded = format!("{}{whole}{fraction}{}", missing(whole), missing(fraction));
+    let number = |four: &[u8]| four.iter().fold(0, |sum, byte| sum * 10 + u16::from(byte - b'0'));
+    let mut digits: Vec<u16> = padded.as_bytes().chunks(4).map(number).collect();
     let zeros = digits.iter().take_while(|digit| **digit == 0).count();
     digits.drain(..zeros);
-    weight -= zeros as i32;
     while digits.last() == Some(&0) {
         digits.pop();
     }
-    let sign = if is_negative && !digits.is_empty() { NEGATIVE } else { 0 };
-    let weight = if digits.is_empty() { 0 } else { weight };
-    let head = [digits.len() as u16, weight as i16 as u16, sign, fraction.len() as u16];
-    Some(words(head.into_iter().chain(digits)))
+    let weight = whole.len().div_ceil(4) as i16 - 1 - zeros as i16;
+    if digits.is_empty() { (digits, 0) } else { (digits, weight) }
 }
 
 fn words(words: impl IntoIterator<Item = u16>) -> Vec<u8> {

@@ -18,6 +18,7 @@ pub(crate) const TESTS: &[Test] = &[
         "partitions_have_each_row_once_as_of_one_moment",
         partitions_have_each_row_once_as_of_one_moment,
     ),
+    ("partitions_are_by_any_whole_numbers", partitions_are_by_any_whole_numbers),
     ("processes_have_the_same_epoch_or_none", processes_have_the_same_epoch_or_none),
     ("results_beyond_memory_are_kept_on_disk", results_beyond_memory_are_kept_on_disk),
     ("descriptions_have_no_password", descriptions_have_no_password),
@@ -184,11 +185,9 @@ fn partitions_have_each_row_once_as_of_one_moment(server: &Server) {
     server.wait_for("SELECT 'some' WHERE EXISTS (SELECT FROM busy)");
     let query = "SELECT k, id, pg_current_snapshot()::text AS moment, pg_backend_pid() AS pid \
                  FROM parts ORDER BY id -- all of them";
-    let parted = |column: &str, count| {
-        let options = PostgresOptions::default().with_partitions(column, count);
-        Dataset::read_postgres_with(server.url(), query, options)
-    };
-    let rows = collect(&parted("k", 4).expect("a dataset"));
+    let options = PostgresOptions::default().with_partitions("k", 4);
+    let rows = Dataset::read_postgres_with(server.url(), query, options);
+    let rows = collect(&rows.expect("a dataset"));
     server.sql("INSERT INTO enough VALUES (1)");
     worker.wait().expect("it has ended");
     let mut ids = rows.column(1).as_primitive::<Int32Type>().values().to_vec();
@@ -202,20 +201,34 @@ fn partitions_have_each_row_once_as_of_one_moment(server: &Server) {
     assert_eq!((kinds(2), kinds(3)), (1, 4), "moments and connections");
     let keys = rows.column(0).as_primitive::<Int32Type>();
     assert!(keys.iter().flatten().is_sorted(), "range by range");
-    // All values the same, one row, none.
-    for (rows, more) in [(1, "k = 7"), (0, "false"), (1251, "k IS NULL"), (11_250, "k IS NOT NULL")]
+}
+
+fn partitions_are_by_any_whole_numbers(server: &Server) {
+    server.sql(
+        "CREATE TABLE pieces AS SELECT CASE WHEN i % 10 <> 0 THEN i END AS k, 'row' AS t \
+         FROM generate_series(-500, 12000) AS i",
+    );
+    let parted = |query: &str, column: &str, count| {
+        let options = PostgresOptions::default().with_partitions(column, count);
+        Dataset::read_postgres_with(server.url(), query, options)
+    };
+    // All values the same, no row, no value, all with one.
+    for (rows, filter) in
+        [(1, "k = 7"), (0, "false"), (1251, "k IS NULL"), (11_250, "k IS NOT NULL")]
     {
-        let query = format!("SELECT * FROM parts WHERE {more};");
-        let options = PostgresOptions::default().with_partitions("k", 3);
-        let part = Dataset::read_postgres_with(server.url(), query, options).expect("a dataset");
-        assert_eq!(part.count().expect("count"), rows, "{more}");
+        let query = format!("SELECT * FROM pieces WHERE {filter};");
+        assert_eq!(
+            parted(&query, "k", 3).and_then(|d| d.count()).expect("count"),
+            rows,
+            "{filter}"
+        );
     }
     for (column, count, says) in [
-        ("moment", 2, "column \"moment\" is Utf8, expected whole numbers"),
-        ("kk", 2, "no column \"kk\"; available: k, id, moment, pid"),
+        ("t", 2, "column \"t\" is Utf8, expected whole numbers"),
+        ("kk", 2, "no column \"kk\"; available: k, t"),
         ("k", 0, "the number of partitions is 0, expected at least 1"),
     ] {
-        let text = parted(column, count).expect_err(says).to_string();
+        let text = parted("SELECT * FROM pieces", column, count).expect_err(says).to_string();
         assert!(text.contains(says), "{text}");
     }
 }

@@ -64,37 +64,14 @@ impl Server {
     }
 
     fn begin() -> std::io::Result<Self> {
-        static COUNT: AtomicUsize = AtomicUsize::new(0);
-        let count = COUNT.fetch_add(1, Ordering::Relaxed);
-        // Not $TMPDIR: the path of a socket has 107 bytes at most, and another user must get there.
-        let folder = PathBuf::from(format!("/tmp/mobula-postgres-{}-{count}", std::process::id()));
-        let _ = fs::remove_dir_all(&folder);
-        fs::create_dir(&folder)?;
-        let password = folder.join("password");
-        fs::write(&password, PASSWORD)?;
-        if let Some((user, group)) = other_user() {
-            chown(&folder, Some(user), Some(group))?;
-        }
+        let folder = new_folder()?;
         let mut guard = Command::new("sh");
         guard.args(["-c", GUARD, "guard"]).arg(&folder).process_group(0).stdin(Stdio::piped());
         let mut guard = guard.stdout(Stdio::null()).stderr(Stdio::null()).spawn()?;
         let mut pid = guard.stdin.take();
-        let data = folder.join("data");
-        let mut init = daemon("initdb", &folder)?;
-        init.args(["--username=tester", "--auth=scram-sha-256", "--no-sync", "--encoding=UTF8"]);
-        init.args(["--locale=C", "--pwfile"]).arg(&password).arg("-D").arg(&data);
-        let status = init.status()?;
-        if !status.success() {
-            return Err(std::io::Error::other(format!("initdb: {status}, {}", log(&folder))));
-        }
+        make_database(&folder)?;
         let port = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
-        let mut postgres = daemon("postgres", &folder)?;
-        postgres.arg("-D").arg(&data).arg("-p").arg(port.to_string());
-        for setting in ["listen_addresses=127.0.0.1", "fsync=off", "shared_buffers=32MB"] {
-            postgres.args(["-c", setting]);
-        }
-        postgres.args(["-c", &format!("unix_socket_directories={}", folder.display())]);
-        let postgres = postgres.process_group(0).spawn()?;
+        let postgres = start(&folder, port)?;
         if let Some(pid) = &mut pid {
             writeln!(pid, "{}", postgres.id())?;
         }
@@ -158,6 +135,43 @@ impl Drop for Server {
             eprintln!("PostgreSQL in {} did not end in {DOWN:?}", self.folder.display());
         }
     }
+}
+
+/// An empty folder, which belongs to who runs the server.
+fn new_folder() -> std::io::Result<PathBuf> {
+    static COUNT: AtomicUsize = AtomicUsize::new(0);
+    let count = COUNT.fetch_add(1, Ordering::Relaxed);
+    // Not $TMPDIR: the path of a socket has 107 bytes at most, and another user must get there.
+    let folder = PathBuf::from(format!("/tmp/mobula-postgres-{}-{count}", std::process::id()));
+    let _ = fs::remove_dir_all(&folder);
+    fs::create_dir(&folder)?;
+    if let Some((user, group)) = other_user() {
+        chown(&folder, Some(user), Some(group))?;
+    }
+    Ok(folder)
+}
+
+fn make_database(folder: &Path) -> std::io::Result<()> {
+    let password = folder.join("password");
+    fs::write(&password, PASSWORD)?;
+    let mut init = daemon("initdb", folder)?;
+    init.args(["--username=tester", "--auth=scram-sha-256", "--no-sync", "--encoding=UTF8"]);
+    init.args(["--locale=C", "--pwfile"]).arg(&password).arg("-D").arg(folder.join("data"));
+    let status = init.status()?;
+    match status.success() {
+        true => Ok(()),
+        false => Err(std::io::Error::other(format!("initdb: {status}, {}", log(folder)))),
+    }
+}
+
+fn start(folder: &Path, port: u16) -> std::io::Result<Child> {
+    let mut postgres = daemon("postgres", folder)?;
+    postgres.arg("-D").arg(folder.join("data")).arg("-p").arg(port.to_string());
+    for setting in ["listen_addresses=127.0.0.1", "fsync=off", "shared_buffers=32MB"] {
+        postgres.args(["-c", setting]);
+    }
+    postgres.args(["-c", &format!("unix_socket_directories={}", folder.display())]);
+    postgres.process_group(0).spawn()
 }
 
 /// Sends a signal to a process.
