@@ -3,6 +3,7 @@
 use mobula_core::BoxError;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 /// The result of this crate's functions.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -137,6 +138,89 @@ pub enum Error {
         /// The query or expression as given.
         sql: String,
         /// What the planner said.
+        source: BoxError,
+    },
+    /// A database that cannot be reached, or that went away.
+    #[error(
+        "cannot {action} {database}: {source}; check that the server runs and can be reached from here"
+    )]
+    DatabaseGone {
+        /// What was attempted.
+        action: &'static str,
+        /// The database, without a password.
+        database: String,
+        /// What the system or the server said.
+        source: BoxError,
+    },
+    /// A database that can be reached, and does not let us in: no such user, password or database, no
+    /// room, no TLS.
+    #[error("{database} cannot be used: {reason}{hint}")]
+    DatabaseRefused {
+        /// The database, without a password.
+        database: String,
+        /// What the server said.
+        reason: String,
+        /// The way out, as a clause that starts with `; `, or nothing.
+        hint: &'static str,
+    },
+    /// A database that says nothing for longer than it may.
+    #[error("cannot {action} {database}: it said nothing for {timeout:?}; {hint}")]
+    DatabaseSilent {
+        /// What was attempted.
+        action: &'static str,
+        /// The database, without a password.
+        database: String,
+        /// How long it may say nothing.
+        timeout: Duration,
+        /// The way out.
+        hint: &'static str,
+    },
+    /// What a database says to a query or a table that it was given.
+    #[error("{database}, on {sql:?}{}: {reason}", at(*position))]
+    DatabaseQuery {
+        /// The database, without a password.
+        database: String,
+        /// The query or the table as given.
+        sql: String,
+        /// Line and column of what it stumbled over, from 1 on.
+        position: Option<(usize, usize)>,
+        /// What is wrong, and the way out if the database knows one.
+        reason: String,
+    },
+    /// A value that its column's type has not.
+    #[error("column {column:?} has {got} in row {row}, expected {expected}{hint}")]
+    ColumnValue {
+        /// The column.
+        column: String,
+        /// Which row of the result, from 1 on.
+        row: u64,
+        /// The value, or what it is.
+        got: String,
+        /// What the column takes.
+        expected: String,
+        /// The way out, as a clause that starts with `; `, or nothing.
+        hint: &'static str,
+    },
+    /// A table that is there and is not to be changed.
+    #[error(
+        "{database} has a table {table:?}; write another one, or choose IfExists::Append or IfExists::Replace"
+    )]
+    TableExists {
+        /// The database, without a password.
+        database: String,
+        /// The table as given.
+        table: String,
+    },
+    /// A database that went away while it was told to keep what was written.
+    #[error(
+        "{database} went away while {table:?} was committed: {source}; it has all rows or none, so look before you write them again"
+    )]
+    CommitUnknown {
+        /// The database, without a password.
+        database: String,
+        /// The table as given.
+        table: String,
+        /// What the system or the server said.
         source: BoxError,
     },
     /// A table of a query that is neither a name it was given nor a file.
@@ -363,6 +447,11 @@ impl Error {
                 .unwrap_or_else(|error| Self::Sql { sql: sql.to_owned(), source: error.into() })
         }
     }
+}
+
+/// " (line 1, column 8)", or nothing.
+fn at(position: Option<(usize, usize)>) -> String {
+    position.map(|(line, column)| format!(" (line {line}, column {column})")).unwrap_or_default()
 }
 
 /// Takes our own error out of the engine's wrapping, and names the columns there are.

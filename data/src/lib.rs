@@ -2,7 +2,7 @@
 //!
 //! A [`Dataset`] is a description of rows. It is cheap to clone and to send; worker processes open
 //! it and read the blocks of their shard. A [`Preprocessor`] is fitted on the training rows and
-//! applied, from one definition, in training and in serving.
+//! applied, from one definition, in training and in serving. Rows come from files, databases and programs.
 //!
 //! ```
 //! use mobula_core::{BatchSource, Shard};
@@ -28,6 +28,8 @@
 
 mod batch_fn;
 mod batches;
+#[cfg(any(feature = "postgres", feature = "sqlite"))]
+mod database;
 mod dataset;
 mod error;
 mod exchange;
@@ -41,6 +43,8 @@ mod memory;
 mod order;
 mod persist;
 mod plan;
+#[cfg(feature = "postgres")]
+mod postgres;
 mod preprocess;
 mod query;
 mod read;
@@ -55,18 +59,24 @@ mod sink;
 mod source;
 mod spill;
 mod split;
+#[cfg(feature = "sqlite")]
+mod sqlite;
 mod stage;
 mod store;
 mod stream;
 mod typed;
 
 pub use batch_fn::{BatchActor, BatchFn};
+#[cfg(any(feature = "postgres", feature = "sqlite"))]
+pub use database::IfExists;
 pub use dataset::Dataset;
 pub use error::{Error, Result};
 pub use frame::JoinType;
 /// For registering a [`BatchFn`].
 pub use inventory;
 pub use persist::{BlockRef, StorageLevel};
+#[cfg(feature = "postgres")]
+pub use postgres::{PostgresOptions, PostgresWriteOptions};
 pub use preprocess::{
     Chain, Concatenator, CountVectorizer, Estimator, FeatureHasher, Fill, KBinsDiscretizer,
     LabelEncoder, MaxAbsScaler, MinMaxScaler, MultiHotEncoder, Norm, Normalizer, OneHotEncoder,

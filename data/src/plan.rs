@@ -70,7 +70,8 @@ impl Compiled {
         last: fn(DataFrame) -> Result<DataFrame>,
     ) -> Result<Self> {
         let ops = ops.to_vec();
-        let stage = Stage::new(name, Some(source.blocks().len()), Box::new(source.clone()));
+        let stage =
+            Stage::new(name, Some(source.blocks().len()), Box::new(Arc::downgrade(&source)));
         block_on(async move {
             let frame = last(frame(&source, &ops).await?)?;
             let plan = frame.create_physical_plan().await.map_err(Error::engine("plan"))?;

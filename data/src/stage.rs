@@ -17,7 +17,7 @@ use futures::Stream;
 use std::collections::{BTreeMap, VecDeque};
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
@@ -44,9 +44,11 @@ pub(crate) struct Stage {
     counts: Mutex<Counts>,
 }
 
-impl Names for Arc<OpenSource> {
+/// Stages are remembered, sources are not.
+impl Names for Weak<OpenSource> {
     fn name(&self, block: usize) -> String {
-        OpenSource::name(self, block)
+        let source = self.upgrade();
+        source.map_or_else(|| format!("block {block}"), |source| source.name(block))
     }
 }
 

@@ -175,6 +175,18 @@ impl BlockStore {
         }
         writer.finish()
     }
+
+    /// The blocks of several, one store after another.
+    #[cfg(feature = "postgres")]
+    pub(crate) fn join(schema: SchemaRef, stores: impl IntoIterator<Item = Self>) -> Self {
+        let mut all =
+            Self { schema, blocks: Vec::new(), rows: Vec::new(), fingerprint: OnceLock::new() };
+        for store in stores {
+            all.blocks.extend(store.blocks);
+            all.rows.extend(store.rows);
+        }
+        all
+    }
 }
 
 impl Blocks for BlockStore {

@@ -6,7 +6,7 @@ use anyhow::{Result, ensure};
 /// The facade's features: one a layer, `tls`, and where data may lie. `cuda` needs its toolkit and is
 /// left to machines with one.
 const FEATURES: &[&str] =
-    &["", "data", "data,cloud", "data,postgres", "data,sqlite", "serve", "train", "tune", "tls"];
+    &["", "data", "data,postgres", "data,sqlite", "serve", "train", "tune", "tls"];
 
 /// Crates that belong to some features only, by the start of their names.
 const HEAVY: &[(&str, &[&str])] = &[

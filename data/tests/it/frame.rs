@@ -373,3 +373,15 @@ fn explain_shows_our_steps_and_the_engines_plans() {
     let kept = digits.materialize().and_then(|d| d.explain()).expect("explain");
     assert!(kept.starts_with("source persisted: 16 blocks, 0 of them on disk"), "{kept}");
 }
+
+/// What was counted of a source outlives it, the source itself does not.
+#[test]
+fn stages_keep_no_source() {
+    let rows: ArrayRef = Arc::new(Int64Array::from_iter_values(0..1000));
+    let alive = Arc::downgrade(&rows);
+    let dataset = Dataset::from_batches([batch([("kept", rows)])]).expect("dataset");
+    assert_eq!(dataset.filter("kept > 10").and_then(|some| some.count()).expect("count"), 989);
+    drop(dataset);
+    assert!(alive.upgrade().is_none());
+    assert!(mobula_data::stages().iter().any(|stage| stage.name.contains("kept > 10")));
+}

@@ -13,6 +13,8 @@ mod resample;
 mod sklearn;
 mod sources;
 mod sql;
+#[cfg(feature = "sqlite")]
+mod sqlite;
 mod stream;
 mod tensors;
 mod typed;
