@@ -149,8 +149,11 @@ impl Compiled {
 
     /// The same, a batch at a time.
     pub(crate) fn batches(&self, block: usize) -> Result<BoxStream<'static, Result<RecordBatch>>> {
-        let rows = self.stream(block)?.map_err(Error::engine("read rows"));
-        Ok(Watched::new(rows, &self.stage, block).boxed())
+        let plan = self.clone();
+        // Once it is watched: it begins to read before the first rows are asked for.
+        let rows = stream::once(async move { plan.stream(block) });
+        let rows = rows.map_ok(|rows| rows.map_err(Error::engine("read rows"))).try_flatten();
+        Ok(Watched::new(rows.boxed(), &self.stage, block).boxed())
     }
 
     /// The same, a batch at a time, for who takes numbers of any width: what needs no engine goes by it.
@@ -160,8 +163,10 @@ impl Compiled {
     ) -> Result<BoxStream<'static, Result<RecordBatch>>> {
         Ok(match &self.chosen {
             Some(columns) => {
-                let rows = stream::iter(self.source.read_narrow(block, columns)?);
-                Watched::new(rows, &self.stage, block).boxed()
+                let (source, columns) = (self.source.clone(), columns.clone());
+                let rows = stream::once(async move { source.read_narrow(block, &columns) });
+                let rows = rows.map_ok(stream::iter).try_flatten();
+                Watched::new(rows.boxed(), &self.stage, block).boxed()
             }
             None => self.batches(block)?,
         })

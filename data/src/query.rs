@@ -106,7 +106,7 @@ fn mode(sql: &str, tables: &[(TableReference, Dataset)]) -> Result<Mode> {
 fn run(sql: &str, tables: &[(TableReference, Dataset)], mode: Mode) -> Result<RecordBatch> {
     let session = new_session(mode)?;
     for (name, dataset) in tables {
-        let table = provider(dataset, mode, &session)?;
+        let table = provider(dataset, mode)?;
         session.register_table(name.clone(), table).map_err(Error::sql(sql))?;
     }
     let sql = sql.to_owned();
@@ -124,25 +124,22 @@ fn run(sql: &str, tables: &[(TableReference, Dataset)], mode: Mode) -> Result<Re
 
 /// A dataset as a table. The engine reads Parquet files itself, as it knows which of their pages a
 /// query needs.
-fn provider(
-    dataset: &Dataset,
-    mode: Mode,
-    session: &SessionContext,
-) -> Result<Arc<dyn TableProvider>> {
+fn provider(dataset: &Dataset, mode: Mode) -> Result<Arc<dyn TableProvider>> {
     let ours = || Ok(Arc::new(plan::table(dataset, mode.partitions())?) as _);
     let files = dataset.source().parquet_files().filter(|_| dataset.ops().is_empty());
     let Some(files) = files else { return ours() };
     let failed = Error::engine("read Parquet files");
     let url = |path: &PathBuf| {
-        let url = match remote::is_url(path) {
-            true => remote::register(path, session)?,
-            // The engine knows no `..`.
-            false => Url::from_file_path(path.canonicalize().at("resolve", path)?).ok(),
-        };
-        url.map(|url| ListingTableUrl::try_new(url, None).map_err(&failed)).transpose()
+        // The engine knows no `..`.
+        let url = Url::from_file_path(path.canonicalize().at("resolve", path)?);
+        let url = url.map_err(|()| Error::NoFiles { pattern: path.clone() })?;
+        ListingTableUrl::try_new(url, None).map_err(&failed)
     };
-    let urls = files.iter().map(url).collect::<Result<Option<Vec<_>>>>()?;
-    let Some(urls) = urls else { return ours() };
+    // Of an object store it would not notice that a file changed, or is gone.
+    if files.iter().any(|path| remote::is_url(path)) {
+        return ours();
+    }
+    let urls = files.iter().map(url).collect::<Result<Vec<_>>>()?;
     // The engine would read them by name.
     if mode != Mode::Parallel && !urls.is_sorted_by_key(|url| url.prefix()) {
         return ours();

@@ -7,13 +7,12 @@ mod folder;
 mod reader;
 
 use folder::without_unfinished;
-pub(crate) use folder::{PART, WRITING};
+pub(crate) use folder::{PART, WRITING, sign};
 pub(crate) use reader::RemoteReader;
 
 use crate::error::{Error, Result};
 use crate::runtime::block_on;
 use bytes::Bytes;
-use datafusion::prelude::SessionContext;
 use futures::TryStreamExt;
 use glob::{MatchOptions, Pattern};
 use object_store::path::Path as Key;
@@ -58,20 +57,24 @@ impl Place {
                 "such as s3://bucket/key, gs://bucket/key, az://container/key (the account in \
                        AZURE_STORAGE_ACCOUNT_NAME) or https://host/path, without a query"
                     .to_owned(),
-            got: format!("{}: {got}", url.display()),
+            got: format!("{}: {got}", without_secrets(url)),
         };
         let text = url.to_str().ok_or_else(|| invalid("not UTF-8".to_owned()))?;
         let parsed = Url::parse(text).map_err(|error| invalid(error.to_string()))?;
         if parsed.query().is_some() || parsed.fragment().is_some() {
             return Err(invalid("it has a query or a fragment".to_owned()));
         }
+        if parsed.password().is_some() {
+            return Err(invalid("it has a password, which would be seen".to_owned()));
+        }
         let (scheme, key) =
             ObjectStoreScheme::parse(&parsed).map_err(|error| invalid(error.to_string()))?;
-        // Of some stores the name is in the path.
-        let root = match text.strip_suffix(key.as_ref()) {
-            Some(root) => root.trim_end_matches('/').to_owned(),
-            None => parsed[..Position::BeforePath].to_owned(),
-        };
+        // Of some stores the name is the first part of the path.
+        let parts = || parsed.path().split('/').filter(|part| !part.is_empty());
+        let of_store = parts().count().saturating_sub(key.parts().count());
+        let host = &parsed[..Position::BeforePath];
+        let root = std::iter::once(host).chain(parts().take(of_store));
+        let root = root.collect::<Vec<_>>().join("/");
         let is_http = matches!(scheme, ObjectStoreScheme::Http);
         Ok(Self { store: store(&scheme, &root, &parsed)?, root, key, is_http })
     }
@@ -90,8 +93,10 @@ impl Place {
         block_on(async move {
             let mut found: Vec<_> =
                 store.list(Some(&prefix)).try_collect().await.map_err(failed("list", &url))?;
-            found.sort_by(|one: &ObjectMeta, other| one.location.cmp(&other.location));
-            Ok(found)
+            found.sort_by(|one: &ObjectMeta, other| {
+                one.location.parts().cmp(other.location.parts())
+            });
+            Ok(without_folders(found, &prefix))
         })
     }
 
@@ -105,6 +110,28 @@ impl Place {
                 Err(error) => Err(failed("open", &url)(error)),
             }
         })
+    }
+}
+
+/// Without objects of no bytes that stand for a folder, as some programs make them.
+fn without_folders(found: Vec<ObjectMeta>, folder: &Key) -> Vec<ObjectMeta> {
+    let is_folder = |at: usize, object: &ObjectMeta| {
+        // What is below it comes next.
+        let next = found.get(at + 1);
+        let has_more = next.is_some_and(|next| next.location.prefix_matches(&object.location));
+        object.size == 0 && (object.location == *folder || has_more)
+    };
+    let files = found.iter().enumerate().filter(|(at, object)| !is_folder(*at, object));
+    files.map(|(_, object)| object.clone()).collect()
+}
+
+/// A URL as far as it may be seen.
+fn without_secrets(url: &Path) -> String {
+    let text = url.to_string_lossy();
+    let text = text.split(['?', '#']).next().unwrap_or_default();
+    match text.split_once("://").and_then(|(scheme, rest)| Some((scheme, rest.rsplit_once('@')?))) {
+        Some((scheme, (_, rest))) => format!("{scheme}://…@{rest}"),
+        None => text.to_owned(),
     }
 }
 
@@ -125,14 +152,15 @@ fn store(scheme: &ObjectStoreScheme, root: &str, url: &Url) -> Result<Arc<dyn Ob
 
 #[cfg(feature = "cloud")]
 fn new_store(scheme: &ObjectStoreScheme, url: &Url) -> Result<Arc<dyn ObjectStore>> {
-    use object_store::aws::AmazonS3Builder;
-    use object_store::azure::MicrosoftAzureBuilder;
-    use object_store::gcp::GoogleCloudStorageBuilder;
+    use object_store::aws::{AmazonS3Builder, AmazonS3ConfigKey};
+    use object_store::azure::{AzureConfigKey, MicrosoftAzureBuilder};
+    use object_store::gcp::{GoogleCloudStorageBuilder, GoogleConfigKey};
     use object_store::http::HttpBuilder;
-    use object_store::{ClientOptions, RetryConfig};
+    use object_store::{ClientConfigKey, ClientOptions, RetryConfig};
     use std::time::Duration;
 
-    // A request that cannot be answered is an error within two minutes.
+    // Time enough for a large row group on a slow line; who is silent for longer is an error.
+    const PATIENCE: &str = "120s";
     let retry = RetryConfig {
         max_retries: 6,
         retry_timeout: Duration::from_secs(60),
@@ -140,21 +168,28 @@ fn new_store(scheme: &ObjectStoreScheme, url: &Url) -> Result<Arc<dyn ObjectStor
     };
     let store: Result<Arc<dyn ObjectStore>, StoreError> = match scheme {
         ObjectStoreScheme::AmazonS3 => {
-            let builder = AmazonS3Builder::from_env().with_url(url.as_str()).with_retry(retry);
-            builder.build().map(|store| Arc::new(store) as _)
+            let builder = AmazonS3Builder::from_env().with_url(url.as_str());
+            let builder =
+                builder.with_config(AmazonS3ConfigKey::Client(ClientConfigKey::Timeout), PATIENCE);
+            builder.with_retry(retry).build().map(|store| Arc::new(store) as _)
         }
         ObjectStoreScheme::GoogleCloudStorage => {
             let builder = GoogleCloudStorageBuilder::from_env().with_url(url.as_str());
+            let builder =
+                builder.with_config(GoogleConfigKey::Client(ClientConfigKey::Timeout), PATIENCE);
             builder.with_retry(retry).build().map(|store| Arc::new(store) as _)
         }
         ObjectStoreScheme::MicrosoftAzure => {
             let builder = MicrosoftAzureBuilder::from_env().with_url(url.as_str());
+            let builder =
+                builder.with_config(AzureConfigKey::Client(ClientConfigKey::Timeout), PATIENCE);
             builder.with_retry(retry).build().map(|store| Arc::new(store) as _)
         }
         ObjectStoreScheme::Http => {
             let host = &url[..Position::BeforePath];
             let plain = ClientOptions::new().with_allow_http(true);
             let builder = HttpBuilder::new().with_url(host).with_client_options(plain);
+            let builder = builder.with_config(ClientConfigKey::Timeout, PATIENCE);
             builder.with_retry(retry).build().map(|store| Arc::new(store) as _)
         }
         _ => return Err(unknown(url)),
@@ -181,7 +216,7 @@ fn unknown(url: &Url) -> Error {
 fn failed(action: &'static str, url: &Path) -> impl Fn(StoreError) -> Error + use<> {
     let url = url.to_path_buf();
     move |error| match error {
-        StoreError::NotFound { .. } => Error::NoFiles { pattern: url.clone() },
+        StoreError::NotFound { .. } if action == "read" => Error::FileChanged { path: url.clone() },
         StoreError::Precondition { .. } | StoreError::NotModified { .. } => {
             Error::FileChanged { path: url.clone() }
         }
@@ -229,21 +264,23 @@ pub(crate) fn expand(pattern: &Path, in_folder: &str) -> Result<Vec<PathBuf>> {
     Ok(files)
 }
 
-/// Tells the engine where to find an object, by which URL. It knows no store by more than a host.
-pub(crate) fn register(path: &Path, session: &SessionContext) -> Result<Option<Url>> {
-    let place = Place::new(path)?;
-    let url = Url::parse(&place.url().to_string_lossy());
-    let url = url.map_err(|error| Error::Internal(error.to_string()))?;
-    let is_host = url[..Position::BeforePath] == place.root;
-    Ok(is_host.then(|| {
-        session.register_object_store(&url, place.store);
-        url
-    }))
+/// Whether a URL has no wildcard and is none of the files that it stands for.
+pub(crate) fn is_folder(url: &Path, files: &[PathBuf]) -> Result<bool> {
+    if !is_url(url) {
+        return Ok(false);
+    }
+    let place = Place::new(url)?;
+    Ok(wildcards(place.key.as_ref()).is_none() && files != [place.url()])
 }
 
-/// Whether a URL has no wildcard and is none of the files that it stands for.
-pub(crate) fn is_folder(url: &Path, files: &[PathBuf]) -> bool {
-    is_url(url) && !url.to_string_lossy().contains(['*', '[']) && files != [url]
+/// The folders in which a file lies below a folder, or below the part of a pattern in front of its first
+/// wildcard; without the escapes that their names have in a URL.
+pub(crate) fn folders_of(file: &Path, pattern: &Path) -> Result<Vec<String>> {
+    let (file, pattern) = (Place::new(file)?, Place::new(pattern)?);
+    let root = wildcards(pattern.key.as_ref()).unwrap_or(pattern.key.as_ref());
+    let below = file.key.as_ref().strip_prefix(root).unwrap_or_default();
+    let folder = below.rsplit_once('/').map_or("", |(folder, _)| folder);
+    Ok(folder.split('/').filter(|name| !name.is_empty()).map(str::to_owned).collect())
 }
 
 /// The folder above the first wildcard, if there is one.
@@ -279,9 +316,19 @@ fn matching(place: &Place, folder: &str, pattern: &str) -> Result<Vec<PathBuf>> 
         require_literal_leading_dot: true,
         ..MatchOptions::default()
     };
+    // What is written is listed above the folders that are named by values.
+    let folder = folder.split('/').take_while(|name| !name.contains('=')).collect::<Vec<_>>();
+    let folder = folder.join("/");
     let folder = Key::parse(folder).map_err(|error| failed("list", &place.url())(error.into()))?;
-    let found = place.list(&folder)?.into_iter().map(|object| object.location).collect();
-    let found = without_unfinished(place, found)?;
+    let look = || {
+        let found = place.list(&folder)?.into_iter().map(|object| object.location);
+        without_unfinished(place, found.collect())
+    };
+    // A write may end between the look at the files and that at their list.
+    let found = match look() {
+        Err(Error::FileChanged { .. }) => look()?,
+        found => found?,
+    };
     let fits = found.into_iter().filter(|key| pattern.matches_with(key.as_ref(), options));
     Ok(fits.map(|key| place.url_of(&key)).collect())
 }
@@ -315,22 +362,32 @@ impl RemoteFile {
     /// Some ranges, those near each other in one request.
     pub(crate) fn read(self: &Arc<Self>, ranges: Vec<Range<u64>>) -> Result<Vec<Bytes>> {
         let file = self.clone();
-        block_on(
-            async move { coalesce_ranges(&ranges, |range| file.clone().get(range), GAP).await },
-        )
+        // No store answers to an empty one.
+        let asked: Vec<_> = ranges.iter().filter(|range| !range.is_empty()).cloned().collect();
+        let read =
+            block_on(
+                async move { coalesce_ranges(&asked, |range| file.clone().get(range), GAP).await },
+            );
+        let mut read = read?.into_iter();
+        let next = |range: Range<u64>| {
+            if range.is_empty() { Bytes::new() } else { read.next().unwrap_or_default() }
+        };
+        Ok(ranges.into_iter().map(next).collect())
     }
 
     async fn get(self: Arc<Self>, range: Range<u64>) -> Result<Bytes> {
         let url = self.place.url();
         let options = GetOptions {
             range: Some(GetRange::Bounded(range)),
-            if_match: self.meta.e_tag.clone(),
+            // A weak one fits nothing.
+            if_match: self.meta.e_tag.clone().filter(|tag| !tag.starts_with("W/")),
             ..GetOptions::default()
         };
         let got = self.place.store.get_opts(&self.place.key, options).await;
         let got = got.map_err(failed("read", &url))?;
-        // Not every server heeds the condition.
-        if (got.meta.size, &got.meta.e_tag) != (self.meta.size, &self.meta.e_tag) {
+        // Not every server heeds the condition, or has tags.
+        let version = |meta: &ObjectMeta| (meta.size, meta.e_tag.clone(), meta.last_modified);
+        if version(&got.meta) != version(&self.meta) {
             return Err(Error::FileChanged { path: url });
         }
         got.bytes().await.map_err(failed("read", &url))

@@ -287,5 +287,5 @@ async fn write_part(
         let written = batches.and_then(|b| b.iter().try_for_each(|batch| writer.write(batch)));
         written.inspect_err(|_| failed.store(true, Ordering::Relaxed))?;
     }
-    writer.finish()
+    writer.finish().inspect_err(|_| failed.store(true, Ordering::Relaxed))
 }

@@ -99,8 +99,10 @@ impl Stage {
     fn begin(self: &Arc<Self>) {
         if !self.begun.swap(true, Ordering::Relaxed) {
             let mut all = all();
-            if all.len() == REMEMBERED {
-                all.pop_front();
+            // One that is at work is still looked at.
+            let idle = |stage: &Arc<Self>| stage.counts().at_work.is_empty();
+            if let Some(oldest) = all.iter().position(idle).filter(|_| all.len() >= REMEMBERED) {
+                all.remove(oldest);
             }
             all.push_back(self.clone());
         }
@@ -128,12 +130,12 @@ pub(crate) struct Watched<S> {
 
 impl<S> Watched<S> {
     pub(crate) fn new(rows: S, stage: &Arc<Stage>, block: usize) -> Self {
-        stage.begin();
         let now = Instant::now();
         let mut counts = stage.counts();
         counts.first.get_or_insert(now);
         counts.at_work.insert(block, None);
         drop(counts);
+        stage.begin();
         Self { rows, stage: stage.clone(), block, given: None }
     }
 

@@ -27,46 +27,60 @@ pub(crate) const WRITING: &str = "_writing-";
 /// Bytes of a file that are sent at a time.
 const PIECE: u64 = 8 << 20;
 
-/// Leaves out what belongs to no write that has ended. An error if nothing else is there.
+/// Leaves out what belongs to no write that has ended. An error if nothing else is there, and if what was
+/// written is not.
 pub(super) fn without_unfinished(place: &Place, found: Vec<Key>) -> Result<Vec<Key>> {
-    let in_folder = |key: &Key, name: &str| {
-        let folder = key.as_ref().strip_suffix(name)?;
-        Some(folder.to_owned())
-    };
-    let lists: Vec<_> = found.iter().filter_map(|key| in_folder(key, LIST)).collect();
-    let mut written = HashSet::new();
-    for folder in &lists {
-        let list = place.with(Key::parse(format!("{folder}{LIST}")).map_err(place.invalid())?);
-        let list: Written = serde_json::from_slice(&list.get()?).map_err(|error| {
-            let path = list.url();
-            Error::Corrupt { path, format: "list of what was written", reason: error.to_string() }
-        })?;
-        let names = list.files.iter().map(|file| format!("{folder}{}", file.name.display()));
-        written.extend(names);
+    let lists: Vec<_> =
+        found.iter().filter_map(|key| folder_of(key, |name| name == LIST)).collect();
+    let written = lists.iter().map(|folder| files_of(place, folder)).collect::<Result<Vec<_>>>()?;
+    let written: HashSet<Key> = written.into_iter().flatten().collect();
+    let there: HashSet<&Key> = found.iter().collect();
+    if let Some(missing) = written.iter().find(|key| !there.contains(key)) {
+        return Err(Error::FileChanged { path: place.url_of(missing) });
     }
-    let unfinished: Vec<(&str, &str)> = found.iter().filter_map(writing).collect();
-    let is_data = |key: &&Key| {
+    let signs: Vec<_> = found.iter().filter_map(sign).collect();
+    let is_data = |key: &Key| {
         let (key, name) = (key.as_ref(), key.filename().unwrap_or_default());
-        let listed = lists.iter().any(|folder| key.starts_with(folder.as_str()));
-        let is_written = !listed || written.contains(key);
-        let is_ended = written.contains(key)
-            || !unfinished.iter().any(|(folder, id)| key.starts_with(folder) && name.contains(id));
-        !name.starts_with(PART) || (is_written && is_ended)
+        let is_listed = lists.iter().any(|folder| key.starts_with(folder));
+        let is_unfinished =
+            signs.iter().any(|(folder, id)| key.starts_with(folder) && name.contains(id));
+        !name.starts_with(PART) || !(is_listed || is_unfinished)
     };
+    let is_data = |key: &&Key| written.contains(key) || is_data(key);
     let data: Vec<_> = found.iter().filter(is_data).cloned().collect();
-    let is_empty = data.iter().all(|key| writing(key).is_some());
-    match unfinished.first() {
-        Some((folder, _)) if is_empty => {
+    match signs.first() {
+        Some((folder, _)) if data.iter().all(|key| sign(key).is_some()) => {
             Err(Error::Unfinished { folder: format!("{}/{folder}", place.root) })
         }
         _ => Ok(data),
     }
 }
 
+/// What comes before the name of an object, if it is such a name.
+fn folder_of(key: &Key, is: impl Fn(&str) -> bool) -> Option<&str> {
+    let name = key.filename().filter(|name| is(name))?;
+    key.as_ref().strip_suffix(name)
+}
+
+/// The files that the list in a folder has.
+fn files_of(place: &Place, folder: &str) -> Result<Vec<Key>> {
+    let key = |name: &str| Key::parse(format!("{folder}{name}")).map_err(place.invalid());
+    let list = place.with(key(LIST)?);
+    let written = list.get()?;
+    let written: Written = serde_json::from_slice(&written).map_err(|error| Error::Corrupt {
+        path: list.url(),
+        format: "list of what was written",
+        reason: error.to_string(),
+    })?;
+    written.files.iter().map(|file| key(&file.name.to_string_lossy())).collect()
+}
+
 /// The folder and the ID of a write that has not ended.
-fn writing(key: &Key) -> Option<(&str, &str)> {
-    let (folder, id) = key.as_ref().rsplit_once(WRITING).filter(|(_, id)| !id.contains('/'))?;
-    Some((folder, id))
+pub(crate) fn sign(key: &Key) -> Option<(&str, &str)> {
+    let id = key.filename()?.strip_prefix(WRITING)?;
+    let is_id = !id.is_empty() && id.bytes().all(|byte| byte.is_ascii_hexdigit() || byte == b'-');
+    let folder = key.as_ref().strip_suffix(key.filename()?)?;
+    is_id.then_some((folder, id))
 }
 
 /// What is done to an object.
@@ -80,7 +94,7 @@ impl Place {
     pub(crate) fn below(&self, path: &Path) -> Result<Self> {
         let below = path.to_str().unwrap_or_default();
         let key = format!("{}/{below}", self.key);
-        let key = Key::parse(key.trim_start_matches('/')).map_err(self.invalid())?;
+        let key = Key::parse(key.trim_matches('/')).map_err(self.invalid())?;
         Ok(self.with(key))
     }
 
@@ -99,11 +113,29 @@ impl Place {
         self.url_of(&self.key)
     }
 
-    pub(crate) fn filename(&self) -> &str {
-        self.key.filename().unwrap_or_default()
+    pub(crate) fn key(&self) -> &Key {
+        &self.key
     }
 
-    fn get(&self) -> Result<Bytes> {
+    pub(crate) fn exists(&self) -> Result<bool> {
+        self.head().map(|found| found.is_some())
+    }
+
+    /// The files that this folder has by its list; none if it has no list.
+    pub(crate) fn written(&self) -> Result<Option<Vec<Self>>> {
+        let folder = self.below(Path::new(""))?;
+        let folder = match folder.key.as_ref() {
+            "" => String::new(),
+            key => format!("{key}/"),
+        };
+        if !self.below(Path::new(LIST))?.exists()? {
+            return Ok(None);
+        }
+        let files = files_of(self, &folder)?;
+        Ok(Some(files.into_iter().map(|key| self.with(key)).collect()))
+    }
+
+    pub(crate) fn get(&self) -> Result<Bytes> {
         let (store, key, failed) =
             (self.store.clone(), self.key.clone(), failed("read", &self.url()));
         block_on(async move {
@@ -124,13 +156,22 @@ impl Place {
     pub(crate) fn upload(&self, file: File, path: &Path) -> Result<()> {
         let (url, path) = (self.url(), path.to_owned());
         let mut to = BufWriter::new(self.store.clone(), self.key.clone());
+        // Of several files at a time.
+        to = to.with_max_concurrency(2);
         block_on(async move {
-            let sent = send(file, &path, &mut to, &url).await;
-            if sent.is_err() {
-                // The error is the one before.
+            if let Err(error) = send(file, &path, &mut to, &url).await {
+                // Why that fails is why the other did.
                 let _ = to.abort().await;
+                return Err(error);
             }
-            sent
+            to.shutdown().await.map_err(|error| {
+                let store = error.downcast::<object_store::Error>();
+                let store = store.unwrap_or_else(|error| object_store::Error::Generic {
+                    store: "object store",
+                    source: error.into(),
+                });
+                failed("write", &url)(store)
+            })
         })
     }
 
@@ -151,12 +192,5 @@ async fn send(mut file: File, path: &Path, to: &mut BufWriter, url: &Path) -> Re
         }
         to.put(piece.into()).await.map_err(failed("write", url))?;
     }
-    to.shutdown().await.map_err(|error| {
-        let store = error.downcast::<object_store::Error>();
-        let store = store.unwrap_or_else(|error| object_store::Error::Generic {
-            store: "object store",
-            source: error.into(),
-        });
-        failed("write", url)(store)
-    })
+    Ok(())
 }

@@ -124,7 +124,7 @@ impl PartWriter {
         let written = match &self.to.remote {
             None => current.written,
             Some(remote) => {
-                let name = format!("{:05}-{:03}", self.part, self.done.len());
+                let name = format!("{:08}-{:08}", self.part, self.done.len());
                 remote.send(current.written, &name, self.to.sink.extension())?
             }
         };

@@ -2,11 +2,12 @@
 
 use crate::error::{Error, Result};
 use crate::remote::{self, RemoteFile, RemoteReader};
+use crate::runtime::meanwhile;
 use bytes::Bytes;
 use flate2::read::MultiGzDecoder;
 use mobula_core::error::AtPath;
 use std::fs::File;
-use std::io::{Cursor, Read, Seek, SeekFrom};
+use std::io::{Cursor, ErrorKind, Read, Seek, SeekFrom};
 use std::ops::Range;
 use std::panic::resume_unwind;
 use std::path::{Path, PathBuf};
@@ -118,11 +119,10 @@ impl Stamped {
 
     /// What was made of its content, unless that could not be read: then it is no fault of the content.
     pub(super) fn blame<T>(&self, made: Result<T>) -> Result<T> {
-        let failure = match &self.place {
-            Place::Remote(file) => file.failure(),
-            Place::Here(_) => None,
-        };
-        made.map_err(|error| failure.unwrap_or(error))
+        made.map_err(|error| match &self.place {
+            Place::Remote(file) => file.failure().unwrap_or(error),
+            Place::Here(_) => error,
+        })
     }
 
     /// Length and a sample of the content: constant in time, for formats that have no checksum. Of a
@@ -177,12 +177,17 @@ pub(super) fn each<T: Sync, R: Send>(
         }
         done
     };
-    let mut all = std::thread::scope(|scope| {
-        let threads = files.len().min(AT_ONCE);
-        let threads: Vec<_> = (0..threads).map(|_| scope.spawn(some)).collect();
-        let ended = threads.into_iter().map(|thread| thread.join());
-        ended.flat_map(|done| done.unwrap_or_else(|panic| resume_unwind(panic))).collect::<Vec<_>>()
-    });
+    let threads = files.len().min(AT_ONCE);
+    let all = || {
+        std::thread::scope(|scope| {
+            let threads: Vec<_> = (0..threads).map(|_| scope.spawn(some)).collect();
+            let ended = threads.into_iter().map(|thread| thread.join());
+            let done = ended.map(|done| done.unwrap_or_else(|panic| resume_unwind(panic)));
+            done.flatten().collect::<Vec<_>>()
+        })
+    };
+    // They wait for the crate's threads, of which this may be one.
+    let mut all = meanwhile(all);
     all.sort_by_key(|(at, _)| *at);
     all.into_iter().map(|(_, result)| result).collect()
 }
@@ -203,7 +208,11 @@ impl Pieces {
     pub(super) fn open(path: &Path, format: &'static str) -> Result<Self> {
         let file = Stamped::new(path)?;
         let mut magic = [0; GZIP.len()];
-        let zipped = file.open()?.read_exact(&mut magic).is_ok() && magic == GZIP;
+        let zipped = match file.open()?.read_exact(&mut magic) {
+            Ok(()) => magic == GZIP,
+            Err(error) if error.kind() == ErrorKind::UnexpectedEof => false,
+            Err(error) => return file.blame(Err(error).at("read", path).map_err(Error::from)),
+        };
         let unzipped = if zipped { Some(unzipped(&file, format)?) } else { None };
         Ok(Self { file, unzipped })
     }

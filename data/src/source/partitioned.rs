@@ -23,8 +23,15 @@ pub(crate) fn read<S: Source + 'static>(
     extension: &str,
     source: impl FnOnce(Vec<PathBuf>) -> Result<S>,
 ) -> Result<Dataset> {
-    let (files, root) = expand(pattern, extension)?;
-    let rows = files.iter().map(|file| Row::of(file, &root)).collect::<Result<Vec<_>>>()?;
+    let (files, folders): (Vec<_>, Vec<_>) = if remote::is_url(Path::new(pattern)) {
+        expand_url(Path::new(pattern), extension)?.into_iter().unzip()
+    } else {
+        let (files, root) = expand(pattern, extension)?;
+        let names = |file| folders(file, &root).map(str::to_owned).collect();
+        let names = files.iter().map(|file: &PathBuf| names(file)).collect();
+        (files, names)
+    };
+    let rows = folders.iter().map(|names| Row::of(names)).collect::<Result<Vec<_>>>()?;
     let columns = columns(&files, &rows)?;
     let source = source(files)?;
     if columns.is_empty() {
@@ -35,9 +42,6 @@ pub(crate) fn read<S: Source + 'static>(
 
 /// The files, and the folder below which the pattern leaves open where they lie.
 fn expand(pattern: &str, extension: &str) -> Result<(Vec<PathBuf>, PathBuf)> {
-    if remote::is_url(Path::new(pattern)) {
-        return expand_url(Path::new(pattern), extension);
-    }
     let path = std::path::absolute(pattern).at("resolve", Path::new(pattern))?;
     if path.is_file() || (path.is_dir() && !has_partitions(&path)?) {
         let root = if path.is_file() { path.parent().unwrap_or(&path).to_owned() } else { path };
@@ -52,23 +56,22 @@ fn expand(pattern: &str, extension: &str) -> Result<(Vec<PathBuf>, PathBuf)> {
 }
 
 /// The same of an object store, by one look.
-fn expand_url(url: &Path, extension: &str) -> Result<(Vec<PathBuf>, PathBuf)> {
-    let mut files = remote::expand(url, &format!("**/*.{extension}"))?;
-    if !remote::is_folder(url, &files) {
-        let is_one = files == [url];
-        let root = if is_one { url.parent().unwrap_or(url).to_owned() } else { fixed(url) };
-        return Ok((files, root));
+fn expand_url(url: &Path, extension: &str) -> Result<Vec<(PathBuf, Vec<String>)>> {
+    let files = remote::expand(url, &format!("**/*.{extension}"))?;
+    let is_folder = remote::is_folder(url, &files)?;
+    let folders = |file: PathBuf| Ok((remote::folders_of(&file, url)?, file));
+    let mut files = files.into_iter().map(folders).collect::<Result<Vec<_>>>()?;
+    if is_folder {
+        let is_partition = |name: &String| hive::parse(name).is_some();
+        let has_partitions = files.iter().any(|(names, _)| names.iter().any(is_partition));
+        files.retain(|(names, _)| match has_partitions {
+            true => names.iter().all(|name| is_data(name)),
+            false => names.is_empty(),
+        });
     }
-    let is_partition = |name: &str| hive::parse(name).is_some();
-    let has_partitions = files.iter().any(|file| folders(file, url).any(is_partition));
-    files.retain(|file| match has_partitions {
-        true => folders(file, url).all(is_data),
-        false => folders(file, url).next().is_none(),
-    });
-    if files.is_empty() {
-        Err(Error::NoFiles { pattern: url.into() })
-    } else {
-        Ok((files, url.into()))
+    match files.is_empty() {
+        true => Err(Error::NoFiles { pattern: url.into() }),
+        false => Ok(files.into_iter().map(|(names, file)| (file, names)).collect()),
     }
 }
 
@@ -107,8 +110,8 @@ fn folders<'a>(file: &'a Path, root: &Path) -> impl Iterator<Item = &'a str> {
 struct Row(Vec<(String, Option<String>)>);
 
 impl Row {
-    fn of(file: &Path, root: &Path) -> Result<Self> {
-        let values: Vec<_> = folders(file, root).filter_map(hive::parse).collect();
+    fn of(folders: &[String]) -> Result<Self> {
+        let values: Vec<_> = folders.iter().filter_map(|name| hive::parse(name)).collect();
         for (at, (column, _)) in values.iter().enumerate() {
             if values[..at].iter().any(|(other, _)| other == column) {
                 return Err(Error::ColumnTwice { column: column.clone() });

@@ -35,7 +35,7 @@ pub(crate) fn expand_images(pattern: &str) -> Result<Vec<PathBuf>> {
     let files = expand_in(pattern, "**/*")?;
     let pattern = absolute(pattern)?;
     // What is named itself is taken as it is.
-    if !pattern.is_dir() && !remote::is_folder(&pattern, &files) {
+    if !pattern.is_dir() && !remote::is_folder(&pattern, &files)? {
         return Ok(files);
     }
     let is_image = |path: &PathBuf| {

@@ -55,14 +55,17 @@ pub struct Stall {
 /// ```
 pub fn stages() -> Vec<StageReport> {
     let now = Instant::now();
-    all().iter().map(|stage| stage.report(now)).collect()
+    // Not under the lock: what a block is called a source of the program may say.
+    let all: Vec<_> = all().iter().cloned().collect();
+    all.iter().map(|stage| stage.report(now)).collect()
 }
 
 /// Those that have begun since then.
 pub(crate) fn since(time: Instant) -> Vec<StageReport> {
     let now = Instant::now();
     let begun = |stage: &&Arc<Stage>| stage.counts().first.is_some_and(|first| first >= time);
-    all().iter().filter(begun).map(|stage| stage.report(now)).collect()
+    let all: Vec<_> = all().iter().filter(begun).cloned().collect();
+    all.iter().map(|stage| stage.report(now)).collect()
 }
 
 impl Stage {

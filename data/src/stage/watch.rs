@@ -43,11 +43,11 @@ fn watch() {
             all().iter().filter(|stage| !stage.counts().at_work.is_empty()).cloned().collect();
         if at_work.is_empty() {
             IS_AWAKE.store(false, Ordering::Relaxed);
-            // One that began meanwhile took this thread to be awake.
-            if all().iter().all(|stage| stage.counts().at_work.is_empty()) {
+            // One that began meanwhile took this thread to be awake, unless it has begun another.
+            let is_idle = all().iter().all(|stage| stage.counts().at_work.is_empty());
+            if is_idle || IS_AWAKE.swap(true, Ordering::Relaxed) {
                 return;
             }
-            IS_AWAKE.store(true, Ordering::Relaxed);
         }
         warn(&mut warned, &at_work, now);
         show(&mut bars, &at_work, now);

@@ -1,7 +1,7 @@
 //! Datasets in S3. The server's buckets are folders here, so what it has can be put there by hand.
 
 use crate::{Test, example, message};
-use arrow::array::AsArray;
+use arrow::array::{ArrayRef, AsArray, Int64Array, StringArray};
 use arrow::datatypes::Int64Type;
 use arrow::record_batch::RecordBatch;
 use mobula_core::{BatchSource, BoxError, Shard};
@@ -13,7 +13,7 @@ use std::io::{BufRead, BufReader};
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitCode, Stdio};
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 use tempfile::TempDir;
 
 /// In the environment of a copy of this program: the URL of which it is to say what it finds.
@@ -202,6 +202,21 @@ fn folders_named_by_values_are_columns() {
     assert_eq!(rows(open).num_rows(), 183 + 177);
     let one = Dataset::read_parquet(format!("{there}/by label/label=3"));
     assert!(rows(one).column_by_name("label").is_none());
+    let cities = ["Oslo", "New York", "a/b=c", "100%"];
+    let values: ArrayRef = Arc::new(StringArray::from(cities.to_vec()));
+    let ids: ArrayRef = Arc::new(Int64Array::from_iter_values(0..4));
+    let cities =
+        RecordBatch::try_from_iter_with_nullable([("id", ids, false), ("city", values, true)])
+            .expect("a batch");
+    let cities = Dataset::from_batches([cities]).expect("dataset");
+    let options = WriteOptions::default().with_partition_by(["city"]);
+    cities.write_parquet(format!("{there}/by%20city"), options).expect("write");
+    for url in ["by city", "by%20city", "by city/*/*.parquet"] {
+        let all = Dataset::read_parquet(format!("{there}/{url}")).expect("dataset");
+        assert_eq!(rows(all.sort(["id"])), rows(Ok(cities.clone())), "{url}");
+    }
+    let one = Dataset::read_parquet(format!("{there}/by city/city=New%2520York")).expect("dataset");
+    assert_eq!(one.count().expect("count"), 1);
 }
 
 /// The files of a folder and of those in it, without the numbers of their writes.
@@ -288,9 +303,16 @@ fn a_write_that_fails_leaves_nothing() {
     let text = message(ending("fails late", &format!("{there}/rows"), false));
     assert!(text.contains("as it is told"), "{text}");
     assert!(!here.join("rows").exists() || names(&here.join("rows")).is_empty());
+    // What lies beside it is nobody's business, and a folder above it is none that was written.
+    fs::create_dir_all(here.join("other")).expect("a folder");
+    fs::write(here.join("other/diary.txt"), "today").expect("write");
     Dataset::range(5)
         .and_then(|rows| rows.write_parquet(format!("{there}/rows"), WriteOptions::default()))
         .expect("write");
+    let above = WriteOptions::default().with_overwrite(true);
+    let text = message(digits().write_parquet(&there, above));
+    assert!(text.contains("_written.json"), "{text}");
+    assert!(here.join("other/diary.txt").exists() && names(&here.join("rows")).len() == 2);
     ending("fails late", &format!("{there}/rows"), true).expect_err("a failure");
     assert_eq!(rows(Dataset::read_parquet(format!("{there}/rows"))).num_rows(), 5);
     assert_eq!(names(&here.join("rows")).len(), 2);
@@ -346,13 +368,18 @@ fn images_and_bytes() {
         image.save(here.join(format!("{}/{i}.png", i % 3))).expect("an image");
     }
     fs::write(here.join("0/notes.txt"), "no image").expect("a file");
+    fs::write(here.join("0/empty"), "").expect("a file");
     let local = rows(Dataset::read_images(here.to_str().expect("UTF-8"), [3, 4]));
     let remote = rows(Dataset::read_images(&there, [3, 4]));
     assert_eq!(remote.num_rows(), 70);
     assert_eq!(remote.column_by_name("image"), local.column_by_name("image"));
+    // Of more blocks than there are processors.
+    let large = Dataset::read_images(format!("{there}/1/1*.png"), [1700, 1700]).expect("images");
+    assert_eq!(rows(large.select(["path"])).num_rows(), 5);
+    assert_eq!(rows(Ok(large)).num_rows(), 5);
     let local = rows(Dataset::read_binary_files(here.to_str().expect("UTF-8")));
     let remote = rows(Dataset::read_binary_files(&there));
-    assert_eq!(remote.num_rows(), 71);
+    assert_eq!(remote.num_rows(), 72);
     assert_eq!(remote.column_by_name("bytes"), local.column_by_name("bytes"));
 }
 
