@@ -16,6 +16,7 @@ mod sql;
 mod stream;
 mod tensors;
 mod typed;
+mod webdataset;
 mod write;
 
 use arrow::array::{ArrayRef, AsArray, FixedSizeListArray, Int64Array, UInt8Array};
