@@ -1,5 +1,6 @@
 //! The crate through its public interface.
 
+mod avro;
 mod collate;
 mod dataset;
 mod formats;
