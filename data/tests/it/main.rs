@@ -6,6 +6,7 @@ mod dataset;
 mod formats;
 mod frame;
 mod memory;
+mod mutations;
 mod own_source;
 mod partitioned;
 mod persist;
