@@ -6,6 +6,7 @@ use crate::plan::Compiled;
 use crate::preprocess::Preprocessor;
 use crate::resample::Resample;
 use crate::runtime::{block_on, joined};
+use crate::sink::RowKeys;
 use crate::source::sorted::DrawKeys;
 use crate::source::{OpenSource, Source};
 use crate::split::{Side, Split};
@@ -71,6 +72,8 @@ pub(crate) enum Op {
     Resample(Resample),
     /// For a shuffle; no dataset has it.
     DrawKeys(DrawKeys),
+    /// For samples without names; no dataset has it.
+    RowKeys(RowKeys),
 }
 
 impl Op {

@@ -380,6 +380,14 @@ pub enum Error {
         /// " after its filters and splits", or nothing.
         after: &'static str,
     },
+    /// A row that cannot be a sample of a WebDataset.
+    #[error("the sample {key:?} cannot be written: {reason}")]
+    Sample {
+        /// Its key.
+        key: String,
+        /// Why: its key is no name, it has no value.
+        reason: &'static str,
+    },
     /// Something is where rows are to be written.
     #[error("{} exists; {hint}", path.display())]
     TargetExists {

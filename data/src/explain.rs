@@ -93,6 +93,7 @@ impl std::fmt::Display for Op {
             Self::Preprocess(preprocessor) => write!(f, "preprocess {}", preprocessor.kind()),
             Self::Resample(by) => write!(f, "resample {} copies by seed {}", by.copies, by.seed),
             Self::DrawKeys(_) => f.write_str("draw keys"),
+            Self::RowKeys(_) => f.write_str("name rows"),
             Self::MapBatches { function } => write!(f, "map_batches {function:?}"),
         }
     }

@@ -83,7 +83,7 @@ pub fn inspect(path: impl AsRef<Path>) -> Result<FileInfo> {
     let path = crate::source::paths::existing(path.as_ref())?;
     let dataset = open(&path)?;
     let (schema, rows) = (dataset.schema()?, dataset.count()?);
-    let format = path.extension().unwrap_or_default().to_string_lossy().to_lowercase();
+    let format = crate::formats::ending(&path);
     let mut info = FileInfo {
         bytes: Stamped::new(&path)?.length,
         memory_bytes: memory(&dataset.head(SAMPLE_ROWS)?, rows),

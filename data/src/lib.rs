@@ -85,8 +85,8 @@ pub use preprocess::{
 };
 pub use query::query;
 pub use sink::{
-    CsvSink, IpcSink, JsonSink, ParquetCompression, ParquetSink, Sink, SinkFile, WriteOptions,
-    Written, WrittenFile,
+    CsvSink, IpcSink, JsonSink, ParquetCompression, ParquetSink, Sink, SinkFile, WebDatasetSink,
+    WriteOptions, Written, WrittenFile,
 };
 pub use source::csv::CsvOptions;
 pub use source::parquet::ParquetOptions;

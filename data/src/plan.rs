@@ -214,6 +214,7 @@ async fn apply(frame: DataFrame, op: &Op) -> Result<DataFrame> {
             map(frame, Arc::new(move |batch: &RecordBatch| preprocessor.transform(batch))).await
         }
         Op::DrawKeys(keys) => map(frame, Arc::new(keys.clone())).await,
+        Op::RowKeys(keys) => map(frame, Arc::new(keys.clone())).await,
         Op::MapBatches { function } => map(frame, crate::batch_fn::lookup(function)?).await,
         Op::Resample(resample) => {
             let copies = parse(&frame, &resample.copies)?;

@@ -2,6 +2,7 @@
 
 use crate::Dataset;
 use crate::error::Result;
+use crate::source::avro::Avro;
 use crate::source::csv::{Csv, CsvOptions};
 use crate::source::idx::Idx;
 use crate::source::ipc::Ipc;
@@ -64,6 +65,15 @@ impl Dataset {
     /// 2) are the same. A block is a record batch.
     pub fn read_ipc(pattern: impl AsRef<str>) -> Result<Self> {
         partitioned::read(pattern.as_ref(), "arrow", |files| Ok(Ipc { files }))
+    }
+
+    /// Avro's object container files: a path, a folder (its `*.avro` files) or a pattern, not compressed
+    /// or with deflate, Snappy or Zstandard. Columns are the fields of the record, by the types that
+    /// Arrow has for them: a union with null is a column whose values may be missing, enums are
+    /// dictionaries, other unions are unions. Blocks of the file make blocks of up to 4,096 rows.
+    /// Errors when a block is cut off or does not end as it should, and when the files' columns differ.
+    pub fn read_avro(pattern: impl AsRef<str>) -> Result<Self> {
+        partitioned::read(pattern.as_ref(), "avro", |files| Ok(Avro { files }))
     }
 
     /// NumPy's `.npy` files: a path, a folder or a pattern. The first axis has the rows of the

@@ -2,13 +2,18 @@
 
 mod folder;
 mod formats;
+mod npy;
 mod part;
 mod partition;
 mod remote;
+mod webdataset;
 
 pub use formats::{CsvSink, IpcSink, JsonSink, ParquetCompression, ParquetSink};
+pub(crate) use webdataset::RowKeys;
+pub use webdataset::WebDatasetSink;
 
 use crate::Dataset;
+use crate::dataset::Op;
 use crate::error::{Error, Result};
 use crate::plan::Compiled;
 use crate::remote::is_url;
@@ -198,6 +203,24 @@ impl Dataset {
     /// Writes Arrow IPC files, `.arrow`, not compressed.
     pub fn write_ipc(&self, folder: impl AsRef<Path>, options: WriteOptions) -> Result<Written> {
         self.write(folder, IpcSink::default(), options)
+    }
+
+    /// Writes WebDataset shards, `.tar`, as [`WebDatasetSink`] does. A row without a column `__key__`
+    /// is named by its position, such as `000042`; this counts the rows first, which computes what is
+    /// done to them where that drops or adds some.
+    ///
+    /// Errors for columns that have no form, for keys that are no names of files or are those of the
+    /// row before, and for rows without a value.
+    pub fn write_webdataset(
+        &self,
+        folder: impl AsRef<Path>,
+        options: WriteOptions,
+    ) -> Result<Written> {
+        if self.schema()?.index_of(webdataset::KEY).is_ok() {
+            return self.write(folder, WebDatasetSink::default(), options);
+        }
+        let keys = RowKeys::new(&self.count_blocks()?);
+        self.with_op(Op::RowKeys(keys))?.write(folder, WebDatasetSink::default(), options)
     }
 }
 

@@ -3,6 +3,7 @@
 //! An opened source is a list of blocks with known row counts; a row's position in the source is
 //! what splits and shuffles are functions of.
 
+pub(crate) mod avro;
 pub(crate) mod csv;
 pub(crate) mod file;
 pub(crate) mod idx;

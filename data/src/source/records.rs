@@ -37,14 +37,21 @@ pub(super) struct Packer {
 
 impl Packer {
     pub(super) fn record(&mut self, bytes: Range<u64>) {
+        self.records(bytes, 1);
+    }
+
+    /// So many that are not to be parted.
+    pub(super) fn records(&mut self, bytes: Range<u64>, rows: u64) {
         let length = (bytes.end - bytes.start) as usize;
-        let fits = |last: &Span| last.rows < BLOCK_ROWS && last.length + length <= BLOCK_BYTES;
+        let fits = |last: &Span| {
+            last.rows.saturating_add(rows) <= BLOCK_ROWS && last.length + length <= BLOCK_BYTES
+        };
         match self.spans.last_mut().filter(|last| fits(last)) {
             Some(last) => {
                 last.length = (bytes.end - last.start) as usize;
-                last.rows += 1;
+                last.rows += rows;
             }
-            None => self.spans.push(Span { start: bytes.start, length, rows: 1, crc: None }),
+            None => self.spans.push(Span { start: bytes.start, length, rows, crc: None }),
         }
     }
 
@@ -151,7 +158,8 @@ pub(super) struct RecordBlocks {
     files: Vec<Pieces>,
     /// With the file of each, and the number of its first row there.
     spans: Vec<(usize, u64, Span)>,
-    decode: Arc<dyn Decode>,
+    /// Of each file.
+    decode: Vec<Arc<dyn Decode>>,
 }
 
 impl RecordBlocks {
@@ -160,14 +168,25 @@ impl RecordBlocks {
         files: Vec<(Pieces, Vec<Span>)>,
         decode: Arc<dyn Decode>,
     ) -> Self {
-        let (files, cut): (Vec<_>, Vec<_>) = files.into_iter().unzip();
-        let mut spans = Vec::new();
-        for (file, cut) in cut.into_iter().enumerate() {
-            let mut row = 0;
+        let files = files.into_iter().map(|(file, spans)| (file, spans, decode.clone()));
+        Self::of_files(schema, files.collect())
+    }
+
+    /// The same where each file says itself how it is read.
+    pub(super) fn of_files(
+        schema: SchemaRef,
+        of: Vec<(Pieces, Vec<Span>, Arc<dyn Decode>)>,
+    ) -> Self {
+        let (mut files, mut spans, mut decode) = (Vec::new(), Vec::new(), Vec::new());
+        for (at, (file, cut, how)) in of.into_iter().enumerate() {
+            let mut row = 0_u64;
             for span in cut {
-                row += span.rows;
-                spans.push((file, row - span.rows, span));
+                let first = row;
+                row = row.saturating_add(span.rows);
+                spans.push((at, first, span));
             }
+            files.push(file);
+            decode.push(how);
         }
         Self { schema, files, spans, decode }
     }
@@ -201,7 +220,7 @@ impl Blocks for RecordBlocks {
 
     fn name(&self, block: usize) -> String {
         let (file, row, span) = &self.spans[block];
-        let (path, last) = (self.files[*file].path().display(), row + span.rows - 1);
+        let (path, last) = (self.files[*file].path().display(), row.saturating_add(span.rows) - 1);
         format!("{path} (rows {row} to {last})")
     }
 
@@ -213,10 +232,11 @@ impl Blocks for RecordBlocks {
         let (file, _, span) = &self.spans[block];
         let bytes = self.files[*file].read(span.start, span.length, span.crc)?;
         let rows = span.rows as usize;
-        let batches = self.decode.decode(&bytes, rows, &self.schema, projection);
+        let decode = &self.decode[*file];
+        let batches = decode.decode(&bytes, rows, &self.schema, projection);
         let batches = batches.map_err(|error| Error::Corrupt {
             path: self.name(block).into(),
-            format: self.decode.format(),
+            format: decode.format(),
             reason: error.to_string(),
         })?;
         Ok(Box::new(batches.into_iter().map(Ok)))

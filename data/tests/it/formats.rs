@@ -217,6 +217,45 @@ fn gzipped_text_is_read() {
     assert!(message(read_csv(at(&dir, "cut.csv"))).contains("cut.csv"));
 }
 
+/// What is before `.gz` says what is in it.
+#[test]
+fn endings_before_gz_are_known() {
+    let zip = |bytes: &[u8]| {
+        let mut zipped = GzEncoder::new(Vec::new(), Compression::fast());
+        zipped.write_all(bytes).expect("write");
+        zipped.finish().expect("gzip")
+    };
+    let (csv, json) = (zip(b"id\n0\n1\n"), zip(b"{\"id\": 0}\n{\"id\": 1}\n"));
+    let tar = zip(&fs::read(fixture("samples.tar")).expect("read"));
+    let avro = zip(&fs::read(fixture("avro/null.avro")).expect("read"));
+    let records = zip(&fs::read(fixture("examples.tfrecord")).expect("read"));
+    let dir = folder(&[
+        ("a.csv.gz", &csv),
+        ("b.CSV.GZ", &csv),
+        ("a.jsonl.gz", &json),
+        ("a.json.gz", &json),
+        ("a.txt.gz", &csv),
+        ("a.tar.gz", &tar),
+        ("a.avro.gz", &avro),
+        ("a.tfrecord.gz", &records),
+        ("a.parquet.gz", &csv),
+        ("a.gz", &csv),
+    ]);
+    let read = |name: &str| Dataset::read(at(&dir, name));
+    for name in ["a.csv.gz", "b.CSV.GZ", "a*.csv.gz", "a.jsonl.gz", "a.json.gz"] {
+        assert_eq!(ids(&read(name).expect(name)), [0, 1], "{name}");
+    }
+    for (name, rows) in [("a.txt.gz", 3), ("a.tar.gz", 4), ("a.avro.gz", 10), ("a.tfrecord.gz", 5)]
+    {
+        assert_eq!(read(name).and_then(|d| d.count()).expect(name), rows, "{name}");
+    }
+    for name in ["a.parquet.gz", "a.gz"] {
+        assert!(message(read(name)).contains("known endings"), "{name}");
+    }
+    let info = mobula_data::inspect::inspect(at(&dir, "a.csv.gz")).expect("inspect");
+    assert_eq!((info.format.as_str(), info.rows), ("csv", 2));
+}
+
 /// A record of TFRecord may be as long as gzip's magic number says.
 #[test]
 fn a_length_is_not_taken_for_gzip() {
@@ -477,7 +516,7 @@ fn record_of(bytes: &[u8]) -> Vec<u8> {
 }
 
 /// CRC-32C, bit by bit, masked.
-fn masked(bytes: &[u8]) -> [u8; 4] {
+pub(crate) fn masked(bytes: &[u8]) -> [u8; 4] {
     let crc = bytes.iter().fold(!0_u32, |crc, byte| {
         let step = |crc: u32, _| (crc >> 1) ^ (0x82f6_3b78 & 0_u32.wrapping_sub(crc & 1));
         (0..8).fold(crc ^ u32::from(*byte), step)

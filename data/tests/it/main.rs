@@ -1,10 +1,12 @@
 //! The crate through its public interface.
 
+mod avro;
 mod collate;
 mod dataset;
 mod formats;
 mod frame;
 mod memory;
+mod mutations;
 mod own_source;
 mod partitioned;
 mod persist;
@@ -18,6 +20,7 @@ mod sqlite;
 mod stream;
 mod tensors;
 mod typed;
+mod webdataset;
 mod write;
 
 use arrow::array::{ArrayRef, AsArray, FixedSizeListArray, Int64Array, UInt8Array};
