@@ -2,6 +2,7 @@
 
 use crate::Dataset;
 use crate::error::{Error, Result};
+use crate::remote;
 use crate::source::csv::CsvOptions;
 use std::path::Path;
 
@@ -33,6 +34,8 @@ impl Dataset {
     pub fn read(pattern: impl AsRef<str>) -> Result<Self> {
         let pattern = pattern.as_ref();
         let ending = ending(Path::new(pattern));
+        // Before its ending is looked at: one with a query has another.
+        remote::check(Path::new(pattern))?;
         match FORMATS.iter().find(|(known, _)| *known == ending) {
             Some((_, read)) => read(pattern),
             None => Err(Error::UnknownFormat {

@@ -38,6 +38,11 @@ pub(crate) fn is_url(path: &Path) -> bool {
     })
 }
 
+/// An error for a URL that names nothing that can be read. Paths are not looked at.
+pub(crate) fn check(path: &Path) -> Result<()> {
+    if is_url(path) { Place::new(path).map(drop) } else { Ok(()) }
+}
+
 /// A store, and what of it a URL names.
 #[derive(Clone, Debug)]
 pub(crate) struct Place {

@@ -175,6 +175,10 @@ fn no_url_is_guessed() {
     let url = serve("digits.parquet", parquet(), |_| Answer::Whole(1));
     let text = message(Dataset::read_parquet(format!("{url}?download=true")));
     assert!(text.contains("query"), "{text}");
+    let text = message(Dataset::read(format!("{url}?signature=secret")));
+    assert!(text.contains("query") && !text.contains("secret"), "{text}");
+    let text = message(Dataset::read(url.replace("http://", "http://ann:secret@")));
+    assert!(text.contains("password") && !text.contains("secret"), "{text}");
     let text = message(Dataset::read_parquet(url.replace("digits.parquet", "*.parquet")));
     assert!(text.contains("cannot list"), "{text}");
 }
