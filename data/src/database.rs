@@ -3,8 +3,11 @@
 use crate::error::{Error, Result};
 use crate::source::columns;
 use crate::source::memory::MemoryTable;
-use arrow::datatypes::{Schema, SchemaRef};
+use arrow::array::{Array, ArrayRef};
+use arrow::compute::{CastOptions, cast_with_options};
+use arrow::datatypes::{DataType, Schema, SchemaRef};
 use arrow::record_batch::RecordBatch;
+use arrow::util::display::array_value_to_string;
 use serde::{Deserialize, Serialize};
 
 /// What becomes of a table that is there already when a dataset is written to it.
@@ -63,6 +66,20 @@ pub(crate) fn line_and_column(text: &str, characters_before: usize) -> (usize, u
     let before: String = text.chars().take(characters_before).collect();
     let column = before.rsplit('\n').next().map_or(0, |line| line.chars().count());
     (before.matches('\n').count() + 1, column + 1)
+}
+
+/// A column as another type, or else the first row that does not fit, from 0 on, and its value as text.
+pub(crate) fn fitted(column: &ArrayRef, to: &DataType) -> Result<Result<ArrayRef, (u64, String)>> {
+    let strict = CastOptions { safe: false, ..CastOptions::default() };
+    let fits = |column: &dyn Array| cast_with_options(column, to, &strict);
+    match fits(column) {
+        Ok(made) => Ok(Ok(made)),
+        Err(error) => {
+            let row = (0..column.len()).find(|row| fits(&*column.slice(*row, 1)).is_err());
+            let row = row.ok_or(error)?;
+            Ok(Err((row as u64, array_value_to_string(column, row)?)))
+        }
+    }
 }
 
 /// A name in SQL, whatever it is made of.

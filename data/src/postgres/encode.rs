@@ -2,14 +2,13 @@
 
 use super::numeric;
 use super::types::{EPOCH_DAYS, EPOCH_MICROSECONDS, Misfit, misfit};
+use crate::database::fitted;
 use crate::error::{Error, Result};
 use arrow::array::{Array, ArrayRef, AsArray, PrimitiveArray, StringArray};
-use arrow::compute::{CastOptions, cast_with_options};
 use arrow::datatypes::{
     ArrowPrimitiveType, DataType, Date32Type, Field, Float32Type, Float64Type, Int16Type,
     Int32Type, Int64Type, Time64MicrosecondType, TimeUnit, TimestampMicrosecondType, UInt32Type,
 };
-use arrow::util::display::array_value_to_string;
 use std::sync::Arc;
 use tokio_postgres::types::{Kind, Type};
 
@@ -81,18 +80,10 @@ impl Target {
 
     /// What writes the values of a column, of which the first is in row `first`.
     pub(super) fn values(&self, column: &ArrayRef, first: u64) -> Result<Values<'_>> {
-        let strict = CastOptions { safe: false, ..CastOptions::default() };
-        let fits = |column: &dyn Array| cast_with_options(column, &self.from, &strict);
-        let made = match fits(column) {
-            Ok(made) => made,
-            Err(error) => {
-                let row = (0..column.len()).find(|row| fits(&*column.slice(*row, 1)).is_err());
-                let row = row.ok_or(error)?;
-                let got = array_value_to_string(column, row)?;
-                let of = format!("a value of {}", self.of.name());
-                return Err(self.error(first + row as u64, got, of, "; cast it with with_column"));
-            }
-        };
+        let made = fitted(column, &self.from)?.map_err(|(row, got)| {
+            let of = format!("a value of {}", self.of.name());
+            self.error(first + row, got, of, "; cast it with with_column")
+        })?;
         let lost = || Error::Internal(format!("{} is not made of {}", self.of, self.from));
         let put = put(&made, &self.of).ok_or_else(lost)?;
         Ok(Values { target: self, made, put, first })

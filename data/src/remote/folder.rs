@@ -11,7 +11,7 @@ use crate::sink::{LIST, Written};
 use bytes::Bytes;
 use object_store::buffered::BufWriter;
 use object_store::path::Path as Key;
-use object_store::{ObjectMeta, ObjectStoreExt, PutPayload};
+use object_store::{Error as StoreError, ObjectMeta, ObjectStoreExt, PutPayload};
 use std::collections::HashSet;
 use std::fs::File;
 use std::io::Read;
@@ -165,8 +165,8 @@ impl Place {
                 return Err(error);
             }
             to.shutdown().await.map_err(|error| {
-                let store = error.downcast::<object_store::Error>();
-                let store = store.unwrap_or_else(|error| object_store::Error::Generic {
+                let store = error.downcast::<StoreError>();
+                let store = store.unwrap_or_else(|error| StoreError::Generic {
                     store: "object store",
                     source: error.into(),
                 });
@@ -175,10 +175,17 @@ impl Place {
         })
     }
 
+    /// Removes it, if it is there.
     pub(crate) fn delete(&self) -> Result<()> {
         let (store, key, failed) =
             (self.store.clone(), self.key.clone(), failed("delete", &self.url()));
-        block_on(async move { store.delete(&key).await.map_err(failed) })
+        block_on(async move {
+            match store.delete(&key).await {
+                // Not every store says so.
+                Err(StoreError::NotFound { .. }) => Ok(()),
+                deleted => deleted.map_err(failed),
+            }
+        })
     }
 }
 

@@ -75,9 +75,8 @@ impl RemoteFolder {
         self.put_list(list)?;
         self.sent().clear();
         for old in &self.before {
-            match old.delete() {
-                Ok(()) | Err(Error::NoFiles { .. } | Error::FileChanged { .. }) => {}
-                Err(error) => tracing::warn!(%error, "what was replaced stays"),
+            if let Err(error) = old.delete() {
+                tracing::warn!(%error, "what was replaced stays");
             }
         }
         Ok(written)
@@ -112,10 +111,8 @@ impl Drop for RemoteFolder {
         let sent = std::mem::take(&mut *self.sent());
         // The sign last: it hides what is still there.
         for object in sent.into_iter().chain(self.sign()) {
-            match object.delete() {
-                // One that was not whole was never there.
-                Ok(()) | Err(Error::NoFiles { .. }) => {}
-                Err(error) => tracing::warn!(%error, "a file that is no data stays"),
+            if let Err(error) = object.delete() {
+                tracing::warn!(%error, "a file that is no data stays");
             }
         }
     }

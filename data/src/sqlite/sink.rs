@@ -3,13 +3,11 @@
 use super::{BUSY, failed};
 use crate::Dataset;
 use crate::batches::Batches;
-use crate::database::{IfExists, quoted};
+use crate::database::{IfExists, fitted, quoted};
 use crate::error::{Error, Result};
 use arrow::array::{Array, ArrayRef, AsArray};
-use arrow::compute::{CastOptions, cast_with_options};
 use arrow::datatypes::{DataType, Field, Float64Type, Int64Type, SchemaRef};
 use arrow::record_batch::RecordBatch;
-use arrow::util::display::array_value_to_string;
 use mobula_core::error::AtPath;
 use rusqlite::types::ToSqlOutput;
 use rusqlite::{Connection, OptionalExtension, Statement, TransactionBehavior};
@@ -170,17 +168,8 @@ struct Values<'a> {
 impl<'a> Values<'a> {
     fn new(field: &'a Field, column: &ArrayRef, first: u64) -> Result<Self> {
         let to = stored(field)?;
-        let strict = CastOptions { safe: false, ..CastOptions::default() };
-        let fits = |column: &dyn Array| cast_with_options(column, &to, &strict);
-        let made = match fits(column) {
-            Ok(made) => made,
-            Err(error) => {
-                let row = (0..column.len()).find(|row| fits(&*column.slice(*row, 1)).is_err());
-                let row = row.ok_or(error)?;
-                let got = array_value_to_string(column, row)?;
-                return Err(misfit(field, first + row as u64, got, "an integer of 64 bits"));
-            }
-        };
+        let made = fitted(column, &to)?
+            .map_err(|(row, got)| misfit(field, first + row, got, "an integer of 64 bits"))?;
         Ok(Self { field, made })
     }
 

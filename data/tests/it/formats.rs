@@ -1,6 +1,12 @@
 //! Files of every format, as other programs write them (see `bench/fixtures/data.py`), whole and
 //! damaged.
 
+mod images;
+mod tfrecord;
+
+pub(crate) use tfrecord::masked;
+use tfrecord::record_of;
+
 use crate::{ids, message};
 use arrow::array::{Array, AsArray};
 use arrow::compute::cast;
@@ -384,182 +390,6 @@ fn damaged_numpy_is_named() {
         let text = message(Dataset::read_npz(at(&dir, name)));
         assert!(text.contains(&format!("{name} is not a valid NumPy file")), "{text}");
     }
-}
-
-#[test]
-fn images_are_decoded_and_resized() {
-    for name in ["halves.png", "halves.jpg"] {
-        let table = rows(Dataset::read_images(fixture(name), [3, 4]));
-        assert!(table.column(0).as_string::<i32>().value(0).ends_with(name));
-        let image = table.column(1).as_fixed_size_list().value(0);
-        let pixels: Vec<_> = image.as_primitive::<UInt8Type>().values().chunks(3).collect();
-        assert_eq!(pixels.len(), 12);
-        for row in pixels.chunks(4) {
-            let near = |pixel: &[u8], color: [u8; 3]| {
-                pixel.iter().zip(color).all(|(got, expected)| got.abs_diff(expected) < 60)
-            };
-            assert!(near(row[0], [255, 0, 0]) && near(row[3], [0, 0, 255]), "{name}: {row:?}");
-        }
-    }
-    // A folder has all images at any depth, in the order of their paths.
-    let nested = tempfile::tempdir().expect("folder");
-    for (folder, name) in [("b", "halves.JPG"), ("a", "grey.png"), ("a", "notes.txt")] {
-        fs::create_dir_all(nested.path().join(folder)).expect("folder");
-        let from = fixture(&name.to_lowercase()).replace("notes.txt", "two.npz");
-        fs::copy(from, nested.path().join(folder).join(name)).expect("copy");
-    }
-    let all = Dataset::read_images(nested.path().to_str().expect("UTF-8"), [6, 8]).expect("images");
-    let paths = rows(all.select(["path"]));
-    let names: Vec<_> = paths.column(0).as_string::<i32>().iter().flatten().collect();
-    assert!(names.len() == 2 && names[0].ends_with("a/grey.png"), "{names:?}");
-    assert!(names[1].ends_with("b/halves.JPG"), "{names:?}");
-
-    let grey = rows(Dataset::read_images(fixture("grey.png"), [6, 8]));
-    let grey = grey.column(1).as_fixed_size_list().value(0);
-    assert_eq!(grey.as_primitive::<UInt8Type>().values()[..3], [76, 76, 76]);
-}
-
-/// A stream does not go on with other pixels, or with files that went to another folder.
-#[test]
-fn images_are_told_apart() {
-    let dir = tempfile::tempdir().expect("folder");
-    for folder in ["cat", "dog"] {
-        fs::create_dir(dir.path().join(folder)).expect("folder");
-        fs::copy(fixture("grey.png"), dir.path().join(folder).join("1.png")).expect("copy");
-    }
-    let state = |size| {
-        let images = Dataset::read_images(dir.path().to_str().expect("UTF-8"), size);
-        let source = images.and_then(|d| d.stream(StreamOptions::unlabelled(["image"])));
-        source.expect("stream").open(Shard::ALL).expect("open").state().manifest
-    };
-    let first = state([4, 2]);
-    assert_eq!(state([4, 2]), first);
-    assert_ne!(state([2, 4]), first);
-    fs::rename(dir.path().join("dog/1.png"), dir.path().join("cat/2.png")).expect("move");
-    assert_ne!(state([4, 2]), first);
-}
-
-#[test]
-fn what_is_no_image_is_named() {
-    let whole = fs::read(fixture("halves.png")).expect("read");
-    let dir = folder(&[("notes.png", b"no image"), ("cut.png", &whole[..50]), ("empty.png", b"")]);
-    for name in ["notes.png", "cut.png", "empty.png"] {
-        let text = message(Dataset::read_images(at(&dir, name), [2, 2]).and_then(|d| d.collect()));
-        assert!(text.contains(&format!("{name} is not a valid PNG or JPEG file")), "{text}");
-    }
-    assert!(message(Dataset::read_images(fixture("grey.png"), [0, 2])).contains("0 x 2"));
-}
-
-#[test]
-fn binary_files_come_as_they_are() {
-    let dir = folder(&[("a", b"\0\xff"), ("b.bin", b""), (".hidden", b"x")]);
-    // A folder that is being written, or was left behind, is hidden.
-    fs::create_dir(dir.path().join(".out.1-2")).expect("folder");
-    fs::write(dir.path().join(".out.1-2/part-00000.bin"), b"x").expect("write");
-    let table = rows(Dataset::read_binary_files(dir.path().to_str().expect("UTF-8")));
-    let bytes: Vec<_> = table.column(1).as_binary::<i32>().iter().flatten().collect();
-    assert_eq!(bytes, [&b"\0\xff"[..], b""]);
-    let first = table.column(0).as_string::<i32>().value(0);
-    assert_eq!(Path::new(first), dir.path().join("a"));
-}
-
-#[test]
-fn examples_of_tfrecord() {
-    let table = rows(Dataset::read_tfrecord(fixture("examples.tfrecord")));
-    let schema = table.schema();
-    let names: Vec<_> = schema.fields().iter().map(|f| f.name().as_str()).collect();
-    assert_eq!(names, ["id", "name", "pair", "tags"]);
-    assert_eq!(table.column(0).as_primitive::<Int64Type>().values()[..], [0, 1, 2, 3, 4]);
-    let names: Vec<_> = table.column(1).as_binary::<i32>().iter().collect();
-    assert_eq!(names, [None, Some(&b"row 1"[..]), None, Some(b"row 3"), None]);
-    let pairs = table.column(2).as_fixed_size_list();
-    let pair = pairs.value(3);
-    assert_eq!(pair.as_primitive::<arrow::datatypes::Float32Type>().values()[..], [1.5, -1.5]);
-    let tags: Vec<_> = table.column(3).as_list::<i32>().iter().flatten().map(|t| t.len()).collect();
-    assert_eq!(tags, [0, 1, 2, 3, 4]);
-}
-
-#[test]
-fn damaged_tfrecord_is_named() {
-    let whole = fs::read(fixture("examples.tfrecord")).expect("read");
-    let dir = folder(&[]);
-    let path = at(&dir, "bad.tfrecord");
-    // Every byte is under a checksum.
-    for flip in 0..whole.len() {
-        let mut bytes = whole.clone();
-        bytes[flip] ^= 1;
-        fs::write(&path, bytes).expect("write");
-        let text = message(Dataset::read_tfrecord(&path).and_then(|d| d.collect()));
-        assert!(text.contains("bad.tfrecord") && text.contains("checksum"), "{flip}: {text}");
-    }
-    fs::write(&path, &whole[..whole.len() - 1]).expect("write");
-    assert!(message(Dataset::read_tfrecord(&path)).contains("record 4 is cut off"));
-    fs::write(&path, b"").expect("write");
-    assert!(message(Dataset::read_tfrecord(&path)).contains("no rows"));
-}
-
-/// A record of one feature, which is a byte list of these values, as TFRecord frames it.
-fn record(name: &str, values: &[&str]) -> Vec<u8> {
-    let field = |bytes: &[u8]| [&[0x0a, bytes.len() as u8], bytes].concat();
-    let list: Vec<u8> = values.iter().flat_map(|value| field(value.as_bytes())).collect();
-    let mut entry = field(name.as_bytes());
-    let feature = field(&list);
-    entry.extend([0x12, feature.len() as u8]);
-    entry.extend(&feature);
-    record_of(&field(&field(&entry)))
-}
-
-/// Some bytes, as TFRecord frames them.
-fn record_of(bytes: &[u8]) -> Vec<u8> {
-    let length = (bytes.len() as u64).to_le_bytes();
-    [&length[..], &masked(&length), bytes, &masked(bytes)].concat()
-}
-
-/// CRC-32C, bit by bit, masked.
-pub(crate) fn masked(bytes: &[u8]) -> [u8; 4] {
-    let crc = bytes.iter().fold(!0_u32, |crc, byte| {
-        let step = |crc: u32, _| (crc >> 1) ^ (0x82f6_3b78 & 0_u32.wrapping_sub(crc & 1));
-        (0..8).fold(crc ^ u32::from(*byte), step)
-    });
-    (!crc).rotate_right(15).wrapping_add(0xa282_ead8).to_le_bytes()
-}
-
-#[test]
-fn tfrecord_that_drifts_is_named() {
-    let first = record("a", &["x"]).repeat(100);
-    for (late, says) in [
-        (record("b", &["x"]), "feature \"b\" is not in the first records"),
-        (record("a", &["x", "y"]), "feature \"a\" has 2 values, expected 1"),
-    ] {
-        let dir = folder(&[("late.tfrecord", &[first.clone(), late].concat())]);
-        let text =
-            message(Dataset::read_tfrecord(at(&dir, "late.tfrecord")).and_then(|d| d.collect()));
-        assert!(text.contains("late.tfrecord (rows 0 to 100)") && text.contains(says), "{text}");
-    }
-}
-
-/// The types come from the first hundred records, however large they are.
-#[test]
-fn tfrecord_is_typed_beyond_its_first_block() {
-    // 9 MiB: two do not fit into a block. A field of protobuf that nobody knows has the bytes.
-    let padding = 9 << 20;
-    let field = |key: u8, bytes: &[u8]| {
-        let (mut head, mut rest) = (vec![key], bytes.len());
-        while rest > 127 {
-            head.push(rest as u8 | 128);
-            rest >>= 7;
-        }
-        head.push(rest as u8);
-        [&head, bytes].concat()
-    };
-    let example = |name: &str| {
-        let small = record(name, &["x"]);
-        let (example, pad) = (&small[12..small.len() - 4], vec![0; padding]);
-        record_of(&[example, &field(0x7a, &pad)].concat())
-    };
-    let dir = folder(&[("large.tfrecord", &[example("a"), example("b")].concat())]);
-    let table = rows(Dataset::read_tfrecord(at(&dir, "large.tfrecord")));
-    assert_eq!((table.num_rows(), table.num_columns()), (2, 2));
 }
 
 #[test]
