@@ -199,8 +199,6 @@ mod tests {
     #[test]
     fn acceptance_that_is_no_longer_needed_must_go() {
         let accepted: &[Duplicate] = &[
-            ("phf", &["0.12", "0.13"], "chrono-tz is on 0.12, tokio-postgres on 0.13"),
-            ("phf_shared", &["0.12", "0.13"], "follows phf"),
             ("rand", &["0.9", "0.10"], ""),
             ("serde", &["1", "2"], ""),
             ("gone", &["1", "2"], ""),
