@@ -289,7 +289,7 @@ pub enum Error {
     },
     /// A list that is longer than the tensor has room for.
     #[error(
-        "column {column:?} has a list of {got} values in {place}, the tensor has room for {expected}; give TensorSpec::with_length the length of the longest"
+        "column {column:?} has a list of {got} values in {place}, the tensor has room for {expected}; give TensorSpec::with_length the length of the longest, or ask for with_truncation"
     )]
     ListLength {
         /// The column.
@@ -326,6 +326,22 @@ pub enum Error {
         name: String,
         /// Its error.
         source: BoxError,
+    },
+    /// A function that SQL called returned an error.
+    #[error("function {name}: {source}")]
+    Function {
+        /// The function.
+        name: String,
+        /// Its error.
+        source: BoxError,
+    },
+    /// A name that two functions have.
+    #[error(
+        "there are two functions {name}; give yours, which ScalarFn or AggregateFn registers, another name"
+    )]
+    FunctionTwice {
+        /// The name.
+        name: String,
     },
     /// There is no room for what has no room in memory.
     #[error(

@@ -36,6 +36,7 @@ mod exchange;
 mod explain;
 mod formats;
 mod frame;
+mod functions;
 mod hive;
 mod in_order;
 pub mod inspect;
@@ -72,7 +73,8 @@ pub use database::IfExists;
 pub use dataset::Dataset;
 pub use error::{Error, Result};
 pub use frame::JoinType;
-/// For registering a [`BatchFn`].
+pub use functions::{AggregateFn, Aggregator, FnTypes, ScalarFn};
+/// For registering a [`BatchFn`], [`ScalarFn`] or [`AggregateFn`].
 pub use inventory;
 pub use persist::{BlockRef, StorageLevel};
 #[cfg(feature = "postgres")]
@@ -81,7 +83,8 @@ pub use preprocess::{
     Chain, Concatenator, CountVectorizer, Estimator, FeatureHasher, Fill, KBinsDiscretizer,
     LabelEncoder, MaxAbsScaler, MinMaxScaler, MultiHotEncoder, Norm, Normalizer, OneHotEncoder,
     OrdinalEncoder, Power, PowerTransformer, Preprocessor, RobustScaler, SimpleImputer,
-    StandardScaler, Step, Strategy, TfidfVectorizer, Tokenizer, Transform, Unknown, Value,
+    StandardScaler, Step, Strategy, StringLookup, TfidfVectorizer, Tokenizer, Transform, Unknown,
+    Value,
 };
 pub use query::query;
 pub use sink::{

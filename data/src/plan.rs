@@ -10,6 +10,7 @@ use crate::Dataset;
 use crate::batch_fn::BatchMap;
 use crate::dataset::Op;
 use crate::error::{Error, Result};
+use crate::functions;
 use crate::resample::Resample;
 use crate::runtime::{block_on, threads};
 use crate::scan::{MapStream, SourceTable};
@@ -251,6 +252,7 @@ fn rename(frame: DataFrame, from: &str, to: &str) -> Result<DataFrame> {
 }
 
 fn parse(frame: &DataFrame, sql: &str) -> Result<Expr> {
+    functions::check()?;
     let expression = frame.parse_sql_expr(sql).map_err(Error::sql(sql))?;
     must_be_deterministic(&expression, sql)?;
     Ok(expression)

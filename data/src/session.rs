@@ -1,6 +1,7 @@
 //! The query engine as this crate uses it.
 
 use crate::error::Result;
+use crate::functions;
 use crate::in_order::InOrder;
 use crate::memory;
 use crate::runtime::threads;
@@ -19,8 +20,11 @@ use std::sync::{Arc, LazyLock};
 /// What a sort sets aside at most to merge what it spilled: the engine's own default.
 const MERGE_BYTES: usize = 10 << 20;
 
-static SESSION: LazyLock<SessionContext> =
-    LazyLock::new(|| SessionContext::new_with_config(config()));
+static SESSION: LazyLock<SessionContext> = LazyLock::new(|| {
+    let session = SessionContext::new_with_config(config());
+    functions::register(&session);
+    session
+});
 
 /// For plans whose partitions are run alone. They hold no memory: row by row, there is none to take.
 pub(crate) fn session() -> &'static SessionContext {
@@ -57,6 +61,7 @@ impl Mode {
 
 /// For queries, which take their memory from the budget.
 pub(crate) fn new_session(mode: Mode) -> Result<SessionContext> {
+    functions::check()?;
     let aside = (memory::budget()? / 8).min(MERGE_BYTES);
     let state = SessionStateBuilder::new().with_default_features();
     let state = match mode {
@@ -80,7 +85,9 @@ pub(crate) fn new_session(mode: Mode) -> Result<SessionContext> {
         rules.push(Arc::new(InOrder));
     }
     let state = state.with_physical_optimizer_rules(rules);
-    Ok(SessionContext::new_with_state(state.build()))
+    let session = SessionContext::new_with_state(state.build());
+    functions::register(&session);
+    Ok(session)
 }
 
 fn config() -> SessionConfig {

@@ -1,6 +1,7 @@
 //! Numeric columns as numbers: a scalar column and a `FixedSizeList` are the same thing here, a
 //! table of `rows × width` values.
 
+use super::categories::is_text;
 use crate::error::{Error, Result};
 use arrow::array::{Array, ArrayRef, AsArray, FixedSizeListArray, Float32Array, Float64Array};
 use arrow::buffer::NullBuffer;
@@ -115,8 +116,9 @@ pub(crate) fn width(data_type: &DataType) -> Option<usize> {
 
 pub(crate) fn not_numeric(column: &str, got: &DataType) -> Error {
     let hint = match got {
-        DataType::Utf8 | DataType::LargeUtf8 | DataType::Utf8View => {
-            "; encode it with OneHotEncoder or OrdinalEncoder"
+        text if is_text(text) => "; encode it with OneHotEncoder, OrdinalEncoder or StringLookup",
+        DataType::List(item) | DataType::LargeList(item) if is_text(item.data_type()) => {
+            "; encode its text with StringLookup"
         }
         DataType::List(_) | DataType::LargeList(_) => {
             "; give every row the same number of values, or TensorSpec::with_length the largest"

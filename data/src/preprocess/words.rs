@@ -115,7 +115,7 @@ fn cased(text: &str, lowercase: bool) -> std::borrow::Cow<'_, str> {
     if lowercase { text.to_lowercase().into() } else { text.into() }
 }
 
-fn text(column: &str, array: &ArrayRef) -> Result<ArrayRef> {
+pub(super) fn text(column: &str, array: &ArrayRef) -> Result<ArrayRef> {
     if is_text(array.data_type()) {
         return Ok(cast(array, &DataType::Utf8)?);
     }

@@ -26,6 +26,8 @@ pub struct TensorSpec {
     dtype: Option<DType>,
     fill: Option<f64>,
     length: Option<usize>,
+    #[serde(default)]
+    truncates: bool,
 }
 
 impl TensorSpec {
@@ -48,6 +50,7 @@ impl TensorSpec {
             dtype: None,
             fill: None,
             length: None,
+            truncates: false,
         }
     }
 
@@ -67,6 +70,12 @@ impl TensorSpec {
     /// ones are an error. Without it such lists are an error.
     pub fn with_length(self, length: usize) -> Self {
         Self { length: Some(length), ..self }
+    }
+
+    /// Whether of a list that is longer than [`with_length`](Self::with_length) says the first numbers
+    /// are taken. Default: no, it is an error.
+    pub fn with_truncation(self, truncates: bool) -> Self {
+        Self { truncates, ..self }
     }
 
     /// A label: class numbers as `u32` if it is whole.
@@ -239,7 +248,8 @@ impl TensorLayout {
     ) -> Result<()> {
         for part in &self.parts {
             let array = batch.column(part.column);
-            let from = Part { array, width: part.width, fill: self.spec.fill };
+            let TensorSpec { fill, truncates, .. } = self.spec;
+            let from = Part { array, width: part.width, fill, truncates };
             let to = Place { row, stride: self.width, offset: part.offset };
             let column = &layout.columns[part.column];
             values.put(&from, &to).map_err(|misfit| self.misfit(misfit, column, part, place))?;

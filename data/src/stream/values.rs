@@ -167,6 +167,8 @@ pub(super) struct Part<'a> {
     pub(super) width: usize,
     /// What a missing value becomes.
     pub(super) fill: Option<f64>,
+    /// Whether longer lists are cut.
+    pub(super) truncates: bool,
 }
 
 /// Where a column goes among the elements of a tensor.
@@ -210,8 +212,8 @@ fn put<T: Element>(part: &Part<'_>, place: &Place, all: &mut [T]) -> Result<(), 
             }
             out.put_array(&values, missing.as_ref(), fill)
         }
-        DataType::List(_) => out.put_lists::<i32>(part.array.as_list(), fill),
-        DataType::LargeList(_) => out.put_lists::<i64>(part.array.as_list(), fill),
+        DataType::List(_) => out.put_lists::<i32>(part.array.as_list(), fill, part.truncates),
+        DataType::LargeList(_) => out.put_lists::<i64>(part.array.as_list(), fill, part.truncates),
         _ => out.put_array(part.array, None, fill),
     }
 }
@@ -387,6 +389,7 @@ impl<T: Element> Out<'_, T> {
         self,
         lists: &GenericListArray<O>,
         fill: Option<T>,
+        truncates: bool,
     ) -> Result<(), Misfit> {
         let padding = fill.unwrap_or_else(T::zero);
         for row in 0..lists.len() {
@@ -399,6 +402,8 @@ impl<T: Element> Out<'_, T> {
                 continue;
             }
             let values = lists.value(row);
+            let values =
+                if truncates { values.slice(0, values.len().min(self.width)) } else { values };
             let len = values.len();
             if len > self.width {
                 return Err(Misfit::Length(len));

@@ -5,6 +5,7 @@ mod collate;
 mod dataset;
 mod formats;
 mod frame;
+mod functions;
 mod memory;
 mod mutations;
 mod own_source;

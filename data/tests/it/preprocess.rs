@@ -10,8 +10,8 @@ use mobula_data::{
     Chain, Concatenator, CountVectorizer, CsvOptions, Dataset, Error, FeatureHasher,
     KBinsDiscretizer, LabelEncoder, MaxAbsScaler, MinMaxScaler, MultiHotEncoder, Normalizer,
     OneHotEncoder, OrdinalEncoder, Power, PowerTransformer, Preprocessor, RobustScaler,
-    SimpleImputer, StandardScaler, Step, Strategy, StreamOptions, TfidfVectorizer, Tokenizer,
-    Unknown,
+    SimpleImputer, StandardScaler, Step, Strategy, StreamOptions, StringLookup, TensorSpec,
+    TfidfVectorizer, Tokenizer, Unknown,
 };
 use std::sync::Arc;
 
@@ -417,4 +417,88 @@ fn large_numbers_are_no_missing_categories() {
     let data = Dataset::from_batches([batch([("hash", hashes)])]).expect("dataset");
     let text = message(OrdinalEncoder::fit(&data, ["hash"]));
     assert!(text.contains("18446744073709551615"), "{text}");
+}
+
+fn words(rows: &[Option<&str>]) -> Dataset {
+    let data = dataset([("text", text(rows))]);
+    let split = Tokenizer::fit(&data, ["text"]).expect("fit");
+    data.preprocess(&split).expect("words")
+}
+
+#[test]
+fn a_vocabulary_by_hand() {
+    // b three times, a and c twice, d once.
+    let rows = [Some("b"), Some("c"), None, Some("a"), Some("b"), Some("c"), Some("a"), Some("b")];
+    let data = dataset([("text", text(&rows)), ("other", text(&[Some("x"); 8]))]);
+    let lookup = StringLookup::fit(&data, ["text"]).expect("fit");
+    assert_eq!(lookup.classes("text").expect("classes"), ["", "[UNK]", "b", "a", "c"]);
+    let again: Preprocessor =
+        serde_json::from_str(&serde_json::to_string(&lookup).expect("JSON")).expect("again");
+    let seen = dataset([("text", text(&[Some("c"), Some("new"), None, Some("b"), Some("")]))]);
+    let got = apply(&again, &seen);
+    let numbers = got.column(0).as_primitive::<UInt32Type>();
+    assert_eq!((numbers.values().to_vec(), numbers.null_count()), (vec![4, 1, 0, 2, 1], 0));
+    assert_eq!(apply(&lookup.without("text"), &data).num_columns(), 2);
+}
+
+#[test]
+fn a_vocabulary_is_cut_by_frequency() {
+    let data = words(&[Some("b b b a a"), Some("c c d"), None]);
+    let classes = |lookup: StringLookup| {
+        let fitted = Step::from(lookup).fit(&data).expect("fit");
+        fitted.classes("text").expect("classes")[2..].join(" ")
+    };
+    let lookup = || StringLookup::new(["text"]);
+    assert_eq!(classes(lookup()), "b a c d");
+    assert_eq!(classes(lookup().with_max_tokens(4)), "b a");
+    assert_eq!(classes(lookup().with_min_frequency(2)), "b a c");
+    let refused = |lookup: StringLookup| message(Step::from(lookup).fit(&data));
+    let text = refused(lookup().with_max_tokens(2));
+    assert!(text.contains("max_tokens is 2, expected 3 or more"), "{text}");
+    let text = refused(lookup().with_min_frequency(9));
+    assert!(text.contains("\"text\": no text of it occurs 9 times"), "{text}");
+    let text = message(StringLookup::fit(&numbered(3, &[3]), ["id"]));
+    assert!(text.contains("\"id\" is Int64, expected text"), "{text}");
+}
+
+/// Lists of words become rows of a tensor, whatever a missing list has behind it.
+#[test]
+fn words_become_a_padded_tensor() {
+    let data = words(&[Some("to be or not to be"), Some(""), Some("be")]);
+    let lookup = StringLookup::fit(&data, ["text"]).expect("fit");
+    let ids = data.preprocess(&lookup).expect("ids");
+    let tensor = |spec: TensorSpec| {
+        let options = StreamOptions::unlabelled([] as [&str; 0]);
+        let source = ids.stream(options.with_tensor(spec.with_dtype(candle_core::DType::U32)))?;
+        let mut stream = source.open(Shard::ALL).map_err(Error::from)?;
+        let batch = stream.next_batch().map_err(Error::from)?.expect("a batch");
+        Ok::<_, Error>(batch.get("text").expect("text").to_vec2::<u32>().expect("numbers"))
+    };
+    let spec = || TensorSpec::column("text");
+    // be and to twice or more, by frequency: be 2, to 3, not 4, or 5.
+    let padded = tensor(spec().with_length(6)).expect("a tensor");
+    assert_eq!(padded, [[3, 2, 5, 4, 3, 2], [0; 6], [2, 0, 0, 0, 0, 0]]);
+    let cut = tensor(spec().with_length(2).with_truncation(true)).expect("a tensor");
+    assert_eq!(cut, [[3, 2], [0, 0], [2, 0]]);
+    let text = message(tensor(spec().with_length(2)));
+    assert!(text.contains("a list of 6 values") && text.contains("with_truncation"), "{text}");
+    let text = message(data.stream(StreamOptions::unlabelled(["text"])));
+    assert!(text.contains("encode its text with StringLookup"), "{text}");
+}
+
+/// Slices and missing lists have texts that are none of their rows.
+#[test]
+fn hidden_texts_are_not_in_the_vocabulary() {
+    let rows = [Some("x x x x"), Some("a b"), Some("gone gone"), Some("b")];
+    let lists = words(&rows).collect().expect("rows").column(0).as_list::<i32>().clone();
+    let nulls = arrow::buffer::NullBuffer::from(vec![true, true, false, true]);
+    let (item, offsets, values, _) = lists.into_parts();
+    let lists = arrow::array::ListArray::new(item, offsets, values, Some(nulls));
+    let data = dataset([("text", Arc::new(lists.slice(1, 3)) as ArrayRef)]);
+    let lookup = StringLookup::fit(&data, ["text"]).expect("fit");
+    assert_eq!(lookup.classes("text").expect("classes")[2..], ["b", "a"]);
+    let got = apply(&lookup, &data);
+    let got = got.column(0).as_list::<i32>();
+    let row = |at| got.value(at).as_primitive::<UInt32Type>().values().to_vec();
+    assert_eq!((row(0), got.is_null(1), row(2)), (vec![3, 2], true, vec![2]));
 }

@@ -1,0 +1,143 @@
+//! Functions of the program that SQL calls.
+
+use crate::{batch, message, numbered};
+use arrow::array::{Array, ArrayRef, AsArray, Float64Array, Int64Array, StringArray};
+use arrow::datatypes::{DataType, Float64Type, Int64Type};
+use mobula_core::BoxError;
+use mobula_data::{AggregateFn, Aggregator, Dataset, FnTypes, ScalarFn, query};
+use serde::{Deserialize, Serialize};
+use std::sync::Arc;
+
+fn one_float(given: &[DataType]) -> Result<FnTypes, BoxError> {
+    match given {
+        [one] if !one.is_numeric() => Err(format!("takes numbers, not {one}").into()),
+        _ => Ok(FnTypes::new([DataType::Float64], DataType::Float64)),
+    }
+}
+
+fn halved(columns: &[ArrayRef]) -> Result<ArrayRef, BoxError> {
+    let x = columns[0].as_primitive::<Float64Type>();
+    if x.iter().flatten().any(|x| x < 0.0) {
+        return Err("a number below zero".into());
+    }
+    Ok(Arc::new(x.unary::<_, Float64Type>(|x| x / 2.0)))
+}
+
+fn too_few(_columns: &[ArrayRef]) -> Result<ArrayRef, BoxError> {
+    Ok(Arc::new(Float64Array::from(vec![1.0, 2.0])))
+}
+
+mobula_data::inventory::submit! { ScalarFn::new("halved", one_float, halved) }
+mobula_data::inventory::submit! { ScalarFn::new("too_few", one_float, too_few) }
+
+/// All values, sorted: its state is of no fixed size.
+#[derive(Debug, Default, Serialize, Deserialize)]
+struct ExactMedian(Vec<i64>);
+
+impl Aggregator for ExactMedian {
+    fn types(_given: &[DataType]) -> Result<FnTypes, BoxError> {
+        Ok(FnTypes::new([DataType::Int64], DataType::Int64))
+    }
+
+    fn update(&mut self, columns: &[ArrayRef]) -> Result<(), BoxError> {
+        self.0.extend(columns[0].as_primitive::<Int64Type>().iter().flatten());
+        Ok(())
+    }
+
+    fn merge(&mut self, other: Self) -> Result<(), BoxError> {
+        self.0.extend(other.0);
+        Ok(())
+    }
+
+    fn finish(&self) -> Result<ArrayRef, BoxError> {
+        let mut all = self.0.clone();
+        all.sort_unstable();
+        if all == [13] {
+            return Err("13 alone has no median".into());
+        }
+        Ok(Arc::new(Int64Array::from(vec![all.get(all.len() / 2).copied()])))
+    }
+
+    fn size(&self) -> usize {
+        size_of::<Self>() + self.0.capacity() * 8
+    }
+}
+
+mobula_data::inventory::submit! { AggregateFn::new::<ExactMedian>("exact_median") }
+
+#[test]
+fn a_function_of_rows_is_in_expressions_filters_and_queries() {
+    let data = numbered(10, &[3]);
+    let half = data.with_column("half", "halved(id) + 1").expect("a column");
+    let rows = half.filter("halved(half) > 2.4").and_then(|rows| rows.collect()).expect("rows");
+    assert_eq!(rows.column(1).as_primitive::<Float64Type>().values()[..], [5.0, 5.5]);
+    let got = query("SELECT sum(halved(id)) FROM t", [("t", data)]).expect("a sum");
+    assert_eq!(got.column(0).as_primitive::<Float64Type>().value(0), 22.5);
+    // All of its arguments are constants.
+    let got = query::<String>("SELECT halved(5) AS x", []).expect("a row");
+    assert_eq!(got.column(0).as_primitive::<Float64Type>().value(0), 2.5);
+}
+
+#[test]
+fn what_a_function_does_not_do_is_said() {
+    let data = numbered(10, &[3]);
+    let with = |expression: &str| message(data.with_column("x", expression));
+    assert!(with("halved(id, 2)").contains("halved takes 1 arguments, but 2 are given"));
+    assert!(with("halved('a')").contains("function halved: takes numbers, not Utf8"));
+    assert!(with("halve(id)").contains("halve"));
+    let run =
+        |expression: &str| message(data.with_column("x", expression).and_then(|d| d.collect()));
+    let text = run("halved(id - 5)");
+    assert!(text.contains("function halved: a number below zero"), "{text}");
+    let text = run("too_few(id)");
+    assert!(text.contains("too_few returned 2 values of Float64 for 3 rows"), "{text}");
+}
+
+fn groups(sizes: &[i64]) -> Dataset {
+    let data = numbered(1000, sizes).with_column("g", "id % 7").expect("groups");
+    data.aggregate(["g"], ["exact_median(id) AS m", "count(*) AS n"]).expect("medians")
+}
+
+#[test]
+fn an_aggregate_is_the_same_however_rows_are_cut() {
+    let expected: Vec<i64> = (0..7)
+        .map(|g| {
+            let rows: Vec<i64> = (0..1000).filter(|id| id % 7 == g).collect();
+            rows[rows.len() / 2]
+        })
+        .collect();
+    for sizes in [&[1000][..], &[1], &[7, 500]] {
+        let rows = groups(sizes).collect().expect("rows");
+        assert_eq!(rows.column(1).as_primitive::<Int64Type>().values()[..], expected, "{sizes:?}");
+    }
+    // On all processors, where partial ones are merged, and over rows of windows.
+    let sql = "SELECT exact_median(id) AS m FROM t GROUP BY id % 7 ORDER BY m";
+    let rows = query(sql, [("t", numbered(1000, &[7, 500]))]).expect("rows");
+    assert_eq!(rows.column(0).as_primitive::<Int64Type>().values()[..], expected);
+    let sql = "SELECT exact_median(id) OVER (ORDER BY id) AS m FROM t ORDER BY id";
+    let rows = query(sql, [("t", numbered(5, &[2]))]).expect("rows");
+    assert_eq!(rows.column(0).as_primitive::<Int64Type>().values()[..], [0, 1, 1, 2, 2]);
+}
+
+/// No rows are an aggregate too, and values of another type are converted.
+#[test]
+fn an_aggregate_of_nothing_and_of_text() {
+    let none =
+        query("SELECT exact_median(id) AS m FROM t WHERE id < 0", [("t", numbered(9, &[4]))]);
+    assert!(none.expect("a row").column(0).is_null(0));
+    let text: ArrayRef = Arc::new(StringArray::from(vec!["3", "1", "20"]));
+    let data = Dataset::from_batches([batch([("x", text)])]).expect("dataset");
+    let got = query("SELECT exact_median(x) AS m FROM t", [("t", data)]).expect("a row");
+    assert_eq!(got.column(0).as_primitive::<Int64Type>().value(0), 3);
+}
+
+#[test]
+fn what_an_aggregate_does_not_do_is_said() {
+    let ask = |sql: &str| message(query(sql, [("t", numbered(20, &[4]))]));
+    let text = ask("SELECT exact_median(id) AS m FROM t WHERE id = 13");
+    assert!(text.contains("function exact_median: 13 alone has no median"), "{text}");
+    let text = ask("SELECT exact_median(id ORDER BY id DESC) AS m FROM t");
+    assert!(text.contains("exact_median with DISTINCT, IGNORE NULLS or ORDER BY"), "{text}");
+    let text = ask("SELECT exact_median(DISTINCT id), count(DISTINCT id % 3) AS m FROM t");
+    assert!(text.contains("exact_median with DISTINCT"), "{text}");
+}
