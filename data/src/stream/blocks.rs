@@ -21,6 +21,8 @@ pub(super) struct Blocks {
     capacity: usize,
     /// Steps so far.
     clock: u64,
+    /// What made room for the next, which takes its memory: that of the system must be zeroed first.
+    spare: Option<Decoded>,
 }
 
 struct Held {
@@ -50,7 +52,7 @@ impl Blocks {
             rows: source.rows.clone(),
         };
         let capacity = needed + 2 * loader.compiled.at_once();
-        Ok(Self { loader: Arc::new(loader), held: HashMap::new(), capacity, clock: 0 })
+        Ok(Self { loader: Arc::new(loader), held: HashMap::new(), capacity, clock: 0, spare: None })
     }
 
     /// How many are there or on their way.
@@ -79,9 +81,11 @@ impl Blocks {
         if self.held.len() >= self.capacity && !self.drop_oldest() && !is_now {
             return Ok(false);
         }
-        let Some(memory) = self.memory(self.loader.bytes(block), is_now)? else { return Ok(false) };
+        let memory = self.memory(self.loader.bytes(block), is_now)?;
+        let spare = self.spare.take();
+        let Some(memory) = memory else { return Ok(false) };
         let loader = Arc::clone(&self.loader);
-        let coming = Block::Coming(spawn(async move { loader.load(block).await })?);
+        let coming = Block::Coming(spawn(async move { loader.load(block, spare).await })?);
         self.held.insert(block, Held { block: coming, used: self.clock, _memory: memory });
         Ok(true)
     }
@@ -107,7 +111,11 @@ impl Blocks {
         let is_idle = |held: &Held| !held.block.is_coming() && held.used < self.clock;
         let idle = self.held.iter().filter(|(_, held)| is_idle(held));
         let oldest = idle.min_by_key(|(_, held)| held.used).map(|(block, _)| *block);
-        oldest.is_some_and(|oldest| self.held.remove(&oldest).is_some())
+        let Some(held) = oldest.and_then(|oldest| self.held.remove(&oldest)) else { return false };
+        if let Block::There(decoded) = held.block {
+            self.spare = Arc::into_inner(decoded);
+        }
+        true
     }
 
     /// A block, once it is there.
@@ -139,10 +147,18 @@ impl Loader {
         self.rows[block] as usize * self.layout.row_bytes()
     }
 
-    async fn load(&self, block: usize) -> Result<Decoded> {
+    fn room(&self, rows: usize, used: Option<Decoded>) -> Result<Vec<Values>> {
+        match used {
+            Some(Decoded(used)) => Ok(self.layout.room_in(used, rows)),
+            None => self.layout.room(rows),
+        }
+    }
+
+    /// A block, in the place of one that nobody needs any more.
+    async fn load(&self, block: usize, used: Option<Decoded>) -> Result<Decoded> {
         let place = self.compiled.source().name(block);
         let expected = self.rows[block];
-        let mut decoded = self.layout.room(expected as usize)?;
+        let mut decoded = self.room(expected as usize, used)?;
         let (mut batches, mut got) = (self.compiled.stream_narrow(block)?, 0);
         while let Some(batch) = batches.try_next().await? {
             let row = got as usize;

@@ -10,7 +10,7 @@ pub(super) const VERSION: u32 = 2;
 /// Neighbouring blocks of a lane whose rows are mixed.
 pub(super) const GROUP_BLOCKS: usize = 4;
 
-const ROUNDS: u32 = 6;
+const ROUNDS: usize = 6;
 
 /// How a step is cut: `lanes` pieces of `per_lane` rows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -38,10 +38,10 @@ struct Group {
     /// Their place among the blocks of the epoch.
     blocks: Range<usize>,
     places: Range<u64>,
-    keys: [u32; ROUNDS as usize],
+    keys: Keys,
 }
 
-/// The order of one epoch. Memory: two words a block.
+/// The order of one epoch. Memory: two words a block, and the permutation of a group a lane.
 #[derive(Debug)]
 pub(super) struct EpochOrder {
     shape: Shape,
@@ -50,6 +50,8 @@ pub(super) struct EpochOrder {
     /// Where each of them starts in the epoch, and at the end how many rows there are.
     starts: Vec<u64>,
     shuffle: Option<Stream>,
+    /// Of the group that each lane is in.
+    permutations: Vec<Option<Permutation>>,
 }
 
 impl EpochOrder {
@@ -68,17 +70,18 @@ impl EpochOrder {
             end += rows[*block];
             end
         }));
-        Self { shape, blocks, starts, shuffle }
+        let permutations = (0..shape.lanes).map(|_| None).collect();
+        Self { shape, blocks, starts, shuffle, permutations }
     }
 
     /// Rows of `step`, lane by lane, for the lanes given.
-    pub(super) fn step(&self, step: u64, lanes: impl Iterator<Item = usize>) -> Vec<Run> {
+    pub(super) fn step(&mut self, step: u64, lanes: impl Iterator<Item = usize>) -> Vec<Run> {
         let mut runs = Vec::new();
         for lane in lanes {
             let places = self.step_of_lane(step, lane);
-            match &self.shuffle {
+            match self.shuffle {
                 None => self.in_order(places, &mut runs),
-                Some(stream) => self.mixed(stream, lane, places, &mut runs),
+                Some(stream) => self.mixed(&stream, lane, places, &mut runs),
             }
         }
         runs
@@ -140,17 +143,23 @@ impl EpochOrder {
         }
     }
 
-    fn mixed(&self, stream: &Stream, lane: usize, mut places: Range<u64>, runs: &mut Vec<Run>) {
+    fn mixed(&mut self, stream: &Stream, lane: usize, mut places: Range<u64>, runs: &mut Vec<Run>) {
+        runs.reserve((places.end - places.start) as usize);
         while !places.is_empty() {
             let Group { blocks, places: all, keys } = self.group(stream, lane, places.start);
-            let (begin, length) = (all.start, all.end - all.start);
-            let starts = &self.starts[blocks.clone()];
+            let own = Permutation::kept(&mut self.permutations[lane], all.end - all.start, keys);
+            // Of the blocks behind the first; no place is behind those that there are not.
+            let mut starts = [u64::MAX; GROUP_BLOCKS - 1];
+            for (start, next) in starts.iter_mut().zip(&self.starts[blocks.start + 1..blocks.end]) {
+                *start = *next;
+            }
+            let (blocks, firsts) = (&self.blocks[blocks.clone()], &self.starts[blocks]);
             let end = all.end.min(places.end);
             runs.extend((places.start..end).map(|place| {
-                let place = begin + permute(place - begin, length, keys);
-                let at = starts.partition_point(|start| *start <= place) - 1;
-                let (block, row) = (self.blocks[blocks.start + at], place - starts[at]);
-                Run { block, row: row as usize, rows: 1 }
+                let place = all.start + own.at(place - all.start);
+                // Without branches, which nothing could foretell.
+                let at: usize = starts.iter().map(|start| usize::from(*start <= place)).sum();
+                Run { block: blocks[at], row: (place - firsts[at]) as usize, rows: 1 }
             }));
             places.start = end;
         }
@@ -177,24 +186,84 @@ impl EpochOrder {
     }
 }
 
+/// Of the rounds of a permutation.
+type Keys = [u32; ROUNDS];
+
 /// A keyed permutation of `0..length`: a Feistel network (Luby and Rackoff 1988) on as many bits as the
 /// length needs, in halves that may differ by one, walked until it lands inside (Black and Rogaway
 /// 2002): fewer than two steps of the walk on average.
-fn permute(index: u64, length: u64, keys: [u32; ROUNDS as usize]) -> u64 {
-    let bits = (u64::BITS - (length - 1).leading_zeros()).max(2);
-    let low = bits / 2;
-    // The halves change places in each round, and have theirs again after an even number.
-    let masks = [(1u64 << (bits - low)) - 1, (1u64 << low) - 1];
-    let mut value = index;
-    loop {
-        let (mut left, mut right) = (value >> low, value & masks[1]);
-        for (round, key) in keys.into_iter().enumerate() {
-            (left, right) = (right, left ^ (scramble(right, key) & masks[round % 2]));
+#[derive(Debug)]
+struct Permutation {
+    length: u64,
+    keys: Keys,
+    /// Bits of the lower half.
+    low: u32,
+    /// Of the halves. They change places in each round, and have theirs again after an even number.
+    masks: [u64; 2],
+    /// What each round makes of each half, if they are short enough.
+    tables: Option<Box<Tables>>,
+}
+
+/// Bits of halves for which there are tables, of 48 KB: those of sixteen million rows.
+const TABLE_BITS: u32 = 12;
+const HALVES: usize = 1 << TABLE_BITS;
+type Tables = [[u16; HALVES]; ROUNDS];
+
+impl Permutation {
+    fn new(length: u64, keys: Keys) -> Self {
+        let bits = (u64::BITS - (length - 1).leading_zeros()).max(2);
+        let low = bits / 2;
+        let masks = [(1u64 << (bits - low)) - 1, (1u64 << low) - 1];
+        let own = Self { length, keys, low, masks, tables: None };
+        if bits - low > TABLE_BITS {
+            return own;
         }
-        value = left << low | right;
-        if value < length {
-            return value;
+        let mut tables = Box::new([[0; HALVES]; ROUNDS]);
+        for (round, table) in tables.iter_mut().enumerate() {
+            for half in 0..=masks[(round + 1) % 2] {
+                table[half as usize] = own.round(round, half) as u16;
+            }
         }
+        Self { tables: Some(tables), ..own }
+    }
+
+    /// The one that is kept, if it is this one, or this one in its place.
+    fn kept(kept: &mut Option<Self>, length: u64, keys: Keys) -> &Self {
+        let is_same = |own: &Self| (own.length, own.keys) == (length, keys);
+        if !kept.as_ref().is_some_and(is_same) {
+            *kept = None;
+        }
+        kept.get_or_insert_with(|| Self::new(length, keys))
+    }
+
+    #[inline]
+    fn at(&self, index: u64) -> u64 {
+        match &self.tables {
+            // The remainder is the half, and tells the compiler that the table has it.
+            Some(tables) => {
+                self.walk(index, |round, half| tables[round][half as usize % HALVES].into())
+            }
+            None => self.walk(index, |round, half| self.round(round, half)),
+        }
+    }
+
+    #[inline]
+    fn walk(&self, index: u64, round: impl Fn(usize, u64) -> u64) -> u64 {
+        let mut value = index;
+        loop {
+            let (mut left, mut right) = (value >> self.low, value & self.masks[1]);
+            for at in 0..ROUNDS {
+                (left, right) = (right, left ^ round(at, right));
+            }
+            value = left << self.low | right;
+            if value < self.length {
+                return value;
+            }
+        }
+    }
+
+    fn round(&self, round: usize, half: u64) -> u64 {
+        scramble(half, self.keys[round]) & self.masks[round % 2]
     }
 }
 
@@ -222,7 +291,7 @@ mod tests {
             epoch in 0u64..3,
         ) {
             let shape = Shape { lanes, per_lane };
-            let order = EpochOrder::new(&rows, shape, seed, epoch);
+            let mut order = EpochOrder::new(&rows, shape, seed, epoch);
             let steps = 0..shape.steps(rows.iter().sum());
             let of = |run: Run| (run.row..run.row + run.rows).map(move |row| (run.block, row));
             let mut seen = Vec::new();
@@ -244,11 +313,36 @@ mod tests {
         }
 
         #[test]
-        fn permute_is_a_permutation(length in 1u64..3000, keys in any::<[u32; 6]>()) {
-            let mut image: Vec<u64> = (0..length).map(|i| permute(i, length, keys)).collect();
+        fn a_permutation_has_each_once(length in 1u64..3000, keys in any::<[u32; 6]>()) {
+            let own = Permutation::new(length, keys);
+            let mut image: Vec<u64> = (0..length).map(|i| own.at(i)).collect();
             image.sort_unstable();
             prop_assert!(image.into_iter().eq(0..length));
         }
+
+        #[test]
+        fn tables_change_nothing(length in 1u64..1 << 24, keys in any::<[u32; 6]>(), at: u64) {
+            let own = Permutation::new(length, keys);
+            let plain = Permutation { tables: None, ..Permutation::new(length, keys) };
+            prop_assert!(own.tables.is_some());
+            prop_assert_eq!(own.at(at % length), plain.at(at % length));
+        }
+    }
+
+    /// Orders do not change from one release to the next without another version.
+    #[test]
+    fn the_order_of_version_two() {
+        let rows = [1000, 40, 700_000, 1, 999];
+        let step = |seed| {
+            let shape = Shape { lanes: 2, per_lane: 4 };
+            let runs = EpochOrder::new(&rows, shape, Some(seed), 3).step(5, 0..2);
+            runs.iter().map(|run| (run.block, run.row)).collect::<Vec<_>>()
+        };
+        let rows = [178513, 184809, 342550, 219021, 672999, 491933, 374731, 451511];
+        assert_eq!((VERSION, step(1)), (2, rows.map(|row| (2, row)).to_vec()));
+        // More rows than there are tables for.
+        let huge = Permutation::new(1 << 40, [1, 2, 3, 4, 5, 6]);
+        assert_eq!(huge.at(12345), 858_037_686_062);
     }
 
     /// Each row is about equally often in each tenth of an epoch.
@@ -257,7 +351,7 @@ mod tests {
         let (rows, shape) = ([100; 10], Shape { lanes: 4, per_lane: 25 });
         let mut hits = [[0u32; 10]; 10];
         for epoch in 0..400 {
-            let order = EpochOrder::new(&rows, shape, Some(1), epoch);
+            let mut order = EpochOrder::new(&rows, shape, Some(1), epoch);
             for step in 0..10 {
                 order.step(step, 0..4).iter().for_each(|at| hits[at.block][step as usize] += 1);
             }

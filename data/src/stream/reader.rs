@@ -5,6 +5,7 @@ use super::TensorSource;
 use super::blocks::Blocks;
 use super::collate::{Collation, Rows};
 use super::order::{EpochOrder, GROUP_BLOCKS, Run, VERSION};
+use super::values::Pick;
 use crate::error::{Error, Result};
 use mobula_core::{Batch, BatchStream, Shard, StreamState};
 use std::sync::mpsc::{Receiver, sync_channel};
@@ -219,20 +220,19 @@ impl Producer {
         let runs = self.order.step(step, self.lanes());
         // So that a row is not looked up by its block for each tensor.
         let mut blocks = Vec::with_capacity(self.blocks.len());
-        let mut places = Vec::with_capacity(runs.len());
-        for run in &runs {
-            places.push(self.slots.place(run.block, || {
-                blocks.push(self.blocks.get(run.block)?);
+        let mut picks = Vec::with_capacity(runs.len());
+        for Run { block, row, rows } in &runs {
+            let list = self.slots.place(*block, || {
+                blocks.push(self.blocks.get(*block)?);
                 Ok(blocks.len() - 1)
-            })?);
+            })?;
+            picks.push(Pick { list, row: *row, rows: *rows });
         }
         self.slots.clear();
         let rows = runs.iter().map(|run| run.rows).sum();
-        let placed =
-            || runs.iter().zip(&places).map(|(run, at)| (*at, run.row..run.row + run.rows));
         let tensors = self.source.layout.tensors.iter().enumerate().map(|(at, tensor)| {
-            let runs = placed().map(|(block, rows)| (&blocks[block].0[at], rows));
-            Ok((tensor.name().to_owned(), tensor.gather(rows, runs)?))
+            let from: Vec<_> = blocks.iter().map(|block| &block.0[at]).collect();
+            Ok((tensor.name().to_owned(), tensor.gather(rows, &from, &picks)?))
         });
         let tensors = tensors.collect::<Result<Vec<_>>>()?;
         let batch = self.collate(Batch::new(tensors)?, &runs)?;

@@ -1,13 +1,12 @@
 //! The tensors of a stream: what a user asks for, and how it is made from the columns there are.
 
-use super::values::{Misfit, Part, Place, Values};
+use super::values::{Misfit, Part, Pick, Place, Values};
 use crate::error::{Error, Result};
 use crate::preprocess::numbers;
 use arrow::array::RecordBatch;
 use arrow::datatypes::{DataType, Schema};
 use candle_core::{DType, Tensor};
 use serde::{Deserialize, Serialize};
-use std::ops::Range;
 
 /// A tensor that a stream makes of columns.
 ///
@@ -161,6 +160,15 @@ impl Layout {
         self.tensors.iter().map(|tensor| tensor.room(rows)).collect()
     }
 
+    /// The same in the place of the rows of another block, which need not be zeroed: rows are put there
+    /// before anybody sees them.
+    pub(super) fn room_in(&self, mut used: Vec<Values>, rows: usize) -> Vec<Values> {
+        for (tensor, values) in self.tensors.iter().zip(&mut used) {
+            values.resize(rows * tensor.width);
+        }
+        used
+    }
+
     /// Bytes of a row of a block.
     pub(super) fn row_bytes(&self) -> usize {
         self.tensors.iter().map(|tensor| tensor.width * tensor.stored().size_in_bytes()).sum()
@@ -270,17 +278,11 @@ impl TensorLayout {
         }
     }
 
-    /// The tensor of some rows, as runs of them in decoded blocks.
-    pub(super) fn gather<'a>(
-        &self,
-        rows: usize,
-        runs: impl Iterator<Item = (&'a Values, Range<usize>)>,
-    ) -> Result<Tensor> {
+    /// The tensor of some rows of decoded blocks.
+    pub(super) fn gather(&self, rows: usize, from: &[&Values], picks: &[Pick]) -> Result<Tensor> {
         let mut shape = vec![rows];
         shape.extend(&self.dims);
-        let elements = |rows: Range<usize>| rows.start * self.width..rows.end * self.width;
-        let runs = runs.map(|(values, rows)| (values, elements(rows)));
-        Ok(Values::gather(self.spec.dtype(), shape, runs)?)
+        Ok(Values::gather(self.spec.dtype(), shape, self.width, from, picks)?)
     }
 }
 

@@ -13,7 +13,6 @@ use arrow::compute::cast;
 use arrow::datatypes::DataType;
 use candle_core::{DType, Device, Shape, Tensor, WithDType};
 use half::{bf16, f16};
-use std::ops::Range;
 
 /// What a tensor can have for an element. Conversions give what is nearest, and whether that will do:
 /// not so if the value is out of range, or a fraction where whole numbers are wanted. Without
@@ -112,53 +111,140 @@ impl Values {
         })
     }
 
-    fn with_capacity(dtype: DType, len: usize) -> Option<Self> {
-        let mut values = Self::zeros(dtype, 0)?;
-        with_vec!(&mut values, vec => vec.reserve_exact(len));
-        Some(values)
+    /// As many elements; of those that were there, or zeros.
+    pub(super) fn resize(&mut self, len: usize) {
+        fn resize<T: WithDType>(all: &mut Vec<T>, len: usize) {
+            match all.capacity() < len {
+                true => *all = vec![T::zero(); len],
+                false => all.resize(len, T::zero()),
+            }
+        }
+        with_vec!(self, vec => resize(vec, len));
     }
 
     pub(super) fn put(&mut self, column: &Part<'_>, place: &Place) -> Result<(), Misfit> {
         with_vec!(self, vec => put(column, place, vec))
     }
 
-    /// The elements of `runs`, in ranges of these vectors, as a tensor of another type or the same.
-    pub(super) fn gather<'a>(
+    /// Rows of `width` elements as a tensor of the type that they have, or of another where they are kept
+    /// as bytes.
+    pub(super) fn gather(
         dtype: DType,
         shape: impl Into<Shape>,
-        runs: impl Iterator<Item = (&'a Self, Range<usize>)>,
+        width: usize,
+        from: &[&Self],
+        picks: &[Pick],
     ) -> candle_core::Result<Tensor> {
         let shape = shape.into();
-        let Some(mut all) = Self::with_capacity(dtype, shape.elem_count()) else {
-            candle_core::bail!("no column can become a tensor of {dtype:?}");
+        let all = Gather { width, picks, elements: shape.elem_count(), from };
+        let all = match dtype {
+            DType::U8 => Self::U8(all.same()),
+            DType::U32 => Self::U32(all.same()),
+            DType::I16 => Self::I16(all.same()),
+            DType::I32 => Self::I32(all.same()),
+            DType::I64 => Self::I64(all.same()),
+            DType::F16 => Self::F16(all.same_or_bytes()),
+            DType::BF16 => Self::BF16(all.same_or_bytes()),
+            DType::F32 => Self::F32(all.same_or_bytes()),
+            DType::F64 => Self::F64(all.same_or_bytes()),
+            _ => candle_core::bail!("no column can become a tensor of {dtype:?}"),
         };
-        runs.for_each(|(values, range)| all.extend(values, range));
         with_vec!(all, vec => Tensor::from_vec(vec, shape, &Device::Cpu))
-    }
-
-    fn extend(&mut self, from: &Self, range: Range<usize>) {
-        match (self, from) {
-            (Self::F32(all), Self::F32(values)) => all.extend_from_slice(&values[range]),
-            (Self::F64(all), Self::F64(values)) => all.extend_from_slice(&values[range]),
-            (Self::F16(all), Self::F16(values)) => all.extend_from_slice(&values[range]),
-            (Self::BF16(all), Self::BF16(values)) => all.extend_from_slice(&values[range]),
-            (Self::U8(all), Self::U8(values)) => all.extend_from_slice(&values[range]),
-            (Self::U32(all), Self::U32(values)) => all.extend_from_slice(&values[range]),
-            (Self::I16(all), Self::I16(values)) => all.extend_from_slice(&values[range]),
-            (Self::I32(all), Self::I32(values)) => all.extend_from_slice(&values[range]),
-            (Self::I64(all), Self::I64(values)) => all.extend_from_slice(&values[range]),
-            // Bytes stay as small as they are until here.
-            (Self::F32(all), Self::U8(values)) => extend_by_bytes(all, &values[range]),
-            (Self::F64(all), Self::U8(values)) => extend_by_bytes(all, &values[range]),
-            (Self::F16(all), Self::U8(values)) => extend_by_bytes(all, &values[range]),
-            (Self::BF16(all), Self::U8(values)) => extend_by_bytes(all, &values[range]),
-            (all, values) => unreachable!("{values:?} are not kept for {all:?}"),
-        }
     }
 }
 
-fn extend_by_bytes<T: From<u8>>(all: &mut Vec<T>, bytes: &[u8]) {
-    all.extend(bytes.iter().map(|byte| T::from(*byte)));
+/// Rows that follow each other in one of the lists of rows that are given beside it.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Pick {
+    pub(super) list: usize,
+    pub(super) row: usize,
+    pub(super) rows: usize,
+}
+
+/// What is gathered.
+struct Gather<'a> {
+    width: usize,
+    picks: &'a [Pick],
+    /// Of all rows.
+    elements: usize,
+    from: &'a [&'a Values],
+}
+
+impl<'a> Gather<'a> {
+    fn lists<T: Kept>(&self) -> Option<Vec<&'a [T]>> {
+        self.from.iter().map(|values| T::of(values)).collect()
+    }
+
+    fn same<T: Kept>(&self) -> Vec<T> {
+        let Some(lists) = self.lists::<T>() else { unreachable!("{:?} are not kept", self.from) };
+        self.collect(&lists, |element| element)
+    }
+
+    /// Bytes stay as small as they are until here.
+    fn same_or_bytes<T: Kept + From<u8>>(&self) -> Vec<T> {
+        match self.lists::<u8>() {
+            Some(lists) => self.collect(&lists, T::from),
+            None => self.same(),
+        }
+    }
+
+    /// Where the compiler knows the width of a row, it copies one in an instruction or two.
+    fn collect<S: Copy, T>(&self, lists: &[&[S]], convert: impl Fn(S) -> T) -> Vec<T> {
+        match self.width {
+            1 => self.collect_fixed::<1, S, T>(lists, convert),
+            2 => self.collect_fixed::<2, S, T>(lists, convert),
+            3 => self.collect_fixed::<3, S, T>(lists, convert),
+            4 => self.collect_fixed::<4, S, T>(lists, convert),
+            8 => self.collect_fixed::<8, S, T>(lists, convert),
+            _ => self.collect_fixed::<0, S, T>(lists, convert),
+        }
+    }
+
+    /// `W` is the width, or 0 for any.
+    fn collect_fixed<const W: usize, S: Copy, T>(
+        &self,
+        lists: &[&[S]],
+        convert: impl Fn(S) -> T,
+    ) -> Vec<T> {
+        let mut all = Vec::with_capacity(self.elements);
+        let width = if W == 0 { self.width } else { W };
+        for Pick { list, row, rows } in self.picks {
+            let from = &lists[*list][row * width..];
+            match (from.first_chunk::<W>(), rows) {
+                (Some(row), 1) if W > 0 => all.extend(row.map(&convert)),
+                _ => all.extend(from[..rows * width].iter().copied().map(&convert)),
+            }
+        }
+        all
+    }
+}
+
+/// What rows of tensors are kept as.
+trait Kept: Copy {
+    /// The elements, if they are of this type.
+    fn of(values: &Values) -> Option<&[Self]>;
+}
+
+macro_rules! kept {
+    ($($element:ty: $variant:ident;)*) => {$(
+        impl Kept for $element {
+            fn of(values: &Values) -> Option<&[Self]> {
+                if let Values::$variant(all) = values { Some(all) } else { None }
+            }
+        }
+    )*};
+}
+
+kept! {
+    u8: U8;
+    u32: U32;
+    i16: I16;
+    i32: I32;
+    i64: I64;
+    f16: F16;
+    bf16: BF16;
+    f32: F32;
+    f64: F64;
 }
 
 /// A column of some rows, with `width` values to each of them.
