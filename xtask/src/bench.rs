@@ -6,7 +6,7 @@ mod data;
 mod fashion;
 mod link;
 mod nn;
-mod peers;
+pub(crate) mod peers;
 mod survival;
 mod train;
 mod worker;
@@ -131,16 +131,16 @@ fn build_of(package: &str, binary: &str) -> Result<PathBuf> {
 }
 
 /// A temporary folder, removed at the end.
-struct Scratch(PathBuf);
+pub(crate) struct Scratch(PathBuf);
 
 impl Scratch {
-    fn new() -> Result<Self> {
+    pub(crate) fn new() -> Result<Self> {
         let path = std::env::temp_dir().join(format!("mobula-bench-{}", std::process::id()));
         std::fs::create_dir_all(&path).with_context(|| format!("creating {}", path.display()))?;
         Ok(Self(path))
     }
 
-    fn path(&self) -> &Path {
+    pub(crate) fn path(&self) -> &Path {
         &self.0
     }
 }

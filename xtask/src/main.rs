@@ -6,6 +6,7 @@
 //! cargo xtask smoke                   `mobula new`: what it writes must build, run and pass its test
 //! cargo xtask slurm srun -N3 hostname a Slurm of three nodes on this machine, while a command runs
 //! cargo xtask bench nn --quick        ours against pinned peers on the same work
+//! cargo xtask peers                   what we write, read back by pyarrow, polars and DuckDB
 //! cargo xtask soak                    kill workers and drivers at random, and check everything
 //! ```
 #![forbid(unsafe_code)]
@@ -16,6 +17,7 @@ mod dependencies;
 mod features;
 mod imports;
 mod licence;
+mod read_back;
 mod slurm;
 mod smoke;
 mod soak;
@@ -44,6 +46,8 @@ enum Task {
     Slurm(slurm::Options),
     /// Measure ours against pinned peers on the same work
     Bench(bench::Options),
+    /// Have pyarrow, polars and DuckDB read what `mobula data convert` writes, and compare all values
+    Peers,
     /// Kill workers and drivers at random for some minutes, and check every answer and every trace
     Soak(soak::Options),
 }
@@ -55,6 +59,7 @@ fn main() -> ExitCode {
         Task::Smoke => smoke::run(),
         Task::Slurm(options) => slurm::run(&options),
         Task::Bench(options) => bench::run(&options),
+        Task::Peers => read_back::run(),
         Task::Soak(options) => soak::run(&options),
     };
     match outcome {

@@ -1,8 +1,8 @@
 //! Layer `data`: from Parquet to batches of tensors, ours against the readers of Python.
 //!
 //! The data are the rows of TPC-H's `lineitem` at scale factor 1, which `tpchgen-cli` writes: six
-//! million, in 53 row groups, of which four decimal columns are read. A side answers each line that it
-//! reads:
+//! million, in 53 row groups, of which four decimal columns are read. Peers that pick row by row have the
+//! tenth of them that there is at scale factor 0.1. A side answers each line that it reads:
 //!
 //! * `epoch COLUMNS ORDER RANKS` reads all rows, in batches of 8192 × columns of `f32`, `in-order` or
 //!   `shuffled`, on so many ranks at once: `{"seconds": s, "cpu": s, "rows": n, "peak": bytes}`;
@@ -26,7 +26,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 const COLUMNS: &str = "l_quantity,l_extendedprice,l_discount,l_tax";
-const ROWS: u64 = 6_001_215;
+/// The rows at scale factors 1 and 0.1. The latter are even: none is padding for a second rank.
+const ROWS: [(&str, u64); 2] = [("1", 6_001_215), ("0.1", 600_572)];
 /// By how much the sums of the sides may differ: they add in different orders.
 const SAME: f64 = 1e-9;
 
@@ -38,7 +39,9 @@ const IMAGES: &str = "/usr/share/datasets/fashion-mnist";
 /// Peers that read all rows in order.
 const READERS: &[&str] = &["duckdb", "pyarrow", "polars", "datasets", "torch", "ray"];
 /// Peers that shuffle over two ranks.
-const SHUFFLERS: &[&str] = &["datasets"];
+const SHUFFLERS: &[&str] = &["datasets", "ray"];
+/// Those that pick row by row, and would take minutes.
+const PICKERS: &[&str] = &["mosaic", "torch+datasets"];
 
 #[derive(Debug, Deserialize)]
 struct Pass {
@@ -53,29 +56,30 @@ struct Pass {
 struct Sides {
     ours: PathBuf,
     file: PathBuf,
+    rows: u64,
     folder: PathBuf,
     rounds: usize,
 }
 
 pub(super) fn run(quick: bool, only: &str) -> Result<Vec<Case>> {
     let folder = command::root().join("bench");
-    let sides = Sides {
-        ours: build_of("mobula-bench-data", "bench-data")?,
-        file: lineitem(&folder)?,
-        folder,
-        rounds: if quick { 3 } else { 9 },
+    let ours = build_of("mobula-bench-data", "bench-data")?;
+    let rounds = if quick { 3 } else { 9 };
+    let at_scale = |(scale, rows)| -> Result<Sides> {
+        let (ours, folder) = (ours.clone(), folder.clone());
+        Ok(Sides { file: lineitem(&folder, scale)?, ours, rows, folder, rounds })
     };
+    let sides = at_scale(ROWS[0])?;
     let mut cases = Vec::new();
     let is_wanted = |name: &str| name.contains(only);
     if is_wanted("in order") {
         cases.extend(sides.passes("in order", &format!("{COLUMNS} in-order 1"), READERS)?);
     }
     if is_wanted("shuffled") {
-        cases.extend(sides.passes(
-            "shuffled, 2 ranks",
-            &format!("{COLUMNS} shuffled 2"),
-            SHUFFLERS,
-        )?);
+        let request = format!("{COLUMNS} shuffled 2");
+        cases.extend(sides.passes("shuffled, 2 ranks", &request, SHUFFLERS)?);
+        let name = "a tenth shuffled, 2 ranks";
+        cases.extend(at_scale(ROWS[1])?.passes(name, &request, PICKERS)?);
     }
     if is_wanted("first batch") {
         cases.extend(sides.first("in-order", READERS)?);
@@ -105,16 +109,16 @@ pub(super) fn run(quick: bool, only: &str) -> Result<Vec<Case>> {
     Ok(cases)
 }
 
-/// The file, written when it is not there.
-fn lineitem(bench: &Path) -> Result<PathBuf> {
-    let folder = peers::cache()?.join("tpch-sf1");
+/// The file at a scale factor, written when it is not there.
+fn lineitem(bench: &Path, scale: &str) -> Result<PathBuf> {
+    let folder = peers::cache()?.join(format!("tpch-sf{scale}"));
     let file = folder.join("lineitem.parquet");
     if !file.exists() || !folder.join("supplier.parquet").exists() {
         std::fs::create_dir_all(&folder)
             .with_context(|| format!("creating {}", folder.display()))?;
         let python = peers::python(&bench.join("data/requirements.txt"))?;
         let mut generate = Command::new(python.with_file_name("tpchgen-cli"));
-        generate.args(["parquet", "-s", "1", "-o"]).arg(&folder);
+        generate.args(["parquet", "-s", scale, "-o"]).arg(&folder);
         command::run(generate)?;
     }
     Ok(file)
@@ -131,14 +135,19 @@ impl Sides {
         let python = peers::python(&self.folder.join("data/requirements.txt"))?;
         let mut command = Command::new(&python);
         command.arg(self.folder.join("data/peer.py")).arg(library).arg(&self.file);
-        let other = match library {
-            "torch" => Some("nn"),
-            "ray" => Some("core"),
-            _ => None,
+        let others: &[&str] = match library {
+            "torch" | "torch+datasets" => &["nn"],
+            "ray" => &["core", "nn"],
+            "mosaic" => &["data/streaming", "nn"],
+            _ => &[],
         };
-        if let Some(other) = other {
+        let packages = others.iter().map(|other| {
             let list = self.folder.join(other).join("requirements.txt");
-            command.env("PYTHONPATH", packages(&peers::python(&list)?)?);
+            packages(&peers::python(&list)?)
+        });
+        let packages = packages.collect::<Result<Vec<_>>>()?;
+        if !packages.is_empty() {
+            command.env("PYTHONPATH", packages.join(":"));
         }
         Worker::start(command)
     }
@@ -153,7 +162,8 @@ impl Sides {
         let sums = sides.iter_mut().map(|side| side.ask(&check)).collect::<Result<Vec<Pass>>>()?;
         for (side, pass) in sides.iter().zip(&sums) {
             let (first, sum) = (sums[0].sum.context("a sum")?, pass.sum.context("a sum")?);
-            ensure!(pass.rows == ROWS, "{}: {} rows, expected {ROWS}", side.name, pass.rows);
+            let rows = self.rows;
+            ensure!(pass.rows == rows, "{}: {} rows, expected {rows}", side.name, pass.rows);
             ensure!(
                 (sum / first - 1.0).abs() < SAME,
                 "{}: the values add up to {sum}, those of ours to {first}",

@@ -1,4 +1,4 @@
-//! The peers' virtual environment: made once per list of pinned packages, then reused.
+//! The peers' virtual environments: each made once per list of pinned packages, then reused.
 
 use crate::command;
 use anyhow::{Context, Result};
@@ -7,13 +7,12 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 /// The Python of an environment with exactly the packages of `requirements`.
-pub(super) fn python(requirements: &Path) -> Result<PathBuf> {
+pub(crate) fn python(requirements: &Path) -> Result<PathBuf> {
     let list = std::fs::read_to_string(requirements)
         .with_context(|| format!("reading {}", requirements.display()))?;
     let mut version = Command::new("python3");
     version.arg("--version");
-    let version =
-        command::output(version).context("benchmarks need python3 with its venv module")?;
+    let version = command::output(version).context("peers need python3 with its venv module")?;
     let mut hash = DefaultHasher::new();
     (list, version).hash(&mut hash);
     let environment = cache()?.join(format!("bench-venv-{:016x}", hash.finish()));
