@@ -35,6 +35,9 @@ type TypesOf = fn(&[DataType]) -> Result<FnTypes, BoxError>;
 
 /// The types of a call, with as many arguments as the function takes.
 fn types(name: &str, of: TypesOf, given: &[DataType]) -> EngineResult<FnTypes> {
+    if given.is_empty() {
+        return Err(exec_datafusion_err!("{name} takes at least one argument"));
+    }
     let types = of(given).map_err(|source| failed(name, source))?;
     if types.inputs.len() != given.len() {
         return Err(exec_datafusion_err!(
@@ -67,6 +70,9 @@ static TWICE: LazyLock<Option<&'static str>> = LazyLock::new(|| {
     let engine = SessionContext::new();
     let mut taken = engine.udfs();
     taken.extend(engine.udafs());
+    // Those of rows in order too, which it would look up after ours.
+    taken.extend(engine.udwfs());
+    taken.extend(engine.higher_order_function_names());
     names().find(|name| !taken.insert((*name).to_owned()))
 });
 

@@ -19,7 +19,9 @@ use std::sync::{Arc, LazyLock};
 /// What an aggregate knows of the rows of a group so far, for aggregates of your own.
 ///
 /// `Default` is that of no rows. It travels between threads and to disk as MessagePack; what it makes
-/// of a group must depend on neither the order of its rows nor on how they are cut.
+/// of a group must depend on neither the order of its rows nor on how they are cut. (MessagePack has no
+/// `Some(None)`.) In SQL it may have a `FILTER`, or be over a window that begins with the first row;
+/// `ORDER BY` among its arguments is refused, and `DISTINCT` where the engine cannot do without it.
 ///
 /// ```
 /// use arrow::array::{Array, ArrayRef, AsArray, Float64Array};
@@ -77,7 +79,7 @@ pub trait Aggregator:
     /// also asked with those that it said the arguments are converted to.
     fn types(given: &[DataType]) -> Result<FnTypes, BoxError>;
 
-    /// Adds rows of the group: the arguments, as columns of the same length.
+    /// Adds rows of the group, perhaps none: the arguments, as columns of the same length.
     fn update(&mut self, columns: &[ArrayRef]) -> Result<(), BoxError>;
 
     /// Adds what another knows of other rows of the group.
@@ -157,8 +159,24 @@ impl AggregateUDFImpl for Called {
         Ok(self.types(given)?.output)
     }
 
+    /// What the engine has for groups that it finds no rows for.
+    fn default_value(&self, output: &DataType) -> EngineResult<ScalarValue> {
+        (self.function().make)(self.name, output.clone()).evaluate()
+    }
+
+    fn create_sliding_accumulator(
+        &self,
+        _args: AccumulatorArgs<'_>,
+    ) -> EngineResult<Box<dyn Accumulator>> {
+        not_impl_err!("{} over a window that does not begin with the first row", self.name)
+    }
+
     fn state_fields(&self, args: StateFieldsArgs<'_>) -> EngineResult<Vec<FieldRef>> {
-        Ok(vec![Arc::new(Field::new(format!("{}[state]", args.name), DataType::Binary, false))])
+        Ok(vec![Arc::new(Field::new(
+            format!("{}[state]", args.name),
+            DataType::LargeBinary,
+            false,
+        ))])
     }
 
     fn accumulator(&self, args: AccumulatorArgs<'_>) -> EngineResult<Box<dyn Accumulator>> {
@@ -193,7 +211,7 @@ impl<A: Aggregator> Accumulator for State<A> {
     }
 
     fn merge_batch(&mut self, states: &[ArrayRef]) -> EngineResult<()> {
-        for state in states[0].as_binary::<i32>().iter().flatten() {
+        for state in states[0].as_binary::<i64>().iter().flatten() {
             let other = self.done(rmp_serde::from_slice(state))?;
             let merged = self.of.merge(other);
             self.done(merged)?;
@@ -203,7 +221,7 @@ impl<A: Aggregator> Accumulator for State<A> {
 
     fn state(&mut self) -> EngineResult<Vec<ScalarValue>> {
         let bytes = self.done(rmp_serde::to_vec_named(&self.of))?;
-        Ok(vec![ScalarValue::Binary(Some(bytes))])
+        Ok(vec![ScalarValue::LargeBinary(Some(bytes))])
     }
 
     fn evaluate(&mut self) -> EngineResult<ScalarValue> {

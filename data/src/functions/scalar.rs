@@ -50,7 +50,9 @@ inventory::collect!(ScalarFn);
 impl ScalarFn {
     /// Gives `call` a name, of the letters a-z, digits and underscores. It is given the arguments as
     /// columns of the same length, which is that of what it must return, and must return the same for
-    /// the same rows. `types` is what it makes of the types of the arguments.
+    /// the same rows. It may also be given rows that a filter leaves out: an error for those is an
+    /// error of the query, so a missing value is better for what it cannot do. `types` is what it makes
+    /// of the types of the arguments.
     pub const fn new(
         name: &'static str,
         types: fn(&[DataType]) -> Result<FnTypes, BoxError>,

@@ -30,8 +30,9 @@ const RESERVED_NAMES: [&str; RESERVED] = ["", "[UNK]"];
 ///
 /// 0 is what is missing, which is also what a list in a tensor is padded with; 1 is text that is not in
 /// the vocabulary; terms have the numbers from 2 on, the most frequent first, of terms that occur as
-/// often the first in order. So has Keras' `TextVectorization`. An embedding needs as many rows as
-/// [`classes`](Preprocessor::classes) has names.
+/// often the first in order. So has Keras' `TextVectorization`. A missing list is one of no text. An
+/// embedding needs as many rows as [`classes`](Preprocessor::classes) has names, of which the first two,
+/// an empty one and `[UNK]`, may also be texts.
 ///
 /// ```
 /// use arrow::array::{ArrayRef, StringArray};
@@ -212,7 +213,7 @@ impl PerColumn for Lookup {
         let Some(lists) = texts.lists else { return Ok(numbers) };
         let item = Arc::new(Field::new("item", DataType::UInt32, false));
         let offsets = OffsetBuffer::from_lengths(lists::rows(&lists).map(|row| row.len()));
-        Ok(Arc::new(ListArray::try_new(item, offsets, numbers, lists.nulls().cloned())?))
+        Ok(Arc::new(ListArray::try_new(item, offsets, numbers, None)?))
     }
 }
 

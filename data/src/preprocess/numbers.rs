@@ -117,7 +117,9 @@ pub(crate) fn width(data_type: &DataType) -> Option<usize> {
 pub(crate) fn not_numeric(column: &str, got: &DataType) -> Error {
     let hint = match got {
         text if is_text(text) => "; encode it with OneHotEncoder, OrdinalEncoder or StringLookup",
-        DataType::List(item) | DataType::LargeList(item) if is_text(item.data_type()) => {
+        DataType::List(item) | DataType::LargeList(item) | DataType::FixedSizeList(item, _)
+            if is_text(item.data_type()) =>
+        {
             "; encode its text with StringLookup"
         }
         DataType::List(_) | DataType::LargeList(_) => {

@@ -116,7 +116,11 @@ fn cased(text: &str, lowercase: bool) -> std::borrow::Cow<'_, str> {
 }
 
 pub(super) fn text(column: &str, array: &ArrayRef) -> Result<ArrayRef> {
-    if is_text(array.data_type()) {
+    let values = match array.data_type() {
+        DataType::Dictionary(_, values) => values,
+        other => other,
+    };
+    if is_text(values) {
         return Ok(cast(array, &DataType::Utf8)?);
     }
     Err(Error::ColumnType {

@@ -25,7 +25,8 @@ pub struct TensorSpec {
     dtype: Option<DType>,
     fill: Option<f64>,
     length: Option<usize>,
-    #[serde(default)]
+    /// Not written where it is not, so that what was written before is the same.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     truncates: bool,
 }
 

@@ -111,13 +111,16 @@ impl Values {
         })
     }
 
-    /// As many elements; of those that were there, or zeros.
+    /// As many elements; of those that were there, or zeros. Not in memory that was made for many more,
+    /// which nobody would know of.
     pub(super) fn resize(&mut self, len: usize) {
         fn resize<T: WithDType>(all: &mut Vec<T>, len: usize) {
-            match all.capacity() < len {
-                true => *all = vec![T::zero(); len],
-                false => all.resize(len, T::zero()),
+            let fits = all.capacity() >= len && all.capacity() - len <= len / 4;
+            if !fits {
+                // Before there is another.
+                drop(std::mem::take(all));
             }
+            all.resize(len, T::zero());
         }
         with_vec!(self, vec => resize(vec, len));
     }

@@ -119,6 +119,52 @@ fn an_aggregate_is_the_same_however_rows_are_cut() {
     assert_eq!(rows.column(0).as_primitive::<Int64Type>().values()[..], [0, 1, 1, 2, 2]);
 }
 
+/// Counts: of no rows that is 0, which is not missing.
+#[derive(Debug, Default, Serialize, Deserialize)]
+struct RowsSeen(i64);
+
+impl Aggregator for RowsSeen {
+    fn types(given: &[DataType]) -> Result<FnTypes, BoxError> {
+        Ok(FnTypes::new(given.to_vec(), DataType::Int64))
+    }
+
+    fn update(&mut self, columns: &[ArrayRef]) -> Result<(), BoxError> {
+        self.0 += columns[0].len() as i64;
+        Ok(())
+    }
+
+    fn merge(&mut self, other: Self) -> Result<(), BoxError> {
+        self.0 += other.0;
+        Ok(())
+    }
+
+    fn finish(&self) -> Result<ArrayRef, BoxError> {
+        Ok(Arc::new(Int64Array::from(vec![self.0])))
+    }
+}
+
+mobula_data::inventory::submit! { AggregateFn::new::<RowsSeen>("rows_seen") }
+
+#[test]
+fn an_aggregate_of_no_rows_is_its_own_everywhere() {
+    let ask = |sql: &str| {
+        let tables = [("t", numbered(4, &[3])), ("u", numbered(2, &[2]))];
+        let rows = query(sql, tables).expect(sql);
+        let column = rows.column(0).as_primitive::<Int64Type>();
+        assert_eq!(column.null_count(), 0, "{sql}");
+        column.values().to_vec()
+    };
+    let none = "SELECT rows_seen(id) FROM t WHERE id < 0";
+    assert_eq!(ask(none), [0]);
+    let correlated =
+        "SELECT (SELECT rows_seen(u.id) FROM u WHERE u.id = t.id) AS n FROM t ORDER BY t.id";
+    assert_eq!(ask(correlated), [1, 1, 0, 0]);
+    let before = "SELECT rows_seen(id) OVER (ORDER BY id ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS n FROM t ORDER BY id";
+    assert_eq!(ask(before), [0, 1, 2, 3]);
+    let some = "SELECT rows_seen(id) FILTER (WHERE id > 1) AS n FROM t GROUP BY id ORDER BY id";
+    assert_eq!(ask(some), [0, 0, 1, 1]);
+}
+
 /// No rows are an aggregate too, and values of another type are converted.
 #[test]
 fn an_aggregate_of_nothing_and_of_text() {
@@ -138,6 +184,10 @@ fn what_an_aggregate_does_not_do_is_said() {
     assert!(text.contains("function exact_median: 13 alone has no median"), "{text}");
     let text = ask("SELECT exact_median(id ORDER BY id DESC) AS m FROM t");
     assert!(text.contains("exact_median with DISTINCT, IGNORE NULLS or ORDER BY"), "{text}");
+    let text = ask("SELECT exact_median() AS m FROM t");
+    assert!(text.contains("exact_median takes at least one argument"), "{text}");
+    let text = ask("SELECT exact_median(id) OVER (ORDER BY id ROWS 1 PRECEDING) AS m FROM t");
+    assert!(text.contains("exact_median over a window that does not begin"), "{text}");
     let text = ask("SELECT exact_median(DISTINCT id), count(DISTINCT id % 3) AS m FROM t");
     assert!(text.contains("exact_median with DISTINCT"), "{text}");
 }

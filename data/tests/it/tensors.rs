@@ -263,3 +263,16 @@ fn decimals_of_parquet_are_the_same_whichever_way_they_are_read() {
         data.sql("SELECT sum(a) AS total FROM dataset").and_then(|d| d.collect()).expect("sum");
     assert_eq!(sum.num_rows(), 1);
 }
+
+/// What streams are known by is made of it: in another form, none could be resumed.
+#[test]
+fn a_tensor_is_written_as_it_was() {
+    let json = |spec: &TensorSpec| serde_json::to_string(spec).expect("JSON");
+    let spec = TensorSpec::column("x");
+    let expected =
+        r#"{"name":"x","columns":["x"],"is_stack":false,"dtype":null,"fill":null,"length":null}"#;
+    assert_eq!(json(&spec), expected);
+    let cut = spec.with_length(2).with_truncation(true);
+    let again: TensorSpec = serde_json::from_str(&json(&cut)).expect("a tensor");
+    assert_eq!(again, cut);
+}
