@@ -11,8 +11,11 @@ use crate::error::{Error, Result};
 use arrow::datatypes::DataType;
 use datafusion::common::{Result as EngineResult, exec_datafusion_err};
 use datafusion::execution::FunctionRegistry;
+use datafusion::logical_expr::{Signature, Volatility};
 use datafusion::prelude::SessionContext;
 use mobula_core::BoxError;
+use std::fmt::Debug;
+use std::hash::{Hash, Hasher};
 use std::sync::LazyLock;
 
 /// The types of a function's arguments and of its result.
@@ -33,21 +36,62 @@ impl FnTypes {
 /// with those that it said the arguments are converted to.
 type TypesOf = fn(&[DataType]) -> Result<FnTypes, BoxError>;
 
-/// The types of a call, with as many arguments as the function takes.
-fn types(name: &str, of: TypesOf, given: &[DataType]) -> EngineResult<FnTypes> {
-    if given.is_empty() {
-        return Err(exec_datafusion_err!("{name} takes at least one argument"));
-    }
-    let types = of(given).map_err(|source| failed(name, source))?;
-    if types.inputs.len() != given.len() {
-        return Err(exec_datafusion_err!(
-            "{name} takes {} arguments, but {} are given",
-            types.inputs.len(),
-            given.len()
-        ));
-    }
-    Ok(types)
+/// What both kinds of functions have.
+#[derive(Debug)]
+struct Head {
+    name: &'static str,
+    types: TypesOf,
 }
+
+impl Head {
+    const fn new(name: &'static str, types: TypesOf) -> Self {
+        must_be_a_name(name);
+        Self { name, types }
+    }
+
+    /// The types of a call, with as many arguments as the function takes.
+    fn types(&self, given: &[DataType]) -> EngineResult<FnTypes> {
+        let name = self.name;
+        if given.is_empty() {
+            return Err(exec_datafusion_err!("{name} takes at least one argument"));
+        }
+        let types = (self.types)(given).map_err(|source| failed(name, source))?;
+        match types.inputs.len() == given.len() {
+            true => Ok(types),
+            false => Err(exec_datafusion_err!(
+                "{name} takes {} arguments, but {} are given",
+                types.inputs.len(),
+                given.len()
+            )),
+        }
+    }
+}
+
+trait Function: Debug {
+    fn head(&self) -> &Head;
+}
+
+/// The engine's side of a function. A name means one.
+#[derive(Debug)]
+struct Called<F: 'static>(&'static F);
+
+impl<F: Function> PartialEq for Called<F> {
+    fn eq(&self, other: &Self) -> bool {
+        self.0.head().name == other.0.head().name
+    }
+}
+
+impl<F: Function> Eq for Called<F> {}
+
+impl<F: Function> Hash for Called<F> {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        self.0.head().name.hash(state);
+    }
+}
+
+/// Of all: types are their own affair, and the same rows give the same.
+static SIGNATURE: LazyLock<Signature> =
+    LazyLock::new(|| Signature::user_defined(Volatility::Immutable));
 
 fn failed(name: &str, source: BoxError) -> Error {
     Error::Function { name: name.to_owned(), source }
@@ -77,8 +121,8 @@ static TWICE: LazyLock<Option<&'static str>> = LazyLock::new(|| {
 });
 
 fn names() -> impl Iterator<Item = &'static str> {
-    let scalars = inventory::iter::<ScalarFn>.into_iter().map(|function| function.name);
-    scalars.chain(inventory::iter::<AggregateFn>.into_iter().map(|function| function.name))
+    let scalars = inventory::iter::<ScalarFn>.into_iter().map(|function| function.head().name);
+    scalars.chain(inventory::iter::<AggregateFn>.into_iter().map(|function| function.head().name))
 }
 
 /// Gives every name one meaning.
@@ -92,9 +136,9 @@ pub(crate) fn check() -> Result<()> {
 /// Makes them known to a session.
 pub(crate) fn register(session: &SessionContext) {
     for function in inventory::iter::<ScalarFn> {
-        session.register_udf(scalar::of(function));
+        session.register_udf(Called(function).into());
     }
     for function in inventory::iter::<AggregateFn> {
-        session.register_udaf(aggregate::of(function));
+        session.register_udaf(Called(function).into());
     }
 }

@@ -1,20 +1,18 @@
 //! Functions of the rows of a group.
 
-use super::{FnTypes, TypesOf, failed, must_be_a_name, types};
+use super::{Called, FnTypes, Function, Head, SIGNATURE, failed};
 use crate::error::Result;
 use arrow::array::{Array, ArrayRef, AsArray};
 use arrow::datatypes::{DataType, Field, FieldRef};
 use datafusion::common::{Result as EngineResult, exec_err, not_impl_err};
 use datafusion::logical_expr::function::{AccumulatorArgs, StateFieldsArgs};
-use datafusion::logical_expr::{
-    Accumulator, AggregateUDF, AggregateUDFImpl, Signature, Volatility,
-};
+use datafusion::logical_expr::{Accumulator, AggregateUDFImpl, Signature};
 use datafusion::scalar::ScalarValue;
 use mobula_core::BoxError;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use std::fmt::Debug;
-use std::sync::{Arc, LazyLock};
+use std::sync::Arc;
 
 /// What an aggregate knows of the rows of a group so far, for aggregates of your own.
 ///
@@ -98,8 +96,7 @@ pub trait Aggregator:
 /// An [`Aggregator`] that SQL can call, in queries and in [`Dataset::aggregate`](crate::Dataset::aggregate).
 #[derive(Debug)]
 pub struct AggregateFn {
-    pub(super) name: &'static str,
-    types: TypesOf,
+    head: Head,
     make: fn(&'static str, DataType) -> Box<dyn Accumulator>,
 }
 
@@ -108,43 +105,23 @@ inventory::collect!(AggregateFn);
 impl AggregateFn {
     /// Gives it a name, of the letters a-z, digits and underscores.
     pub const fn new<A: Aggregator>(name: &'static str) -> Self {
-        must_be_a_name(name);
-        Self { name, types: A::types, make: make::<A> }
+        Self { head: Head::new(name, A::types), make: make::<A> }
     }
 }
 
-pub(super) fn of(function: &'static AggregateFn) -> AggregateUDF {
-    AggregateUDF::from(Called { name: function.name })
+impl Function for AggregateFn {
+    fn head(&self) -> &Head {
+        &self.head
+    }
 }
 
 fn make<A: Aggregator>(name: &'static str, output: DataType) -> Box<dyn Accumulator> {
     Box::new(State { name, output, of: A::default() })
 }
 
-/// The engine's side of it; a name means one function.
-#[derive(Debug, PartialEq, Eq, Hash)]
-struct Called {
-    name: &'static str,
-}
-
-impl Called {
-    fn function(&self) -> &'static AggregateFn {
-        let mut all = inventory::iter::<AggregateFn>.into_iter();
-        all.find(|function| function.name == self.name).expect("it was made of one")
-    }
-
-    fn types(&self, given: &[DataType]) -> EngineResult<FnTypes> {
-        types(self.name, self.function().types, given)
-    }
-}
-
-/// What all have in common.
-static SIGNATURE: LazyLock<Signature> =
-    LazyLock::new(|| Signature::user_defined(Volatility::Immutable));
-
-impl AggregateUDFImpl for Called {
+impl AggregateUDFImpl for Called<AggregateFn> {
     fn name(&self) -> &str {
-        self.name
+        self.0.head.name
     }
 
     fn signature(&self) -> &Signature {
@@ -152,23 +129,23 @@ impl AggregateUDFImpl for Called {
     }
 
     fn coerce_types(&self, given: &[DataType]) -> EngineResult<Vec<DataType>> {
-        Ok(self.types(given)?.inputs)
+        Ok(self.0.head.types(given)?.inputs)
     }
 
     fn return_type(&self, given: &[DataType]) -> EngineResult<DataType> {
-        Ok(self.types(given)?.output)
+        Ok(self.0.head.types(given)?.output)
     }
 
     /// What the engine has for groups that it finds no rows for.
     fn default_value(&self, output: &DataType) -> EngineResult<ScalarValue> {
-        (self.function().make)(self.name, output.clone()).evaluate()
+        (self.0.make)(self.0.head.name, output.clone()).evaluate()
     }
 
     fn create_sliding_accumulator(
         &self,
         _args: AccumulatorArgs<'_>,
     ) -> EngineResult<Box<dyn Accumulator>> {
-        not_impl_err!("{} over a window that does not begin with the first row", self.name)
+        not_impl_err!("{} over a window that does not begin with the first row", self.0.head.name)
     }
 
     fn state_fields(&self, args: StateFieldsArgs<'_>) -> EngineResult<Vec<FieldRef>> {
@@ -180,13 +157,13 @@ impl AggregateUDFImpl for Called {
     }
 
     fn accumulator(&self, args: AccumulatorArgs<'_>) -> EngineResult<Box<dyn Accumulator>> {
-        let name = self.name;
+        let name = self.0.head.name;
         if args.is_distinct || args.ignore_nulls || !args.order_bys.is_empty() {
             return not_impl_err!(
                 "{name} with DISTINCT, IGNORE NULLS or ORDER BY among its arguments"
             );
         }
-        Ok((self.function().make)(name, args.return_field.data_type().clone()))
+        Ok((self.0.make)(name, args.return_field.data_type().clone()))
     }
 }
 

@@ -1,14 +1,11 @@
 //! Functions of the values of a row.
 
-use super::{FnTypes, TypesOf, failed, must_be_a_name, types};
+use super::{Called, FnTypes, Function, Head, SIGNATURE, failed};
 use arrow::array::{Array, ArrayRef};
 use arrow::datatypes::DataType;
 use datafusion::common::{Result as EngineResult, exec_err};
-use datafusion::logical_expr::{
-    ColumnarValue, ScalarFunctionArgs, ScalarUDF, ScalarUDFImpl, Signature, Volatility,
-};
+use datafusion::logical_expr::{ColumnarValue, ScalarFunctionArgs, ScalarUDFImpl, Signature};
 use mobula_core::BoxError;
-use std::sync::LazyLock;
 
 /// A function of columns that SQL can call, in queries, filters and expressions.
 ///
@@ -40,8 +37,7 @@ use std::sync::LazyLock;
 /// ```
 #[derive(Debug)]
 pub struct ScalarFn {
-    pub(super) name: &'static str,
-    types: TypesOf,
+    head: Head,
     call: fn(&[ArrayRef]) -> Result<ArrayRef, BoxError>,
 }
 
@@ -58,39 +54,19 @@ impl ScalarFn {
         types: fn(&[DataType]) -> Result<FnTypes, BoxError>,
         call: fn(&[ArrayRef]) -> Result<ArrayRef, BoxError>,
     ) -> Self {
-        must_be_a_name(name);
-        Self { name, types, call }
+        Self { head: Head::new(name, types), call }
     }
 }
 
-pub(super) fn of(function: &'static ScalarFn) -> ScalarUDF {
-    ScalarUDF::from(Called { name: function.name })
-}
-
-/// The engine's side of it; a name means one function.
-#[derive(Debug, PartialEq, Eq, Hash)]
-struct Called {
-    name: &'static str,
-}
-
-impl Called {
-    fn function(&self) -> &'static ScalarFn {
-        let mut all = inventory::iter::<ScalarFn>.into_iter();
-        all.find(|function| function.name == self.name).expect("it was made of one")
-    }
-
-    fn types(&self, given: &[DataType]) -> EngineResult<FnTypes> {
-        types(self.name, self.function().types, given)
+impl Function for ScalarFn {
+    fn head(&self) -> &Head {
+        &self.head
     }
 }
 
-/// What all have in common.
-static SIGNATURE: LazyLock<Signature> =
-    LazyLock::new(|| Signature::user_defined(Volatility::Immutable));
-
-impl ScalarUDFImpl for Called {
+impl ScalarUDFImpl for Called<ScalarFn> {
     fn name(&self) -> &str {
-        self.name
+        self.0.head.name
     }
 
     fn signature(&self) -> &Signature {
@@ -98,21 +74,22 @@ impl ScalarUDFImpl for Called {
     }
 
     fn coerce_types(&self, given: &[DataType]) -> EngineResult<Vec<DataType>> {
-        Ok(self.types(given)?.inputs)
+        Ok(self.0.head.types(given)?.inputs)
     }
 
     fn return_type(&self, given: &[DataType]) -> EngineResult<DataType> {
-        Ok(self.types(given)?.output)
+        Ok(self.0.head.types(given)?.output)
     }
 
     fn invoke_with_args(&self, args: ScalarFunctionArgs) -> EngineResult<ColumnarValue> {
         let columns = ColumnarValue::values_to_arrays(&args.args)?;
+        let Called(ScalarFn { head: Head { name, .. }, call }) = self;
         // Where all arguments are constants there is a row of them, whatever the number of rows.
-        let rows = columns.first().map_or(args.number_rows, |column| column.len());
-        let made = (self.function().call)(&columns).map_err(|source| failed(self.name, source))?;
+        let rows = columns[0].len();
+        let made = call(&columns).map_err(|source| failed(name, source))?;
         let (expected, got) = (args.return_field.data_type(), made.data_type());
         if made.len() != rows || expected != got {
-            let (name, len) = (self.name, made.len());
+            let len = made.len();
             return exec_err!(
                 "{name} returned {len} values of {got} for {rows} rows, expected as many of {expected}"
             );
