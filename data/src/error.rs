@@ -1,5 +1,6 @@
 //! The errors of this crate: what, where, expected, got, way out.
 
+use crate::hash_exchange::OneError;
 use mobula_core::BoxError;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -486,9 +487,13 @@ fn recover(
     use datafusion::common::SchemaError;
     use datafusion::error::DataFusionError as Engine;
     match error {
-        Engine::External(inner) => {
-            inner.downcast::<Error>().map(|ours| *ours).map_err(Engine::External)
-        }
+        Engine::External(inner) => match inner.downcast::<Error>() {
+            Ok(ours) => Ok(*ours),
+            Err(inner) => match inner.downcast_ref::<OneError>().and_then(OneError::take) {
+                Some(first) => recover(first),
+                None => Err(Engine::External(inner)),
+            },
+        },
         Engine::ResourcesExhausted(reason) => {
             Ok(Error::OutOfMemory { budget: crate::memory::budget().unwrap_or(0), reason })
         }

@@ -9,27 +9,21 @@
 //! As sample sort: Frazer and McKellar, *Samplesort*, JACM 1970.
 
 use crate::error::Result;
-use crate::memory::{self, Taken};
+use crate::parts::{PartsWriter, Routed, retyped};
 use crate::plan::Compiled;
-use crate::runtime::{joined, threads};
-use crate::spill::Unnamed;
-use crate::store::{Kept, bytes_of, compact};
-use arrow::array::{ArrayRef, RecordBatchOptions, UInt32Array, UInt64Array, new_empty_array};
-use arrow::compute::{cast, concat_batches, interleave_record_batch, take_record_batch};
-use arrow::datatypes::{DataType, Schema, SchemaRef};
+use crate::runtime::joined;
+use crate::store::{Kept, bytes_of};
+use arrow::array::{ArrayRef, RecordBatchOptions, UInt64Array, new_empty_array};
+use arrow::compute::interleave_record_batch;
+use arrow::datatypes::{DataType, SchemaRef};
 use arrow::record_batch::RecordBatch;
 use arrow::row::{OwnedRow, Row, RowConverter, Rows, SortField};
 use futures::{FutureExt, StreamExt, TryStreamExt, stream};
-use std::ops::Range;
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 
 /// About how many rows and bytes a part has.
 const PART_ROWS: u64 = 32_768;
 const PART_BYTES: u64 = 8 << 20;
-
-/// About how much of a part is kept at a time, and of all parts at least.
-const PIECE_BYTES: usize = 128 << 10;
-const LEAST_PENDING: usize = 1 << 20;
 
 /// Blocks of which all is read to see how much there is.
 const WEIGHED_BLOCKS: usize = 4;
@@ -93,14 +87,15 @@ impl Parts {
                 while let Some(batch) = batches.try_next().await? {
                     let at = place(block) + first;
                     first += batch.num_rows() as u64;
-                    routed.push(Routed::new(&batch, at, keys.as_ref(), &cuts)?);
+                    let of = parts_of(&batch, at, keys.as_ref(), &cuts)?;
+                    routed.push(Routed::new(&batch, &of, cuts.len() + 1)?);
                 }
                 Ok(routed)
             })
             .map(joined)
         };
         let mut routed = stream::iter(0..input.blocks()).map(route).buffered(input.at_once());
-        let mut writer = PartsWriter::new(cuts.len() + 1)?;
+        let mut writer = PartsWriter::new(cuts.len() + 1, 1)?;
         while let Some(block) = routed.try_next().await? {
             for batch in block {
                 writer.push(batch).await?;
@@ -274,141 +269,22 @@ fn even_cuts(keys: &dyn Keys, parts: u64) -> Result<Vec<OwnedRow>> {
     Ok(rows.iter().map(|row| row.owned()).collect())
 }
 
+/// The part of each of the rows, the first of which has the place `first`.
+fn parts_of(
+    rows: &RecordBatch,
+    first: u64,
+    keys: &dyn Keys,
+    cuts: &[OwnedRow],
+) -> Result<Vec<u32>> {
+    let placed = Placed::new(keys)?.of(keys, rows, first)?;
+    let part = |row| cuts.partition_point(|cut| cut.row() <= placed.row(row)) as u32;
+    Ok((0..rows.num_rows()).map(part).collect())
+}
+
 /// At most `most` of `0..all`, evenly spread.
 fn spread(all: usize, most: usize) -> impl Iterator<Item = usize> {
     let count = all.min(most);
     (0..count).map(move |at| at * all / count.max(1))
-}
-
-/// With the values of dictionaries instead: a piece would have all of a dictionary for a few rows.
-fn plain(rows: &RecordBatch) -> Result<RecordBatch> {
-    let data_type = |of: &DataType| match of {
-        DataType::Dictionary(_, values) => values.as_ref().clone(),
-        other => other.clone(),
-    };
-    let schema = rows.schema();
-    let fields = schema.fields().iter();
-    let fields: Vec<_> = fields
-        .map(|field| field.as_ref().clone().with_data_type(data_type(field.data_type())))
-        .collect();
-    retyped(rows, &Arc::new(Schema::new(fields)))
-}
-
-/// The same columns in the types of `schema`.
-fn retyped(rows: &RecordBatch, schema: &SchemaRef) -> Result<RecordBatch> {
-    let columns = rows.columns().iter().zip(schema.fields());
-    let columns = columns.map(|(column, field)| match column.data_type() == field.data_type() {
-        true => Ok(column.clone()),
-        false => cast(column, field.data_type()),
-    });
-    let columns = columns.collect::<Result<_, _>>()?;
-    let options = RecordBatchOptions::new().with_row_count(Some(rows.num_rows()));
-    Ok(RecordBatch::try_new_with_options(schema.clone(), columns, &options)?)
-}
-
-/// Rows, one part after another.
-struct Routed {
-    rows: RecordBatch,
-    /// The parts that have any, and which rows these are.
-    parts: Vec<(usize, Range<usize>)>,
-}
-
-impl Routed {
-    fn new(rows: &RecordBatch, first: u64, keys: &dyn Keys, cuts: &[OwnedRow]) -> Result<Self> {
-        let placed = Placed::new(keys)?.of(keys, rows, first)?;
-        let part = |row| cuts.partition_point(|cut| cut.row() <= placed.row(row)) as u32;
-        let of: Vec<u32> = (0..rows.num_rows()).map(part).collect();
-        let mut starts = vec![0_u32; cuts.len() + 2];
-        of.iter().for_each(|part| starts[*part as usize + 1] += 1);
-        (1..starts.len()).for_each(|at| starts[at] += starts[at - 1]);
-        let mut next = starts.clone();
-        let mut order = vec![0_u32; of.len()];
-        for (row, part) in of.iter().enumerate() {
-            let place = &mut next[*part as usize];
-            order[*place as usize] = row as u32;
-            *place += 1;
-        }
-        let range = |part: usize| starts[part] as usize..starts[part + 1] as usize;
-        let parts = (0..=cuts.len()).map(|part| (part, range(part)));
-        let parts = parts.filter(|(_, rows)| !rows.is_empty()).collect();
-        // Nothing else is to be held by these while they wait for others.
-        let rows = take_record_batch(&plain(rows)?, &UInt32Array::from(order))?;
-        Ok(Self { rows: compact(&rows)?, parts })
-    }
-}
-
-/// Collects the rows of parts, and keeps them a generation at a time.
-struct PartsWriter {
-    /// What is not kept yet.
-    pending: Vec<RecordBatch>,
-    /// Which rows of which of these are those of a part.
-    places: Vec<Vec<(usize, Range<usize>)>>,
-    pending_bytes: usize,
-    /// Bytes of a generation.
-    most: usize,
-    _memory: Taken,
-    parts: Vec<Vec<Kept>>,
-    rows: Vec<u64>,
-    file: Arc<OnceLock<Unnamed>>,
-}
-
-impl PartsWriter {
-    fn new(parts: usize) -> Result<Self> {
-        let quarter = (memory::budget()? / 4).max(LEAST_PENDING);
-        let most = (parts * PIECE_BYTES).clamp(LEAST_PENDING, quarter);
-        Ok(Self {
-            pending: Vec::new(),
-            places: vec![Vec::new(); parts],
-            pending_bytes: 0,
-            most,
-            _memory: memory::take(most)?,
-            parts: (0..parts).map(|_| Vec::new()).collect(),
-            rows: vec![0; parts],
-            file: Arc::default(),
-        })
-    }
-
-    async fn push(&mut self, routed: Routed) -> Result<()> {
-        for (part, rows) in routed.parts {
-            self.rows[part] += rows.len() as u64;
-            self.places[part].push((self.pending.len(), rows));
-            self.pending_bytes += size_of::<(usize, Range<usize>)>();
-        }
-        self.pending_bytes += bytes_of(&routed.rows)?;
-        self.pending.push(routed.rows);
-        if self.pending_bytes >= self.most { self.keep().await } else { Ok(()) }
-    }
-
-    /// Keeps all that is pending, a piece for each part.
-    async fn keep(&mut self) -> Result<()> {
-        let pending = Arc::new(std::mem::take(&mut self.pending));
-        let places = std::mem::replace(&mut self.places, vec![Vec::new(); self.parts.len()]);
-        let filled = places.into_iter().enumerate().filter(|(_, places)| !places.is_empty());
-        let keep = |(part, places): (usize, Vec<(usize, Range<usize>)>)| {
-            let (pending, file) = (pending.clone(), self.file.clone());
-            let keep = async move {
-                let slice = |(at, rows): (usize, Range<usize>)| {
-                    let batch: &RecordBatch = &pending[at];
-                    batch.slice(rows.start, rows.len())
-                };
-                let slices: Vec<_> = places.into_iter().map(slice).collect();
-                let piece = concat_batches(&slices[0].schema(), &slices)?;
-                Ok((part, Kept::keep(piece, &file)?))
-            };
-            tokio::spawn(keep).map(joined)
-        };
-        let kept = stream::iter(filled).map(keep).buffered(threads());
-        for (part, piece) in kept.try_collect::<Vec<_>>().await? {
-            self.parts[part].push(piece);
-        }
-        self.pending_bytes = 0;
-        Ok(())
-    }
-
-    async fn finish(mut self) -> Result<(Vec<Vec<Kept>>, Vec<u64>)> {
-        self.keep().await?;
-        Ok((self.parts, self.rows))
-    }
 }
 
 #[cfg(test)]

@@ -3,11 +3,12 @@
 use crate::Dataset;
 use crate::dataset::{Op, fold_blocks};
 use crate::error::{Error, Result};
-use crate::plan::{self, Compiled};
+use crate::plan::Compiled;
+use crate::query::{bare, frame};
 use crate::runtime::block_on;
 use crate::session::Mode;
 use crate::split::Side;
-use crate::stage;
+use crate::{stage, tables};
 use datafusion::physical_plan::displayable;
 use datafusion::prelude::DataFrame;
 use std::fmt::Write;
@@ -116,9 +117,11 @@ pub(crate) async fn plans(frame: DataFrame) -> Result<String> {
     Ok(text)
 }
 
-/// The engine's plans of a query.
+/// The engine's plans of a query: as it runs, if it is known how many rows there are.
 pub(crate) fn query_plans(inputs: &[(String, Dataset)], query: &str) -> Result<String> {
-    let tables = plan::empty_tables(inputs)?;
-    let query = query.to_owned();
-    block_on(async move { plans(plan::query_frame(tables, &query, Mode::Serial).await?).await })
+    let is_known = inputs.iter().all(|(_, input)| input.opened().is_some());
+    let (inputs, query) = (bare(inputs), query.to_owned());
+    let mode = if is_known { tables::mode(&inputs)? } else { Mode::InOrder(1) };
+    let tables = if is_known { tables::all(&inputs, mode)? } else { tables::empty(&inputs)? };
+    block_on(async move { plans(frame(tables, &query, mode).await?).await })
 }

@@ -4,7 +4,7 @@
 use crate::Dataset;
 use crate::error::{Error, Result};
 use crate::order::OrderBy;
-use crate::plan::{self, TABLE};
+use crate::query::{TABLE, bare, query_schema};
 use crate::source::query::Query;
 use crate::source::slice::{self, Part, Slice, Zip};
 use crate::source::sorted::{Groups, Shuffled, Sorted};
@@ -73,7 +73,7 @@ impl Dataset {
         let mut inputs = vec![(TABLE.to_owned(), self.clone())];
         inputs.extend(others.into_iter().map(|(name, other)| (name.into(), other.clone())));
         let query = query.into();
-        let schema = plan::query_schema(&inputs, &query)?;
+        let schema = query_schema(&bare(&inputs), &query)?;
         Ok(Self::unopened(Query { inputs, query }).with_schema(schema))
     }
 

@@ -1,13 +1,27 @@
-//! The partitions of a plan one after another.
+//! Plans of the engine whose rows come in the same order each time.
+//!
+//! That is the order of the inputs, wherever the engine takes what comes first. What is in a partition, and
+//! in which order, is then a function of the rows alone, and as many partitions are computed at the same
+//! time as there are threads.
 
-use datafusion::common::Result as EngineResult;
+use crate::error::Error;
+use crate::hash_exchange::HashExchangeExec;
+use crate::runtime::in_turn;
+use crate::store::{BlockStore, BlockWriter};
 use datafusion::common::config::ConfigOptions;
 use datafusion::common::tree_node::{Transformed, TransformedResult, TreeNode, TreeNodeRecursion};
+use datafusion::common::{JoinType, Result as EngineResult};
+use datafusion::error::DataFusionError;
 use datafusion::execution::{SendableRecordBatchStream, TaskContext};
 use datafusion::physical_expr::PhysicalExpr;
 use datafusion::physical_optimizer::PhysicalOptimizerRule;
 use datafusion::physical_plan::coalesce_partitions::CoalescePartitionsExec;
+use datafusion::physical_plan::execution_plan::{ChildrenPropertiesMode, ReplaceChildrenOptions};
+use datafusion::physical_plan::joins::{HashJoinExec, NestedLoopJoinExec, PartitionMode};
 use datafusion::physical_plan::limit::GlobalLimitExec;
+use datafusion::physical_plan::repartition::RepartitionExec;
+use datafusion::physical_plan::sorts::sort::SortExec;
+use datafusion::physical_plan::sorts::sort_preserving_merge::SortPreservingMergeExec;
 use datafusion::physical_plan::stream::RecordBatchStreamAdapter;
 use datafusion::physical_plan::{
     DisplayAs, DisplayFormatType, ExecutionPlan, ExecutionPlanProperties, Partitioning,
@@ -17,8 +31,7 @@ use futures::{StreamExt, TryStreamExt, stream};
 use std::fmt;
 use std::sync::Arc;
 
-/// The engine gives a union a partition for each of its branches, and takes rows from whichever comes
-/// first. In their order, the same query has the same rows in the same order again.
+/// In place of what takes rows as they come.
 #[derive(Debug)]
 pub(crate) struct InOrder;
 
@@ -28,19 +41,7 @@ impl PhysicalOptimizerRule for InOrder {
         plan: Arc<dyn ExecutionPlan>,
         _config: &ConfigOptions,
     ) -> EngineResult<Arc<dyn ExecutionPlan>> {
-        let plan = plan.transform_up(|node| {
-            let Some(merge) = node.downcast_ref::<CoalescePartitionsExec>() else {
-                return Ok(Transformed::no(node));
-            };
-            let fetch = ExecutionPlan::fetch(merge);
-            let in_order: Arc<dyn ExecutionPlan> =
-                Arc::new(InOrderExec::new(merge.input().clone()));
-            Ok(Transformed::yes(match fetch {
-                Some(rows) => Arc::new(GlobalLimitExec::new(in_order, 0, Some(rows))),
-                None => in_order,
-            }))
-        });
-        let plan = plan.data()?;
+        let plan = plan.transform_up(in_order).data()?;
         Ok(match plan.output_partitioning().partition_count() {
             0 | 1 => plan,
             _ => Arc::new(InOrderExec::new(plan)),
@@ -54,6 +55,116 @@ impl PhysicalOptimizerRule for InOrder {
     fn schema_check(&self) -> bool {
         true
     }
+}
+
+fn in_order(node: Arc<dyn ExecutionPlan>) -> EngineResult<Transformed<Arc<dyn ExecutionPlan>>> {
+    let instead = if let Some(merge) = node.downcast_ref::<CoalescePartitionsExec>() {
+        limited(Arc::new(InOrderExec::new(merge.input().clone())), ExecutionPlan::fetch(merge))
+    } else if let Some(exchange) = node.downcast_ref::<RepartitionExec>() {
+        by_hash(exchange)?
+    } else if let Some(merge) = node.downcast_ref::<SortPreservingMergeExec>() {
+        merged(merge)
+    } else {
+        return Ok(Transformed::no(node));
+    };
+    Ok(Transformed::yes(instead))
+}
+
+fn limited(plan: Arc<dyn ExecutionPlan>, rows: Option<usize>) -> Arc<dyn ExecutionPlan> {
+    match rows {
+        Some(rows) => Arc::new(GlobalLimitExec::new(plan, 0, Some(rows))),
+        None => plan,
+    }
+}
+
+fn by_hash(exchange: &RepartitionExec) -> EngineResult<Arc<dyn ExecutionPlan>> {
+    let Partitioning::Hash(keys, parts) = exchange.partitioning() else {
+        let by = exchange.partitioning();
+        return Err(Error::Internal(format!("an exchange by {by}, not by hash")).into());
+    };
+    // The first rows of each input were to save work. Which of the same they are depends on the threads.
+    let input = match first_of_each(exchange.input()) {
+        Some(sort) => sort.input(),
+        None => exchange.input(),
+    };
+    let by_hash = Arc::new(HashExchangeExec::new(input.clone(), keys.clone(), *parts));
+    Ok(match exchange.properties().output_ordering() {
+        Some(order) => {
+            Arc::new(SortExec::new(order.clone(), by_hash).with_preserve_partitioning(true))
+        }
+        None => by_hash,
+    })
+}
+
+/// Of rows that are the same to it, those of the first input come first.
+fn merged(merge: &SortPreservingMergeExec) -> Arc<dyn ExecutionPlan> {
+    if let Some(sort) = first_of_each(merge.input()) {
+        let input = Arc::new(InOrderExec::new(sort.input().clone()));
+        return Arc::new(SortExec::new(sort.expr().clone(), input).with_fetch(merge.fetch()));
+    }
+    let stable = SortPreservingMergeExec::new(merge.expr().clone(), merge.input().clone());
+    Arc::new(stable.with_fetch(merge.fetch()).with_round_robin_repartition(false))
+}
+
+/// A sort of each partition that gives the first rows alone. Its partitions tell each other what is not
+/// among these.
+fn first_of_each(plan: &Arc<dyn ExecutionPlan>) -> Option<&SortExec> {
+    let sort = plan.downcast_ref::<SortExec>()?;
+    (sort.preserve_partitioning() && sort.fetch().is_some()).then_some(sort)
+}
+
+/// Joins that give rows of the side that they hold, once the other side has ended. Where all partitions of
+/// the other side share what is held, the last of them gives these: which one is that?
+#[derive(Debug)]
+pub(crate) struct HeldOnce;
+
+impl PhysicalOptimizerRule for HeldOnce {
+    fn optimize(
+        &self,
+        plan: Arc<dyn ExecutionPlan>,
+        _config: &ConfigOptions,
+    ) -> EngineResult<Arc<dyn ExecutionPlan>> {
+        plan.transform_up(held_once).data()
+    }
+
+    fn name(&self) -> &str {
+        "held_once"
+    }
+
+    fn schema_check(&self) -> bool {
+        true
+    }
+}
+
+fn held_once(node: Arc<dyn ExecutionPlan>) -> EngineResult<Transformed<Arc<dyn ExecutionPlan>>> {
+    if let Some(join) = node.downcast_ref::<HashJoinExec>() {
+        if *join.partition_mode() != PartitionMode::CollectLeft || !gives_held(*join.join_type()) {
+            return Ok(Transformed::no(node));
+        }
+        if !join.null_aware {
+            let parted =
+                join.builder().with_partition_mode(PartitionMode::Partitioned).build_exec()?;
+            return Ok(Transformed::yes(parted));
+        }
+    } else if let Some(join) = node.downcast_ref::<NestedLoopJoinExec>() {
+        if !gives_held(*join.join_type()) {
+            return Ok(Transformed::no(node));
+        }
+    } else {
+        return Ok(Transformed::no(node));
+    }
+    let [held, other] = node.children()[..] else { return Ok(Transformed::no(node)) };
+    if other.output_partitioning().partition_count() == 1 {
+        return Ok(Transformed::no(node));
+    }
+    let children = vec![held.clone(), Arc::new(InOrderExec::new(other.clone())) as _];
+    let recompute = ReplaceChildrenOptions::new(ChildrenPropertiesMode::Recompute);
+    Ok(Transformed::yes(node.replace_children(children, recompute)?))
+}
+
+fn gives_held(join: JoinType) -> bool {
+    use JoinType as Join;
+    matches!(join, Join::Left | Join::LeftAnti | Join::LeftSemi | Join::LeftMark | Join::Full)
 }
 
 #[derive(Debug)]
@@ -115,11 +226,24 @@ impl ExecutionPlan for InOrderExec {
         _partition: usize,
         context: Arc<TaskContext>,
     ) -> EngineResult<SendableRecordBatchStream> {
-        let input = self.input.clone();
-        let partitions = 0..input.output_partitioning().partition_count();
-        let batches = stream::iter(partitions)
-            .map(move |partition| input.execute(partition, context.clone()))
-            .try_flatten();
-        Ok(Box::pin(RecordBatchStreamAdapter::new(self.schema(), batches)))
+        let (input, schema) = (self.input.clone(), self.schema());
+        let partitions = input.output_partitioning().partition_count();
+        let rows = in_turn(partitions, move |partition| {
+            let (input, context) = (input.clone(), context.clone());
+            async move { keep(input.execute(partition, context)?).await }
+        });
+        let rows = rows.map_ok(|kept| {
+            stream::iter(kept).map(|block| block.read().map_err(DataFusionError::from))
+        });
+        Ok(Box::pin(RecordBatchStreamAdapter::new(schema, rows.try_flatten())))
     }
+}
+
+/// The rows of a partition, until it is their turn.
+async fn keep(mut rows: SendableRecordBatchStream) -> EngineResult<BlockStore> {
+    let mut kept = BlockWriter::new(rows.schema());
+    while let Some(batch) = rows.try_next().await? {
+        kept.push(batch)?;
+    }
+    Ok(kept.finish()?)
 }

@@ -37,11 +37,13 @@ mod explain;
 mod formats;
 mod frame;
 mod functions;
+mod hash_exchange;
 mod hive;
 mod in_order;
 pub mod inspect;
 mod memory;
 mod order;
+mod parts;
 mod persist;
 mod plan;
 #[cfg(feature = "postgres")]
@@ -65,6 +67,7 @@ mod sqlite;
 mod stage;
 mod store;
 mod stream;
+mod tables;
 mod typed;
 
 pub use batch_fn::{BatchActor, BatchFn};

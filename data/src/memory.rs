@@ -2,13 +2,11 @@
 
 use crate::error::{Error, Result};
 use crate::spill::SpillFiles;
-use datafusion::common::Result as EngineResult;
 use datafusion::execution::disk_manager::{DiskManagerBuilder, DiskManagerMode};
 use datafusion::execution::memory_pool::{
-    FairSpillPool, MemoryConsumer, MemoryLimit, MemoryPool, MemoryReservation, TrackConsumersPool,
+    FairSpillPool, MemoryConsumer, MemoryPool, MemoryReservation, TrackConsumersPool,
 };
 use datafusion::execution::runtime_env::{RuntimeEnv, RuntimeEnvBuilder};
-use std::fmt;
 use std::num::NonZeroUsize;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, LazyLock};
@@ -54,59 +52,6 @@ fn memory() -> Result<&'static Memory> {
 /// What the query engine runs in: it takes its memory from the budget and spills beyond it.
 pub(crate) fn engine() -> Result<Arc<RuntimeEnv>> {
     Ok(memory()?.engine.clone())
-}
-
-/// The same for a query that does not spill: it may have all that is left of the budget.
-pub(crate) fn engine_in_memory() -> Result<Arc<RuntimeEnv>> {
-    let memory = memory()?;
-    let all = MemoryConsumer::new("queries in memory").register(&memory.pool);
-    let pool = TrackConsumersPool::new(InMemory { all, budget: memory.budget }, NAMED);
-    let disk = DiskManagerBuilder::default().with_mode(DiskManagerMode::Disabled);
-    RuntimeEnvBuilder::new()
-        .with_memory_pool(Arc::new(pool))
-        .with_disk_manager_builder(disk)
-        .build_arc()
-        .map_err(Error::engine("start the query engine"))
-}
-
-/// What is left of the budget, for whoever comes first: those who do not spill need not be fair.
-#[derive(Debug)]
-struct InMemory {
-    /// Of the budget's pool.
-    all: MemoryReservation,
-    budget: usize,
-}
-
-impl MemoryPool for InMemory {
-    fn name(&self) -> &str {
-        "in memory"
-    }
-
-    fn grow(&self, _: &MemoryReservation, bytes: usize) {
-        self.all.grow(bytes);
-    }
-
-    fn shrink(&self, _: &MemoryReservation, bytes: usize) {
-        self.all.shrink(bytes);
-    }
-
-    fn try_grow(&self, _: &MemoryReservation, bytes: usize) -> EngineResult<()> {
-        self.all.try_grow(bytes)
-    }
-
-    fn reserved(&self) -> usize {
-        self.all.size()
-    }
-
-    fn memory_limit(&self) -> MemoryLimit {
-        MemoryLimit::Finite(self.budget)
-    }
-}
-
-impl fmt::Display for InMemory {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "in memory (of {} bytes)", self.budget)
-    }
 }
 
 /// Bytes of the budget.

@@ -3,7 +3,8 @@
 use crate::error::{Error, Result};
 use crate::exchange::Keys;
 use crate::frame::quoted;
-use crate::plan::{TABLE, must_be_deterministic, query_frame};
+use crate::plan::must_be_deterministic;
+use crate::query::{self, TABLE};
 use crate::runtime::block_on;
 use crate::scan::SourceTable;
 use crate::session::{Mode, session};
@@ -13,7 +14,7 @@ use arrow::compute::{SortOptions, cast};
 use arrow::datatypes::{DataType, SchemaRef};
 use arrow::record_batch::RecordBatch;
 use arrow::row::SortField;
-use datafusion::common::DFSchema;
+use datafusion::common::{DFSchema, TableReference};
 use datafusion::logical_expr::expr_rewriter::unnormalize_col;
 use datafusion::logical_expr::{LogicalPlan, SortExpr};
 use std::collections::BTreeSet;
@@ -33,9 +34,10 @@ impl OrderBy {
         let (source, by) = (Arc::new(OpenSource::empty(schema.clone())), by.to_owned());
         let schema = schema.clone();
         block_on(async move {
-            let tables = vec![(TABLE.to_owned(), SourceTable::Sequences(source, 1))];
+            let table = Arc::new(SourceTable::Sequences(source, 1)) as _;
+            let tables = vec![(TableReference::bare(TABLE), table)];
             let query = format!("SELECT * FROM {TABLE} ORDER BY {by}");
-            let frame = query_frame(tables, &query, Mode::Serial).await?;
+            let frame = query::frame(tables, &query, Mode::InOrder(1)).await?;
             let LogicalPlan::Sort(sort) = frame.logical_plan() else {
                 return Err(Error::InvalidOption {
                     option: "the order of a sort",

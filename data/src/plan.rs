@@ -14,28 +14,23 @@ use crate::functions;
 use crate::resample::Resample;
 use crate::runtime::{block_on, threads};
 use crate::scan::{MapStream, SourceTable};
-use crate::session::{Mode, new_session, session};
+use crate::session::session;
 use crate::source::OpenSource;
-use crate::stage::{Names, Stage, Watched};
-use crate::store::BlockStore;
+use crate::stage::{Stage, Watched};
 use arrow::compute::concat_batches;
 use arrow::datatypes::{DataType, SchemaRef};
 use arrow::record_batch::RecordBatch;
 use datafusion::catalog::streaming::StreamingTable;
+use datafusion::common::Column;
 use datafusion::common::tree_node::{TreeNode, TreeNodeRecursion};
-use datafusion::common::{Column, TableReference};
 use datafusion::execution::SendableRecordBatchStream;
-use datafusion::execution::context::SQLOptions;
 use datafusion::logical_expr::{Expr, LogicalPlan, Volatility, cast};
 use datafusion::physical_plan::display::DisplayableExecutionPlan;
-use datafusion::physical_plan::{ExecutionPlan, ExecutionPlanProperties, execute_stream};
-use datafusion::prelude::{DataFrame, SessionContext, lit};
+use datafusion::physical_plan::{ExecutionPlan, ExecutionPlanProperties};
+use datafusion::prelude::{DataFrame, lit};
 use futures::stream::{self, BoxStream};
 use futures::{StreamExt, TryStreamExt};
 use std::sync::Arc;
-
-/// The name that queries use for the dataset they are asked of.
-pub(crate) const TABLE: &str = "dataset";
 
 /// Blocks that wait for a network at the same time, and rows of all of them.
 const MOST_WAITING: u64 = 16;
@@ -268,100 +263,13 @@ async fn map(frame: DataFrame, function: Arc<dyn BatchMap>) -> Result<DataFrame>
     session().read_table(Arc::new(table)).map_err(Error::engine("plan"))
 }
 
-/// A table with the columns of a dataset, and no rows.
-pub(crate) fn empty_table(dataset: &Dataset) -> Result<SourceTable> {
-    Ok(SourceTable::Sequences(Arc::new(OpenSource::empty(dataset.schema()?)), 1))
-}
-
-/// The same of several, with their names.
-pub(crate) fn empty_tables(inputs: &[(String, Dataset)]) -> Result<Vec<(String, SourceTable)>> {
-    inputs.iter().map(|(name, input)| Ok((name.clone(), empty_table(input)?))).collect()
-}
-
-/// The columns of a query's result, without running it.
-pub(crate) fn query_schema(inputs: &[(String, Dataset)], query: &str) -> Result<SchemaRef> {
-    let (tables, query) = (empty_tables(inputs)?, query.to_owned());
-    block_on(async move { schema_of(query_frame(tables, &query, Mode::Serial).await?) })
-}
-
-/// Runs a query over datasets. Its inputs are read in order and the engine is given one partition,
-/// so that every worker that runs it gets the same rows, in the same order where the memory is enough.
-pub(crate) fn run_query(inputs: &[(String, Dataset)], query: &str) -> Result<BlockStore> {
-    let named = |(name, input): &(String, Dataset)| Ok((name.clone(), table(input, 1)?));
-    let tables = inputs.iter().map(named).collect::<Result<Vec<_>>>()?;
-    let query = query.to_owned();
-    block_on(async move {
-        let mut mode = Mode::Serial;
-        loop {
-            let frame = query_frame(tables.clone(), &query, mode).await?;
-            match (store(frame, &query).await, mode.with_less_memory()) {
-                (Err(Error::OutOfMemory { .. }), Some(less)) => mode = less,
-                (result, _) => return result,
-            }
-        }
-    })
-}
-
-/// A dataset as a table of so many partitions; one that nothing is done to gives only the columns that
-/// are asked for.
-pub(crate) fn table(dataset: &Dataset, partitions: usize) -> Result<SourceTable> {
-    if dataset.ops().is_empty() {
-        return Ok(SourceTable::Sequences(dataset.open()?, partitions));
-    }
-    Ok(SourceTable::Chains(dataset.compile()?, partitions))
-}
-
 /// The columns of a frame, as they are once the engine has found common types where it needs them.
-fn schema_of(frame: DataFrame) -> Result<SchemaRef> {
+pub(crate) fn schema_of(frame: DataFrame) -> Result<SchemaRef> {
     let plan = frame.into_optimized_plan().map_err(Error::engine("plan"))?;
     Ok(Arc::new(plan.schema().as_arrow().clone()))
 }
 
-/// What the rows of a query are called.
-#[derive(Debug)]
-struct Query;
-
-impl Names for Query {
-    fn name(&self, _block: usize) -> String {
-        "its result".to_owned()
-    }
-}
-
-/// The rows of a query, as blocks.
-async fn store(frame: DataFrame, query: &str) -> Result<BlockStore> {
-    let failed = Error::sql(query);
-    let context = Arc::new(frame.task_ctx());
-    let plan = frame.create_physical_plan().await.map_err(&failed)?;
-    let schema = plan.schema();
-    let batches = execute_stream(plan, context).map_err(&failed)?;
-    let stage = Stage::new(format!("query: {query}"), None, Box::new(Query));
-    let batches = Watched::new(batches.map_err(failed), &stage, 0);
-    BlockStore::collect(schema, batches).await
-}
-
-pub(crate) async fn query_frame(
-    tables: Vec<(String, SourceTable)>,
-    query: &str,
-    mode: Mode,
-) -> Result<DataFrame> {
-    let session = new_session(mode)?;
-    for (name, table) in tables {
-        let name = TableReference::bare(name);
-        session.register_table(name, Arc::new(table)).map_err(Error::engine("plan"))?;
-    }
-    let frame = read_only(&session, query).await?;
-    plan_must_be_deterministic(frame.logical_plan(), query)?;
-    Ok(frame)
-}
-
-/// A query that changes nothing.
-pub(crate) async fn read_only(session: &SessionContext, query: &str) -> Result<DataFrame> {
-    let options =
-        SQLOptions::new().with_allow_ddl(false).with_allow_dml(false).with_allow_statements(false);
-    session.sql_with_options(query, options).await.map_err(Error::sql(query))
-}
-
-fn plan_must_be_deterministic(plan: &LogicalPlan, sql: &str) -> Result<()> {
+pub(crate) fn plan_must_be_deterministic(plan: &LogicalPlan, sql: &str) -> Result<()> {
     let mut result = Ok(());
     let visited = plan.apply_with_subqueries(|node| {
         node.apply_expressions(|expression| {

@@ -2,30 +2,29 @@
 
 use crate::Dataset;
 use crate::error::{Error, Result};
-use crate::plan::{self, read_only};
-use crate::remote;
+use crate::plan::{plan_must_be_deterministic, schema_of};
 use crate::runtime::block_on;
 use crate::session::{Mode, new_session};
-use crate::store::relabel;
-use arrow::array::RecordBatchOptions;
-use arrow::compute::{cast, concat_batches};
-use arrow::datatypes::{DataType, Field, Schema, SchemaRef};
+use crate::source::Blocks;
+use crate::stage::{Names, Stage, Watched};
+use crate::store::BlockStore;
+use crate::tables::{self, Table};
+use arrow::compute::concat_batches;
+use arrow::datatypes::SchemaRef;
 use arrow::record_batch::RecordBatch;
-use datafusion::catalog::TableProvider;
 use datafusion::common::TableReference;
-use datafusion::common::tree_node::TreeNode;
-use datafusion::datasource::file_format::parquet::ParquetFormat;
-use datafusion::datasource::listing::{
-    ListingOptions, ListingTable, ListingTableConfig, ListingTableUrl,
-};
-use datafusion::logical_expr::LogicalPlan;
-use datafusion::physical_plan::collect;
-use datafusion::prelude::SessionContext;
-use mobula_core::error::AtPath;
-use std::collections::BTreeMap;
-use std::path::PathBuf;
+use datafusion::execution::context::SQLOptions;
+use datafusion::physical_plan::execute_stream;
+use datafusion::prelude::{DataFrame, SessionContext};
+use futures::TryStreamExt;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
-use url::Url;
+
+/// The name that queries use for the dataset they are asked of.
+pub(crate) const TABLE: &str = "dataset";
+
+/// Datasets, by the names that a query calls them.
+type Inputs = [(TableReference, Dataset)];
 
 /// The result of a query over the tables given by name, and over files that it names in quotes, as
 /// [`Dataset::read`] reads them. It is kept in memory; the tables are read as the query needs them.
@@ -42,21 +41,20 @@ use url::Url;
 /// ```
 ///
 /// It runs on all processors, within the budget of memory. Rows come in the order that the query asks
-/// for; if it asks for none, but filters, computes, limits and unites alone, in that of the tables.
+/// for; if it asks for none, but filters, computes, limits and unites alone, in that of the tables. Any
+/// other order is the same each time, if the memory is enough.
 pub fn query<S: Into<String>>(
     sql: &str,
     tables: impl IntoIterator<Item = (S, Dataset)>,
 ) -> Result<RecordBatch> {
     let tables = tables.into_iter().map(|(name, table)| (name.into(), table)).collect();
-    let session = new_session(Mode::Serial)?;
-    let tables = named(tables_of(&session, sql)?, &tables)?;
-    let mut mode = mode(sql, &tables)?;
-    loop {
-        match (run(sql, &tables, mode), mode.with_less_memory()) {
-            (Err(Error::OutOfMemory { .. }), Some(less)) => mode = less,
-            (result, _) => return result,
-        }
-    }
+    let inputs = named(tables_of(&new_session(Mode::InOrder(1))?, sql)?, &tables)?;
+    let (empty, of) = (tables::empty(&inputs)?, sql.to_owned());
+    let schema = block_on(async move { schema_of(frame(empty, &of, Mode::InOrder(1)).await?) })?;
+    let blocks = run(&inputs, sql, &schema)?;
+    let schema = blocks.schema();
+    let blocks = blocks.into_iter().map(|block| block.read()).collect::<Result<Vec<_>>>()?;
+    Ok(concat_batches(&schema, &blocks)?)
 }
 
 /// The datasets that a query's names mean.
@@ -74,110 +72,78 @@ fn named(
     names.into_iter().map(dataset).collect()
 }
 
-/// What keeps the order of its table is done in it.
-fn mode(sql: &str, tables: &[(TableReference, Dataset)]) -> Result<Mode> {
-    let session = new_session(Mode::Serial)?;
-    for (name, dataset) in tables {
-        let table = plan::empty_table(dataset)?;
-        session.register_table(name.clone(), Arc::new(table)).map_err(Error::sql(sql))?;
-    }
-    let query = sql.to_owned();
-    let keeps_order = block_on(async move {
-        let frame = read_only(&session, &query).await?;
-        let reorders = frame.logical_plan().exists(|node| {
-            use LogicalPlan as Plan;
-            Ok(!matches!(
-                node,
-                Plan::Projection(_)
-                    | Plan::Filter(_)
-                    | Plan::Limit(_)
-                    | Plan::TableScan(_)
-                    | Plan::SubqueryAlias(_)
-                    | Plan::Union(_)
-                    | Plan::Values(_)
-                    | Plan::EmptyRelation(_)
-            ))
-        });
-        Ok(!reorders.map_err(Error::sql(&query))?)
+/// The names of datasets, as they are.
+pub(crate) fn bare(inputs: &[(String, Dataset)]) -> Vec<(TableReference, Dataset)> {
+    let bare =
+        |(name, input): &(String, Dataset)| (TableReference::bare(name.as_str()), input.clone());
+    inputs.iter().map(bare).collect()
+}
+
+/// The columns of the result of a query that gives the same each time, without running it.
+pub(crate) fn query_schema(inputs: &Inputs, query: &str) -> Result<SchemaRef> {
+    let (tables, query) = (tables::empty(inputs)?, query.to_owned());
+    let schema = block_on(async move {
+        let frame = frame(tables, &query, Mode::InOrder(1)).await?;
+        plan_must_be_deterministic(frame.logical_plan(), &query)?;
+        schema_of(frame)
     })?;
-    Ok(if keeps_order { Mode::Serial } else { Mode::Parallel })
+    let mut names = BTreeSet::new();
+    match schema.fields().iter().find(|field| !names.insert(field.name())) {
+        Some(twice) => Err(Error::ColumnTwice { column: twice.name().clone() }),
+        None => Ok(schema),
+    }
 }
 
-fn run(sql: &str, tables: &[(TableReference, Dataset)], mode: Mode) -> Result<RecordBatch> {
+/// The result of a query whose columns are known, so that every worker that runs it gets the same
+/// rows, in the same order where the memory is enough.
+pub(crate) fn run(inputs: &Inputs, query: &str, schema: &SchemaRef) -> Result<BlockStore> {
+    let mut mode = tables::mode(inputs)?;
+    loop {
+        let (tables, of, schema) = (tables::all(inputs, mode)?, query.to_owned(), schema.clone());
+        let rows =
+            block_on(async move { store(frame(tables, &of, mode).await?, &of, &schema).await });
+        // Rather what became of a file than what was read of it.
+        inputs.iter().try_for_each(|(_, input)| input.open()?.check_files())?;
+        match (rows, mode.with_less_memory()) {
+            (Err(Error::OutOfMemory { .. }), Some(less)) => mode = less,
+            (result, _) => return result,
+        }
+    }
+}
+
+/// What the rows of a query are called.
+#[derive(Debug)]
+struct Query;
+
+impl Names for Query {
+    fn name(&self, _block: usize) -> String {
+        "its result".to_owned()
+    }
+}
+
+/// The rows of a query, as blocks with the types of a schema.
+async fn store(frame: DataFrame, query: &str, schema: &SchemaRef) -> Result<BlockStore> {
+    let failed = Error::sql(query);
+    let context = Arc::new(frame.task_ctx());
+    let plan = frame.create_physical_plan().await.map_err(&failed)?;
+    let schema = tables::retyped(&plan.schema(), schema);
+    let batches = execute_stream(plan, context).map_err(&failed)?;
+    let stage = Stage::new(format!("query: {query}"), None, Box::new(Query));
+    let batches = Watched::new(batches.map_err(failed), &stage, 0);
+    let typed = schema.clone();
+    let batches = batches.and_then(move |batch| std::future::ready(tables::cast(&batch, &typed)));
+    BlockStore::collect(schema, batches).await
+}
+
+/// A query over tables, which changes nothing.
+pub(crate) async fn frame(tables: Vec<Table>, query: &str, mode: Mode) -> Result<DataFrame> {
     let session = new_session(mode)?;
-    for (name, dataset) in tables {
-        let table = provider(dataset, mode)?;
-        session.register_table(name.clone(), table).map_err(Error::sql(sql))?;
+    for (name, table) in tables {
+        session.register_table(name, table).map_err(Error::engine("plan"))?;
     }
-    let sql = sql.to_owned();
-    block_on(async move {
-        let frame = read_only(&session, &sql).await?;
-        let context = Arc::new(frame.task_ctx());
-        let plan = frame.create_physical_plan().await.map_err(Error::sql(&sql))?;
-        let schema = plan.schema();
-        let batches = collect(plan, context).await.map_err(Error::sql(&sql))?;
-        // The branches of a union say of themselves alone what may be missing.
-        let batches = batches.iter().map(|batch| relabel(batch, &schema));
-        without_views(&concat_batches(&schema, &batches.collect::<Result<Vec<_>>>()?)?)
-    })
-}
-
-/// A dataset as a table. The engine reads Parquet files itself, as it knows which of their pages a
-/// query needs.
-fn provider(dataset: &Dataset, mode: Mode) -> Result<Arc<dyn TableProvider>> {
-    let ours = || Ok(Arc::new(plan::table(dataset, mode.partitions())?) as _);
-    let files = dataset.source().parquet_files().filter(|_| dataset.ops().is_empty());
-    let Some(files) = files else { return ours() };
-    let failed = Error::engine("read Parquet files");
-    let url = |path: &PathBuf| {
-        // The engine knows no `..`.
-        let url = Url::from_file_path(path.canonicalize().at("resolve", path)?);
-        let url = url.map_err(|()| Error::NoFiles { pattern: path.clone() })?;
-        ListingTableUrl::try_new(url, None).map_err(&failed)
-    };
-    // Of an object store it would not notice that a file changed, or is gone.
-    if files.iter().any(|path| remote::is_url(path)) {
-        return ours();
-    }
-    let urls = files.iter().map(url).collect::<Result<Vec<_>>>()?;
-    // The engine would read them by name.
-    if mode != Mode::Parallel && !urls.is_sorted_by_key(|url| url.prefix()) {
-        return ours();
-    }
-    let options = ListingOptions::new(Arc::new(ParquetFormat::default())).with_file_extension("");
-    let config = ListingTableConfig::new_with_multi_paths(urls)
-        .with_listing_options(options)
-        .with_schema(with_views(&*dataset.schema()?));
-    Ok(Arc::new(ListingTable::try_new(config).map_err(failed)?))
-}
-
-/// Text as the engine is fastest with it.
-fn with_views(schema: &Schema) -> SchemaRef {
-    retyped(schema, |of| match of {
-        DataType::Utf8 => DataType::Utf8View,
-        DataType::Binary => DataType::BinaryView,
-        other => other.clone(),
-    })
-}
-
-/// Text as everybody reads it.
-fn without_views(batch: &RecordBatch) -> Result<RecordBatch> {
-    let schema = retyped(&batch.schema(), |of| match of {
-        DataType::Utf8View => DataType::Utf8,
-        DataType::BinaryView => DataType::Binary,
-        other => other.clone(),
-    });
-    let columns = batch.columns().iter().zip(schema.fields());
-    let columns = columns.map(|(column, field)| cast(column, field.data_type()));
-    let options = RecordBatchOptions::new().with_row_count(Some(batch.num_rows()));
-    let columns = columns.collect::<Result<_, _>>()?;
-    Ok(RecordBatch::try_new_with_options(schema, columns, &options)?)
-}
-
-fn retyped(schema: &Schema, data_type: fn(&DataType) -> DataType) -> SchemaRef {
-    let field =
-        |field: &Arc<Field>| field.as_ref().clone().with_data_type(data_type(field.data_type()));
-    Arc::new(Schema::new(schema.fields().iter().map(field).collect::<Vec<_>>()))
+    let options =
+        SQLOptions::new().with_allow_ddl(false).with_allow_dml(false).with_allow_statements(false);
+    session.sql_with_options(query, options).await.map_err(Error::sql(query))
 }
 
 /// The tables that a query names and does not make itself.

@@ -5,7 +5,7 @@ use crate::batch_fn::BatchMap;
 use crate::dataset::Op;
 use crate::error::{Error, Result};
 use crate::frame::quoted;
-use crate::plan::TABLE;
+use crate::query::TABLE;
 use crate::source::union::{self, Union};
 use arrow::array::{Array, AsArray, UInt32Array};
 use arrow::compute::take_record_batch;

@@ -1,9 +1,13 @@
 //! The crate's own async runtime, hidden behind a synchronous interface.
 
 use crate::error::{Error, Result};
+use datafusion::common::Result as EngineResult;
+use datafusion::common::runtime::SpawnedTask;
+use futures::{Stream, StreamExt, stream};
 use std::cell::Cell;
-use std::sync::{LazyLock, mpsc};
+use std::sync::{Arc, LazyLock, mpsc};
 use tokio::runtime::{Builder, Handle, Runtime};
+use tokio::sync::Semaphore;
 use tokio::task::JoinError;
 
 thread_local! {
@@ -40,6 +44,33 @@ pub(crate) fn joined<T>(result: Result<Result<T>, JoinError>) -> Result<T> {
         let text = text.or_else(|| panic.downcast_ref::<&str>().copied());
         Err(Error::Panicked { message: text.unwrap_or("(no message)").to_owned() })
     })
+}
+
+/// How many parts of a plan, for each thread, may wait for those before them to end.
+const AHEAD: usize = 4;
+
+/// Runs the parts of a plan as tasks, as many at a time as there are threads, and gives what they made in
+/// their order. They end with whoever waits for them.
+pub(crate) fn in_turn<T: Send + 'static, F: Future<Output = EngineResult<T>> + Send + 'static>(
+    parts: usize,
+    run: impl Fn(usize) -> F,
+) -> impl Stream<Item = EngineResult<T>> {
+    let free = Arc::new(Semaphore::new(threads()));
+    let start = move |part| {
+        let (free, task) = (free.clone(), run(part));
+        async move {
+            let begin = async move {
+                // It is never closed.
+                let _one = free.acquire().await;
+                task.await
+            };
+            match SpawnedTask::spawn(begin).join().await {
+                Ok(result) => result,
+                Err(error) => Ok(joined(Err(error))?),
+            }
+        }
+    };
+    stream::iter(0..parts).map(start).buffered(threads() * AHEAD)
 }
 
 /// What runs on the crate's own threads.

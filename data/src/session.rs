@@ -2,9 +2,8 @@
 
 use crate::error::Result;
 use crate::functions;
-use crate::in_order::InOrder;
+use crate::in_order::{HeldOnce, InOrder};
 use crate::memory;
-use crate::runtime::threads;
 use arrow::compute::SortOptions;
 use datafusion::common::Result as EngineResult;
 use datafusion::common::config::ConfigOptions;
@@ -34,12 +33,10 @@ pub(crate) fn session() -> &'static SessionContext {
 /// How a query runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Mode {
-    /// On all processors, with what memory there is. It does not spill, as the engine may hang where
-    /// partitions that it exchanges do (DataFusion issue 24883). Rows without an order come in any.
-    Parallel,
-    /// On one, in the same order of rows each time; it spills, and then groups come in another.
-    Serial,
-    /// The same, by joins that spill: the engine's hash join does not.
+    /// In at most so many parts, on all processors, and in the same order of rows each time, which is
+    /// that of the tables where there is one part. It spills, and then groups come in another.
+    InOrder(usize),
+    /// The same in one part, by joins that spill: the engine's hash join does not.
     SortMerge,
 }
 
@@ -47,43 +44,39 @@ impl Mode {
     /// What to do instead where there was too little memory.
     pub(crate) fn with_less_memory(self) -> Option<Self> {
         match self {
-            Self::Parallel => Some(Self::Serial),
-            Self::Serial => Some(Self::SortMerge),
+            Self::InOrder(1) => Some(Self::SortMerge),
+            // They share the memory.
+            Self::InOrder(_) => Some(Self::InOrder(1)),
             Self::SortMerge => None,
         }
     }
 
-    /// Partitions of a table.
+    /// Partitions of a table at most.
     pub(crate) fn partitions(self) -> usize {
-        if self == Self::Parallel { threads() } else { 1 }
+        match self {
+            Self::InOrder(parts) => parts,
+            Self::SortMerge => 1,
+        }
     }
 }
 
 /// For queries, which take their memory from the budget.
 pub(crate) fn new_session(mode: Mode) -> Result<SessionContext> {
     functions::check()?;
-    let aside = (memory::budget()? / 8).min(MERGE_BYTES);
+    let parts = mode.partitions();
+    let aside = (memory::budget()? / 8 / parts).min(MERGE_BYTES);
     let state = SessionStateBuilder::new().with_default_features();
-    let state = match mode {
-        Mode::Parallel => {
-            let config = SessionConfig::new()
-                .with_target_partitions(threads())
-                .set_bool("datafusion.sql_parser.map_string_types_to_utf8view", false);
-            state.with_config(config).with_runtime_env(memory::engine_in_memory()?)
-        }
-        Mode::Serial | Mode::SortMerge => {
-            let config = config().with_sort_spill_reservation_bytes(aside);
-            state.with_config(config).with_runtime_env(memory::engine()?)
-        }
-    };
+    let config = config().with_target_partitions(parts).with_sort_spill_reservation_bytes(aside);
+    let state = state.with_config(config).with_runtime_env(memory::engine()?);
     let mut rules = PhysicalOptimizer::new().rules;
     if mode == Mode::SortMerge {
         // First, so that the others see to it that its inputs are sorted.
         rules.insert(0, Arc::new(SortMergeJoins));
     }
-    if mode != Mode::Parallel {
-        rules.push(Arc::new(InOrder));
-    }
+    // Behind what chooses the kind of a join, before what sees to its inputs.
+    let chosen = rules.iter().position(|rule| rule.name() == "join_selection");
+    rules.insert(chosen.map_or(0, |at| at + 1), Arc::new(HeldOnce));
+    rules.push(Arc::new(InOrder));
     let state = state.with_physical_optimizer_rules(rules);
     let session = SessionContext::new_with_state(state.build());
     functions::register(&session);
@@ -93,9 +86,10 @@ pub(crate) fn new_session(mode: Mode) -> Result<SessionContext> {
 fn config() -> SessionConfig {
     let off = false;
     SessionConfig::new()
-        // One partition of a query's result is one order of its rows.
         .with_target_partitions(1)
         .with_round_robin_repartition(off)
+        // Branches of a union one behind the other, not as they come.
+        .set_bool("datafusion.optimizer.prefer_existing_union", true)
         // Files are listed in their order: of those listed first a limit chooses.
         .set_usize("datafusion.execution.meta_fetch_concurrency", 1)
         .set_bool("datafusion.execution.enable_file_stream_work_stealing", off)

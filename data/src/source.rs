@@ -146,6 +146,12 @@ pub trait Blocks: Debug + Send + Sync {
     /// other data is refused.
     fn fingerprint(&self) -> Result<String>;
 
+    /// An error if a file is another than that which was opened.
+    #[doc(hidden)]
+    fn check_files(&self) -> Result<()> {
+        Ok(())
+    }
+
     /// How messages call a block.
     fn name(&self, block: usize) -> String {
         format!("block {block}")

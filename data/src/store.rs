@@ -189,6 +189,15 @@ impl BlockStore {
     }
 }
 
+impl IntoIterator for BlockStore {
+    type Item = Kept;
+    type IntoIter = std::vec::IntoIter<Kept>;
+
+    fn into_iter(self) -> Self::IntoIter {
+        self.blocks.into_iter()
+    }
+}
+
 impl Blocks for BlockStore {
     fn schema(&self) -> SchemaRef {
         self.schema.clone()
@@ -226,34 +235,24 @@ impl Blocks for BlockStore {
 /// that they come in.
 const UNIT_ROWS: usize = 16;
 
-/// Cuts rows into blocks and keeps them.
-pub(crate) struct BlockWriter {
+/// Cuts rows into blocks.
+pub(crate) struct Cutter {
     schema: SchemaRef,
     /// Rows that are no block yet.
     pending: Vec<RecordBatch>,
     pending_rows: usize,
     pending_bytes: usize,
-    blocks: Vec<Kept>,
-    rows: Vec<u64>,
-    file: OnceLock<Unnamed>,
 }
 
-impl BlockWriter {
+impl Cutter {
     pub(crate) fn new(schema: SchemaRef) -> Self {
-        Self {
-            schema,
-            pending: Vec::new(),
-            pending_rows: 0,
-            pending_bytes: 0,
-            blocks: Vec::new(),
-            rows: Vec::new(),
-            file: OnceLock::new(),
-        }
+        Self { schema, pending: Vec::new(), pending_rows: 0, pending_bytes: 0 }
     }
 
-    /// Adds rows with the columns of the writer, of which the engine says less.
-    pub(crate) fn push(&mut self, batch: RecordBatch) -> Result<()> {
-        let mut batch = relabel(&batch, &self.schema)?;
+    /// Adds rows with the columns of the schema, of which the engine says less. Gives the blocks that
+    /// have all their rows now.
+    pub(crate) fn push(&mut self, batch: RecordBatch) -> Result<Vec<RecordBatch>> {
+        let (mut batch, mut blocks) = (relabel(&batch, &self.schema)?, Vec::new());
         while batch.num_rows() > 0 {
             let take = self.room(&batch)?;
             let piece = batch.slice(0, take);
@@ -263,10 +262,10 @@ impl BlockWriter {
             self.pending.push(piece);
             let is_unit = self.pending_rows.is_multiple_of(UNIT_ROWS);
             if self.pending_rows >= BLOCK_ROWS || (is_unit && self.pending_bytes >= BLOCK_BYTES) {
-                self.end_block()?;
+                blocks.extend(self.end_block()?);
             }
         }
-        Ok(())
+        Ok(blocks)
     }
 
     /// How many rows to take: all that the block lacks, or where these may be too many bytes, a unit.
@@ -279,21 +278,50 @@ impl BlockWriter {
         Ok(unit.min(all))
     }
 
-    fn end_block(&mut self) -> Result<()> {
-        if self.pending_rows > 0 {
-            let block = concat_batches(&self.schema, &self.pending)?;
-            self.rows.push(block.num_rows() as u64);
-            self.blocks.push(Kept::keep(block, &self.file)?);
-        }
+    /// The block of the rows that are left, if there are any.
+    pub(crate) fn end_block(&mut self) -> Result<Option<RecordBatch>> {
+        let block = match self.pending_rows {
+            0 => None,
+            _ => Some(concat_batches(&self.schema, &self.pending)?),
+        };
         self.pending.clear();
         (self.pending_rows, self.pending_bytes) = (0, 0);
+        Ok(block)
+    }
+}
+
+/// Cuts rows into blocks and keeps them.
+pub(crate) struct BlockWriter {
+    cutter: Cutter,
+    blocks: Vec<Kept>,
+    rows: Vec<u64>,
+    file: OnceLock<Unnamed>,
+}
+
+impl BlockWriter {
+    pub(crate) fn new(schema: SchemaRef) -> Self {
+        let cutter = Cutter::new(schema);
+        Self { cutter, blocks: Vec::new(), rows: Vec::new(), file: OnceLock::new() }
+    }
+
+    /// Adds rows with the columns of the writer, of which the engine says less.
+    pub(crate) fn push(&mut self, batch: RecordBatch) -> Result<()> {
+        let blocks = self.cutter.push(batch)?;
+        blocks.into_iter().try_for_each(|block| self.keep(block))
+    }
+
+    fn keep(&mut self, block: RecordBatch) -> Result<()> {
+        self.rows.push(block.num_rows() as u64);
+        self.blocks.push(Kept::keep(block, &self.file)?);
         Ok(())
     }
 
     pub(crate) fn finish(mut self) -> Result<BlockStore> {
-        self.end_block()?;
-        let Self { schema, blocks, rows, .. } = self;
-        Ok(BlockStore { schema, blocks, rows, fingerprint: OnceLock::new() })
+        if let Some(last) = self.cutter.end_block()? {
+            self.keep(last)?;
+        }
+        let Self { cutter, blocks, rows, .. } = self;
+        Ok(BlockStore { schema: cutter.schema, blocks, rows, fingerprint: OnceLock::new() })
     }
 }
 

@@ -55,6 +55,10 @@ impl OpenSource {
         }
     }
 
+    pub(crate) fn check_files(&self) -> Result<()> {
+        self.inner.check_files()
+    }
+
     pub(crate) fn empty(schema: SchemaRef) -> Self {
         Self::opened(Arc::new(MemoryBlocks::new(schema, Vec::new())))
     }

@@ -204,6 +204,10 @@ impl Blocks for ParquetBlocks {
         self.files.iter().any(|file| file.stamped.is_remote())
     }
 
+    fn check_files(&self) -> Result<()> {
+        self.files.iter().try_for_each(|file| file.stamped.open().map(drop))
+    }
+
     fn name(&self, block: usize) -> String {
         let (file, group) = self.groups[block];
         format!("{} (row group {group})", self.files[file].stamped.path.display())

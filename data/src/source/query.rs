@@ -3,6 +3,7 @@
 use super::{Blocks, Source};
 use crate::Dataset;
 use crate::error::Result;
+use crate::query::{bare, query_schema, run};
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 
@@ -16,7 +17,9 @@ pub(crate) struct Query {
 #[typetag::serde(name = "query")]
 impl Source for Query {
     fn open(&self) -> Result<Arc<dyn Blocks>> {
-        Ok(Arc::new(crate::plan::run_query(&self.inputs, &self.query)?))
+        let inputs = bare(&self.inputs);
+        let schema = query_schema(&inputs, &self.query)?;
+        Ok(Arc::new(run(&inputs, &self.query, &schema)?))
     }
 
     fn summary(&self) -> String {

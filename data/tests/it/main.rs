@@ -10,6 +10,7 @@ mod memory;
 mod mutations;
 mod own_source;
 mod partitioned;
+mod parts;
 mod persist;
 mod preprocess;
 mod resample;

@@ -1,0 +1,248 @@
+//! Rows of the engine's plans, parted by the hashes of keys.
+//!
+//! The engine's own exchange gives the rows of a part in the order in which its threads come by, and
+//! hangs where it waits for memory (DataFusion issue 24883). Here all rows are routed first, and kept
+//! within the budget; a part then has those of the first input before those of the second. So it has
+//! the same rows in the same order, however many threads there are, and waits for nobody.
+
+use crate::error::Error;
+use crate::parts::{PartsWriter, Routed, retyped};
+use crate::runtime::{in_turn, threads};
+use crate::store::{Cutter, Kept};
+use arrow::datatypes::SchemaRef;
+use arrow::record_batch::RecordBatch;
+use datafusion::common::Result as EngineResult;
+use datafusion::common::hash_utils::create_hashes;
+use datafusion::common::tree_node::TreeNodeRecursion;
+use datafusion::error::DataFusionError;
+use datafusion::execution::{SendableRecordBatchStream, TaskContext};
+use datafusion::physical_expr::PhysicalExpr;
+use datafusion::physical_expr_common::utils::evaluate_expressions_to_arrays;
+use datafusion::physical_plan::metrics::{
+    BaselineMetrics, ExecutionPlanMetricsSet, MetricsSet, RecordOutput,
+};
+use datafusion::physical_plan::repartition::REPARTITION_RANDOM_STATE;
+use datafusion::physical_plan::stream::RecordBatchStreamAdapter;
+use datafusion::physical_plan::{
+    DisplayAs, DisplayFormatType, ExecutionPlan, ExecutionPlanProperties, Partitioning,
+    PlanProperties,
+};
+use futures::future::{BoxFuture, Shared};
+use futures::{FutureExt, Stream, StreamExt, TryStreamExt, stream};
+use std::fmt;
+use std::sync::{Arc, Mutex, PoisonError};
+
+type Keys = Arc<[Arc<dyn PhysicalExpr>]>;
+
+/// What all inputs were routed to, for those who read a part each.
+type Routing = Shared<BoxFuture<'static, Result<Arc<[Part]>, OneError>>>;
+
+/// The pieces of a part, in order, until they are read.
+type Part = Mutex<Option<Vec<Kept>>>;
+
+pub(crate) struct HashExchangeExec {
+    input: Arc<dyn ExecutionPlan>,
+    keys: Keys,
+    properties: Arc<PlanProperties>,
+    metrics: ExecutionPlanMetricsSet,
+    routing: Mutex<Option<Routing>>,
+}
+
+impl HashExchangeExec {
+    pub(crate) fn new(
+        input: Arc<dyn ExecutionPlan>,
+        keys: Vec<Arc<dyn PhysicalExpr>>,
+        parts: usize,
+    ) -> Self {
+        let mut equivalences = input.equivalence_properties().clone();
+        equivalences.clear_orderings();
+        equivalences.clear_per_partition_constants();
+        let properties = PlanProperties::new(
+            equivalences,
+            Partitioning::Hash(keys.clone(), parts),
+            input.pipeline_behavior(),
+            input.boundedness(),
+        );
+        Self {
+            input,
+            keys: keys.into(),
+            properties: Arc::new(properties),
+            metrics: ExecutionPlanMetricsSet::new(),
+            routing: Mutex::new(None),
+        }
+    }
+
+    fn parts(&self) -> usize {
+        self.properties.partitioning.partition_count()
+    }
+
+    /// Routes all inputs, for whoever asks first.
+    fn routing(&self, context: &Arc<TaskContext>) -> Routing {
+        let mut routing = self.routing.lock().unwrap_or_else(PoisonError::into_inner);
+        let begin = || {
+            let (input, keys, parts) = (self.input.clone(), self.keys.clone(), self.parts());
+            let routed = route_all(input, keys, parts, context.clone());
+            routed.map(|routed| routed.map_err(OneError::new)).boxed().shared()
+        };
+        routing.get_or_insert_with(begin).clone()
+    }
+}
+
+async fn route_all(
+    input: Arc<dyn ExecutionPlan>,
+    keys: Keys,
+    parts: usize,
+    context: Arc<TaskContext>,
+) -> EngineResult<Arc<[Part]>> {
+    let inputs = input.output_partitioning().partition_count();
+    let writers = inputs.min(threads());
+    let route = |partition| {
+        let (input, keys, context) = (input.clone(), keys.clone(), context.clone());
+        async move {
+            let mut batches = input.execute(partition, context)?;
+            let mut writer = PartsWriter::new(parts, writers)?;
+            while let Some(batch) = batches.try_next().await? {
+                let of = parts_of(&batch, &keys, parts)?;
+                writer.push(Routed::new(&batch, &of, parts)?).await?;
+            }
+            Ok(writer.finish().await?.0)
+        }
+    };
+    let mut routed = std::pin::pin!(in_turn(inputs, route));
+    let mut all: Vec<Vec<Kept>> = (0..parts).map(|_| Vec::new()).collect();
+    while let Some(parts) = routed.try_next().await? {
+        all.iter_mut().zip(parts).for_each(|(all, pieces)| all.extend(pieces));
+    }
+    Ok(all.into_iter().map(|pieces| Mutex::new(Some(pieces))).collect())
+}
+
+/// The part of each row.
+fn parts_of(
+    rows: &RecordBatch,
+    keys: &[Arc<dyn PhysicalExpr>],
+    parts: usize,
+) -> EngineResult<Vec<u32>> {
+    let keys = evaluate_expressions_to_arrays(keys, rows)?;
+    let mut hashes = vec![0; rows.num_rows()];
+    create_hashes(&keys, REPARTITION_RANDOM_STATE.random_state(), &mut hashes)?;
+    Ok(hashes.into_iter().map(|hash| (hash % parts as u64) as u32).collect())
+}
+
+/// The rows of a part, whose memory is free as soon as they are read.
+async fn read(
+    routing: Routing,
+    part: usize,
+    schema: SchemaRef,
+) -> EngineResult<impl Stream<Item = EngineResult<RecordBatch>>> {
+    let parts = routing.await?;
+    let pieces = parts[part].lock().unwrap_or_else(PoisonError::into_inner).take();
+    let read_twice = || Error::Internal("a part of an exchange is read twice".to_owned());
+    let mut pieces = pieces.ok_or_else(read_twice)?.into_iter();
+    let mut cutter = Cutter::new(schema.clone());
+    let blocks = std::iter::from_fn(move || match pieces.next() {
+        Some(piece) => {
+            let piece = piece.read().and_then(|piece| retyped(&piece, &schema));
+            Some(piece.and_then(|piece| cutter.push(piece)))
+        }
+        None => cutter.end_block().map(|last| last.map(|last| vec![last])).transpose(),
+    });
+    let blocks = stream::iter(blocks.map(|blocks| blocks.map_err(DataFusionError::from)));
+    Ok(blocks.map_ok(|blocks| stream::iter(blocks).map(Ok)).try_flatten())
+}
+
+impl DisplayAs for HashExchangeExec {
+    fn fmt_as(&self, _: DisplayFormatType, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "HashExchangeExec: {}", self.properties.partitioning)
+    }
+}
+
+impl fmt::Debug for HashExchangeExec {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "HashExchangeExec({})", self.properties.partitioning)
+    }
+}
+
+impl ExecutionPlan for HashExchangeExec {
+    fn name(&self) -> &str {
+        "HashExchangeExec"
+    }
+
+    fn properties(&self) -> &Arc<PlanProperties> {
+        &self.properties
+    }
+
+    fn children(&self) -> Vec<&Arc<dyn ExecutionPlan>> {
+        vec![&self.input]
+    }
+
+    fn apply_expressions(
+        &self,
+        f: &mut dyn FnMut(&Arc<dyn PhysicalExpr>) -> EngineResult<TreeNodeRecursion>,
+    ) -> EngineResult<TreeNodeRecursion> {
+        let mut recursion = TreeNodeRecursion::Continue;
+        for key in self.keys.iter() {
+            recursion = recursion.visit_sibling(|| f(key))?;
+        }
+        Ok(recursion)
+    }
+
+    fn with_new_children(
+        self: Arc<Self>,
+        children: Vec<Arc<dyn ExecutionPlan>>,
+    ) -> EngineResult<Arc<dyn ExecutionPlan>> {
+        Ok(Arc::new(Self::new(children[0].clone(), self.keys.to_vec(), self.parts())))
+    }
+
+    fn execute(
+        &self,
+        partition: usize,
+        context: Arc<TaskContext>,
+    ) -> EngineResult<SendableRecordBatchStream> {
+        let (routing, schema) = (self.routing(&context), self.schema());
+        let metrics = BaselineMetrics::new(&self.metrics, partition);
+        let rows = stream::once(read(routing, partition, schema.clone())).try_flatten();
+        let rows = rows.map_ok(move |rows| rows.record_output(&metrics));
+        Ok(Box::pin(RecordBatchStreamAdapter::new(schema, rows)))
+    }
+
+    fn metrics(&self) -> Option<MetricsSet> {
+        Some(self.metrics.clone_inner())
+    }
+}
+
+/// One error that several learn of, as all of them read what was to be. Who comes first has it as it is.
+#[derive(Clone)]
+pub(crate) struct OneError {
+    text: Arc<str>,
+    error: Arc<Mutex<Option<DataFusionError>>>,
+}
+
+impl OneError {
+    fn new(error: DataFusionError) -> Self {
+        Self { text: error.to_string().into(), error: Arc::new(Mutex::new(Some(error))) }
+    }
+
+    pub(crate) fn take(&self) -> Option<DataFusionError> {
+        self.error.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+}
+
+impl fmt::Display for OneError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.text)
+    }
+}
+
+impl fmt::Debug for OneError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "OneError({})", self.text)
+    }
+}
+
+impl std::error::Error for OneError {}
+
+impl From<OneError> for DataFusionError {
+    fn from(error: OneError) -> Self {
+        Self::External(Box::new(error))
+    }
+}

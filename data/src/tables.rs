@@ -1,0 +1,127 @@
+//! Datasets as tables of the engine.
+
+use crate::Dataset;
+use crate::error::{Error, Result};
+use crate::remote;
+use crate::scan::SourceTable;
+use crate::session::Mode;
+use crate::source::OpenSource;
+use arrow::array::RecordBatchOptions;
+use arrow::datatypes::{DataType, Field, Schema, SchemaRef};
+use arrow::record_batch::RecordBatch;
+use datafusion::catalog::TableProvider;
+use datafusion::common::TableReference;
+use datafusion::datasource::file_format::parquet::ParquetFormat;
+use datafusion::datasource::listing::{
+    ListingOptions, ListingTable, ListingTableConfig, ListingTableUrl,
+};
+use mobula_core::error::AtPath;
+use std::path::PathBuf;
+use std::sync::Arc;
+use url::Url;
+
+/// A table and its name.
+pub(crate) type Table = (TableReference, Arc<dyn TableProvider>);
+
+/// Rows and blocks that are worth a part of a query, and how many parts there are at most.
+const PART_ROWS: u64 = 1 << 18;
+const PART_BLOCKS: u64 = 64;
+const MOST_PARTS: u64 = 64;
+
+/// Parts of a query over a table: a function of the table alone, as is then the order of the result.
+fn parts(table: &OpenSource) -> usize {
+    let rows: u64 = table.blocks().iter().map(|block| block.rows).sum();
+    let blocks = table.blocks().len() as u64;
+    (rows / PART_ROWS).max(blocks / PART_BLOCKS).clamp(1, MOST_PARTS) as usize
+}
+
+/// How a query over datasets runs that has memory enough. Opens them.
+pub(crate) fn mode(inputs: &[(TableReference, Dataset)]) -> Result<Mode> {
+    let parts = inputs.iter().map(|(_, input)| Ok(parts(&*input.open()?)));
+    Ok(Mode::InOrder(parts.collect::<Result<Vec<_>>>()?.into_iter().max().unwrap_or(1)))
+}
+
+/// Tables with the columns of datasets, and no rows.
+pub(crate) fn empty(inputs: &[(TableReference, Dataset)]) -> Result<Vec<Table>> {
+    let empty = |(name, input): &(TableReference, Dataset)| {
+        let table = SourceTable::Sequences(Arc::new(OpenSource::empty(input.schema()?)), 1);
+        Ok((name.clone(), Arc::new(table) as _))
+    };
+    inputs.iter().map(empty).collect()
+}
+
+/// Datasets as tables.
+pub(crate) fn all(inputs: &[(TableReference, Dataset)], mode: Mode) -> Result<Vec<Table>> {
+    let table = |(name, input): &(TableReference, Dataset)| Ok((name.clone(), table(input, mode)?));
+    inputs.iter().map(table).collect()
+}
+
+/// The engine reads Parquet files itself, as it knows which of their pages a query needs. What else
+/// nothing is done to gives only the columns that are asked for.
+fn table(dataset: &Dataset, mode: Mode) -> Result<Arc<dyn TableProvider>> {
+    let source = dataset.open()?;
+    let partitions = mode.partitions().min(parts(&source));
+    if !dataset.ops().is_empty() {
+        return Ok(Arc::new(SourceTable::Chains(dataset.compile()?, partitions)));
+    }
+    let ours = Arc::new(SourceTable::Sequences(source, partitions));
+    match dataset.source().parquet_files() {
+        // Of an object store it would not notice that a file changed, or is gone.
+        Some(files) if !files.iter().any(|path| remote::is_url(path)) => {
+            Ok(parquet(files, &*dataset.schema()?)?.unwrap_or(ours))
+        }
+        _ => Ok(ours),
+    }
+}
+
+/// None if the engine would have them in another order.
+fn parquet(files: &[PathBuf], schema: &Schema) -> Result<Option<Arc<dyn TableProvider>>> {
+    let failed = Error::engine("read Parquet files");
+    let url = |path: &PathBuf| {
+        // The engine knows no `..`.
+        let url = Url::from_file_path(path.canonicalize().at("resolve", path)?);
+        let url = url.map_err(|()| Error::NoFiles { pattern: path.clone() })?;
+        ListingTableUrl::try_new(url, None).map_err(&failed)
+    };
+    let urls = files.iter().map(url).collect::<Result<Vec<_>>>()?;
+    // It reads them by name.
+    if !urls.is_sorted_by_key(|url| url.prefix()) {
+        return Ok(None);
+    }
+    let options = ListingOptions::new(Arc::new(ParquetFormat::default())).with_file_extension("");
+    let config = ListingTableConfig::new_with_multi_paths(urls)
+        .with_listing_options(options)
+        .with_schema(with_views(schema));
+    Ok(Some(Arc::new(ListingTable::try_new(config).map_err(failed)?)))
+}
+
+/// Text as the engine is fastest with it.
+fn with_views(schema: &Schema) -> SchemaRef {
+    let field = |field: &Arc<Field>| {
+        let data_type = match field.data_type() {
+            DataType::Utf8 => DataType::Utf8View,
+            DataType::Binary => DataType::BinaryView,
+            other => other.clone(),
+        };
+        field.as_ref().clone().with_data_type(data_type)
+    };
+    Arc::new(Schema::new(schema.fields().iter().map(field).collect::<Vec<_>>()))
+}
+
+/// The columns of a schema with the types of those of another.
+pub(crate) fn retyped(schema: &Schema, types: &Schema) -> SchemaRef {
+    let fields = schema.fields().iter().zip(types.fields());
+    let field = |(field, of): (&Arc<Field>, &Arc<Field>)| {
+        field.as_ref().clone().with_data_type(of.data_type().clone())
+    };
+    Arc::new(Schema::new(fields.map(field).collect::<Vec<_>>()))
+}
+
+/// Rows with the types of a schema, which says what may be missing of all rows.
+pub(crate) fn cast(rows: &RecordBatch, schema: &SchemaRef) -> Result<RecordBatch> {
+    let columns = rows.columns().iter().zip(schema.fields());
+    let columns = columns.map(|(column, field)| arrow::compute::cast(column, field.data_type()));
+    let options = RecordBatchOptions::new().with_row_count(Some(rows.num_rows()));
+    let columns = columns.collect::<Result<_, _>>()?;
+    Ok(RecordBatch::try_new_with_options(schema.clone(), columns, &options)?)
+}

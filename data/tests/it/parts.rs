@@ -1,0 +1,197 @@
+//! Queries over tables that are long enough to be worked on in parts.
+
+use crate::{batch, failure, message};
+use arrow::array::{ArrayRef, AsArray, DictionaryArray, Float64Array, Int64Array, StringArray};
+use arrow::datatypes::{Int32Type, Int64Type};
+use arrow::record_batch::RecordBatch;
+use mobula_core::BoxError;
+use mobula_data::{BatchFn, Dataset, Error, rows};
+use std::process::Command;
+use std::sync::Arc;
+
+/// Rows in blocks of `block_rows`: the numbers are of all sizes, so that their sum depends on the order.
+fn table(count: i64, block_rows: u64) -> Dataset {
+    let key = |row: i64| (row % 11 != 3).then_some(row * row % 97);
+    let keys: ArrayRef = Arc::new((0..count).map(key).collect::<Int64Array>());
+    let value = |row: i64| (row as f64 * 0.37).sin() * 10_f64.powi((row * 7 % 23) as i32 - 11);
+    let values: ArrayRef =
+        Arc::new((0..count).map(|row| Some(value(row))).collect::<Float64Array>());
+    let text = |row: i64| (row % 7 != 2).then(|| format!("a name of some length {}", row % 31));
+    let texts: ArrayRef = Arc::new((0..count).map(text).collect::<StringArray>());
+    let kinds: ArrayRef = Arc::new(
+        (0..count)
+            .map(|row| Some(["one", "two", "three"][(row % 3) as usize]))
+            .collect::<DictionaryArray<Int32Type>>(),
+    );
+    let ids: ArrayRef = Arc::new((0..count).map(Some).collect::<Int64Array>());
+    let all = batch([("id", ids), ("k", keys), ("x", values), ("name", texts), ("kind", kinds)]);
+    let cut = |at: u64| {
+        all.slice(
+            (at * block_rows) as usize,
+            block_rows.min(count as u64 - at * block_rows) as usize,
+        )
+    };
+    let blocks = (0..(count as u64).div_ceil(block_rows)).map(cut).collect::<Vec<RecordBatch>>();
+    Dataset::from_batches(blocks).expect("a table")
+}
+
+/// The same query over tables of one block, and of so many that it is done in parts.
+fn ask(sql: &str, block_rows: [u64; 2]) -> mobula_data::Result<RecordBatch> {
+    let (t, u) = (table(1500, block_rows[0]), table(400, block_rows[1]));
+    // What is done to rows before goes by other ways.
+    let v = u.filter("id % 5 <> 1")?;
+    t.sql_with(sql, [("t", &t), ("u", &u), ("v", &v)])?.collect()
+}
+
+const WHOLE: [u64; 2] = [1500, 400];
+const CUT: [u64; 2] = [3, 2];
+
+fn lines(rows: &RecordBatch) -> Vec<String> {
+    let row = |row: Vec<String>| row.join(" | ");
+    rows::text(rows).expect("text").into_iter().map(row).collect()
+}
+
+/// One for each kind of operator that the engine has, and some that go together.
+const QUERIES: &[&str] = &[
+    "SELECT k, count(*), min(x), max(name) FROM t GROUP BY k",
+    "SELECT name, kind, count(x) FROM t GROUP BY name, kind",
+    "SELECT DISTINCT kind FROM t",
+    "SELECT k, count(DISTINCT name) FROM t GROUP BY k",
+    "SELECT k, count(*) FROM t GROUP BY ROLLUP (k, kind)",
+    "SELECT k, array_agg(id ORDER BY id) FROM t GROUP BY k",
+    "SELECT count(*), min(id), max(x) FROM t",
+    "SELECT t.id, u.id AS other, t.name, u.kind FROM t JOIN u ON t.k = u.k",
+    "SELECT t.id, u.id AS other FROM t LEFT JOIN u ON t.id = u.id AND t.kind = u.kind",
+    "SELECT t.id, u.id AS other FROM u RIGHT JOIN t ON t.name = u.name AND t.id < u.id",
+    "SELECT t.id, u.id AS other FROM t FULL JOIN u ON t.id = u.id + 1000",
+    "SELECT t.id, v.id AS other FROM v LEFT JOIN t ON t.id = v.k",
+    "SELECT * FROM t WHERE EXISTS (SELECT 1 FROM u WHERE u.k = t.k AND u.id > 350)",
+    "SELECT * FROM t WHERE NOT EXISTS (SELECT 1 FROM v WHERE v.k = t.k)",
+    "SELECT id FROM t WHERE id < 5 OR EXISTS (SELECT 1 FROM u WHERE u.k = t.k AND u.id > 390)",
+    "SELECT id FROM t WHERE k NOT IN (SELECT k FROM u WHERE k > 50)",
+    "SELECT id FROM t WHERE k NOT IN (SELECT k FROM u)",
+    "SELECT t.id, u.id AS other FROM t LEFT JOIN u ON t.id < u.id AND u.id < 7",
+    "SELECT t.id, u.id AS other FROM t FULL JOIN u ON t.id + u.id = 1234 AND t.id > u.id * 5",
+    "SELECT count(*), sum(t.id + u.id) FROM t, u",
+    "SELECT id, kind FROM t UNION ALL SELECT id, kind FROM u",
+    "SELECT k FROM t UNION SELECT k FROM u",
+    "SELECT k, sum(n) FROM (SELECT k, count(*) AS n FROM t GROUP BY k UNION ALL SELECT k, count(*) FROM v GROUP BY k) GROUP BY k",
+    "SELECT k FROM t INTERSECT SELECT k FROM u WHERE k > 20",
+    "SELECT k FROM t EXCEPT SELECT k FROM u WHERE k > 20",
+    "SELECT id, k, row_number() OVER (PARTITION BY k ORDER BY x) FROM t",
+    "SELECT id, sum(id) OVER (ORDER BY id ROWS 3 PRECEDING) FROM t",
+    "SELECT id, lag(id) OVER (PARTITION BY kind ORDER BY id) FROM t",
+    "SELECT * FROM (SELECT id, k, rank() OVER (PARTITION BY k ORDER BY id) AS r FROM t) WHERE r <= 2",
+    "SELECT id FROM t WHERE x > (SELECT avg(x) FROM u) AND id IN (SELECT max(id) FROM t GROUP BY k)",
+    "SELECT u.kind, count(*) FROM (SELECT k, max(id) AS id FROM t GROUP BY k) m JOIN u ON u.id = m.id - 1200 GROUP BY u.kind",
+    "WITH RECURSIVE up AS (SELECT 1 AS id UNION ALL SELECT t.id * 2 FROM up JOIN t ON t.id = up.id WHERE t.id < 1000) SELECT id FROM up",
+    "SELECT id FROM t WHERE id > 100000",
+    "SELECT k, count(*) FROM t WHERE id > 100000 GROUP BY k",
+];
+
+#[test]
+fn parts_have_the_rows_of_the_whole() {
+    for sql in QUERIES {
+        let fail = |error| panic!("{sql}\n{error}");
+        let whole = ask(sql, WHOLE).unwrap_or_else(fail);
+        let parts = ask(sql, CUT).unwrap_or_else(fail);
+        let (mut whole, mut parts) = (lines(&whole), lines(&parts));
+        whole.sort();
+        parts.sort();
+        assert_eq!(parts, whole, "{sql}");
+    }
+}
+
+/// Orders that a query asks for, with rows that are the same by them; and firsts.
+const ORDERED: &[&str] = &[
+    "SELECT id FROM t ORDER BY x DESC",
+    "SELECT kind, id FROM t ORDER BY kind, id DESC LIMIT 20 OFFSET 490",
+    "SELECT k, count(*) AS n FROM t GROUP BY k ORDER BY n DESC, k LIMIT 7",
+    "SELECT id FROM t LIMIT 9 OFFSET 700",
+    "SELECT id FROM t WHERE kind = 'two'",
+    "SELECT id FROM u UNION ALL SELECT id FROM t LIMIT 600",
+    "SELECT id, x * 2 FROM v",
+];
+
+#[test]
+fn parts_have_the_order_of_the_whole() {
+    for sql in ORDERED {
+        let [whole, parts] = [WHOLE, CUT].map(|blocks| lines(&ask(sql, blocks).expect(sql)));
+        assert_eq!(parts, whole, "{sql}");
+    }
+}
+
+/// Whatever comes in whichever order, and sums whose last digits tell of it.
+const SAME: &[&str] = &[
+    "SELECT sum(x), avg(x), stddev(x) FROM t",
+    "SELECT k, sum(x) FROM t GROUP BY k",
+    "SELECT sum(t.x * u.x) FROM t JOIN u ON t.k = u.k",
+    "SELECT kind FROM t ORDER BY kind LIMIT 5",
+    "SELECT id FROM t ORDER BY kind LIMIT 40",
+    "SELECT id FROM t ORDER BY kind",
+    "SELECT id, row_number() OVER (PARTITION BY k ORDER BY kind) FROM t",
+    "SELECT k, first_value(id), array_agg(name) FROM t GROUP BY k",
+    "SELECT DISTINCT k FROM t LIMIT 10",
+];
+
+/// In the order they came, with all digits.
+fn answers() -> Vec<String> {
+    let all = QUERIES.iter().chain(ORDERED).chain(SAME);
+    all.map(|sql| format!("{sql}: {:?}", lines(&ask(sql, CUT).expect(sql)))).collect()
+}
+
+const CHILD: &str = "MOBULA_DATA_TEST_ONE_PROCESSOR";
+
+/// A process that may use one processor has the same rows in the same order, to the last digit.
+#[test]
+fn the_number_of_processors_makes_no_difference() {
+    if let Some(file) = std::env::var_os(CHILD) {
+        return std::fs::write(file, answers().join("\n")).expect("writes");
+    }
+    let file = tempfile::NamedTempFile::new().expect("a file");
+    let mut child = Command::new("taskset");
+    child.args(["-c", "0"]).arg(std::env::current_exe().expect("a path"));
+    child.args(["--exact", "parts::the_number_of_processors_makes_no_difference"]);
+    let output = child.env(CHILD, file.path()).output().expect("taskset, of util-linux");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
+    let theirs = std::fs::read_to_string(file.path()).expect("answers");
+    let ours = answers();
+    assert_eq!(theirs.lines().count(), ours.len());
+    for (theirs, ours) in theirs.lines().zip(&ours) {
+        assert_eq!(ours, theirs);
+    }
+    assert_eq!(answers(), ours);
+}
+
+/// What fails in one part is the error of the query, as it is.
+#[test]
+fn an_error_in_a_part_is_that_of_the_query() {
+    let sql = "SELECT k, sum(CAST(name AS INT)) FROM t GROUP BY k";
+    let text = message(ask(sql, CUT));
+    assert!(text.contains("a name of some length"), "{text}");
+    let text = message(ask("SELECT t.id, u.id FROM t JOIN u USING (k)", CUT));
+    assert!(text.contains("two columns \"id\""), "{text}");
+    let lost = table(1500, 3).map_batches("parts_lost_last").expect("a plan");
+    let joined = lost.sql("SELECT a.id FROM dataset a JOIN dataset b ON a.k = b.k");
+    let error = failure(joined.and_then(|joined| joined.collect()));
+    assert!(matches!(error, Error::BatchFn { .. }), "{error:?}");
+}
+
+fn lost_last(rows: &RecordBatch) -> Result<RecordBatch, BoxError> {
+    let is_last = rows.column(0).as_primitive::<Int64Type>().values().contains(&1499);
+    if is_last { Err("the last rows are gone".into()) } else { Ok(rows.clone()) }
+}
+
+mobula_data::inventory::submit! { BatchFn::new("parts_lost_last", lost_last) }
+
+#[test]
+fn explain_shows_the_parts() {
+    let t = table(1500, 3);
+    t.count().expect("rows");
+    let plan = t
+        .sql("SELECT k, count(*) FROM dataset GROUP BY k")
+        .and_then(|d| d.explain())
+        .expect("a plan");
+    assert!(plan.contains("HashExchangeExec: Hash([k@0], 7)"), "{plan}");
+    assert!(plan.contains("InOrderExec"), "{plan}");
+}
