@@ -1,6 +1,6 @@
 //! The errors of this crate: what, where, expected, got, way out.
 
-use crate::hash_exchange::OneError;
+use crate::kept_parts::OneError;
 use mobula_core::BoxError;
 use std::path::PathBuf;
 use std::sync::Arc;

@@ -121,7 +121,7 @@ pub(crate) async fn plans(frame: DataFrame) -> Result<String> {
 pub(crate) fn query_plans(inputs: &[(String, Dataset)], query: &str) -> Result<String> {
     let is_known = inputs.iter().all(|(_, input)| input.opened().is_some());
     let (inputs, query) = (bare(inputs), query.to_owned());
-    let mode = if is_known { tables::mode(&inputs)? } else { Mode::InOrder(1) };
+    let mode = if is_known { tables::mode(&inputs)? } else { Mode::HashJoin(1) };
     let tables = if is_known { tables::all(&inputs, mode)? } else { tables::empty(&inputs)? };
     block_on(async move { plans(frame(tables, &query, mode).await?).await })
 }

@@ -5,7 +5,7 @@
 //! within the budget; a part then has those of the first input before those of the second. So it has
 //! the same rows in the same order, however many threads there are, and waits for nobody.
 
-use crate::error::Error;
+use crate::kept_parts::KeptParts;
 use crate::parts::{PartsWriter, Routed, retyped};
 use crate::runtime::{in_turn, threads};
 use crate::store::{Cutter, Kept};
@@ -27,25 +27,18 @@ use datafusion::physical_plan::{
     DisplayAs, DisplayFormatType, ExecutionPlan, ExecutionPlanProperties, Partitioning,
     PlanProperties,
 };
-use futures::future::{BoxFuture, Shared};
-use futures::{FutureExt, Stream, StreamExt, TryStreamExt, stream};
+use futures::{Stream, StreamExt, TryFutureExt, TryStreamExt, stream};
 use std::fmt;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 type Keys = Arc<[Arc<dyn PhysicalExpr>]>;
-
-/// What all inputs were routed to, for those who read a part each.
-type Routing = Shared<BoxFuture<'static, Result<Arc<[Part]>, OneError>>>;
-
-/// The pieces of a part, in order, until they are read.
-type Part = Mutex<Option<Vec<Kept>>>;
 
 pub(crate) struct HashExchangeExec {
     input: Arc<dyn ExecutionPlan>,
     keys: Keys,
     properties: Arc<PlanProperties>,
     metrics: ExecutionPlanMetricsSet,
-    routing: Mutex<Option<Routing>>,
+    routed: KeptParts,
 }
 
 impl HashExchangeExec {
@@ -68,23 +61,12 @@ impl HashExchangeExec {
             keys: keys.into(),
             properties: Arc::new(properties),
             metrics: ExecutionPlanMetricsSet::new(),
-            routing: Mutex::new(None),
+            routed: KeptParts::default(),
         }
     }
 
     fn parts(&self) -> usize {
         self.properties.partitioning.partition_count()
-    }
-
-    /// Routes all inputs, for whoever asks first.
-    fn routing(&self, context: &Arc<TaskContext>) -> Routing {
-        let mut routing = self.routing.lock().unwrap_or_else(PoisonError::into_inner);
-        let begin = || {
-            let (input, keys, parts) = (self.input.clone(), self.keys.clone(), self.parts());
-            let routed = route_all(input, keys, parts, context.clone());
-            routed.map(|routed| routed.map_err(OneError::new)).boxed().shared()
-        };
-        routing.get_or_insert_with(begin).clone()
     }
 }
 
@@ -93,7 +75,7 @@ async fn route_all(
     keys: Keys,
     parts: usize,
     context: Arc<TaskContext>,
-) -> EngineResult<Arc<[Part]>> {
+) -> EngineResult<Vec<Vec<Kept>>> {
     let inputs = input.output_partitioning().partition_count();
     let writers = inputs.min(threads());
     let route = |partition| {
@@ -113,7 +95,7 @@ async fn route_all(
     while let Some(parts) = routed.try_next().await? {
         all.iter_mut().zip(parts).for_each(|(all, pieces)| all.extend(pieces));
     }
-    Ok(all.into_iter().map(|pieces| Mutex::new(Some(pieces))).collect())
+    Ok(all)
 }
 
 /// The part of each row.
@@ -128,17 +110,12 @@ fn parts_of(
     Ok(hashes.into_iter().map(|hash| (hash % parts as u64) as u32).collect())
 }
 
-/// The rows of a part, whose memory is free as soon as they are read.
-async fn read(
-    routing: Routing,
-    part: usize,
+/// The rows of pieces, cut where the rows say, not where the memory ended.
+fn read(
+    pieces: Vec<Kept>,
     schema: SchemaRef,
-) -> EngineResult<impl Stream<Item = EngineResult<RecordBatch>>> {
-    let parts = routing.await?;
-    let pieces = parts[part].lock().unwrap_or_else(PoisonError::into_inner).take();
-    let read_twice = || Error::Internal("a part of an exchange is read twice".to_owned());
-    let mut pieces = pieces.ok_or_else(read_twice)?.into_iter();
-    let mut cutter = Cutter::new(schema.clone());
+) -> impl Stream<Item = EngineResult<RecordBatch>> + Send {
+    let (mut pieces, mut cutter) = (pieces.into_iter(), Cutter::new(schema.clone()));
     let blocks = std::iter::from_fn(move || match pieces.next() {
         Some(piece) => {
             let piece = piece.read().and_then(|piece| retyped(&piece, &schema));
@@ -147,7 +124,7 @@ async fn read(
         None => cutter.end_block().map(|last| last.map(|last| vec![last])).transpose(),
     });
     let blocks = stream::iter(blocks.map(|blocks| blocks.map_err(DataFusionError::from)));
-    Ok(blocks.map_ok(|blocks| stream::iter(blocks).map(Ok)).try_flatten())
+    blocks.map_ok(|blocks| stream::iter(blocks).map(Ok)).try_flatten()
 }
 
 impl DisplayAs for HashExchangeExec {
@@ -198,51 +175,17 @@ impl ExecutionPlan for HashExchangeExec {
         partition: usize,
         context: Arc<TaskContext>,
     ) -> EngineResult<SendableRecordBatchStream> {
-        let (routing, schema) = (self.routing(&context), self.schema());
-        let metrics = BaselineMetrics::new(&self.metrics, partition);
-        let rows = stream::once(read(routing, partition, schema.clone())).try_flatten();
+        let schema = self.schema();
+        let begin = || route_all(self.input.clone(), self.keys.clone(), self.parts(), context);
+        let pieces = self.routed.take(partition, begin);
+        let (metrics, of) = (BaselineMetrics::new(&self.metrics, partition), schema.clone());
+        let rows = pieces.map_ok(move |pieces| read(pieces, of));
+        let rows = rows.try_flatten_stream();
         let rows = rows.map_ok(move |rows| rows.record_output(&metrics));
         Ok(Box::pin(RecordBatchStreamAdapter::new(schema, rows)))
     }
 
     fn metrics(&self) -> Option<MetricsSet> {
         Some(self.metrics.clone_inner())
-    }
-}
-
-/// One error that several learn of, as all of them read what was to be. Who comes first has it as it is.
-#[derive(Clone)]
-pub(crate) struct OneError {
-    text: Arc<str>,
-    error: Arc<Mutex<Option<DataFusionError>>>,
-}
-
-impl OneError {
-    fn new(error: DataFusionError) -> Self {
-        Self { text: error.to_string().into(), error: Arc::new(Mutex::new(Some(error))) }
-    }
-
-    pub(crate) fn take(&self) -> Option<DataFusionError> {
-        self.error.lock().unwrap_or_else(PoisonError::into_inner).take()
-    }
-}
-
-impl fmt::Display for OneError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.text)
-    }
-}
-
-impl fmt::Debug for OneError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "OneError({})", self.text)
-    }
-}
-
-impl std::error::Error for OneError {}
-
-impl From<OneError> for DataFusionError {
-    fn from(error: OneError) -> Self {
-        Self::External(Box::new(error))
     }
 }

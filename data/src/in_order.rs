@@ -1,19 +1,14 @@
 //! Plans of the engine whose rows come in the same order each time.
 //!
 //! That is the order of the inputs, wherever the engine takes what comes first. What is in a partition, and
-//! in which order, is then a function of the rows alone, and as many partitions are computed at the same
-//! time as there are threads.
+//! in which order, is then a function of the rows alone, and of how many partitions there are.
 
 use crate::error::Error;
 use crate::hash_exchange::HashExchangeExec;
-use crate::runtime::in_turn;
-use crate::store::{BlockStore, BlockWriter};
+use crate::in_turn::{InOrderExec, KeptExec};
 use datafusion::common::config::ConfigOptions;
-use datafusion::common::tree_node::{Transformed, TransformedResult, TreeNode, TreeNodeRecursion};
+use datafusion::common::tree_node::{Transformed, TransformedResult, TreeNode};
 use datafusion::common::{JoinType, Result as EngineResult};
-use datafusion::error::DataFusionError;
-use datafusion::execution::{SendableRecordBatchStream, TaskContext};
-use datafusion::physical_expr::PhysicalExpr;
 use datafusion::physical_optimizer::PhysicalOptimizerRule;
 use datafusion::physical_plan::coalesce_partitions::CoalescePartitionsExec;
 use datafusion::physical_plan::execution_plan::{ChildrenPropertiesMode, ReplaceChildrenOptions};
@@ -22,13 +17,7 @@ use datafusion::physical_plan::limit::GlobalLimitExec;
 use datafusion::physical_plan::repartition::RepartitionExec;
 use datafusion::physical_plan::sorts::sort::SortExec;
 use datafusion::physical_plan::sorts::sort_preserving_merge::SortPreservingMergeExec;
-use datafusion::physical_plan::stream::RecordBatchStreamAdapter;
-use datafusion::physical_plan::{
-    DisplayAs, DisplayFormatType, ExecutionPlan, ExecutionPlanProperties, Partitioning,
-    PlanProperties,
-};
-use futures::{StreamExt, TryStreamExt, stream};
-use std::fmt;
+use datafusion::physical_plan::{ExecutionPlan, ExecutionPlanProperties, Partitioning};
 use std::sync::Arc;
 
 /// In place of what takes rows as they come.
@@ -102,7 +91,8 @@ fn merged(merge: &SortPreservingMergeExec) -> Arc<dyn ExecutionPlan> {
         let input = Arc::new(InOrderExec::new(sort.input().clone()));
         return Arc::new(SortExec::new(sort.expr().clone(), input).with_fetch(merge.fetch()));
     }
-    let stable = SortPreservingMergeExec::new(merge.expr().clone(), merge.input().clone());
+    let input = Arc::new(KeptExec::new(merge.input().clone()));
+    let stable = SortPreservingMergeExec::new(merge.expr().clone(), input);
     Arc::new(stable.with_fetch(merge.fetch()).with_round_robin_repartition(false))
 }
 
@@ -165,85 +155,4 @@ fn held_once(node: Arc<dyn ExecutionPlan>) -> EngineResult<Transformed<Arc<dyn E
 fn gives_held(join: JoinType) -> bool {
     use JoinType as Join;
     matches!(join, Join::Left | Join::LeftAnti | Join::LeftSemi | Join::LeftMark | Join::Full)
-}
-
-#[derive(Debug)]
-struct InOrderExec {
-    input: Arc<dyn ExecutionPlan>,
-    properties: Arc<PlanProperties>,
-}
-
-impl InOrderExec {
-    fn new(input: Arc<dyn ExecutionPlan>) -> Self {
-        let mut equivalences = input.equivalence_properties().clone();
-        equivalences.clear_orderings();
-        equivalences.clear_per_partition_constants();
-        let properties = PlanProperties::new(
-            equivalences,
-            Partitioning::UnknownPartitioning(1),
-            input.pipeline_behavior(),
-            input.boundedness(),
-        );
-        Self { input, properties: Arc::new(properties) }
-    }
-}
-
-impl DisplayAs for InOrderExec {
-    fn fmt_as(&self, _: DisplayFormatType, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("InOrderExec")
-    }
-}
-
-impl ExecutionPlan for InOrderExec {
-    fn name(&self) -> &str {
-        "InOrderExec"
-    }
-
-    fn properties(&self) -> &Arc<PlanProperties> {
-        &self.properties
-    }
-
-    fn children(&self) -> Vec<&Arc<dyn ExecutionPlan>> {
-        vec![&self.input]
-    }
-
-    fn apply_expressions(
-        &self,
-        _: &mut dyn FnMut(&Arc<dyn PhysicalExpr>) -> EngineResult<TreeNodeRecursion>,
-    ) -> EngineResult<TreeNodeRecursion> {
-        Ok(TreeNodeRecursion::Continue)
-    }
-
-    fn with_new_children(
-        self: Arc<Self>,
-        children: Vec<Arc<dyn ExecutionPlan>>,
-    ) -> EngineResult<Arc<dyn ExecutionPlan>> {
-        Ok(Arc::new(Self::new(children[0].clone())))
-    }
-
-    fn execute(
-        &self,
-        _partition: usize,
-        context: Arc<TaskContext>,
-    ) -> EngineResult<SendableRecordBatchStream> {
-        let (input, schema) = (self.input.clone(), self.schema());
-        let partitions = input.output_partitioning().partition_count();
-        let rows = in_turn(partitions, move |partition| {
-            let (input, context) = (input.clone(), context.clone());
-            async move { keep(input.execute(partition, context)?).await }
-        });
-        let rows = rows.map_ok(|kept| {
-            stream::iter(kept).map(|block| block.read().map_err(DataFusionError::from))
-        });
-        Ok(Box::pin(RecordBatchStreamAdapter::new(schema, rows.try_flatten())))
-    }
-}
-
-/// The rows of a partition, until it is their turn.
-async fn keep(mut rows: SendableRecordBatchStream) -> EngineResult<BlockStore> {
-    let mut kept = BlockWriter::new(rows.schema());
-    while let Some(batch) = rows.try_next().await? {
-        kept.push(batch)?;
-    }
-    Ok(kept.finish()?)
 }

@@ -37,7 +37,7 @@ impl OrderBy {
             let table = Arc::new(SourceTable::Sequences(source, 1)) as _;
             let tables = vec![(TableReference::bare(TABLE), table)];
             let query = format!("SELECT * FROM {TABLE} ORDER BY {by}");
-            let frame = query::frame(tables, &query, Mode::InOrder(1)).await?;
+            let frame = query::frame(tables, &query, Mode::HashJoin(1)).await?;
             let LogicalPlan::Sort(sort) = frame.logical_plan() else {
                 return Err(Error::InvalidOption {
                     option: "the order of a sort",

@@ -48,9 +48,9 @@ pub fn query<S: Into<String>>(
     tables: impl IntoIterator<Item = (S, Dataset)>,
 ) -> Result<RecordBatch> {
     let tables = tables.into_iter().map(|(name, table)| (name.into(), table)).collect();
-    let inputs = named(tables_of(&new_session(Mode::InOrder(1))?, sql)?, &tables)?;
+    let inputs = named(tables_of(&new_session(Mode::HashJoin(1))?, sql)?, &tables)?;
     let (empty, of) = (tables::empty(&inputs)?, sql.to_owned());
-    let schema = block_on(async move { schema_of(frame(empty, &of, Mode::InOrder(1)).await?) })?;
+    let schema = block_on(async move { schema_of(frame(empty, &of, Mode::HashJoin(1)).await?) })?;
     let blocks = run(&inputs, sql, &schema)?;
     let schema = blocks.schema();
     let blocks = blocks.into_iter().map(|block| block.read()).collect::<Result<Vec<_>>>()?;
@@ -83,7 +83,7 @@ pub(crate) fn bare(inputs: &[(String, Dataset)]) -> Vec<(TableReference, Dataset
 pub(crate) fn query_schema(inputs: &Inputs, query: &str) -> Result<SchemaRef> {
     let (tables, query) = (tables::empty(inputs)?, query.to_owned());
     let schema = block_on(async move {
-        let frame = frame(tables, &query, Mode::InOrder(1)).await?;
+        let frame = frame(tables, &query, Mode::HashJoin(1)).await?;
         plan_must_be_deterministic(frame.logical_plan(), &query)?;
         schema_of(frame)
     })?;
@@ -105,7 +105,10 @@ pub(crate) fn run(inputs: &Inputs, query: &str, schema: &SchemaRef) -> Result<Bl
         // Rather what became of a file than what was read of it.
         inputs.iter().try_for_each(|(_, input)| input.open()?.check_files())?;
         match (rows, mode.with_less_memory()) {
-            (Err(Error::OutOfMemory { .. }), Some(less)) => mode = less,
+            (Err(Error::OutOfMemory { reason, .. }), Some(less)) => {
+                tracing::debug!(?mode, ?less, reason, "too little memory for a query");
+                mode = less;
+            }
             (result, _) => return result,
         }
     }

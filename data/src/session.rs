@@ -4,6 +4,7 @@ use crate::error::Result;
 use crate::functions;
 use crate::in_order::{HeldOnce, InOrder};
 use crate::memory;
+use crate::runtime::threads;
 use arrow::compute::SortOptions;
 use datafusion::common::Result as EngineResult;
 use datafusion::common::config::ConfigOptions;
@@ -30,32 +31,32 @@ pub(crate) fn session() -> &'static SessionContext {
     &SESSION
 }
 
-/// How a query runs.
+/// How a query runs: in at most so many parts, as many at the same time as there are threads, and in the
+/// same order of rows each time, which is that of the tables where there is one part. It spills, and then
+/// groups come in another.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Mode {
-    /// In at most so many parts, on all processors, and in the same order of rows each time, which is
-    /// that of the tables where there is one part. It spills, and then groups come in another.
-    InOrder(usize),
-    /// The same in one part, by joins that spill: the engine's hash join does not.
-    SortMerge,
+    /// By joins that hold one side of a part in memory.
+    HashJoin(usize),
+    /// By joins that spill: the engine's hash join does not.
+    SortMerge(usize),
 }
 
 impl Mode {
     /// What to do instead where there was too little memory.
     pub(crate) fn with_less_memory(self) -> Option<Self> {
         match self {
-            Self::InOrder(1) => Some(Self::SortMerge),
-            // They share the memory.
-            Self::InOrder(_) => Some(Self::InOrder(1)),
-            Self::SortMerge => None,
+            Self::HashJoin(parts) => Some(Self::SortMerge(parts)),
+            Self::SortMerge(1) => None,
+            // What each of them takes at least is too much.
+            Self::SortMerge(_) => Some(Self::SortMerge(1)),
         }
     }
 
     /// Partitions of a table at most.
-    pub(crate) fn partitions(self) -> usize {
+    pub(crate) fn parts(self) -> usize {
         match self {
-            Self::InOrder(parts) => parts,
-            Self::SortMerge => 1,
+            Self::HashJoin(parts) | Self::SortMerge(parts) => parts,
         }
     }
 }
@@ -63,13 +64,13 @@ impl Mode {
 /// For queries, which take their memory from the budget.
 pub(crate) fn new_session(mode: Mode) -> Result<SessionContext> {
     functions::check()?;
-    let parts = mode.partitions();
-    let aside = (memory::budget()? / 8 / parts).min(MERGE_BYTES);
+    let parts = mode.parts();
+    let aside = (memory::budget()? / 8 / parts.min(threads())).min(MERGE_BYTES);
     let state = SessionStateBuilder::new().with_default_features();
     let config = config().with_target_partitions(parts).with_sort_spill_reservation_bytes(aside);
     let state = state.with_config(config).with_runtime_env(memory::engine()?);
     let mut rules = PhysicalOptimizer::new().rules;
-    if mode == Mode::SortMerge {
+    if matches!(mode, Mode::SortMerge(_)) {
         // First, so that the others see to it that its inputs are sorted.
         rules.insert(0, Arc::new(SortMergeJoins));
     }

@@ -38,7 +38,7 @@ fn parts(table: &OpenSource) -> usize {
 /// How a query over datasets runs that has memory enough. Opens them.
 pub(crate) fn mode(inputs: &[(TableReference, Dataset)]) -> Result<Mode> {
     let parts = inputs.iter().map(|(_, input)| Ok(parts(&*input.open()?)));
-    Ok(Mode::InOrder(parts.collect::<Result<Vec<_>>>()?.into_iter().max().unwrap_or(1)))
+    Ok(Mode::HashJoin(parts.collect::<Result<Vec<_>>>()?.into_iter().max().unwrap_or(1)))
 }
 
 /// Tables with the columns of datasets, and no rows.
@@ -60,7 +60,7 @@ pub(crate) fn all(inputs: &[(TableReference, Dataset)], mode: Mode) -> Result<Ve
 /// nothing is done to gives only the columns that are asked for.
 fn table(dataset: &Dataset, mode: Mode) -> Result<Arc<dyn TableProvider>> {
     let source = dataset.open()?;
-    let partitions = mode.partitions().min(parts(&source));
+    let partitions = mode.parts().min(parts(&source));
     if !dataset.ops().is_empty() {
         return Ok(Arc::new(SourceTable::Chains(dataset.compile()?, partitions)));
     }

@@ -5,7 +5,7 @@ use arrow::array::{ArrayRef, AsArray, DictionaryArray, Float64Array, Int64Array,
 use arrow::datatypes::{Int32Type, Int64Type};
 use arrow::record_batch::RecordBatch;
 use mobula_core::BoxError;
-use mobula_data::{BatchFn, Dataset, Error, rows};
+use mobula_data::{BatchFn, Dataset, Error, WriteOptions, rows};
 use std::process::Command;
 use std::sync::Arc;
 
@@ -183,6 +183,24 @@ fn lost_last(rows: &RecordBatch) -> Result<RecordBatch, BoxError> {
 }
 
 mobula_data::inventory::submit! { BatchFn::new("parts_lost_last", lost_last) }
+
+/// The engine reads Parquet files itself, and would not notice.
+#[test]
+fn a_file_that_changes_is_an_error() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("rows");
+    let write = |rows: i64| {
+        let options = WriteOptions::default().with_overwrite(true);
+        table(rows, 100).write_parquet(&path, options).expect("writes");
+    };
+    write(1000);
+    let rows =
+        Dataset::read_parquet(path.join("*.parquet").to_str().expect("UTF-8")).expect("reads");
+    let sum = rows.sql("SELECT sum(id) AS id FROM dataset").expect("a plan");
+    assert_eq!(rows.count().expect("rows"), 1000);
+    write(1200);
+    assert!(matches!(failure(sum.collect()), Error::FileChanged { .. }));
+}
 
 #[test]
 fn explain_shows_the_parts() {

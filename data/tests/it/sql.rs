@@ -7,9 +7,20 @@ use arrow::datatypes::DataType;
 use arrow::record_batch::RecordBatch;
 use mobula_data::{CsvOptions, Dataset, query, rows};
 
-fn ask(sql: &str) -> mobula_data::Result<RecordBatch> {
+/// Tables of one block, or of so many that queries are worked on in parts.
+#[derive(Clone, Copy, Debug)]
+enum Tables {
+    Whole,
+    Cut,
+}
+
+fn ask(sql: &str, tables: Tables) -> mobula_data::Result<RecordBatch> {
     let penguins = Dataset::read_csv(example("penguins.csv"), CsvOptions::default())?;
-    query(sql, [("penguins", penguins), ("numbers", numbered(1000, &[99]))])
+    let (penguins, numbers) = match tables {
+        Tables::Whole => (penguins, numbered(1000, &[99])),
+        Tables::Cut => (penguins.repartition(1)?, numbered(1000, &[2])),
+    };
+    query(sql, [("penguins", penguins), ("numbers", numbers)])
 }
 
 /// A letter a column: whole numbers, other numbers, and all else.
@@ -32,15 +43,15 @@ fn lines(answer: &RecordBatch) -> Vec<String> {
     rows::text(answer).expect("text").into_iter().map(row).collect()
 }
 
-fn check(record: &str) {
+fn check(record: &str, tables: Tables) {
     let (head, body) = record.split_once('\n').expect("a query");
     if let Some(part) = head.strip_prefix("statement error") {
-        let text = message(ask(body));
+        let text = message(ask(body, tables));
         assert!(text.contains(part.trim()), "{body}\n{text}");
         return;
     }
     let (sql, expected) = body.split_once("----").expect("an answer");
-    let answer = ask(sql).unwrap_or_else(|error| panic!("{sql}{error}"));
+    let answer = ask(sql, tables).unwrap_or_else(|error| panic!("{sql}{error}"));
     let mut words = head.split(' ').skip(1);
     assert_eq!(types(&answer), words.next().expect("types"), "{sql}");
     let (mut got, mut expected) = (lines(&answer), expected.trim().lines().collect::<Vec<_>>());
@@ -48,14 +59,16 @@ fn check(record: &str) {
         got.sort();
         expected.sort_unstable();
     }
-    assert_eq!(got, expected, "{sql}");
+    assert_eq!(got, expected, "{tables:?}: {sql}");
 }
 
 fn run(file: &str) {
     let text = file.lines().filter(|line| !line.starts_with('#')).collect::<Vec<_>>().join("\n");
     let records: Vec<_> = text.split("\n\n").map(str::trim).filter(|r| !r.is_empty()).collect();
     assert!(records.len() > 5, "{records:?}");
-    records.into_iter().for_each(check);
+    for tables in [Tables::Whole, Tables::Cut] {
+        records.iter().for_each(|record| check(record, tables));
+    }
 }
 
 #[test]
