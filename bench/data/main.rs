@@ -49,7 +49,6 @@ fn work(file: &str, request: &str) -> Result<Value> {
         ["first", columns, order] => first(file, columns, order),
         ["resume", columns, order, share] => resume(file, columns, order, share.parse()?),
         ["query", number] => queries::ours(file, number.parse()?),
-        ["dataset", number] => queries::dataset(file, number.parse()?),
         ["plain", number] => queries::plain(file, number.parse()?),
         ["large", what] => large::work(file, what),
         ["images", folder] => images::epoch(folder),

@@ -41,16 +41,6 @@ pub(crate) fn ours(lineitem: &str, number: usize) -> Result<Value> {
     answer(start, before, &rows)
 }
 
-/// The same as a dataset, whose rows come in the same order each time.
-pub(crate) fn dataset(lineitem: &str, number: usize) -> Result<Value> {
-    let (start, before) = (Instant::now(), cpu());
-    let tables = tables(lineitem)?;
-    let others = tables.iter().map(|(name, table)| (*name, table));
-    let result = tables[0].1.sql_with(query(number)?, others)?;
-    let batches = result.batches()?.collect::<Result<Vec<_>, _>>()?;
-    answer(start, before, &concat_batches(&result.schema()?, &batches)?)
-}
-
 /// The query engine as it comes.
 pub(crate) fn plain(lineitem: &str, number: usize) -> Result<Value> {
     let runtime = tokio::runtime::Runtime::new()?;

@@ -503,6 +503,12 @@ fn recover(
                 Engine::ResourcesExhausted(reason) => {
                     recover(Engine::ResourcesExhausted(reason.clone()))
                 }
+                Engine::External(root) => {
+                    match root.downcast_ref::<OneError>().and_then(OneError::take) {
+                        Some(first) => recover(first),
+                        None => Err(Engine::Shared(inner)),
+                    }
+                }
                 _ => Err(Engine::Shared(inner)),
             },
         },

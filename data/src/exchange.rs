@@ -95,7 +95,7 @@ impl Parts {
             .map(joined)
         };
         let mut routed = stream::iter(0..input.blocks()).map(route).buffered(input.at_once());
-        let mut writer = PartsWriter::new(cuts.len() + 1, 1)?;
+        let mut writer = PartsWriter::alone(cuts.len() + 1)?;
         while let Some(block) = routed.try_next().await? {
             for batch in block {
                 writer.push(batch).await?;

@@ -55,7 +55,8 @@ impl Head {
         if given.is_empty() {
             return Err(exec_datafusion_err!("{name} takes at least one argument"));
         }
-        let types = (self.types)(given).map_err(|source| failed(name, source))?;
+        let given: Vec<_> = given.iter().map(without_view).collect();
+        let types = (self.types)(&given).map_err(|source| failed(name, source))?;
         match types.inputs.len() == given.len() {
             true => Ok(types),
             false => Err(exec_datafusion_err!(
@@ -64,6 +65,15 @@ impl Head {
                 given.len()
             )),
         }
+    }
+}
+
+/// Text is views where the engine read it from Parquet, and functions need not know.
+fn without_view(of: &DataType) -> DataType {
+    match of {
+        DataType::Utf8View => DataType::Utf8,
+        DataType::BinaryView => DataType::Binary,
+        other => other.clone(),
     }
 }
 

@@ -7,17 +7,16 @@
 
 use crate::kept_parts::KeptParts;
 use crate::parts::{PartsWriter, Routed, retyped};
-use crate::runtime::{in_turn, threads};
-use crate::store::{Cutter, Kept};
-use arrow::datatypes::SchemaRef;
+use crate::runtime::in_turn;
+use crate::store::Kept;
 use arrow::record_batch::RecordBatch;
 use datafusion::common::Result as EngineResult;
 use datafusion::common::hash_utils::create_hashes;
 use datafusion::common::tree_node::TreeNodeRecursion;
-use datafusion::error::DataFusionError;
 use datafusion::execution::{SendableRecordBatchStream, TaskContext};
 use datafusion::physical_expr::PhysicalExpr;
 use datafusion::physical_expr_common::utils::evaluate_expressions_to_arrays;
+use datafusion::physical_plan::coop::make_cooperative;
 use datafusion::physical_plan::metrics::{
     BaselineMetrics, ExecutionPlanMetricsSet, MetricsSet, RecordOutput,
 };
@@ -27,7 +26,7 @@ use datafusion::physical_plan::{
     DisplayAs, DisplayFormatType, ExecutionPlan, ExecutionPlanProperties, Partitioning,
     PlanProperties,
 };
-use futures::{Stream, StreamExt, TryFutureExt, TryStreamExt, stream};
+use futures::{TryFutureExt, TryStreamExt, stream};
 use std::fmt;
 use std::sync::Arc;
 
@@ -77,20 +76,27 @@ async fn route_all(
     context: Arc<TaskContext>,
 ) -> EngineResult<Vec<Vec<Kept>>> {
     let inputs = input.output_partitioning().partition_count();
-    let writers = inputs.min(threads());
     let route = |partition| {
         let (input, keys, context) = (input.clone(), keys.clone(), context.clone());
         async move {
             let mut batches = input.execute(partition, context)?;
-            let mut writer = PartsWriter::new(parts, writers)?;
+            let mut writer = None;
             while let Some(batch) = batches.try_next().await? {
+                // Not before: until now it waited for those below.
+                let writer = match &mut writer {
+                    Some(writer) => writer,
+                    none => none.insert(PartsWriter::beside_others(parts)?),
+                };
                 let of = parts_of(&batch, &keys, parts)?;
                 writer.push(Routed::new(&batch, &of, parts)?).await?;
             }
-            Ok(writer.finish().await?.0)
+            match writer {
+                Some(writer) => Ok(writer.finish().await?.0),
+                None => Ok(Vec::new()),
+            }
         }
     };
-    let mut routed = std::pin::pin!(in_turn(inputs, route));
+    let mut routed = std::pin::pin!(in_turn(inputs, context.clone(), route));
     let mut all: Vec<Vec<Kept>> = (0..parts).map(|_| Vec::new()).collect();
     while let Some(parts) = routed.try_next().await? {
         all.iter_mut().zip(parts).for_each(|(all, pieces)| all.extend(pieces));
@@ -107,24 +113,9 @@ fn parts_of(
     let keys = evaluate_expressions_to_arrays(keys, rows)?;
     let mut hashes = vec![0; rows.num_rows()];
     create_hashes(&keys, REPARTITION_RANDOM_STATE.random_state(), &mut hashes)?;
-    Ok(hashes.into_iter().map(|hash| (hash % parts as u64) as u32).collect())
-}
-
-/// The rows of pieces, cut where the rows say, not where the memory ended.
-fn read(
-    pieces: Vec<Kept>,
-    schema: SchemaRef,
-) -> impl Stream<Item = EngineResult<RecordBatch>> + Send {
-    let (mut pieces, mut cutter) = (pieces.into_iter(), Cutter::new(schema.clone()));
-    let blocks = std::iter::from_fn(move || match pieces.next() {
-        Some(piece) => {
-            let piece = piece.read().and_then(|piece| retyped(&piece, &schema));
-            Some(piece.and_then(|piece| cutter.push(piece)))
-        }
-        None => cutter.end_block().map(|last| last.map(|last| vec![last])).transpose(),
-    });
-    let blocks = stream::iter(blocks.map(|blocks| blocks.map_err(DataFusionError::from)));
-    blocks.map_ok(|blocks| stream::iter(blocks).map(Ok)).try_flatten()
+    // As Lemire, Fast Random Integer Generation in an Interval, 2019: a product instead of a remainder.
+    let part = |hash| ((u128::from(hash) * parts as u128) >> 64) as u32;
+    Ok(hashes.into_iter().map(part).collect())
 }
 
 impl DisplayAs for HashExchangeExec {
@@ -179,10 +170,10 @@ impl ExecutionPlan for HashExchangeExec {
         let begin = || route_all(self.input.clone(), self.keys.clone(), self.parts(), context);
         let pieces = self.routed.take(partition, begin);
         let (metrics, of) = (BaselineMetrics::new(&self.metrics, partition), schema.clone());
-        let rows = pieces.map_ok(move |pieces| read(pieces, of));
+        let read = move |piece: Kept| Ok(retyped(&piece.read()?, &of)?.record_output(&metrics));
+        let rows = pieces.map_ok(move |pieces| stream::iter(pieces.into_iter().map(read)));
         let rows = rows.try_flatten_stream();
-        let rows = rows.map_ok(move |rows| rows.record_output(&metrics));
-        Ok(Box::pin(RecordBatchStreamAdapter::new(schema, rows)))
+        Ok(make_cooperative(Box::pin(RecordBatchStreamAdapter::new(schema, rows))))
     }
 
     fn metrics(&self) -> Option<MetricsSet> {

@@ -6,6 +6,7 @@
 use crate::error::Error;
 use crate::hash_exchange::HashExchangeExec;
 use crate::in_turn::{InOrderExec, KeptExec};
+use crate::top_k::TopKExec;
 use datafusion::common::config::ConfigOptions;
 use datafusion::common::tree_node::{Transformed, TransformedResult, TreeNode};
 use datafusion::common::{JoinType, Result as EngineResult};
@@ -13,7 +14,7 @@ use datafusion::physical_optimizer::PhysicalOptimizerRule;
 use datafusion::physical_plan::coalesce_partitions::CoalescePartitionsExec;
 use datafusion::physical_plan::execution_plan::{ChildrenPropertiesMode, ReplaceChildrenOptions};
 use datafusion::physical_plan::joins::{HashJoinExec, NestedLoopJoinExec, PartitionMode};
-use datafusion::physical_plan::limit::GlobalLimitExec;
+use datafusion::physical_plan::limit::{GlobalLimitExec, LocalLimitExec};
 use datafusion::physical_plan::repartition::RepartitionExec;
 use datafusion::physical_plan::sorts::sort::SortExec;
 use datafusion::physical_plan::sorts::sort_preserving_merge::SortPreservingMergeExec;
@@ -48,21 +49,33 @@ impl PhysicalOptimizerRule for InOrder {
 
 fn in_order(node: Arc<dyn ExecutionPlan>) -> EngineResult<Transformed<Arc<dyn ExecutionPlan>>> {
     let instead = if let Some(merge) = node.downcast_ref::<CoalescePartitionsExec>() {
-        limited(Arc::new(InOrderExec::new(merge.input().clone())), ExecutionPlan::fetch(merge))
+        coalesced(merge)
     } else if let Some(exchange) = node.downcast_ref::<RepartitionExec>() {
         by_hash(exchange)?
     } else if let Some(merge) = node.downcast_ref::<SortPreservingMergeExec>() {
         merged(merge)
+    } else if let Some(sort) = node.downcast_ref::<SortExec>().and_then(TopKExec::of) {
+        Arc::new(sort)
     } else {
         return Ok(Transformed::no(node));
     };
     Ok(Transformed::yes(instead))
 }
 
-fn limited(plan: Arc<dyn ExecutionPlan>, rows: Option<usize>) -> Arc<dyn ExecutionPlan> {
-    match rows {
-        Some(rows) => Arc::new(GlobalLimitExec::new(plan, 0, Some(rows))),
-        None => plan,
+fn coalesced(merge: &CoalescePartitionsExec) -> Arc<dyn ExecutionPlan> {
+    let fetch = ExecutionPlan::fetch(merge);
+    let all = Arc::new(InOrderExec::new(first(merge.input(), fetch)));
+    match fetch {
+        Some(rows) => Arc::new(GlobalLimitExec::new(all, 0, Some(rows))),
+        None => all,
+    }
+}
+
+/// No more of each partition than is needed of all: each is computed to its end.
+fn first(plan: &Arc<dyn ExecutionPlan>, fetch: Option<usize>) -> Arc<dyn ExecutionPlan> {
+    match fetch {
+        Some(rows) => Arc::new(LocalLimitExec::new(plan.clone(), rows)),
+        None => plan.clone(),
     }
 }
 
@@ -71,36 +84,21 @@ fn by_hash(exchange: &RepartitionExec) -> EngineResult<Arc<dyn ExecutionPlan>> {
         let by = exchange.partitioning();
         return Err(Error::Internal(format!("an exchange by {by}, not by hash")).into());
     };
-    // The first rows of each input were to save work. Which of the same they are depends on the threads.
-    let input = match first_of_each(exchange.input()) {
-        Some(sort) => sort.input(),
-        None => exchange.input(),
-    };
-    let by_hash = Arc::new(HashExchangeExec::new(input.clone(), keys.clone(), *parts));
+    let by_hash = HashExchangeExec::new(exchange.input().clone(), keys.clone(), *parts);
     Ok(match exchange.properties().output_ordering() {
         Some(order) => {
-            Arc::new(SortExec::new(order.clone(), by_hash).with_preserve_partitioning(true))
+            let sort = SortExec::new(order.clone(), Arc::new(by_hash));
+            Arc::new(sort.with_preserve_partitioning(true))
         }
-        None => by_hash,
+        None => Arc::new(by_hash),
     })
 }
 
 /// Of rows that are the same to it, those of the first input come first.
 fn merged(merge: &SortPreservingMergeExec) -> Arc<dyn ExecutionPlan> {
-    if let Some(sort) = first_of_each(merge.input()) {
-        let input = Arc::new(InOrderExec::new(sort.input().clone()));
-        return Arc::new(SortExec::new(sort.expr().clone(), input).with_fetch(merge.fetch()));
-    }
-    let input = Arc::new(KeptExec::new(merge.input().clone()));
+    let input = Arc::new(KeptExec::new(first(merge.input(), merge.fetch())));
     let stable = SortPreservingMergeExec::new(merge.expr().clone(), input);
     Arc::new(stable.with_fetch(merge.fetch()).with_round_robin_repartition(false))
-}
-
-/// A sort of each partition that gives the first rows alone. Its partitions tell each other what is not
-/// among these.
-fn first_of_each(plan: &Arc<dyn ExecutionPlan>) -> Option<&SortExec> {
-    let sort = plan.downcast_ref::<SortExec>()?;
-    (sort.preserve_partitioning() && sort.fetch().is_some()).then_some(sort)
 }
 
 /// Joins that give rows of the side that they hold, once the other side has ended. Where all partitions of
@@ -114,6 +112,7 @@ impl PhysicalOptimizerRule for HeldOnce {
         plan: Arc<dyn ExecutionPlan>,
         _config: &ConfigOptions,
     ) -> EngineResult<Arc<dyn ExecutionPlan>> {
+        // It is not known yet how many partitions there will be.
         plan.transform_up(held_once).data()
     }
 
@@ -144,9 +143,6 @@ fn held_once(node: Arc<dyn ExecutionPlan>) -> EngineResult<Transformed<Arc<dyn E
         return Ok(Transformed::no(node));
     }
     let [held, other] = node.children()[..] else { return Ok(Transformed::no(node)) };
-    if other.output_partitioning().partition_count() == 1 {
-        return Ok(Transformed::no(node));
-    }
     let children = vec![held.clone(), Arc::new(InOrderExec::new(other.clone())) as _];
     let recompute = ReplaceChildrenOptions::new(ChildrenPropertiesMode::Recompute);
     Ok(Transformed::yes(node.replace_children(children, recompute)?))

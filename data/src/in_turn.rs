@@ -3,13 +3,14 @@
 
 use crate::kept_parts::KeptParts;
 use crate::runtime::in_turn;
-use crate::store::{BlockWriter, Kept};
+use crate::store::{BlockStore, Kept};
 use arrow::record_batch::RecordBatch;
 use datafusion::common::Result as EngineResult;
 use datafusion::common::tree_node::TreeNodeRecursion;
 use datafusion::error::DataFusionError;
 use datafusion::execution::{SendableRecordBatchStream, TaskContext};
 use datafusion::physical_expr::PhysicalExpr;
+use datafusion::physical_plan::coop::make_cooperative;
 use datafusion::physical_plan::stream::RecordBatchStreamAdapter;
 use datafusion::physical_plan::{
     DisplayAs, DisplayFormatType, ExecutionPlan, ExecutionPlanProperties, Partitioning,
@@ -38,6 +39,12 @@ impl InOrderExec {
             input.boundedness(),
         );
         Self { input, properties: Arc::new(properties) }
+    }
+}
+
+impl InOrderExec {
+    pub(crate) fn input(&self) -> &Arc<dyn ExecutionPlan> {
+        &self.input
     }
 }
 
@@ -73,8 +80,11 @@ impl ExecutionPlan for InOrderExec {
         _partition: usize,
         context: Arc<TaskContext>,
     ) -> EngineResult<SendableRecordBatchStream> {
+        if self.input.output_partitioning().partition_count() == 1 {
+            return self.input.execute(0, context);
+        }
         let blocks = keep_all(self.input.clone(), context).map_ok(read).try_flatten();
-        Ok(Box::pin(RecordBatchStreamAdapter::new(self.schema(), blocks)))
+        Ok(make_cooperative(Box::pin(RecordBatchStreamAdapter::new(self.schema(), blocks))))
     }
 }
 
@@ -134,7 +144,7 @@ impl ExecutionPlan for KeptExec {
     ) -> EngineResult<SendableRecordBatchStream> {
         let begin = || keep_all(self.input.clone(), context).try_collect();
         let blocks = self.kept.take(partition, begin).map_ok(read).try_flatten_stream();
-        Ok(Box::pin(RecordBatchStreamAdapter::new(self.schema(), blocks)))
+        Ok(make_cooperative(Box::pin(RecordBatchStreamAdapter::new(self.schema(), blocks))))
     }
 }
 
@@ -156,18 +166,13 @@ fn keep_all(
     context: Arc<TaskContext>,
 ) -> impl Stream<Item = EngineResult<Vec<Kept>>> {
     let partitions = input.output_partitioning().partition_count();
-    in_turn(partitions, move |partition| {
+    in_turn(partitions, context.clone(), move |partition| {
         let (input, context) = (input.clone(), context.clone());
-        async move { keep(input.execute(partition, context)?).await }
+        async move {
+            let kept = BlockStore::collect(input.schema(), input.execute(partition, context)?);
+            Ok(kept.await?.into_iter().collect())
+        }
     })
-}
-
-async fn keep(mut rows: SendableRecordBatchStream) -> EngineResult<Vec<Kept>> {
-    let mut kept = BlockWriter::new(rows.schema());
-    while let Some(batch) = rows.try_next().await? {
-        kept.push(batch)?;
-    }
-    Ok(kept.finish()?.into_iter().collect())
 }
 
 fn read(blocks: Vec<Kept>) -> impl Stream<Item = EngineResult<RecordBatch>> {

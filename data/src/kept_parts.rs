@@ -1,8 +1,7 @@
 //! Parts of a plan that are all computed before one of them is read.
 
-use crate::error::Error;
 use crate::store::Kept;
-use datafusion::common::Result as EngineResult;
+use datafusion::common::{Result as EngineResult, resources_datafusion_err};
 use datafusion::error::DataFusionError;
 use futures::FutureExt;
 use futures::future::{BoxFuture, Shared};
@@ -34,8 +33,9 @@ impl KeptParts {
         let parts = parts.get_or_insert_with(computed).clone();
         let take = async move {
             let pieces = parts.await?[part].lock().unwrap_or_else(PoisonError::into_inner).take();
-            let twice = || Error::Internal("a part of a plan is read twice".to_owned());
-            Ok(pieces.ok_or_else(twice)?)
+            // By a join of the engine that had too little memory to keep it.
+            let again = || resources_datafusion_err!("a part of a plan would be read again");
+            pieces.ok_or_else(again)
         };
         take.boxed()
     }

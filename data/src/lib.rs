@@ -70,6 +70,7 @@ mod stage;
 mod store;
 mod stream;
 mod tables;
+mod top_k;
 mod typed;
 
 pub use batch_fn::{BatchActor, BatchFn};

@@ -14,7 +14,7 @@ use futures::{FutureExt, StreamExt, TryStreamExt, stream};
 use std::ops::Range;
 use std::sync::{Arc, OnceLock};
 
-/// About how much of a part is kept at a time, and of all parts at least.
+/// About how much of a part is kept at a time, half of it where several write, and of all parts at least.
 const PIECE_BYTES: usize = 128 << 10;
 const LEAST_PENDING: usize = 1 << 20;
 
@@ -101,6 +101,8 @@ pub(crate) struct PartsWriter {
     pending_bytes: usize,
     /// Bytes of a generation.
     most: usize,
+    /// Parts that are kept at the same time.
+    at_once: usize,
     _memory: Taken,
     parts: Vec<Vec<Kept>>,
     rows: Vec<u64>,
@@ -108,15 +110,24 @@ pub(crate) struct PartsWriter {
 }
 
 impl PartsWriter {
-    /// One of so many at the same time, which have a quarter of the budget.
-    pub(crate) fn new(parts: usize, writers: usize) -> Result<Self> {
-        let quarter = (memory::budget()? / 4 / writers.max(1)).max(LEAST_PENDING);
-        let most = (parts * PIECE_BYTES).clamp(LEAST_PENDING, quarter);
+    /// The only one of all rows: it works on all processors, and has a quarter of the budget at most.
+    pub(crate) fn alone(parts: usize) -> Result<Self> {
+        let quarter = (memory::budget()? / 4).max(LEAST_PENDING);
+        Self::new(parts, (parts * PIECE_BYTES).clamp(LEAST_PENDING, quarter), threads())
+    }
+
+    /// One of several at the same time. Where its pieces end is a function of the rows alone.
+    pub(crate) fn beside_others(parts: usize) -> Result<Self> {
+        Self::new(parts, (parts * PIECE_BYTES / 2).max(LEAST_PENDING), 1)
+    }
+
+    fn new(parts: usize, most: usize, at_once: usize) -> Result<Self> {
         Ok(Self {
             pending: Vec::new(),
             places: vec![Vec::new(); parts],
             pending_bytes: 0,
             most,
+            at_once,
             _memory: memory::take(most)?,
             parts: (0..parts).map(|_| Vec::new()).collect(),
             rows: vec![0; parts],
@@ -140,22 +151,23 @@ impl PartsWriter {
         let pending = Arc::new(std::mem::take(&mut self.pending));
         let places = std::mem::replace(&mut self.places, vec![Vec::new(); self.parts.len()]);
         let filled = places.into_iter().enumerate().filter(|(_, places)| !places.is_empty());
-        let keep = |(part, places): (usize, Vec<(usize, Range<usize>)>)| {
+        let keep = |places: Vec<(usize, Range<usize>)>| {
             let (pending, file) = (pending.clone(), self.file.clone());
-            let keep = async move {
-                let slice = |(at, rows): (usize, Range<usize>)| {
-                    let batch: &RecordBatch = &pending[at];
-                    batch.slice(rows.start, rows.len())
-                };
-                let slices: Vec<_> = places.into_iter().map(slice).collect();
-                let piece = concat_batches(&slices[0].schema(), &slices)?;
-                Ok((part, Kept::keep(piece, &file)?))
-            };
-            tokio::spawn(keep).map(joined)
+            move || keep_piece(&pending, places, &file)
         };
-        let kept = stream::iter(filled).map(keep).buffered(threads());
-        for (part, piece) in kept.try_collect::<Vec<_>>().await? {
-            self.parts[part].push(piece);
+        if self.at_once == 1 {
+            for (part, places) in filled {
+                self.parts[part].push(keep(places)()?);
+            }
+        } else {
+            let keep = |(part, places)| {
+                let keep = keep(places);
+                tokio::spawn(async move { Ok((part, keep()?)) }).map(joined)
+            };
+            let kept = stream::iter(filled).map(keep).buffered(self.at_once);
+            for (part, piece) in kept.try_collect::<Vec<_>>().await? {
+                self.parts[part].push(piece);
+            }
         }
         self.pending_bytes = 0;
         Ok(())
@@ -166,4 +178,15 @@ impl PartsWriter {
         self.keep().await?;
         Ok((self.parts, self.rows))
     }
+}
+
+/// Rows of batches, as one piece.
+fn keep_piece(
+    batches: &[RecordBatch],
+    places: Vec<(usize, Range<usize>)>,
+    file: &OnceLock<Unnamed>,
+) -> Result<Kept> {
+    let slice = |(at, rows): (usize, Range<usize>)| batches[at].slice(rows.start, rows.len());
+    let slices: Vec<_> = places.into_iter().map(slice).collect();
+    Kept::keep(concat_batches(&slices[0].schema(), &slices)?, file)
 }

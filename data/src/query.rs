@@ -2,8 +2,10 @@
 
 use crate::Dataset;
 use crate::error::{Error, Result};
+use crate::in_turn::InOrderExec;
+use crate::parts::retyped;
 use crate::plan::{plan_must_be_deterministic, schema_of};
-use crate::runtime::block_on;
+use crate::runtime::{Tasks, block_on, in_turn};
 use crate::session::{Mode, new_session};
 use crate::source::Blocks;
 use crate::stage::{Names, Stage, Watched};
@@ -14,9 +16,10 @@ use arrow::datatypes::SchemaRef;
 use arrow::record_batch::RecordBatch;
 use datafusion::common::TableReference;
 use datafusion::execution::context::SQLOptions;
-use datafusion::physical_plan::execute_stream;
+use datafusion::physical_plan::ExecutionPlanProperties;
 use datafusion::prelude::{DataFrame, SessionContext};
 use futures::TryStreamExt;
+use futures::future::ready;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
@@ -129,13 +132,31 @@ async fn store(frame: DataFrame, query: &str, schema: &SchemaRef) -> Result<Bloc
     let failed = Error::sql(query);
     let context = Arc::new(frame.task_ctx());
     let plan = frame.create_physical_plan().await.map_err(&failed)?;
-    let schema = tables::retyped(&plan.schema(), schema);
-    let batches = execute_stream(plan, context).map_err(&failed)?;
-    let stage = Stage::new(format!("query: {query}"), None, Box::new(Query));
-    let batches = Watched::new(batches.map_err(failed), &stage, 0);
-    let typed = schema.clone();
-    let batches = batches.and_then(move |batch| std::future::ready(tables::cast(&batch, &typed)));
-    BlockStore::collect(schema, batches).await
+    let schema = tables::with_types(&plan.schema(), schema);
+    // What would be kept until it is its turn is kept as the result.
+    let plan = match plan.downcast_ref::<InOrderExec>() {
+        Some(all) => all.input().clone(),
+        None => plan,
+    };
+    let partitions = plan.output_partitioning().partition_count();
+    let blocks = (partitions > 1).then_some(partitions);
+    let stage = Stage::new(format!("query: {query}"), blocks, Box::new(Query));
+    let (typed, of) = (schema.clone(), context.clone());
+    let stores = in_turn(partitions, context.clone(), move |partition| {
+        let (plan, context, stage) = (plan.clone(), of.clone(), stage.clone());
+        let schema = typed.clone();
+        async move {
+            let typed = schema.clone();
+            let rows = plan.execute(partition, context)?;
+            let rows = rows.and_then(move |rows| ready(retyped(&rows, &typed).map_err(Into::into)));
+            BlockStore::collect(schema, Watched::new(rows, &stage, partition)).await
+        }
+    });
+    let stores = stores.try_collect::<Vec<_>>().await.map_err(failed);
+    if let (Err(_), Some(tasks)) = (&stores, context.session_config().get_extension::<Tasks>()) {
+        tasks.ended().await;
+    }
+    Ok(BlockStore::join(schema, stores?))
 }
 
 /// A query over tables, which changes nothing.

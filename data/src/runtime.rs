@@ -3,9 +3,12 @@
 use crate::error::{Error, Result};
 use datafusion::common::Result as EngineResult;
 use datafusion::common::runtime::SpawnedTask;
+use datafusion::execution::TaskContext;
 use futures::{Stream, StreamExt, stream};
 use std::cell::Cell;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, LazyLock, mpsc};
+use std::time::{Duration, Instant};
 use tokio::runtime::{Builder, Handle, Runtime};
 use tokio::sync::Semaphore;
 use tokio::task::JoinError;
@@ -49,20 +52,56 @@ pub(crate) fn joined<T>(result: Result<Result<T>, JoinError>) -> Result<T> {
 /// How many parts of a plan, for each thread, may wait for those before them to end.
 const AHEAD: usize = 4;
 
+/// The tasks of a query.
+#[derive(Debug, Default)]
+pub(crate) struct Tasks(AtomicUsize);
+
+/// One of them, until this is dropped.
+struct Task(Arc<Tasks>);
+
+impl Task {
+    fn of(context: &TaskContext) -> Self {
+        let all = context.session_config().get_extension::<Tasks>().unwrap_or_default();
+        all.0.fetch_add(1, Ordering::Relaxed);
+        Self(all)
+    }
+}
+
+impl Drop for Task {
+    fn drop(&mut self) {
+        self.0.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+impl Tasks {
+    /// Waits until those that were told to end have ended, and what they held is free; not for ever, as
+    /// one may be in a function that takes long.
+    pub(crate) async fn ended(&self) {
+        let deadline = Instant::now() + LONGEST_END;
+        while self.0.load(Ordering::Relaxed) > 0 && Instant::now() < deadline {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    }
+}
+
+const LONGEST_END: Duration = Duration::from_secs(10);
+
 /// Runs the parts of a plan as tasks, as many at a time as there are threads, and gives what they made in
 /// their order. They end with whoever waits for them.
 pub(crate) fn in_turn<T: Send + 'static, F: Future<Output = EngineResult<T>> + Send + 'static>(
     parts: usize,
+    context: Arc<TaskContext>,
     run: impl Fn(usize) -> F,
 ) -> impl Stream<Item = EngineResult<T>> {
     let free = Arc::new(Semaphore::new(threads()));
     let start = move |part| {
-        let (free, task) = (free.clone(), run(part));
+        let (free, run, task) = (free.clone(), run(part), Task::of(&context));
         async move {
             let begin = async move {
+                let _task = task;
                 // It is never closed.
                 let _one = free.acquire().await;
-                task.await
+                run.await
             };
             match SpawnedTask::spawn(begin).join().await {
                 Ok(result) => result,

@@ -4,7 +4,7 @@ use crate::error::Result;
 use crate::functions;
 use crate::in_order::{HeldOnce, InOrder};
 use crate::memory;
-use crate::runtime::threads;
+use crate::runtime::{Tasks, threads};
 use arrow::compute::SortOptions;
 use datafusion::common::Result as EngineResult;
 use datafusion::common::config::ConfigOptions;
@@ -67,7 +67,10 @@ pub(crate) fn new_session(mode: Mode) -> Result<SessionContext> {
     let parts = mode.parts();
     let aside = (memory::budget()? / 8 / parts.min(threads())).min(MERGE_BYTES);
     let state = SessionStateBuilder::new().with_default_features();
-    let config = config().with_target_partitions(parts).with_sort_spill_reservation_bytes(aside);
+    let config = config()
+        .with_target_partitions(parts)
+        .with_sort_spill_reservation_bytes(aside)
+        .with_extension(Arc::new(Tasks::default()));
     let state = state.with_config(config).with_runtime_env(memory::engine()?);
     let mut rules = PhysicalOptimizer::new().rules;
     if matches!(mode, Mode::SortMerge(_)) {

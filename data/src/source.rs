@@ -119,12 +119,6 @@ pub trait Source: Debug + Send + Sync {
         Ok(None)
     }
 
-    /// The files, if they are Parquet, of which the engine can read what a query needs.
-    #[doc(hidden)]
-    fn parquet_files(&self) -> Option<&[PathBuf]> {
-        None
-    }
-
     /// The blocks of a dataset that was persisted.
     #[doc(hidden)]
     fn block_refs(&self) -> Option<&[BlockRef]> {
@@ -146,7 +140,13 @@ pub trait Blocks: Debug + Send + Sync {
     /// other data is refused.
     fn fingerprint(&self) -> Result<String>;
 
-    /// An error if a file is another than that which was opened.
+    /// The files, if they are Parquet, of which the engine can read what a query needs.
+    #[doc(hidden)]
+    fn parquet_files(&self) -> Option<Vec<PathBuf>> {
+        None
+    }
+
+    /// An error if one of these is another than that which was opened.
     #[doc(hidden)]
     fn check_files(&self) -> Result<()> {
         Ok(())

@@ -1,6 +1,6 @@
 //! Blocks that are kept: in memory while the budget has room, and else in a file.
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::memory::{self, Taken};
 use crate::source::{BatchIter, Blocks};
 use crate::spill::Unnamed;
@@ -165,19 +165,18 @@ pub(crate) struct BlockStore {
 
 impl BlockStore {
     /// Keeps the rows of a stream. Where the batches end means nothing.
-    pub(crate) async fn collect(
+    pub(crate) async fn collect<E: From<Error>>(
         schema: SchemaRef,
-        mut batches: impl Stream<Item = Result<RecordBatch>> + Unpin,
-    ) -> Result<Self> {
+        mut batches: impl Stream<Item = Result<RecordBatch, E>> + Unpin,
+    ) -> Result<Self, E> {
         let mut writer = BlockWriter::new(schema);
         while let Some(batch) = batches.next().await {
             writer.push(batch?)?;
         }
-        writer.finish()
+        Ok(writer.finish()?)
     }
 
     /// The blocks of several, one store after another.
-    #[cfg(feature = "postgres")]
     pub(crate) fn join(schema: SchemaRef, stores: impl IntoIterator<Item = Self>) -> Self {
         let mut all =
             Self { schema, blocks: Vec::new(), rows: Vec::new(), fingerprint: OnceLock::new() };
@@ -235,24 +234,34 @@ impl Blocks for BlockStore {
 /// that they come in.
 const UNIT_ROWS: usize = 16;
 
-/// Cuts rows into blocks.
-pub(crate) struct Cutter {
+/// Cuts rows into blocks and keeps them.
+pub(crate) struct BlockWriter {
     schema: SchemaRef,
     /// Rows that are no block yet.
     pending: Vec<RecordBatch>,
     pending_rows: usize,
     pending_bytes: usize,
+    blocks: Vec<Kept>,
+    rows: Vec<u64>,
+    file: OnceLock<Unnamed>,
 }
 
-impl Cutter {
+impl BlockWriter {
     pub(crate) fn new(schema: SchemaRef) -> Self {
-        Self { schema, pending: Vec::new(), pending_rows: 0, pending_bytes: 0 }
+        Self {
+            schema,
+            pending: Vec::new(),
+            pending_rows: 0,
+            pending_bytes: 0,
+            blocks: Vec::new(),
+            rows: Vec::new(),
+            file: OnceLock::new(),
+        }
     }
 
-    /// Adds rows with the columns of the schema, of which the engine says less. Gives the blocks that
-    /// have all their rows now.
-    pub(crate) fn push(&mut self, batch: RecordBatch) -> Result<Vec<RecordBatch>> {
-        let (mut batch, mut blocks) = (relabel(&batch, &self.schema)?, Vec::new());
+    /// Adds rows with the columns of the writer, of which the engine says less.
+    pub(crate) fn push(&mut self, batch: RecordBatch) -> Result<()> {
+        let mut batch = relabel(&batch, &self.schema)?;
         while batch.num_rows() > 0 {
             let take = self.room(&batch)?;
             let piece = batch.slice(0, take);
@@ -262,10 +271,10 @@ impl Cutter {
             self.pending.push(piece);
             let is_unit = self.pending_rows.is_multiple_of(UNIT_ROWS);
             if self.pending_rows >= BLOCK_ROWS || (is_unit && self.pending_bytes >= BLOCK_BYTES) {
-                blocks.extend(self.end_block()?);
+                self.end_block()?;
             }
         }
-        Ok(blocks)
+        Ok(())
     }
 
     /// How many rows to take: all that the block lacks, or where these may be too many bytes, a unit.
@@ -278,50 +287,21 @@ impl Cutter {
         Ok(unit.min(all))
     }
 
-    /// The block of the rows that are left, if there are any.
-    pub(crate) fn end_block(&mut self) -> Result<Option<RecordBatch>> {
-        let block = match self.pending_rows {
-            0 => None,
-            _ => Some(concat_batches(&self.schema, &self.pending)?),
-        };
+    fn end_block(&mut self) -> Result<()> {
+        if self.pending_rows > 0 {
+            let block = concat_batches(&self.schema, &self.pending)?;
+            self.rows.push(block.num_rows() as u64);
+            self.blocks.push(Kept::keep(block, &self.file)?);
+        }
         self.pending.clear();
         (self.pending_rows, self.pending_bytes) = (0, 0);
-        Ok(block)
-    }
-}
-
-/// Cuts rows into blocks and keeps them.
-pub(crate) struct BlockWriter {
-    cutter: Cutter,
-    blocks: Vec<Kept>,
-    rows: Vec<u64>,
-    file: OnceLock<Unnamed>,
-}
-
-impl BlockWriter {
-    pub(crate) fn new(schema: SchemaRef) -> Self {
-        let cutter = Cutter::new(schema);
-        Self { cutter, blocks: Vec::new(), rows: Vec::new(), file: OnceLock::new() }
-    }
-
-    /// Adds rows with the columns of the writer, of which the engine says less.
-    pub(crate) fn push(&mut self, batch: RecordBatch) -> Result<()> {
-        let blocks = self.cutter.push(batch)?;
-        blocks.into_iter().try_for_each(|block| self.keep(block))
-    }
-
-    fn keep(&mut self, block: RecordBatch) -> Result<()> {
-        self.rows.push(block.num_rows() as u64);
-        self.blocks.push(Kept::keep(block, &self.file)?);
         Ok(())
     }
 
     pub(crate) fn finish(mut self) -> Result<BlockStore> {
-        if let Some(last) = self.cutter.end_block()? {
-            self.keep(last)?;
-        }
-        let Self { cutter, blocks, rows, .. } = self;
-        Ok(BlockStore { schema: cutter.schema, blocks, rows, fingerprint: OnceLock::new() })
+        self.end_block()?;
+        let Self { schema, blocks, rows, .. } = self;
+        Ok(BlockStore { schema, blocks, rows, fingerprint: OnceLock::new() })
     }
 }
 

@@ -2,13 +2,10 @@
 
 use crate::Dataset;
 use crate::error::{Error, Result};
-use crate::remote;
 use crate::scan::SourceTable;
 use crate::session::Mode;
 use crate::source::OpenSource;
-use arrow::array::RecordBatchOptions;
 use arrow::datatypes::{DataType, Field, Schema, SchemaRef};
-use arrow::record_batch::RecordBatch;
 use datafusion::catalog::TableProvider;
 use datafusion::common::TableReference;
 use datafusion::datasource::file_format::parquet::ParquetFormat;
@@ -64,28 +61,30 @@ fn table(dataset: &Dataset, mode: Mode) -> Result<Arc<dyn TableProvider>> {
     if !dataset.ops().is_empty() {
         return Ok(Arc::new(SourceTable::Chains(dataset.compile()?, partitions)));
     }
-    let ours = Arc::new(SourceTable::Sequences(source, partitions));
-    match dataset.source().parquet_files() {
-        // Of an object store it would not notice that a file changed, or is gone.
-        Some(files) if !files.iter().any(|path| remote::is_url(path)) => {
-            Ok(parquet(files, &*dataset.schema()?)?.unwrap_or(ours))
-        }
-        _ => Ok(ours),
+    if let Some(files) = source.parquet_files()
+        && let Some(table) = parquet(&files, source.schema())?
+    {
+        return Ok(table);
     }
+    Ok(Arc::new(SourceTable::Sequences(source, partitions)))
 }
 
-/// None if the engine would have them in another order.
+/// None where the engine would not read the files as they are given.
 fn parquet(files: &[PathBuf], schema: &Schema) -> Result<Option<Arc<dyn TableProvider>>> {
     let failed = Error::engine("read Parquet files");
-    let url = |path: &PathBuf| {
+    let mut urls = Vec::new();
+    for path in files {
         // The engine knows no `..`.
-        let url = Url::from_file_path(path.canonicalize().at("resolve", path)?);
-        let url = url.map_err(|()| Error::NoFiles { pattern: path.clone() })?;
-        ListingTableUrl::try_new(url, None).map_err(&failed)
-    };
-    let urls = files.iter().map(url).collect::<Result<Vec<_>>>()?;
-    // It reads them by name.
-    if !urls.is_sorted_by_key(|url| url.prefix()) {
+        let path = path.canonicalize().at("resolve", path)?;
+        // Nor names that are no text, or that it ends itself.
+        let name = path.to_str().filter(|name| !name.contains(['#', '?']));
+        let Some(url) = name.and_then(|_| Url::from_file_path(&path).ok()) else {
+            return Ok(None);
+        };
+        urls.push(ListingTableUrl::try_new(url, None).map_err(&failed)?);
+    }
+    // It reads them by name, each once.
+    if !urls.is_sorted_by(|one, next| one.prefix() < next.prefix()) {
         return Ok(None);
     }
     let options = ListingOptions::new(Arc::new(ParquetFormat::default())).with_file_extension("");
@@ -109,19 +108,10 @@ fn with_views(schema: &Schema) -> SchemaRef {
 }
 
 /// The columns of a schema with the types of those of another.
-pub(crate) fn retyped(schema: &Schema, types: &Schema) -> SchemaRef {
+pub(crate) fn with_types(schema: &Schema, types: &Schema) -> SchemaRef {
     let fields = schema.fields().iter().zip(types.fields());
     let field = |(field, of): (&Arc<Field>, &Arc<Field>)| {
         field.as_ref().clone().with_data_type(of.data_type().clone())
     };
     Arc::new(Schema::new(fields.map(field).collect::<Vec<_>>()))
-}
-
-/// Rows with the types of a schema, which says what may be missing of all rows.
-pub(crate) fn cast(rows: &RecordBatch, schema: &SchemaRef) -> Result<RecordBatch> {
-    let columns = rows.columns().iter().zip(schema.fields());
-    let columns = columns.map(|(column, field)| arrow::compute::cast(column, field.data_type()));
-    let options = RecordBatchOptions::new().with_row_count(Some(rows.num_rows()));
-    let columns = columns.collect::<Result<_, _>>()?;
-    Ok(RecordBatch::try_new_with_options(schema.clone(), columns, &options)?)
 }

@@ -5,6 +5,7 @@ use super::{BatchIter, Blocks, Source, columns};
 use crate::error::{Error, Result};
 use arrow::datatypes::{DataType, Field, FieldRef, SchemaRef};
 use arrow::record_batch::RecordBatch;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 /// Beyond this, positions of rows have no place in the numbers that they are computed with.
@@ -53,6 +54,10 @@ impl OpenSource {
             }
             _ => Ok(opened),
         }
+    }
+
+    pub(crate) fn parquet_files(&self) -> Option<Vec<PathBuf>> {
+        self.inner.parquet_files()
     }
 
     pub(crate) fn check_files(&self) -> Result<()> {

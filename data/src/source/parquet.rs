@@ -84,11 +84,6 @@ impl Source for Parquet {
             n => format!("{files}, {n} corrupt row groups left out"),
         }
     }
-
-    fn parquet_files(&self) -> Option<&[PathBuf]> {
-        let as_they_are = self.options == ParquetOptions::default();
-        as_they_are.then_some(&self.files)
-    }
 }
 
 /// Files with their footers read.
@@ -98,8 +93,7 @@ struct ParquetBlocks {
     files: Vec<ParquetFile>,
     /// File and row group of each block.
     groups: Vec<(usize, usize)>,
-    /// Whether a file may have other columns than `schema` has.
-    is_unified: bool,
+    options: ParquetOptions,
     fingerprint: String,
 }
 
@@ -134,7 +128,7 @@ impl ParquetBlocks {
         let parts = files.iter().map(|file| file.identity.as_bytes());
         let parts = parts.chain((!source.skipped.is_empty()).then_some(skipped.as_bytes()));
         let fingerprint = hash(parts);
-        Ok(Self { schema, files, groups, is_unified: source.options.unify, fingerprint })
+        Ok(Self { schema, files, groups, options: source.options, fingerprint })
     }
 
     /// The row groups that cannot be read.
@@ -204,6 +198,19 @@ impl Blocks for ParquetBlocks {
         self.files.iter().any(|file| file.stamped.is_remote())
     }
 
+    fn parquet_files(&self) -> Option<Vec<PathBuf>> {
+        // It would take the word of a file that its rows are sorted, and read it in another order.
+        let is_sorted = |file: &ParquetFile| {
+            let groups = file.metadata.metadata().row_groups();
+            groups.iter().any(|group| group.sorting_columns().is_some())
+        };
+        // Of an object store it would not notice that a file changed, or is gone.
+        let is_for_us = |file: &ParquetFile| file.stamped.is_remote() || is_sorted(file);
+        let as_they_are = self.options == ParquetOptions::default();
+        let paths = || self.files.iter().map(|file| file.stamped.path.clone()).collect();
+        (as_they_are && !self.files.iter().any(is_for_us)).then(paths)
+    }
+
     fn check_files(&self) -> Result<()> {
         self.files.iter().try_for_each(|file| file.stamped.open().map(drop))
     }
@@ -220,7 +227,7 @@ impl Blocks for ParquetBlocks {
     fn read(&self, block: usize, projection: &[usize]) -> Result<BatchIter> {
         let (file, group) = self.groups[block];
         let file = &self.files[file];
-        if self.is_unified {
+        if self.options.unify {
             return self.conforming(file, group, projection);
         }
         file.read(group, projection, &file.metadata)
@@ -229,7 +236,7 @@ impl Blocks for ParquetBlocks {
     fn read_narrow(&self, block: usize, projection: &[usize]) -> Result<BatchIter> {
         let (file, group) = self.groups[block];
         let file = &self.files[file];
-        if self.is_unified {
+        if self.options.unify {
             return self.conforming(file, group, projection);
         }
         file.read(group, projection, &file.narrow)

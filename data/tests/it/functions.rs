@@ -4,7 +4,7 @@ use crate::{batch, message, numbered};
 use arrow::array::{Array, ArrayRef, AsArray, Float64Array, Int64Array, StringArray};
 use arrow::datatypes::{DataType, Float64Type, Int64Type};
 use mobula_core::BoxError;
-use mobula_data::{AggregateFn, Aggregator, Dataset, FnTypes, ScalarFn, query};
+use mobula_data::{AggregateFn, Aggregator, Dataset, FnTypes, ScalarFn, WriteOptions, query};
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 
@@ -64,6 +64,38 @@ impl Aggregator for ExactMedian {
 }
 
 mobula_data::inventory::submit! { AggregateFn::new::<ExactMedian>("exact_median") }
+
+/// The types it is given, and text.
+fn shouted_types(given: &[DataType]) -> Result<FnTypes, BoxError> {
+    match given {
+        [DataType::Utf8] => Ok(FnTypes::new(given.to_vec(), DataType::Utf8)),
+        _ => Err(format!("takes text, not {given:?}").into()),
+    }
+}
+
+fn shouted(columns: &[ArrayRef]) -> Result<ArrayRef, BoxError> {
+    let text = columns[0].as_string::<i32>();
+    Ok(Arc::new(text.iter().map(|text| text.map(str::to_uppercase)).collect::<StringArray>()))
+}
+
+mobula_data::inventory::submit! { ScalarFn::new("shouted", shouted_types, shouted) }
+
+/// The engine reads text of Parquet in another form.
+#[test]
+fn text_is_of_one_type_wherever_it_comes_from() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let text: ArrayRef = Arc::new(StringArray::from(vec![Some("a"), None, Some("b")]));
+    let rows = Dataset::from_batches(vec![batch([("text", text)])]).expect("rows");
+    let path = folder.path().join("rows");
+    rows.write_parquet(&path, WriteOptions::default()).expect("writes");
+    let files = Dataset::read_parquet(path.join("*.parquet").to_str().expect("UTF-8"));
+    for rows in [rows, files.expect("reads")] {
+        let loud = rows.sql("SELECT shouted(text) AS loud FROM dataset ORDER BY loud");
+        let loud = loud.and_then(|loud| loud.collect()).expect("rows");
+        let loud = loud.column(0).as_string::<i32>();
+        assert_eq!(loud.iter().collect::<Vec<_>>(), [Some("A"), Some("B"), None]);
+    }
+}
 
 #[test]
 fn a_function_of_rows_is_in_expressions_filters_and_queries() {

@@ -124,6 +124,38 @@ fn child_joins() {
     assert_eq!(ids(&odd), [0]);
 }
 
+/// Joins that are not of equal keys, and those below a value that a query asks for first.
+#[test]
+fn other_joins_beyond_the_budget_are_done() {
+    within("other_joins_beyond_the_budget_are_done", "6000000", None, child_joins_otherwise);
+}
+
+fn child_joins_otherwise() {
+    let below = "SELECT count(*) AS id FROM dataset WHERE id <= (SELECT max(a.id) FROM dataset a JOIN dataset b ON a.id = b.id)";
+    assert_eq!(ids(&large().sql(below).expect("plan")), [2_000_000]);
+    let grouped = "SELECT count(*) AS id FROM (SELECT id, count(*) AS n FROM dataset GROUP BY id) a JOIN (SELECT id FROM dataset LIMIT 3) b ON a.n > b.id";
+    assert_eq!(ids(&large().sql(grouped).expect("plan")), [2_000_000]);
+}
+
+/// Nothing is kept of what is not asked for: there is no folder to spill to.
+#[test]
+fn the_first_rows_need_little() {
+    within("the_first_rows_need_little", "60000000", Some("/dev/null"), child_asks_for_few);
+}
+
+fn child_asks_for_few() {
+    let wide = Dataset::range(4_000_000)
+        .and_then(|d| d.with_column("text", "repeat('row ' || (id % 1000), 20)"))
+        .expect("rows");
+    assert_eq!(ids(&wide.top_k("id", 3).expect("plan")), [3_999_999, 3_999_998, 3_999_997]);
+    let first = wide.sql("SELECT * FROM dataset LIMIT 3").expect("plan");
+    assert_eq!(ids(&first), [0, 1, 2]);
+    let small = wide.sql("SELECT id FROM dataset WHERE id % 40 = 0").expect("plan");
+    // All of them would be five thousand million.
+    let pairs = "SELECT a.id FROM dataset a JOIN dataset b ON a.id < b.id LIMIT 5";
+    assert_eq!(small.sql(pairs).expect("plan").count().expect("rows"), 5);
+}
+
 #[test]
 fn a_budget_that_is_none_is_named() {
     within("a_budget_that_is_none_is_named", "much", None, child_reads_a_budget);
@@ -135,7 +167,7 @@ fn child_reads_a_budget() {
     assert!(matches!(failure(large().materialize()), Error::Core(_)));
 }
 
-/// By all processors in memory, then by one that spills, then by joins that do.
+/// By joins in memory, or by those that spill.
 #[test]
 fn queries_beyond_the_budget_have_the_same_answer() {
     within("queries_beyond_the_budget_have_the_same_answer", "20000000", None, child_queries);

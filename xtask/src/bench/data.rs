@@ -94,7 +94,7 @@ pub(super) fn run(quick: bool, only: &str) -> Result<Vec<Case>> {
     if is_wanted("beyond memory") {
         // DuckDB has too little for a sort with a tenth of the data, and enough with a fifth.
         for (budget, share) in [(100_000_000, "a tenth"), (200_000_000, "a fifth")] {
-            for work in ["sort", "group", "shuffle"] {
+            for work in ["sort", "group", "join", "shuffle"] {
                 let has_peer = share == "a fifth" && work != "shuffle";
                 cases.extend(sides.large(work, budget, share, has_peer)?);
             }
