@@ -101,7 +101,7 @@ fn config() -> SessionConfig {
         .set_bool("datafusion.sql_parser.map_string_types_to_utf8view", off)
 }
 
-/// The engine joins by hash alone where it has one partition, and its hash join does not spill.
+/// Joins of sorted inputs, which spill, in place of those by hash, which hold one side.
 #[derive(Debug)]
 struct SortMergeJoins;
 

@@ -1,9 +1,12 @@
 //! Queries over tables that are long enough to be worked on in parts.
 
-use crate::{batch, failure, message};
+use crate::{batch, failure, ids, message};
 use arrow::array::{ArrayRef, AsArray, DictionaryArray, Float64Array, Int64Array, StringArray};
 use arrow::datatypes::{Int32Type, Int64Type};
 use arrow::record_batch::RecordBatch;
+use datafusion::parquet::arrow::ArrowWriter;
+use datafusion::parquet::file::metadata::SortingColumn;
+use datafusion::parquet::file::properties::WriterProperties;
 use mobula_core::BoxError;
 use mobula_data::{BatchFn, Dataset, Error, ParquetSink, WriteOptions, rows};
 use std::process::Command;
@@ -252,6 +255,35 @@ fn a_file_that_changes_is_an_error() {
     assert_eq!(rows.count().expect("rows"), 1000);
     write(1200);
     assert!(matches!(failure(sum.collect()), Error::FileChanged { .. }));
+}
+
+/// A file under two names is read twice, one whose name the engine does not take is read, and one that
+/// says that its rows are sorted is not believed.
+#[test]
+fn files_are_read_as_they_are() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let ids = |rows: &str, sql: &str| {
+        let rows = Dataset::read_parquet(folder.path().join(rows).to_str().expect("UTF-8"));
+        ids(&rows.and_then(|rows| rows.sql(sql)).expect("a plan"))
+    };
+    let all = "SELECT id FROM dataset WHERE id >= 0";
+    for rows in ["plain", "sharp#1", "a question?"] {
+        let path = folder.path().join(rows);
+        table(3, 3).write_parquet(&path, WriteOptions::default()).expect("writes");
+        assert_eq!(ids(&format!("{rows}/*.parquet"), all), [0, 1, 2], "{rows}");
+    }
+    let [one, other] = ["one.parquet", "other.parquet"].map(|name| folder.path().join(name));
+    let file = std::fs::File::create(&one).expect("a file");
+    let sorting = SortingColumn { column_idx: 0, descending: false, nulls_first: false };
+    let properties = WriterProperties::builder().set_sorting_columns(Some(vec![sorting])).build();
+    let rows = batch([("id", Arc::new(Int64Array::from(vec![3, 1, 2])) as ArrayRef)]);
+    let writer = ArrowWriter::try_new(file, rows.schema(), Some(properties));
+    let mut writer = writer.expect("a writer");
+    writer.write(&rows).expect("writes");
+    writer.close().expect("writes");
+    std::os::unix::fs::symlink(&one, &other).expect("links");
+    assert_eq!(ids("o*.parquet", all), [3, 1, 2, 3, 1, 2]);
+    assert_eq!(ids("one.parquet", &format!("{all} ORDER BY id")), [1, 2, 3]);
 }
 
 #[test]
