@@ -6,66 +6,75 @@
 //! the same rows in the same order, however many threads there are, and waits for nobody.
 
 use crate::kept_parts::KeptParts;
+use crate::operator::{Operator, unordered};
 use crate::parts::{PartsWriter, Routed, retyped};
 use crate::runtime::in_turn;
 use crate::store::Kept;
 use arrow::record_batch::RecordBatch;
 use datafusion::common::Result as EngineResult;
 use datafusion::common::hash_utils::create_hashes;
-use datafusion::common::tree_node::TreeNodeRecursion;
 use datafusion::execution::{SendableRecordBatchStream, TaskContext};
 use datafusion::physical_expr::PhysicalExpr;
 use datafusion::physical_expr_common::utils::evaluate_expressions_to_arrays;
 use datafusion::physical_plan::coop::make_cooperative;
-use datafusion::physical_plan::metrics::{
-    BaselineMetrics, ExecutionPlanMetricsSet, MetricsSet, RecordOutput,
-};
 use datafusion::physical_plan::repartition::REPARTITION_RANDOM_STATE;
 use datafusion::physical_plan::stream::RecordBatchStreamAdapter;
 use datafusion::physical_plan::{
-    DisplayAs, DisplayFormatType, ExecutionPlan, ExecutionPlanProperties, Partitioning,
-    PlanProperties,
+    ExecutionPlan, ExecutionPlanProperties, Partitioning, PlanProperties,
 };
 use futures::{TryFutureExt, TryStreamExt, stream};
-use std::fmt;
 use std::sync::Arc;
 
 type Keys = Arc<[Arc<dyn PhysicalExpr>]>;
 
-pub(crate) struct HashExchangeExec {
-    input: Arc<dyn ExecutionPlan>,
+/// Each row to the part that the hash of its keys says.
+#[derive(Clone, Debug)]
+pub(crate) struct HashExchange {
     keys: Keys,
-    properties: Arc<PlanProperties>,
-    metrics: ExecutionPlanMetricsSet,
-    routed: KeptParts,
+    parts: usize,
 }
 
-impl HashExchangeExec {
-    pub(crate) fn new(
-        input: Arc<dyn ExecutionPlan>,
-        keys: Vec<Arc<dyn PhysicalExpr>>,
-        parts: usize,
-    ) -> Self {
-        let mut equivalences = input.equivalence_properties().clone();
-        equivalences.clear_orderings();
-        equivalences.clear_per_partition_constants();
-        let properties = PlanProperties::new(
-            equivalences,
-            Partitioning::Hash(keys.clone(), parts),
-            input.pipeline_behavior(),
-            input.boundedness(),
-        );
-        Self {
-            input,
-            keys: keys.into(),
-            properties: Arc::new(properties),
-            metrics: ExecutionPlanMetricsSet::new(),
-            routed: KeptParts::default(),
-        }
+impl HashExchange {
+    pub(crate) fn new(keys: &[Arc<dyn PhysicalExpr>], parts: usize) -> Self {
+        Self { keys: keys.into(), parts }
     }
 
-    fn parts(&self) -> usize {
-        self.properties.partitioning.partition_count()
+    fn partitioning(&self) -> Partitioning {
+        Partitioning::Hash(self.keys.to_vec(), self.parts)
+    }
+}
+
+impl Operator for HashExchange {
+    const NAME: &'static str = "HashExchangeExec";
+    type Run = KeptParts;
+
+    fn properties(&self, input: &Arc<dyn ExecutionPlan>) -> PlanProperties {
+        unordered(input, self.partitioning())
+    }
+
+    fn expressions(&self) -> Vec<Arc<dyn PhysicalExpr>> {
+        self.keys.to_vec()
+    }
+
+    fn details(&self) -> Option<String> {
+        Some(self.partitioning().to_string())
+    }
+
+    fn execute(
+        &self,
+        routed: &KeptParts,
+        input: &Arc<dyn ExecutionPlan>,
+        partition: usize,
+        context: Arc<TaskContext>,
+    ) -> EngineResult<SendableRecordBatchStream> {
+        let schema = input.schema();
+        let begin = || route_all(input.clone(), self.keys.clone(), self.parts, context);
+        let of = schema.clone();
+        let read = move |piece: Kept| Ok(retyped(&piece.read()?, &of)?);
+        let rows = routed.take(partition, begin);
+        let rows = rows.map_ok(move |pieces| stream::iter(pieces.into_iter().map(read)));
+        let rows = rows.try_flatten_stream();
+        Ok(make_cooperative(Box::pin(RecordBatchStreamAdapter::new(schema, rows))))
     }
 }
 
@@ -116,67 +125,4 @@ fn parts_of(
     // As Lemire, Fast Random Integer Generation in an Interval, 2019: a product instead of a remainder.
     let part = |hash| ((u128::from(hash) * parts as u128) >> 64) as u32;
     Ok(hashes.into_iter().map(part).collect())
-}
-
-impl DisplayAs for HashExchangeExec {
-    fn fmt_as(&self, _: DisplayFormatType, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "HashExchangeExec: {}", self.properties.partitioning)
-    }
-}
-
-impl fmt::Debug for HashExchangeExec {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "HashExchangeExec({})", self.properties.partitioning)
-    }
-}
-
-impl ExecutionPlan for HashExchangeExec {
-    fn name(&self) -> &str {
-        "HashExchangeExec"
-    }
-
-    fn properties(&self) -> &Arc<PlanProperties> {
-        &self.properties
-    }
-
-    fn children(&self) -> Vec<&Arc<dyn ExecutionPlan>> {
-        vec![&self.input]
-    }
-
-    fn apply_expressions(
-        &self,
-        f: &mut dyn FnMut(&Arc<dyn PhysicalExpr>) -> EngineResult<TreeNodeRecursion>,
-    ) -> EngineResult<TreeNodeRecursion> {
-        let mut recursion = TreeNodeRecursion::Continue;
-        for key in self.keys.iter() {
-            recursion = recursion.visit_sibling(|| f(key))?;
-        }
-        Ok(recursion)
-    }
-
-    fn with_new_children(
-        self: Arc<Self>,
-        children: Vec<Arc<dyn ExecutionPlan>>,
-    ) -> EngineResult<Arc<dyn ExecutionPlan>> {
-        Ok(Arc::new(Self::new(children[0].clone(), self.keys.to_vec(), self.parts())))
-    }
-
-    fn execute(
-        &self,
-        partition: usize,
-        context: Arc<TaskContext>,
-    ) -> EngineResult<SendableRecordBatchStream> {
-        let schema = self.schema();
-        let begin = || route_all(self.input.clone(), self.keys.clone(), self.parts(), context);
-        let pieces = self.routed.take(partition, begin);
-        let (metrics, of) = (BaselineMetrics::new(&self.metrics, partition), schema.clone());
-        let read = move |piece: Kept| Ok(retyped(&piece.read()?, &of)?.record_output(&metrics));
-        let rows = pieces.map_ok(move |pieces| stream::iter(pieces.into_iter().map(read)));
-        let rows = rows.try_flatten_stream();
-        Ok(make_cooperative(Box::pin(RecordBatchStreamAdapter::new(schema, rows))))
-    }
-
-    fn metrics(&self) -> Option<MetricsSet> {
-        Some(self.metrics.clone_inner())
-    }
 }

@@ -4,9 +4,10 @@
 //! in which order, is then a function of the rows alone, and of how many partitions there are.
 
 use crate::error::Error;
-use crate::hash_exchange::HashExchangeExec;
-use crate::in_turn::{InOrderExec, KeptExec};
-use crate::top_k::TopKExec;
+use crate::hash_exchange::HashExchange;
+use crate::in_turn::{InOrder, KeepAll};
+use crate::operator::Exec;
+use crate::top_k::TopK;
 use datafusion::common::config::ConfigOptions;
 use datafusion::common::tree_node::{Transformed, TransformedResult, TreeNode};
 use datafusion::common::{JoinType, Result as EngineResult};
@@ -23,9 +24,9 @@ use std::sync::Arc;
 
 /// In place of what takes rows as they come.
 #[derive(Debug)]
-pub(crate) struct InOrder;
+pub(crate) struct NotAsItComes;
 
-impl PhysicalOptimizerRule for InOrder {
+impl PhysicalOptimizerRule for NotAsItComes {
     fn optimize(
         &self,
         plan: Arc<dyn ExecutionPlan>,
@@ -34,12 +35,12 @@ impl PhysicalOptimizerRule for InOrder {
         let plan = plan.transform_up(in_order).data()?;
         Ok(match plan.output_partitioning().partition_count() {
             0 | 1 => plan,
-            _ => Arc::new(InOrderExec::new(plan)),
+            _ => Arc::new(Exec::new(InOrder, plan)),
         })
     }
 
     fn name(&self) -> &str {
-        "in_order"
+        "not_as_it_comes"
     }
 
     fn schema_check(&self) -> bool {
@@ -54,7 +55,7 @@ fn in_order(node: Arc<dyn ExecutionPlan>) -> EngineResult<Transformed<Arc<dyn Ex
         by_hash(exchange)?
     } else if let Some(merge) = node.downcast_ref::<SortPreservingMergeExec>() {
         merged(merge)
-    } else if let Some(sort) = node.downcast_ref::<SortExec>().and_then(TopKExec::of) {
+    } else if let Some(sort) = node.downcast_ref::<SortExec>().and_then(TopK::instead_of) {
         Arc::new(sort)
     } else {
         return Ok(Transformed::no(node));
@@ -64,7 +65,7 @@ fn in_order(node: Arc<dyn ExecutionPlan>) -> EngineResult<Transformed<Arc<dyn Ex
 
 fn coalesced(merge: &CoalescePartitionsExec) -> Arc<dyn ExecutionPlan> {
     let fetch = ExecutionPlan::fetch(merge);
-    let all = Arc::new(InOrderExec::new(first(merge.input(), fetch)));
+    let all = Arc::new(Exec::new(InOrder, first(merge.input(), fetch)));
     match fetch {
         Some(rows) => Arc::new(GlobalLimitExec::new(all, 0, Some(rows))),
         None => all,
@@ -84,7 +85,7 @@ fn by_hash(exchange: &RepartitionExec) -> EngineResult<Arc<dyn ExecutionPlan>> {
         let by = exchange.partitioning();
         return Err(Error::Internal(format!("an exchange by {by}, not by hash")).into());
     };
-    let by_hash = HashExchangeExec::new(exchange.input().clone(), keys.clone(), *parts);
+    let by_hash = Exec::new(HashExchange::new(keys, *parts), exchange.input().clone());
     Ok(match exchange.properties().output_ordering() {
         Some(order) => {
             let sort = SortExec::new(order.clone(), Arc::new(by_hash));
@@ -96,7 +97,7 @@ fn by_hash(exchange: &RepartitionExec) -> EngineResult<Arc<dyn ExecutionPlan>> {
 
 /// Of rows that are the same to it, those of the first input come first.
 fn merged(merge: &SortPreservingMergeExec) -> Arc<dyn ExecutionPlan> {
-    let input = Arc::new(KeptExec::new(first(merge.input(), merge.fetch())));
+    let input = Arc::new(Exec::new(KeepAll, first(merge.input(), merge.fetch())));
     let stable = SortPreservingMergeExec::new(merge.expr().clone(), input);
     Arc::new(stable.with_fetch(merge.fetch()).with_round_robin_repartition(false))
 }
@@ -143,7 +144,7 @@ fn held_once(node: Arc<dyn ExecutionPlan>) -> EngineResult<Transformed<Arc<dyn E
         return Ok(Transformed::no(node));
     }
     let [held, other] = node.children()[..] else { return Ok(Transformed::no(node)) };
-    let children = vec![held.clone(), Arc::new(InOrderExec::new(other.clone())) as _];
+    let children = vec![held.clone(), Arc::new(Exec::new(InOrder, other.clone())) as _];
     let recompute = ReplaceChildrenOptions::new(ChildrenPropertiesMode::Recompute);
     Ok(Transformed::yes(node.replace_children(children, recompute)?))
 }

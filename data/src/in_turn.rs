@@ -2,161 +2,74 @@
 //! to its end. More at the same time would share the memory, and none would be done sooner.
 
 use crate::kept_parts::KeptParts;
+use crate::operator::{Operator, unordered};
 use crate::runtime::in_turn;
 use crate::store::{BlockStore, Kept};
 use arrow::record_batch::RecordBatch;
 use datafusion::common::Result as EngineResult;
-use datafusion::common::tree_node::TreeNodeRecursion;
 use datafusion::error::DataFusionError;
 use datafusion::execution::{SendableRecordBatchStream, TaskContext};
-use datafusion::physical_expr::PhysicalExpr;
 use datafusion::physical_plan::coop::make_cooperative;
 use datafusion::physical_plan::stream::RecordBatchStreamAdapter;
 use datafusion::physical_plan::{
-    DisplayAs, DisplayFormatType, ExecutionPlan, ExecutionPlanProperties, Partitioning,
-    PlanProperties,
+    ExecutionPlan, ExecutionPlanProperties, Partitioning, PlanProperties,
 };
 use futures::{Stream, TryFutureExt, TryStreamExt, stream};
-use std::fmt;
 use std::sync::Arc;
 
 /// The partitions of a plan one after another.
-#[derive(Debug)]
-pub(crate) struct InOrderExec {
-    input: Arc<dyn ExecutionPlan>,
-    properties: Arc<PlanProperties>,
-}
+#[derive(Clone, Debug)]
+pub(crate) struct InOrder;
 
-impl InOrderExec {
-    pub(crate) fn new(input: Arc<dyn ExecutionPlan>) -> Self {
-        let mut equivalences = input.equivalence_properties().clone();
-        equivalences.clear_orderings();
-        equivalences.clear_per_partition_constants();
-        let properties = PlanProperties::new(
-            equivalences,
-            Partitioning::UnknownPartitioning(1),
-            input.pipeline_behavior(),
-            input.boundedness(),
-        );
-        Self { input, properties: Arc::new(properties) }
-    }
-}
+impl Operator for InOrder {
+    const NAME: &'static str = "InOrderExec";
+    type Run = ();
 
-impl InOrderExec {
-    pub(crate) fn input(&self) -> &Arc<dyn ExecutionPlan> {
-        &self.input
-    }
-}
-
-impl ExecutionPlan for InOrderExec {
-    fn name(&self) -> &str {
-        "InOrderExec"
-    }
-
-    fn properties(&self) -> &Arc<PlanProperties> {
-        &self.properties
-    }
-
-    fn children(&self) -> Vec<&Arc<dyn ExecutionPlan>> {
-        vec![&self.input]
-    }
-
-    fn apply_expressions(
-        &self,
-        _: &mut dyn FnMut(&Arc<dyn PhysicalExpr>) -> EngineResult<TreeNodeRecursion>,
-    ) -> EngineResult<TreeNodeRecursion> {
-        Ok(TreeNodeRecursion::Continue)
-    }
-
-    fn with_new_children(
-        self: Arc<Self>,
-        children: Vec<Arc<dyn ExecutionPlan>>,
-    ) -> EngineResult<Arc<dyn ExecutionPlan>> {
-        Ok(Arc::new(Self::new(children[0].clone())))
+    fn properties(&self, input: &Arc<dyn ExecutionPlan>) -> PlanProperties {
+        unordered(input, Partitioning::UnknownPartitioning(1))
     }
 
     fn execute(
         &self,
+        (): &(),
+        input: &Arc<dyn ExecutionPlan>,
         _partition: usize,
         context: Arc<TaskContext>,
     ) -> EngineResult<SendableRecordBatchStream> {
-        if self.input.output_partitioning().partition_count() == 1 {
-            return self.input.execute(0, context);
+        if input.output_partitioning().partition_count() == 1 {
+            return input.execute(0, context);
         }
-        let blocks = keep_all(self.input.clone(), context).map_ok(read).try_flatten();
-        Ok(make_cooperative(Box::pin(RecordBatchStreamAdapter::new(self.schema(), blocks))))
-    }
-}
-
-impl DisplayAs for InOrderExec {
-    fn fmt_as(&self, _: DisplayFormatType, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("InOrderExec")
+        let blocks = keep_all(input.clone(), context).map_ok(read).try_flatten();
+        Ok(make_cooperative(Box::pin(RecordBatchStreamAdapter::new(input.schema(), blocks))))
     }
 }
 
 /// The partitions of a plan, for who reads all of them at the same time.
-pub(crate) struct KeptExec {
-    input: Arc<dyn ExecutionPlan>,
-    kept: KeptParts,
-}
+#[derive(Clone, Debug)]
+pub(crate) struct KeepAll;
 
-impl KeptExec {
-    pub(crate) fn new(input: Arc<dyn ExecutionPlan>) -> Self {
-        Self { input, kept: KeptParts::default() }
-    }
-}
+impl Operator for KeepAll {
+    const NAME: &'static str = "KeptExec";
+    type Run = KeptParts;
 
-impl ExecutionPlan for KeptExec {
-    fn name(&self) -> &str {
-        "KeptExec"
+    fn properties(&self, input: &Arc<dyn ExecutionPlan>) -> PlanProperties {
+        PlanProperties::clone(input.properties())
     }
 
-    fn properties(&self) -> &Arc<PlanProperties> {
-        self.input.properties()
-    }
-
-    fn children(&self) -> Vec<&Arc<dyn ExecutionPlan>> {
-        vec![&self.input]
-    }
-
-    fn maintains_input_order(&self) -> Vec<bool> {
-        vec![true]
-    }
-
-    fn apply_expressions(
-        &self,
-        _: &mut dyn FnMut(&Arc<dyn PhysicalExpr>) -> EngineResult<TreeNodeRecursion>,
-    ) -> EngineResult<TreeNodeRecursion> {
-        Ok(TreeNodeRecursion::Continue)
-    }
-
-    fn with_new_children(
-        self: Arc<Self>,
-        children: Vec<Arc<dyn ExecutionPlan>>,
-    ) -> EngineResult<Arc<dyn ExecutionPlan>> {
-        Ok(Arc::new(Self::new(children[0].clone())))
+    fn keeps_order(&self) -> bool {
+        true
     }
 
     fn execute(
         &self,
+        kept: &KeptParts,
+        input: &Arc<dyn ExecutionPlan>,
         partition: usize,
         context: Arc<TaskContext>,
     ) -> EngineResult<SendableRecordBatchStream> {
-        let begin = || keep_all(self.input.clone(), context).try_collect();
-        let blocks = self.kept.take(partition, begin).map_ok(read).try_flatten_stream();
-        Ok(make_cooperative(Box::pin(RecordBatchStreamAdapter::new(self.schema(), blocks))))
-    }
-}
-
-impl DisplayAs for KeptExec {
-    fn fmt_as(&self, _: DisplayFormatType, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("KeptExec")
-    }
-}
-
-impl fmt::Debug for KeptExec {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("KeptExec")
+        let begin = || keep_all(input.clone(), context).try_collect();
+        let blocks = kept.take(partition, begin).map_ok(read).try_flatten_stream();
+        Ok(make_cooperative(Box::pin(RecordBatchStreamAdapter::new(input.schema(), blocks))))
     }
 }
 

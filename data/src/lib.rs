@@ -44,6 +44,7 @@ mod in_turn;
 pub mod inspect;
 mod kept_parts;
 mod memory;
+mod operator;
 mod order;
 mod parts;
 mod persist;

@@ -2,7 +2,8 @@
 
 use crate::Dataset;
 use crate::error::{Error, Result};
-use crate::in_turn::InOrderExec;
+use crate::in_turn::InOrder;
+use crate::operator::Exec;
 use crate::parts::retyped;
 use crate::plan::{plan_must_be_deterministic, schema_of};
 use crate::runtime::{Tasks, block_on, in_turn};
@@ -134,7 +135,7 @@ async fn store(frame: DataFrame, query: &str, schema: &SchemaRef) -> Result<Bloc
     let plan = frame.create_physical_plan().await.map_err(&failed)?;
     let schema = tables::with_types(&plan.schema(), schema);
     // What would be kept until it is its turn is kept as the result.
-    let plan = match plan.downcast_ref::<InOrderExec>() {
+    let plan = match plan.downcast_ref::<Exec<InOrder>>() {
         Some(all) => all.input().clone(),
         None => plan,
     };

@@ -2,7 +2,7 @@
 
 use crate::error::Result;
 use crate::functions;
-use crate::in_order::{HeldOnce, InOrder};
+use crate::in_order::{HeldOnce, NotAsItComes};
 use crate::memory;
 use crate::runtime::{Tasks, threads};
 use arrow::compute::SortOptions;
@@ -80,7 +80,7 @@ pub(crate) fn new_session(mode: Mode) -> Result<SessionContext> {
     // Behind what chooses the kind of a join, before what sees to its inputs.
     let chosen = rules.iter().position(|rule| rule.name() == "join_selection");
     rules.insert(chosen.map_or(0, |at| at + 1), Arc::new(HeldOnce));
-    rules.push(Arc::new(InOrder));
+    rules.push(Arc::new(NotAsItComes));
     let state = state.with_physical_optimizer_rules(rules);
     let session = SessionContext::new_with_state(state.build());
     functions::register(&session);

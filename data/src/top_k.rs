@@ -1,134 +1,91 @@
 //! The first rows of each partition.
 
+use crate::operator::{Exec, Operator};
 use datafusion::common::Result as EngineResult;
-use datafusion::common::tree_node::TreeNodeRecursion;
 use datafusion::execution::{SendableRecordBatchStream, TaskContext};
-use datafusion::physical_expr::PhysicalExpr;
+use datafusion::physical_expr::{LexOrdering, PhysicalExpr};
 use datafusion::physical_plan::sorts::sort::SortExec;
 use datafusion::physical_plan::{
-    DisplayAs, DisplayFormatType, ExecutionPlan, ExecutionPlanProperties, Partitioning,
-    PlanProperties,
+    ExecutionPlan, ExecutionPlanProperties, Partitioning, PlanProperties,
 };
-use std::fmt;
 use std::sync::Arc;
 
 /// A sort of each partition for itself that gives the first rows alone. The engine's has one bound for all
 /// partitions, below which a row is left out: which of the rows that are the same stay, the threads decide.
-#[derive(Debug)]
-pub(crate) struct TopKExec {
-    sort: SortExec,
+#[derive(Clone, Debug)]
+pub(crate) struct TopK {
+    order: LexOrdering,
+    rows: usize,
 }
 
-impl TopKExec {
+impl TopK {
     /// None unless it is a sort of several partitions that has such a bound.
-    pub(crate) fn of(sort: &SortExec) -> Option<Self> {
-        let is_shared = sort.preserve_partitioning()
-            && sort.fetch().is_some()
-            && sort.input().output_partitioning().partition_count() > 1;
-        is_shared.then(|| Self { sort: sort.clone() })
+    pub(crate) fn instead_of(sort: &SortExec) -> Option<Exec<Self>> {
+        let parts = sort.input().output_partitioning().partition_count();
+        let rows = sort.fetch().filter(|_| sort.preserve_partitioning() && parts > 1)?;
+        Some(Exec::new(Self { order: sort.expr().clone(), rows }, sort.input().clone()))
+    }
+
+    fn sort(&self, input: &Arc<dyn ExecutionPlan>) -> SortExec {
+        SortExec::new(self.order.clone(), input.clone()).with_fetch(Some(self.rows))
     }
 }
 
-impl ExecutionPlan for TopKExec {
-    fn name(&self) -> &str {
-        "TopKExec"
+impl Operator for TopK {
+    const NAME: &'static str = "TopKExec";
+    type Run = ();
+
+    fn properties(&self, input: &Arc<dyn ExecutionPlan>) -> PlanProperties {
+        let sort = self.sort(input).with_preserve_partitioning(true);
+        PlanProperties::clone(sort.properties())
     }
 
-    fn properties(&self) -> &Arc<PlanProperties> {
-        self.sort.properties()
+    fn expressions(&self) -> Vec<Arc<dyn PhysicalExpr>> {
+        self.order.iter().map(|by| by.expr.clone()).collect()
     }
 
-    fn children(&self) -> Vec<&Arc<dyn ExecutionPlan>> {
-        vec![self.sort.input()]
-    }
-
-    fn apply_expressions(
-        &self,
-        f: &mut dyn FnMut(&Arc<dyn PhysicalExpr>) -> EngineResult<TreeNodeRecursion>,
-    ) -> EngineResult<TreeNodeRecursion> {
-        self.sort.apply_expressions(f)
-    }
-
-    fn with_new_children(
-        self: Arc<Self>,
-        children: Vec<Arc<dyn ExecutionPlan>>,
-    ) -> EngineResult<Arc<dyn ExecutionPlan>> {
-        let sort = SortExec::new(self.sort.expr().clone(), children[0].clone());
-        let sort = sort.with_preserve_partitioning(true).with_fetch(self.sort.fetch());
-        Ok(Arc::new(Self { sort }))
+    fn details(&self) -> Option<String> {
+        Some(format!("fetch={}, expr=[{}]", self.rows, self.order))
     }
 
     fn execute(
         &self,
+        (): &(),
+        input: &Arc<dyn ExecutionPlan>,
         partition: usize,
         context: Arc<TaskContext>,
     ) -> EngineResult<SendableRecordBatchStream> {
-        let one = Arc::new(OneExec::new(self.sort.input().clone(), partition));
-        let sort = SortExec::new(self.sort.expr().clone(), one).with_fetch(self.sort.fetch());
-        sort.execute(0, context)
-    }
-}
-
-impl DisplayAs for TopKExec {
-    fn fmt_as(&self, _: DisplayFormatType, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "TopKExec: fetch={}, expr=[{}]", self.sort.fetch().unwrap_or(0), self.sort.expr())
+        let one: Arc<dyn ExecutionPlan> = Arc::new(Exec::new(One { partition }, input.clone()));
+        self.sort(&one).execute(0, context)
     }
 }
 
 /// One of the partitions of a plan.
-#[derive(Debug)]
-struct OneExec {
-    input: Arc<dyn ExecutionPlan>,
+#[derive(Clone, Debug)]
+struct One {
     partition: usize,
-    properties: Arc<PlanProperties>,
 }
 
-impl OneExec {
-    fn new(input: Arc<dyn ExecutionPlan>, partition: usize) -> Self {
+impl Operator for One {
+    const NAME: &'static str = "OneExec";
+    type Run = ();
+
+    fn properties(&self, input: &Arc<dyn ExecutionPlan>) -> PlanProperties {
         let properties = PlanProperties::clone(input.properties());
-        let properties = properties.with_partitioning(Partitioning::UnknownPartitioning(1));
-        Self { input, partition, properties: Arc::new(properties) }
-    }
-}
-
-impl ExecutionPlan for OneExec {
-    fn name(&self) -> &str {
-        "OneExec"
+        properties.with_partitioning(Partitioning::UnknownPartitioning(1))
     }
 
-    fn properties(&self) -> &Arc<PlanProperties> {
-        &self.properties
-    }
-
-    fn children(&self) -> Vec<&Arc<dyn ExecutionPlan>> {
-        vec![&self.input]
-    }
-
-    fn apply_expressions(
-        &self,
-        _: &mut dyn FnMut(&Arc<dyn PhysicalExpr>) -> EngineResult<TreeNodeRecursion>,
-    ) -> EngineResult<TreeNodeRecursion> {
-        Ok(TreeNodeRecursion::Continue)
-    }
-
-    fn with_new_children(
-        self: Arc<Self>,
-        children: Vec<Arc<dyn ExecutionPlan>>,
-    ) -> EngineResult<Arc<dyn ExecutionPlan>> {
-        Ok(Arc::new(Self::new(children[0].clone(), self.partition)))
+    fn keeps_order(&self) -> bool {
+        true
     }
 
     fn execute(
         &self,
+        (): &(),
+        input: &Arc<dyn ExecutionPlan>,
         _partition: usize,
         context: Arc<TaskContext>,
     ) -> EngineResult<SendableRecordBatchStream> {
-        self.input.execute(self.partition, context)
-    }
-}
-
-impl DisplayAs for OneExec {
-    fn fmt_as(&self, _: DisplayFormatType, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "OneExec: {}", self.partition)
+        input.execute(self.partition, context)
     }
 }
