@@ -97,6 +97,7 @@ fn config() -> SessionConfig {
         // Files are listed in their order: of those listed first a limit chooses.
         .set_usize("datafusion.execution.meta_fetch_concurrency", 1)
         .set_bool("datafusion.execution.enable_file_stream_work_stealing", off)
+        // A join would wait for all of its partitions to say what they hold: not all run at a time.
         .set_bool("datafusion.optimizer.enable_dynamic_filter_pushdown", off)
         .set_bool("datafusion.sql_parser.map_string_types_to_utf8view", off)
 }

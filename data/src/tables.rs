@@ -76,8 +76,8 @@ fn parquet(files: &[PathBuf], schema: &Schema) -> Result<Option<Arc<dyn TablePro
     for path in files {
         // The engine knows no `..`.
         let path = path.canonicalize().at("resolve", path)?;
-        // Nor names that are no text, or that it ends itself.
-        let name = path.to_str().filter(|name| !name.contains(['#', '?']));
+        // Nor names that are no text, or that its store takes for those of half-written files.
+        let name = path.to_str().filter(|name| !name.contains('#'));
         let Some(url) = name.and_then(|_| Url::from_file_path(&path).ok()) else {
             return Ok(None);
         };
