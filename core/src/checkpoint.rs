@@ -57,6 +57,11 @@ impl Checkpoint {
     }
 }
 
+/// Of its folder. In the order of the steps.
+fn name_of(step: u64) -> String {
+    format!("{PREFIX}{step:010}")
+}
+
 /// The checkpoints of one run, a folder each, `step-0000000042`.
 #[derive(Clone, Debug)]
 pub struct CheckpointStore {
@@ -111,7 +116,7 @@ impl CheckpointStore {
     ) -> Result<Checkpoint, Error> {
         fs::create_dir_all(&self.dir).at("create", &self.dir)?;
         self.remove_unfinished()?;
-        let name = format!("{PREFIX}{step:010}");
+        let name = name_of(step);
         let (temporary, path) = (self.dir.join(format!("{TEMPORARY}{name}")), self.dir.join(&name));
         fs::create_dir(&temporary).at("create", &temporary)?;
         let saved = self.commit(step, write, &temporary, &path);
@@ -154,7 +159,18 @@ impl CheckpointStore {
     /// The newest valid checkpoint. Notes each invalid one that it passes over on stderr; errors
     /// when there are some and none is valid.
     pub fn latest(&self) -> Result<Option<Checkpoint>, Error> {
-        let paths = self.paths()?;
+        self.newest(&self.paths()?)
+    }
+
+    /// The newest valid one of those that were taken before this step, in the same way.
+    pub fn latest_before(&self, step: u64) -> Result<Option<Checkpoint>, Error> {
+        let mut paths = self.paths()?;
+        let end = self.dir.join(name_of(step));
+        paths.retain(|path| *path < end);
+        self.newest(&paths)
+    }
+
+    fn newest(&self, paths: &[PathBuf]) -> Result<Option<Checkpoint>, Error> {
         for path in paths.iter().rev() {
             match Checkpoint::open(path) {
                 Ok(checkpoint) => return Ok(Some(checkpoint)),

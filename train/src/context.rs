@@ -111,6 +111,7 @@ impl<'a> WorkerContext<'a> {
 
     /// Has a state do what the setup asks for, if it does not yet.
     pub(crate) fn prepare(&self, state: &mut TrainState) -> Result<()> {
+        self.check_policy(state)?;
         let is_shared = |share: &Share| share.is_with(&self.collective);
         let is_wanted = self.setup.shard_optimizer && self.shard().world > 1;
         if is_wanted && !state.updater.shared().is_some_and(is_shared) {

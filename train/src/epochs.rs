@@ -74,6 +74,9 @@ impl WorkerContext<'_> {
         if let Some(steps) = state.non_finite_steps() {
             all.insert("non_finite_steps".to_owned(), steps as f64);
         }
+        if let Some(times) = state.rollbacks() {
+            all.insert("rollbacks".to_owned(), times.into());
+        }
         let spread = spread.map(|spread| spread.metrics());
         let metrics = spread.iter().flatten().chain(metrics);
         all.extend(metrics.map(|(name, value)| ((*name).to_owned(), *value)));

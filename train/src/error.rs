@@ -43,6 +43,14 @@ pub enum Error {
         /// The global step.
         step: u64,
     },
+    /// A step without finite numbers, of which no checkpoint can make up.
+    #[error("{error}; cannot go back to a checkpoint: {reason}")]
+    NoRollBack {
+        /// Of the step.
+        error: Box<Error>,
+        /// Why not.
+        reason: String,
+    },
     /// A gradient overflows although the loss is scaled as little as it may be.
     #[error(
         "the gradient of {parameter:?} at step {step} is not finite although the loss scale is at its minimum, {scale}: lower the learning rate, check the inputs for NaN, or lower `min_scale`"

@@ -159,12 +159,23 @@ impl Keeper {
 
     /// Training goes on, and what was saved before stays.
     fn note_unsaved(&self, error: &crate::Error) -> Result<()> {
-        if self.member.rank() > 0 {
-            // The first one knows as well.
-            return Ok(());
+        self.note(format!("a checkpoint was not written, the one before it stays: {error}"))
+    }
+
+    /// Waits for the checkpoint that is being written.
+    pub(crate) fn settle(&mut self) -> Result<()> {
+        match self.saver.as_mut().map_or(Ok(()), Saver::finish) {
+            Ok(()) => Ok(()),
+            Err(error) => self.note_unsaved(&error),
         }
-        let text = format!("a checkpoint was not written, the one before it stays: {error}");
-        Ok(self.member.report(&WorkerReport::Note(text))?)
+    }
+
+    /// Says what the user should know, once for all ranks.
+    pub(crate) fn note(&self, text: String) -> Result<()> {
+        match self.member.rank() {
+            0 => Ok(self.member.report(&WorkerReport::Note(text))?),
+            _ => Ok(()),
+        }
     }
 
     /// Whether no checkpoint is being written.

@@ -49,6 +49,7 @@ mod outer;
 mod overlap;
 mod pace;
 mod report;
+mod rollback;
 mod saver;
 mod setup;
 mod share;

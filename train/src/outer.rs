@@ -137,8 +137,7 @@ impl TrainState {
     pub(crate) fn add_outer(&mut self, options: &LocalSgd) -> Result<()> {
         if self.may_skip() {
             let (option, got) = ("local_sgd", "some".to_owned());
-            let expected =
-                "none where steps may be left out: with a scaled loss, or `NonFinite::Skip`";
+            let expected = "none where steps may be left out: with a scaled loss, `NonFinite::Skip` or `RollBack`";
             return Err(Error::Option { option, got, expected });
         }
         self.outer = Some(Outer::new(options, self.model.params())?);

@@ -61,6 +61,28 @@ pub enum NonFinite {
         /// How many.
         in_a_row: u32,
     },
+    /// Steps are left out in the same way, up to so many in a row. With one more, weights, optimizer and
+    /// all that goes with it become those of the newest checkpoint, and training goes on behind this
+    /// step: what was learnt since then is given up, and its rows are not seen again in this epoch. Where
+    /// that leads to no finite step, the next time it is the checkpoint before that one. Needs a
+    /// trainer with a run directory. The metric `rollbacks` tells how often it was done.
+    ///
+    /// Which checkpoint is the newest depends on how fast they are written, where one is due before the
+    /// one before it is there and they are written in the background.
+    RollBack {
+        /// How many steps are left out before; with 0, none.
+        in_a_row: u32,
+        /// How often in a run. The training ends when it would be done once more.
+        at_most: u32,
+    },
+}
+
+/// What becomes of a training whose step has no finite numbers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Bearing {
+    Fail,
+    LeaveOut,
+    RollBack { at_most: u32 },
 }
 
 /// Steps that were left out because their numbers were not finite.
@@ -71,6 +93,10 @@ pub struct Skips {
     pub in_a_row: u32,
     /// All of them.
     pub total: u64,
+    /// How often training went back to a checkpoint.
+    pub rollbacks: u32,
+    /// To that of which step it did last, if no step has been finite since.
+    pub gone_back_to: Option<u64>,
 }
 
 /// What has been counted of an epoch.
@@ -179,23 +205,51 @@ impl TrainState {
         (self.non_finite != NonFinite::Fail).then_some(self.skips.total)
     }
 
-    /// The step is left out, if the policy bears one more; or this is the error.
-    pub(crate) fn skip(&mut self, error: Error) -> Result<()> {
-        let is_of_numbers =
-            matches!(error, Error::NonFiniteLoss { .. } | Error::NonFiniteGradient { .. });
-        match self.non_finite {
-            NonFinite::Skip { in_a_row } if is_of_numbers && self.skips.in_a_row < in_a_row => {
-                self.skips.in_a_row += 1;
-                self.skips.total += 1;
-                Ok(())
-            }
-            _ => Err(error),
+    /// How often training went back to a checkpoint, if the policy is to do so.
+    pub(crate) fn rollbacks(&self) -> Option<u32> {
+        matches!(self.non_finite, NonFinite::RollBack { .. }).then_some(self.skips.rollbacks)
+    }
+
+    /// What the policy says to this error of a step.
+    pub(crate) fn bearing(&self, error: &Error) -> Bearing {
+        let so_far = self.skips.in_a_row;
+        match (error, self.non_finite) {
+            (Error::NonFiniteLoss { .. } | Error::NonFiniteGradient { .. }, policy) => match policy
+            {
+                NonFinite::Fail => Bearing::Fail,
+                NonFinite::Skip { in_a_row } if so_far >= in_a_row => Bearing::Fail,
+                NonFinite::RollBack { in_a_row, at_most } if so_far >= in_a_row => {
+                    Bearing::RollBack { at_most }
+                }
+                NonFinite::Skip { .. } | NonFinite::RollBack { .. } => Bearing::LeaveOut,
+            },
+            _ => Bearing::Fail,
         }
+    }
+
+    /// The step is left out.
+    pub(crate) fn skip(&mut self) {
+        self.skips.in_a_row += 1;
+        self.skips.total += 1;
     }
 
     /// The numbers of a step are finite.
     pub(crate) fn end_skips(&mut self) {
-        self.skips.in_a_row = 0;
+        (self.skips.in_a_row, self.skips.gone_back_to) = (0, None);
+    }
+
+    pub(crate) fn skips(&self) -> Skips {
+        self.skips
+    }
+
+    /// Weights, optimizer and what goes with it are again those of the checkpoint; how far the training
+    /// is stays.
+    pub(crate) fn roll_back(&mut self, to: &Checkpoint) -> Result<()> {
+        self.load(to)?;
+        self.skips.total += 1;
+        self.skips.rollbacks += 1;
+        (self.skips.in_a_row, self.skips.gone_back_to) = (0, Some(to.step()));
+        Ok(())
     }
 
     /// What the matrix products of steps are computed in.
@@ -333,12 +387,18 @@ impl TrainState {
 
     /// Continues where the checkpoint was taken.
     pub(crate) fn restore(&mut self, from: &Checkpoint) -> Result<()> {
-        let saved: SavedState = from.json(STATE)?;
-        self.model.params().load(from.file(Model::WEIGHTS_FILE))?;
-        self.updater.load(self.model.params(), from.path(), &saved.updater)?;
+        let saved = self.load(from)?;
         self.outer.as_mut().map_or(Ok(()), |outer| outer.load(from.path()))?;
         self.resume(&saved, false);
         Ok(())
+    }
+
+    /// The weights and what updates them.
+    fn load(&mut self, from: &Checkpoint) -> Result<SavedState> {
+        let saved: SavedState = from.json(STATE)?;
+        self.model.params().load(from.file(Model::WEIGHTS_FILE))?;
+        self.updater.load(self.model.params(), from.path(), &saved.updater)?;
+        Ok(saved)
     }
 
     pub(crate) fn resume(&mut self, saved: &SavedState, stopped: bool) {

@@ -250,16 +250,16 @@ impl WorkerContext<'_> {
         state.gradients.set_loss(loss as f32);
         let weight = state.gradients.weight().into();
         self.before_update(state);
-        let is_taken = match update(state, loss, rescale) {
-            Ok(is_taken) => {
+        let updated = update(state, loss, rescale);
+        if let Some(before) = before.filter(|_| !matches!(updated, Ok(true))) {
+            before.put_back(state.model.params())?;
+        }
+        match updated {
+            Ok(_) => {
                 state.end_skips();
                 self.meter.count(&mut state.tally, global_rows, weight, loss);
-                is_taken
             }
-            Err(error) => state.skip(error).map(|()| false)?,
-        };
-        if let Some(before) = before.filter(|_| !is_taken) {
-            before.put_back(state.model.params())?;
+            Err(error) => self.bear(state, error)?,
         }
         Ok(loss)
     }

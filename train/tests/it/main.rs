@@ -19,6 +19,7 @@ mod optim;
 mod overlap;
 mod precision;
 mod pytorch;
+mod rollback;
 mod shards;
 mod stopping;
 mod sync;
@@ -65,6 +66,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         overlap::TESTS,
         precision::TESTS,
         pytorch::TESTS,
+        rollback::TESTS,
         shards::TESTS,
         stopping::TESTS,
         sync::TESTS,
