@@ -35,8 +35,14 @@ pub struct ScalingConfig {
     /// same bits, and saves all of that memory but one part in so many. Parts are of whole parameters, so
     /// the largest is no smaller than the largest parameter. Checkpoints hold the parts in files of their own, which any number of workers
     /// goes on from. A lost worker takes its part with it, so training goes on from the newest checkpoint
-    /// then. Default: no.
+    /// then, unless `mirror_optimizer` says otherwise. Default: no.
     pub shard_optimizer: bool,
+    /// Whether each worker also keeps, and updates, the part of another one, on another machine if there
+    /// are several with as many workers each. A lost worker then costs no step, as without
+    /// `shard_optimizer`, nor does a lost machine, unless it takes a part and its mirror with it. Parts
+    /// take twice the memory, and gradients travel as without `shard_optimizer`. Only with that,
+    /// and does nothing where lost workers are not replaced one by one, as on threads. Default: no.
+    pub mirror_optimizer: bool,
     /// Cuts each batch into so many shards, whose gradients are computed one by one and added up in
     /// one tree, so that any number of workers trains to the same bits. A power of two; then the number
     /// of workers has to be one too, and those of a range that are too many for one are let go. The
@@ -73,6 +79,7 @@ impl Default for ScalingConfig {
             placement: Placement::Process,
             sync_batch_norm: false,
             shard_optimizer: false,
+            mirror_optimizer: false,
             virtual_shards: None,
             overlap: Overlap::default(),
             local_sgd: None,
@@ -98,6 +105,9 @@ impl ScalingConfig {
             self.virtual_shards.is_some() || self.sync_batch_norm || self.shard_optimizer;
         let most = workers.power_of_two();
         match self.virtual_shards {
+            _ if self.mirror_optimizer && !self.shard_optimizer => {
+                invalid("mirror_optimizer", "true".to_owned(), "false without `shard_optimizer`")
+            }
             _ if self.local_sgd.as_ref().is_some_and(|local| local.every_steps == 0) => {
                 invalid("local_sgd.every_steps", "0".to_owned(), "at least 1")
             }

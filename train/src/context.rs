@@ -115,7 +115,8 @@ impl<'a> WorkerContext<'a> {
         let is_shared = |share: &Share| share.is_with(&self.collective);
         let is_wanted = self.setup.shard_optimizer && self.shard().world > 1;
         if is_wanted && !state.updater.shared().is_some_and(is_shared) {
-            state.updater.share(Share::of(&state.gradients, &self.collective));
+            let mirror = self.setup.mirror_optimizer;
+            state.updater.share(Share::of(&state.gradients, &self.collective, mirror));
         }
         match &self.setup.local_sgd {
             Some(options) if state.outer.is_none() => state.add_outer(options),

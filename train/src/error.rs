@@ -110,12 +110,12 @@ pub enum Error {
     },
     /// After a loss, ranks have states that do not fit each other.
     #[error(
-        "rank {root} has kept the state of a model and optimizer of {expected} values, this one's is of {got}: do all ranks restore the same states in the same order?"
+        "rank {root} has kept a model of {expected} values, this one's has {got}: do all ranks restore the same states in the same order?"
     )]
     OtherState {
         /// Who has kept one.
         root: usize,
-        /// Its values.
+        /// Its values, with its buffers.
         expected: usize,
         /// Those of the state to be restored.
         got: usize,
@@ -292,6 +292,14 @@ pub enum Error {
 }
 
 impl Error {
+    /// Whether it says of a step's numbers what all ranks say alike.
+    pub(crate) fn is_of_numbers(&self) -> bool {
+        matches!(
+            self,
+            Self::NonFiniteLoss { .. } | Self::NonFiniteGradient { .. } | Self::LossScale { .. }
+        )
+    }
+
     /// Wraps an error of the user's program.
     pub fn program(error: impl Into<BoxError>) -> Self {
         Self::Program(error.into())

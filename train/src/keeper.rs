@@ -2,6 +2,7 @@
 //! has in memory.
 
 use crate::collective::Collective;
+use crate::heal::{Kept, heal};
 use crate::report::{Resumed, WorkerReport};
 use crate::saver::{Saver, Store};
 use crate::snapshot::{Labels, Snapshot, Source};
@@ -21,7 +22,7 @@ static LEFT: LazyLock<Mutex<HashMap<u64, Left>>> = LazyLock::new(Mutex::default)
 #[derive(Default)]
 struct Left {
     /// The states that the context had restored, in that order, after their last steps.
-    last: Vec<Option<Source>>,
+    last: Vec<Option<Kept>>,
     /// With a checkpoint that is being written.
     saver: Option<Saver>,
 }
@@ -35,7 +36,7 @@ pub(crate) struct Keeper {
     training: u64,
     /// Whether new ranks get what the others have.
     heals: bool,
-    last: Vec<Option<Source>>,
+    last: Vec<Option<Kept>>,
     /// States restored so far.
     restored: usize,
     saver: Option<Saver>,
@@ -75,13 +76,30 @@ impl Keeper {
 
     /// Remembers the run as it is after a step or an epoch.
     pub(crate) fn remember(&mut self, state: &TrainState) -> Result<()> {
+        self.keep(state, true)
+    }
+
+    /// Remembers it after a step of which others have weights that this rank does not have yet.
+    pub(crate) fn remember_part(&mut self, state: &TrainState) -> Result<()> {
+        self.keep(state, false)
+    }
+
+    fn keep(&mut self, state: &TrainState, is_complete: bool) -> Result<()> {
         // Without a position nobody could go on from it.
         if let Some(slot) = state.slot.filter(|_| self.heals && state.has_position()) {
             let length = self.last.len().max(slot + 1);
             self.last.resize_with(length, || None);
-            self.last[slot] = Some(Source::of(state, state.saved())?);
+            self.last[slot] = Some(Kept::of(state, is_complete)?);
         }
         Ok(())
+    }
+
+    /// Keeps what this rank needs to take the next step, if others have.
+    pub(crate) fn keep_gradients(&mut self, state: &mut TrainState, is_taken: bool) {
+        let slot = state.slot.and_then(|slot| self.last.get_mut(slot));
+        if let Some(kept) = slot.and_then(Option::as_mut) {
+            kept.keep_gradients(state, is_taken);
+        }
     }
 
     /// Goes on from what the ranks have that were not lost, the one that is furthest. All ranks must
@@ -96,20 +114,8 @@ impl Keeper {
         if !self.heals || self.is_first_generation() {
             return Ok(None);
         }
-        // If one is lost meanwhile, it is what this rank leaves once more.
-        let own = self.last.get(slot).cloned().flatten();
-        let own = own.map(|source| source.copy(Snapshot::default())).transpose()?;
-        let Some(root) = furthest(own.as_ref(), collective)? else {
-            return Ok(None);
-        };
-        let mut snapshot = match own {
-            Some(own) => own,
-            None => Snapshot::of(state, state.saved())?,
-        };
-        snapshot.broadcast(collective, root)?;
-        snapshot.put(state)?;
-        let SavedState { step, epoch, metrics, .. } = snapshot.saved;
-        Ok(Some(Resumed { step, epoch, metrics, from_rank: Some(root) }))
+        // It stays: if one is lost meanwhile, it is what this rank leaves once more.
+        heal(self.last.get(slot).and_then(Option::as_ref), state, collective)
     }
 
     /// What writes this rank's checkpoints, if it does.
@@ -204,18 +210,6 @@ impl Drop for Keeper {
         let last = std::mem::take(&mut self.last);
         left().insert(self.training, Left { last, saver });
     }
-}
-
-/// The rank that has come furthest, of those that have anything.
-fn furthest(own: Option<&Snapshot>, collective: &dyn Collective) -> Result<Option<usize>> {
-    let progress = own.map_or((-1.0, -1.0), |own| (own.saved.step as f64, own.saved.epoch as f64));
-    let steps = collective.gather_one(progress.0)?;
-    let epochs = collective.gather_one(progress.1)?;
-    let progress = |rank: &usize| (steps[*rank], epochs[*rank]);
-    let order = |a: &usize, b: &usize| {
-        progress(a).partial_cmp(&progress(b)).unwrap_or(std::cmp::Ordering::Equal)
-    };
-    Ok((0..steps.len()).rev().max_by(order).filter(|rank| steps[*rank] >= 0.0))
 }
 
 /// The checkpoints of a run, as it keeps them.

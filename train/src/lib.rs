@@ -42,6 +42,7 @@ mod context;
 mod epochs;
 mod error;
 mod fit;
+mod heal;
 mod journal;
 mod keeper;
 pub mod optim;

@@ -37,8 +37,8 @@ impl Collective for Timed {
         self.inner.shard()
     }
 
-    fn is_between_hosts(&self) -> bool {
-        self.inner.is_between_hosts()
+    fn hosts(&self) -> Vec<usize> {
+        self.inner.hosts()
     }
 
     fn exchange(&self, values: Values<'_>, exchange: &Exchange) -> Result<()> {

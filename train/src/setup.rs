@@ -32,6 +32,7 @@ pub(crate) struct Setup {
     pub(crate) is_elastic: bool,
     pub(crate) sync_batch_norm: bool,
     pub(crate) shard_optimizer: bool,
+    pub(crate) mirror_optimizer: bool,
     pub(crate) overlap: Overlap,
     pub(crate) local_sgd: Option<LocalSgd>,
     pub(crate) virtual_shards: Option<usize>,

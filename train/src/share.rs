@@ -4,6 +4,9 @@
 //! Each rank has the gradients' sums of some parameters only, updates these, and gives the new
 //! weights to the others. What is added up is what it is without; so is the order, but for rings between
 //! machines, where it depends on what else travels along.
+//!
+//! With mirrors each rank also updates the part of another one, on another machine if it can be, so that
+//! a lost part is still there. As all gradients' sums are needed in two places then, all ranks get all.
 
 use crate::Result;
 use crate::collective::{Collective, ReduceOp};
@@ -13,14 +16,46 @@ use mobula_nn::{Gradients, Params};
 use std::ops::Range;
 use std::sync::Arc;
 
+/// The parameters whose optimizer state a rank has.
+#[derive(Clone, Debug)]
+pub(crate) struct Held {
+    /// Of all parameters, in order.
+    names: Arc<[String]>,
+    /// Of them.
+    own: Range<usize>,
+    /// Those of another rank, if there are mirrors.
+    mirrored: Range<usize>,
+}
+
+impl Held {
+    pub(crate) fn ranges(&self) -> [Range<usize>; 2] {
+        [self.own.clone(), self.mirrored.clone()]
+    }
+
+    pub(crate) fn has(&self, name: &str) -> bool {
+        let has = |range: Range<usize>| {
+            self.names[range].binary_search_by(|own| own.as_str().cmp(name)).is_ok()
+        };
+        self.ranges().into_iter().any(has)
+    }
+
+    /// How the optimizer treats a parameter: those of other ranks it leaves alone.
+    pub(crate) fn options(
+        &self,
+        optimizer: &dyn Optimizer,
+        name: &str,
+        shape: &[usize],
+    ) -> Option<ParamOptions> {
+        self.has(name).then(|| optimizer.param_options(name, shape)).flatten()
+    }
+}
+
 /// This rank's share of the parameters.
 #[derive(Clone, Debug)]
 pub(crate) struct Share {
     collective: Arc<dyn Collective>,
-    /// Names in order.
-    names: Arc<[String]>,
-    /// Of them.
-    own: Range<usize>,
+    held: Held,
+    is_mirrored: bool,
     /// Where each rank's gradients begin in the flat buffer, and where the last one's end.
     bounds: Arc<[usize]>,
 }
@@ -28,18 +63,30 @@ pub(crate) struct Share {
 impl Share {
     /// Whole parameters, neighbours in the order of names, so that the largest share is as small as
     /// it can be.
-    pub(crate) fn of(gradients: &Gradients, collective: &Arc<dyn Collective>) -> Self {
+    pub(crate) fn of(
+        gradients: &Gradients,
+        collective: &Arc<dyn Collective>,
+        is_mirrored: bool,
+    ) -> Self {
         let Shard { rank, world } = collective.shard();
         let places = gradients.places();
         let lens: Vec<usize> = places.iter().map(|(_, range)| range.len()).collect();
         let cuts = partition(&lens, world);
+        let of = |rank: usize| cuts[rank]..cuts[rank + 1];
+        let mirrored = (rank + world - distance(&collective.hosts())) % world;
+        let names = places.iter().map(|(name, _)| name.clone()).collect();
+        let mirrored = if is_mirrored { of(mirrored) } else { 0..0 };
+        let held = Held { names, own: of(rank), mirrored };
         let ends = cuts.iter().map(|cut| lens[..*cut].iter().sum());
-        Self {
-            collective: Arc::clone(collective),
-            names: places.iter().map(|(name, _)| name.clone()).collect(),
-            own: cuts[rank]..cuts[rank + 1],
-            bounds: ends.collect(),
-        }
+        Self { collective: Arc::clone(collective), held, is_mirrored, bounds: ends.collect() }
+    }
+
+    pub(crate) fn held(&self) -> &Held {
+        &self.held
+    }
+
+    pub(crate) fn is_mirrored(&self) -> bool {
+        self.is_mirrored
     }
 
     pub(crate) fn is_with(&self, collective: &Arc<dyn Collective>) -> bool {
@@ -52,11 +99,7 @@ impl Share {
 
     /// Of all parameters, in the order of their names.
     pub(crate) fn params(&self) -> Range<usize> {
-        self.own.clone()
-    }
-
-    fn has(&self, name: &str) -> bool {
-        self.names[self.own.clone()].binary_search_by(|own| own.as_str().cmp(name)).is_ok()
+        self.held.own.clone()
     }
 
     /// In the flat buffer.
@@ -65,10 +108,19 @@ impl Share {
         self.bounds[rank]..self.bounds[rank + 1]
     }
 
-    /// Sums this rank's gradients over all ranks, and loss and weight. The other gradients are of no
-    /// use then.
+    /// The gradients whose sums this rank gets, in the flat buffer.
+    pub(crate) fn summed(&self) -> Range<usize> {
+        if self.is_mirrored { 0..self.bounds[self.shard().world] } else { self.range() }
+    }
+
+    /// Sums this rank's gradients over all ranks, or all of them where there are mirrors, and loss and
+    /// weight. The other gradients are of no use then.
     pub(crate) fn reduce(&self, gradients: &mut Gradients) -> Result<()> {
         let len = gradients.values().len();
+        if self.is_mirrored {
+            let exact = gradients.as_reduced().len() - len;
+            return self.collective.sum_gradients(gradients.as_reduced_mut(), exact);
+        }
         let (values, behind) = gradients.as_reduced_mut().split_at_mut(len);
         self.collective.scatter_gradients(values, &self.bounds)?;
         self.collective.all_reduce(behind, ReduceOp::Sum)
@@ -76,11 +128,11 @@ impl Share {
 
     /// The parameter that the first gradient which is not finite belongs to, on whatever rank.
     pub(crate) fn first_non_finite(&self, gradients: &Gradients) -> Result<Option<String>> {
-        let at = gradients.first_non_finite_in(self.own.clone());
+        let at = gradients.first_non_finite_in(self.params());
         let mut last = [-at.map_or(f64::INFINITY, |at| at as f64)];
         self.collective.all_reduce(&mut last, ReduceOp::Max)?;
         let [at] = last.map(|last| -last);
-        Ok(at.is_finite().then(|| self.names[at as usize].clone()))
+        Ok(at.is_finite().then(|| self.held.names[at as usize].clone()))
     }
 
     /// Sums over all ranks what each has of its own parameters.
@@ -93,14 +145,14 @@ impl Share {
         let vars = params.vars();
         let places: Vec<_> = gradients.places().iter().map(|(_, range)| range.clone()).collect();
         let values = gradients.values_mut();
-        for at in self.own.clone() {
+        for at in self.params() {
             in_place(&vars[at].1, |weights| {
                 values[places[at].clone()].copy_from_slice(weights);
                 Ok(())
             })?;
         }
         self.collective.all_gather_parts(values, &self.bounds)?;
-        for at in (0..vars.len()).filter(|at| !self.own.contains(at)) {
+        for at in (0..vars.len()).filter(|at| !self.held.own.contains(at)) {
             in_place(&vars[at].1, |weights| {
                 weights.copy_from_slice(&values[places[at].clone()]);
                 Ok(())
@@ -111,20 +163,18 @@ impl Share {
 
     /// Forgets what belongs to other ranks.
     pub(crate) fn trim(&self, state: &mut OptimizerState) {
-        for param in state.params.iter_mut().filter(|param| !self.has(&param.name)) {
+        for param in state.params.iter_mut().filter(|param| !self.held.has(&param.name)) {
             (param.steps, param.slots) = (0, Vec::new());
         }
     }
+}
 
-    /// How the optimizer treats a parameter: those of other ranks it leaves alone.
-    pub(crate) fn options(
-        &self,
-        optimizer: &dyn Optimizer,
-        name: &str,
-        shape: &[usize],
-    ) -> Option<ParamOptions> {
-        self.has(name).then(|| optimizer.param_options(name, shape)).flatten()
-    }
+/// How far ranks and the mirrors of their parts are from each other: the least at which they are on
+/// different hosts, of all ranks.
+fn distance(hosts: &[usize]) -> usize {
+    let world = hosts.len();
+    let differ = |by: &usize| (0..world).all(|rank| hosts[rank] != hosts[(rank + by) % world]);
+    (1..world).find(differ).unwrap_or(1)
 }
 
 /// Cuts a row of things into `world` runs whose largest sum is as small as it can be. Gives where
@@ -159,8 +209,17 @@ fn runs(lens: &[usize], most: usize) -> Vec<usize> {
 
 #[cfg(test)]
 mod tests {
-    use super::partition;
+    use super::{distance, partition};
     use proptest::prelude::*;
+
+    #[test]
+    fn mirrors_are_on_other_hosts_where_they_can_be() {
+        assert_eq!(distance(&[0, 0, 0]), 1);
+        assert_eq!(distance(&[0, 1, 2]), 1);
+        assert_eq!(distance(&[0, 0, 1, 1]), 2);
+        assert_eq!(distance(&[0, 0, 0, 1, 1, 1, 2, 2, 2]), 3);
+        assert_eq!(distance(&[0, 0, 0, 1]), 1, "not for all");
+    }
 
     #[test]
     fn no_share_is_larger_than_it_must_be() {

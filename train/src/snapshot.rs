@@ -10,7 +10,7 @@ use crate::tensors::{self, Slice};
 use crate::{Error, Result};
 use candle_core::{CpuStorage, Storage, Tensor, Var};
 use mobula_nn::{Model, ModelSpec, Params};
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -33,20 +33,20 @@ pub(crate) struct Source {
 pub(crate) struct Snapshot {
     pub(crate) saved: SavedState,
     /// Before its last epoch, which no checkpoint says: it may go on later.
-    stopped: bool,
-    weights: Vec<Named>,
-    buffers: Vec<Named>,
-    optimizer: OptimizerState,
-    ema: Option<Ema>,
+    pub(crate) stopped: bool,
+    pub(crate) weights: Vec<Named>,
+    pub(crate) buffers: Vec<Named>,
+    pub(crate) optimizer: OptimizerState,
+    pub(crate) ema: Option<Ema>,
     outer: Option<OptimizerState>,
 }
 
 /// A tensor of a model.
 #[derive(Debug, Default)]
-struct Named {
+pub(crate) struct Named {
     name: String,
     shape: Vec<usize>,
-    values: Vec<f32>,
+    pub(crate) values: Vec<f32>,
 }
 
 /// What goes with a checkpoint's tensors and is the same in all of a run.
@@ -100,6 +100,10 @@ impl Source {
         })
     }
 
+    pub(crate) fn saved(&self) -> &SavedState {
+        &self.saved
+    }
+
     /// Whether a thread may copy it while another one computes.
     pub(crate) fn is_on_cpu(&self) -> bool {
         self.params.as_ref().is_none_or(|params| params.device().is_cpu())
@@ -130,7 +134,7 @@ impl Source {
 }
 
 impl Named {
-    fn fill(&mut self, name: &str, tensor: &Tensor) -> Result<()> {
+    pub(crate) fn fill(&mut self, name: &str, tensor: &Tensor) -> Result<()> {
         self.name.clear();
         self.name.push_str(name);
         self.shape.clear();
@@ -153,7 +157,7 @@ impl Named {
         (self.name.clone(), Slice { shape: &self.shape, values: &self.values })
     }
 
-    fn put(&self, var: &Var) -> Result<()> {
+    pub(crate) fn put(&self, var: &Var) -> Result<()> {
         Ok(var.set(&Tensor::from_slice(&self.values, self.shape.as_slice(), var.device())?)?)
     }
 }
@@ -228,49 +232,6 @@ impl Snapshot {
         Ok(())
     }
 
-    /// Gives all ranks that of `root`. It has to be of the same model on all of them.
-    pub(crate) fn broadcast(&mut self, collective: &dyn Collective, root: usize) -> Result<()> {
-        let mut header = serde_json::to_vec(&self.header()).map_err(mobula_core::Error::layer)?;
-        broadcast_bytes(collective, &mut header, root)?;
-        let header: Header = serde_json::from_slice(&header).map_err(mobula_core::Error::layer)?;
-        if header.lens != self.lens() {
-            let (expected, got) = (header.lens.iter().sum(), self.lens().iter().sum());
-            return Err(Error::OtherState { root, expected, got });
-        }
-        (self.saved, self.stopped) = (header.saved, header.stopped);
-        self.optimizer.set_steps(header.step, &header.steps);
-        self.saved_ema(header.ema_updates);
-        for values in self.tensors_mut() {
-            collective.broadcast(values, root)?;
-        }
-        Ok(())
-    }
-
-    fn header(&self) -> Header {
-        Header {
-            saved: self.saved.clone(),
-            stopped: self.stopped,
-            lens: self.lens(),
-            step: self.optimizer.step,
-            steps: self.optimizer.params.iter().map(|param| param.steps).collect(),
-            ema_updates: self.ema.as_ref().map_or(0, Ema::updates),
-        }
-    }
-
-    /// Averages of so many updates, whatever they are.
-    fn saved_ema(&mut self, updates: u64) {
-        let lens = self.weights.iter().map(|weights| weights.values.len());
-        if let Some(ema) = &mut self.ema {
-            ema.begin_at(updates, lens);
-        }
-    }
-
-    fn lens(&self) -> Vec<usize> {
-        let named = self.weights.iter().chain(&self.buffers).map(|named| named.values.len());
-        let params = self.optimizer.params.iter();
-        named.chain(params.flat_map(|p| p.slots.iter().map(|slot| slot.values.len()))).collect()
-    }
-
     fn tensors_mut(&mut self) -> impl Iterator<Item = &mut [f32]> {
         let named = self.weights.iter_mut().chain(&mut self.buffers);
         let slots = self.optimizer.params.iter_mut().flat_map(|param| &mut param.slots);
@@ -281,18 +242,11 @@ impl Snapshot {
     }
 }
 
-/// What is told of a snapshot beside its tensors.
-#[derive(Serialize, Deserialize)]
-struct Header {
-    saved: SavedState,
-    stopped: bool,
-    lens: Vec<usize>,
-    step: u64,
-    steps: Vec<u64>,
-    ema_updates: u64,
-}
-
-fn broadcast_bytes(collective: &dyn Collective, bytes: &mut Vec<u8>, root: usize) -> Result<()> {
+pub(crate) fn broadcast_bytes(
+    collective: &dyn Collective,
+    bytes: &mut Vec<u8>,
+    root: usize,
+) -> Result<()> {
     let mut len = [bytes.len() as f64];
     collective.broadcast(&mut len, root)?;
     bytes.resize(len[0] as usize, 0);

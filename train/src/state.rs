@@ -304,12 +304,12 @@ impl TrainState {
         self.updater.loss_scale().map_or(1.0, LossScale::scale)
     }
 
-    /// Updates the model by its gradients, once these are checked, rescaled and divided by the scale
-    /// of the loss; a step in which they overflowed is left out. Says whether it was not.
-    pub(crate) fn update(&mut self, rescale: f32) -> Result<bool> {
+    /// Checks, rescales and clips the gradients, and divides them by the scale of the loss. A step in
+    /// which they overflowed is to be left out. Says whether it is not.
+    pub(crate) fn check(&mut self, rescale: f32) -> Result<bool> {
         let unscale = rescale / self.loss_scale();
-        let own = self.updater.shared().map_or(0..self.gradients.values().len(), Share::range);
-        scale(&mut self.gradients.values_mut()[own], unscale);
+        let summed = self.updater.shared().map_or(0..self.gradients.values().len(), Share::summed);
+        scale(&mut self.gradients.values_mut()[summed], unscale);
         let overflow = match self.updater.shared() {
             None => self.gradients.first_non_finite().map(str::to_owned),
             Some(share) => share.first_non_finite(&self.gradients)?,
@@ -325,9 +325,14 @@ impl TrainState {
             (Some(scale), overflow) => scale.update(overflow.is_none()),
         };
         if is_taken {
-            self.updater.step(self.model.params(), &mut self.gradients)?;
+            self.updater.clip(self.model.params(), &mut self.gradients)?;
         }
         Ok(is_taken)
+    }
+
+    /// Updates the model by its gradients, or what this rank has of it.
+    pub(crate) fn update(&mut self) -> Result<()> {
+        self.updater.update(self.model.params(), &self.gradients)
     }
 
     /// Runs `evaluate` on the model while its weights are their averages over the steps. Errors

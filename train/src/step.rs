@@ -4,6 +4,7 @@
 use crate::buffers::{BufferSums, Buffers};
 use crate::optim::add;
 use crate::overlap::EarlySums;
+use crate::share::Share;
 use crate::sync::BatchSum;
 use crate::{Error, Result, TrainState, WorkerContext};
 use candle_core::{DType, Tensor};
@@ -127,12 +128,15 @@ impl WorkerContext<'_> {
         self.early_sums = early;
         added?;
         let position = batches.last().and_then(Batch::position).cloned();
-        let loss = self.finish_step(state, passes.global_rows, before.as_ref())?;
+        let done = self.finish_step(state, passes.global_rows, before.as_ref())?;
         state.count_step(position);
+        hears(state, done.loss)?;
+        if done.is_taken {
+            self.gather(state)?;
+        }
         self.synchronise_if_due(state)?;
-        hears(state, loss)?;
         self.after_step(state)?;
-        Ok(loss)
+        Ok(done.loss)
     }
 
     /// The rows of each pass, by shard of this rank and by batch.
@@ -242,33 +246,75 @@ impl WorkerContext<'_> {
         state: &mut TrainState,
         global_rows: usize,
         before: Option<&Buffers>,
-    ) -> Result<f64> {
+    ) -> Result<Done> {
         self.reduce(state)?;
         let rescale = rescale(&state.gradients, global_rows);
         // After the sum all ranks hold the same bits, so all come to the same conclusion.
         let loss = f64::from(state.gradients.loss() * rescale);
         state.gradients.set_loss(loss as f32);
         let weight = state.gradients.weight().into();
+        let checked = match check(state, loss, rescale) {
+            Err(error) if !error.is_of_numbers() => return Err(error),
+            checked => checked,
+        };
+        let is_taken = matches!(checked, Ok(true));
+        self.commit(state, is_taken)?;
         self.before_update(state);
-        let updated = update(state, loss, rescale);
-        if let Some(before) = before.filter(|_| !matches!(updated, Ok(true))) {
+        if let Some(before) = before.filter(|_| !is_taken) {
             before.put_back(state.model.params())?;
         }
-        match updated {
+        if is_taken {
+            state.update()?;
+        }
+        match checked {
             Ok(_) => {
                 state.end_skips();
                 self.meter.count(&mut state.tally, global_rows, weight, loss);
             }
             Err(error) => self.bear(state, error)?,
         }
-        Ok(loss)
+        Ok(Done { loss, is_taken })
+    }
+
+    /// All ranks have what they need to take the step, and know whether they do. Only then does one begin:
+    /// where parts of the optimizer's state are to survive a loss, those of all ranks have to be of the
+    /// same step, and who has not heard of the others can take it later.
+    fn commit(&mut self, state: &mut TrainState, is_taken: bool) -> Result<()> {
+        if !state.updater.shared().is_some_and(Share::is_mirrored) {
+            return Ok(());
+        }
+        let met = self.collective().barrier();
+        if let Some(keeper) = self.keeper().filter(|_| met.is_err()) {
+            keeper.keep_gradients(state, is_taken);
+        }
+        met
+    }
+
+    /// Gives and takes weights, where each rank has updated some, and has averages take them in.
+    fn gather(&mut self, state: &mut TrainState) -> Result<()> {
+        if state.updater.shared().is_some_and(Share::is_mirrored) {
+            if let Some(keeper) = self.keeper() {
+                keeper.remember_part(state)?;
+            }
+            state.updater.gather(state.model.params(), &mut state.gradients)?;
+            self.before_update(state);
+        } else {
+            state.updater.gather(state.model.params(), &mut state.gradients)?;
+        }
+        state.updater.average_in(state.model.params())
     }
 }
 
-/// Whether the step was not left out.
-fn update(state: &mut TrainState, loss: f64, rescale: f32) -> Result<bool> {
+/// What a step has come to.
+struct Done {
+    loss: f64,
+    is_taken: bool,
+}
+
+/// Whether the step is not to be left out.
+fn check(state: &mut TrainState, loss: f64, rescale: f32) -> Result<bool> {
     match loss.is_finite() {
-        true => state.update(rescale),
+        true => state.check(rescale),
         false => Err(Error::NonFiniteLoss { step: state.step(), loss }),
     }
 }

@@ -127,14 +127,14 @@ impl<T> Trainer<T> {
 
     /// Where workers may join, all have what they are to go on from.
     fn check_range(&self) -> Result<()> {
-        let is_parted = self.scaling.shard_optimizer || self.scaling.local_sgd.is_some();
+        let is_parted = self.is_lost_in_part() || self.scaling.local_sgd.is_some();
         let (option, got, expected) = match self.failure.on_loss {
             _ if !self.is_elastic() => return Ok(()),
             OnLoss::RestartAll => {
                 ("on_loss", "RestartAll", "ReplaceLost where num_workers is a range")
             }
             OnLoss::ReplaceLost if is_parted => {
-                let expected = "one number with `shard_optimizer` or `local_sgd`: to grow would lose the steps since the checkpoint";
+                let expected = "one number with `local_sgd`, or with `shard_optimizer` without `mirror_optimizer`: to grow would lose the steps since the checkpoint";
                 ("num_workers", "a range", expected)
             }
             OnLoss::ReplaceLost => return Ok(()),
@@ -199,6 +199,11 @@ impl<T> Trainer<T> {
         Ok(group.set_context(&Setup { training, ..self.setup()? })?)
     }
 
+    /// Whether a lost worker has what no other one has.
+    fn is_lost_in_part(&self) -> bool {
+        self.scaling.shard_optimizer && !self.scaling.mirror_optimizer
+    }
+
     fn is_elastic(&self) -> bool {
         self.scaling.num_workers.is_elastic()
     }
@@ -232,6 +237,12 @@ impl<T> Trainer<T> {
         let replaces = self.failure.on_loss == OnLoss::ReplaceLost;
         // A survivor of a loss may be about to save: what the others continue from has to stay.
         let least = if replaces { 2 } else { 1 };
+        // Those on threads are never lost one by one.
+        let heals = replaces
+            && !self.is_lost_in_part()
+            && self.scaling.local_sgd.is_none()
+            && (self.failure.max_failures > 0 || self.is_elastic())
+            && self.scaling.placement == Placement::Process;
         Ok(Setup {
             training: RandomState::new().build_hasher().finish(),
             checkpoints: checkpoints.map(|store| store.dir().to_owned()),
@@ -241,15 +252,11 @@ impl<T> Trainer<T> {
             every_steps: self.checkpoint.every_steps,
             asynchronous: self.checkpoint.asynchronous,
             resume_from: self.newest_checkpoint()?,
-            // Those on threads are never lost one by one.
-            heals: replaces
-                && !self.scaling.shard_optimizer
-                && self.scaling.local_sgd.is_none()
-                && (self.failure.max_failures > 0 || self.is_elastic())
-                && self.scaling.placement == Placement::Process,
+            heals,
             is_elastic: self.is_elastic(),
             sync_batch_norm: self.scaling.sync_batch_norm,
             shard_optimizer: self.scaling.shard_optimizer,
+            mirror_optimizer: self.scaling.mirror_optimizer && heals,
             virtual_shards: self.scaling.virtual_shards,
             gpus: self.scaling.resources_per_worker.gpus,
             overlap: self.scaling.overlap,

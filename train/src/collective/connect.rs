@@ -41,11 +41,11 @@ pub(crate) fn connect(
     let mut meeting = Meeting::hold(member, transport, in_tree, hosts)?;
     let local = meeting.shared_memory(member, timeout)?;
     let collective: Arc<dyn Collective> = match (meeting.leaders.len(), local) {
-        (1, Some(memory)) => Arc::new(Connected::new(shard, memory, false)),
+        (1, Some(memory)) => Arc::new(Connected::new(shard, memory, meeting.hosts)),
         (_, local) => {
             let far = meeting.links(member, in_tree, timeout)?;
-            let ways = Ways { shard, hosts: meeting.hosts, compression, local, far };
-            Arc::new(Connected::new(shard, ways, true))
+            let ways = Ways { shard, hosts: meeting.hosts.clone(), compression, local, far };
+            Arc::new(Connected::new(shard, ways, meeting.hosts))
         }
     };
     // Who leaves before others have opened what it has made would take that along.

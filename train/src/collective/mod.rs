@@ -10,11 +10,15 @@ mod model;
 mod region;
 mod shared;
 mod tcp;
+#[cfg(test)]
+mod threads;
 mod turns;
 
 pub use element::{Element, ReduceOp, Values};
 
 pub(crate) use connect::connect;
+#[cfg(test)]
+pub(crate) use threads::threads;
 
 use crate::{Error, Result};
 use mobula_core::Shard;
@@ -67,9 +71,9 @@ pub trait Collective: std::fmt::Debug + Send + Sync {
     /// then gives them to all ranks, or leaves them.
     fn exchange(&self, values: Values<'_>, exchange: &Exchange) -> Result<()>;
 
-    /// Whether ranks are on several hosts, so that an exchange takes long and no processor of this one.
-    fn is_between_hosts(&self) -> bool {
-        false
+    /// The host of each rank, from 0 on in the order of their first ranks. By default the same for all.
+    fn hosts(&self) -> Vec<usize> {
+        vec![0; self.shard().world]
     }
 }
 
@@ -134,6 +138,11 @@ impl Exchange {
 }
 
 impl dyn Collective + '_ {
+    /// Whether ranks are on several hosts, so that an exchange takes long and no processor of this one.
+    pub(crate) fn is_between_hosts(&self) -> bool {
+        self.hosts().iter().any(|host| *host > 0)
+    }
+
     /// Replaces the values on every rank by their reduction over all ranks.
     pub fn all_reduce<T: Element>(&self, values: &mut [T], op: ReduceOp) -> Result<()> {
         self.run("all_reduce", values, Parts::Equal, Some(op), true)
@@ -217,11 +226,16 @@ impl dyn Collective + '_ {
 
     /// Every rank's number, by rank.
     pub(crate) fn gather_one(&self, value: f64) -> Result<Vec<f64>> {
+        Ok(self.gather_each([value])?.into_iter().map(|[value]| value).collect())
+    }
+
+    /// The same of some.
+    pub(crate) fn gather_each<const N: usize>(&self, own: [f64; N]) -> Result<Vec<[f64; N]>> {
         let Shard { rank, world } = self.shard();
         // A sum with zeros is one operation, also between hosts.
-        let mut values = vec![0.0; world];
-        values[rank] = value;
-        self.all_reduce(&mut values, ReduceOp::Sum)?;
+        let mut values = vec![[0.0; N]; world];
+        values[rank] = own;
+        self.all_reduce(values.as_flattened_mut(), ReduceOp::Sum)?;
         Ok(values)
     }
 
@@ -259,7 +273,8 @@ struct Connected<W> {
     shard: Shard,
     /// Locked by nobody but the one thread of this rank that takes part.
     state: Mutex<State<W>>,
-    is_between_hosts: bool,
+    /// Of each rank.
+    hosts: Vec<usize>,
 }
 
 #[derive(Debug)]
@@ -276,8 +291,8 @@ trait Way: std::fmt::Debug + Send {
 }
 
 impl<W: Way> Connected<W> {
-    fn new(shard: Shard, way: W, is_between_hosts: bool) -> Self {
-        Self { shard, state: Mutex::new(State { way, broken: None }), is_between_hosts }
+    fn new(shard: Shard, way: W, hosts: Vec<usize>) -> Self {
+        Self { shard, state: Mutex::new(State { way, broken: None }), hosts }
     }
 }
 
@@ -286,8 +301,8 @@ impl<W: Way> Collective for Connected<W> {
         self.shard
     }
 
-    fn is_between_hosts(&self) -> bool {
-        self.is_between_hosts
+    fn hosts(&self) -> Vec<usize> {
+        self.hosts.clone()
     }
 
     fn exchange(&self, values: Values<'_>, exchange: &Exchange) -> Result<()> {

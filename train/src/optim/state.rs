@@ -145,12 +145,6 @@ impl OptimizerState {
         self.params.clone_from(&other.params);
     }
 
-    /// Says how often all and each of the parameters were updated.
-    pub(crate) fn set_steps(&mut self, step: u64, steps: &[u64]) {
-        self.step = step;
-        self.params.iter_mut().zip(steps).for_each(|(param, steps)| param.steps = *steps);
-    }
-
     /// Sets it to what [`OptimizerState::save`] wrote for the same optimizer and parameters. The
     /// learning rate stays. Errors when the file is of others; then nothing has changed.
     pub fn load(&mut self, optimizer: &dyn Optimizer, path: &Path) -> Result<()> {

@@ -6,7 +6,7 @@ use super::{
 };
 use crate::collective::{Collective, ReduceOp};
 use crate::saver::Gate;
-use crate::share::Share;
+use crate::share::{Held, Share};
 use crate::{Error, Result};
 use mobula_core::Shard;
 use mobula_nn::Gradients;
@@ -196,35 +196,72 @@ impl Updater {
     /// One step: clips the gradients and updates the parameters, both in place, and what is
     /// remembered of them.
     pub fn step(&mut self, params: &Params, gradients: &mut Gradients) -> Result<()> {
+        self.clip(params, gradients)?;
+        self.update(params, gradients)?;
+        self.gather(params, gradients)?;
+        self.average_in(params)
+    }
+
+    /// Clips the gradients.
+    pub(crate) fn clip(&mut self, params: &Params, gradients: &mut Gradients) -> Result<()> {
+        let Some(clip) = self.clip else {
+            return Ok(());
+        };
+        let state = self.shared_state(params)?;
+        self.gradient_norm = self.clip_moving(clip, &state, gradients)?;
+        self.state = Some(state);
+        Ok(())
+    }
+
+    /// Updates the parameters by them, or those that this rank has the state of.
+    pub(crate) fn update(&mut self, params: &Params, gradients: &Gradients) -> Result<()> {
         self.wait_for_copy();
         let mut shared = self.shared_state(params)?;
         self.state = None;
         // Not shared any more, unless something is being copied that should have been waited for.
         let state = Arc::make_mut(&mut shared);
-        state.lr = self.lr_at(state.step);
-        let updated = self.clip_and_update(params, gradients, state);
+        let held = self.share.as_ref().map(Share::held);
+        let updated = self.update_in(params, gradients, state, held);
         self.state = Some(shared);
-        self.gradient_norm = updated?;
-        self.share.as_ref().map_or(Ok(()), |share| share.gather(params, gradients))?;
-        self.ema.as_mut().map_or(Ok(()), |ema| Arc::make_mut(ema).update(params))
+        updated
     }
 
-    fn clip_and_update(
+    fn update_in(
         &self,
         params: &Params,
-        gradients: &mut Gradients,
+        gradients: &Gradients,
         state: &mut OptimizerState,
-    ) -> Result<Option<f64>> {
-        let norm = self.clip.map_or(Ok(None), |clip| self.clip_moving(clip, state, gradients))?;
-        match &self.share {
-            None => self.optimizer.update(params, gradients, state)?,
-            Some(share) => {
-                update_by(self.optimizer(), params, gradients, state, &|name, shape| {
-                    share.options(self.optimizer(), name, shape)
-                })?
-            }
+        held: Option<&Held>,
+    ) -> Result<()> {
+        state.lr = self.lr_at(state.step);
+        match held {
+            None => self.optimizer.update(params, gradients, state),
+            Some(held) => update_by(self.optimizer(), params, gradients, state, &|name, shape| {
+                held.options(self.optimizer(), name, shape)
+            }),
         }
-        Ok(norm)
+    }
+
+    /// The same of what another updater of the same settings had after the step before.
+    pub(crate) fn update_kept(
+        &mut self,
+        params: &Params,
+        gradients: &Gradients,
+        (state, saved): (&mut OptimizerState, &SavedUpdater),
+        held: &Held,
+    ) -> Result<()> {
+        self.resume_settings(saved);
+        self.update_in(params, gradients, state, Some(held))
+    }
+
+    /// Gives and takes the parameters that others have updated.
+    pub(crate) fn gather(&self, params: &Params, gradients: &mut Gradients) -> Result<()> {
+        self.share.as_ref().map_or(Ok(()), |share| share.gather(params, gradients))
+    }
+
+    /// Has the averages, if any are kept, take in the parameters.
+    pub(crate) fn average_in(&mut self, params: &Params) -> Result<()> {
+        self.ema.as_mut().map_or(Ok(()), |ema| Arc::make_mut(ema).update(params))
     }
 
     /// From now on this rank updates a part of the parameters, and others the rest.
@@ -387,8 +424,8 @@ impl Updater {
     pub fn load(&mut self, params: &Params, dir: &Path, saved: &SavedUpdater) -> Result<()> {
         let mut state = self.fresh_state(params)?;
         state.load_parts(self.optimizer(), &optimizer_files(dir)?, &|name, shape| {
-            let options =
-                self.share.as_ref().map(|share| share.options(self.optimizer(), name, shape));
+            let held = self.share.as_ref().map(Share::held);
+            let options = held.map(|held| held.options(self.optimizer(), name, shape));
             options.unwrap_or_else(|| self.optimizer.param_options(name, shape)).is_some()
         })?;
         if let (Some(ema), Some(_)) = (&mut self.ema, saved.ema) {
