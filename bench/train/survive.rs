@@ -4,7 +4,7 @@ use anyhow::{Context, Result};
 use candle_core::{DType, Device, Tensor};
 use mobula_bench::{SEED, optimizer};
 use mobula_core::{
-    Batch, BatchSource, BatchStream, Error, Member, RunDir, Runtime, Shard, StreamState,
+    Batch, BatchSource, BatchStream, Error, Member, Resources, RunDir, Runtime, Shard, StreamState,
 };
 use mobula_nn::models::MlpOptions;
 use mobula_nn::{Model, ModelSpec, loss};
@@ -150,20 +150,26 @@ pub(crate) fn shards(runtime: &Runtime, workers: usize) -> Result<()> {
 }
 
 /// The steps of so many workers over 100 million parameters, and the memory of each worker, with the
-/// optimizer's state whole and in parts.
+/// optimizer's state whole, in parts, and in parts of which each is there twice.
 pub(crate) fn zero(runtime: &Runtime, workers: usize) -> Result<()> {
-    for shard_optimizer in [false, true, false, true] {
+    for state in ["whole", "parts", "mirrors", "whole", "parts", "mirrors"] {
         let source = Same { rows: 16, inputs: 4096 };
         let job = Job { source, hidden: vec![4096; 6], steps: 15, kill: None };
-        let scaling = ScalingConfig { shard_optimizer, ..ScalingConfig::workers(workers) };
+        let (shard_optimizer, mirror_optimizer) = (state != "whole", state == "mirrors");
+        // More than there are processors share them.
+        let cpus = (Resources::of_this_machine().cpus / workers as f64).min(1.0);
+        let scaling = ScalingConfig {
+            shard_optimizer,
+            mirror_optimizer,
+            resources_per_worker: Resources::cpus(cpus),
+            ..ScalingConfig::workers(workers)
+        };
         let trainer = Trainer::new(go_on::remote(job)).with_logs_shown(false);
         let fit = trainer.with_scaling(scaling).fit(runtime)?;
         let (_, ends, _) = fit.values.first().context("a rank 0")?;
         let lengths: Vec<f64> = ends.windows(2).map(|pair| pair[1] - pair[0]).collect();
         let peaks: Vec<f64> = fit.values.iter().map(|rank| rank.2).collect();
-        super::answer(
-            json!({ "shard_optimizer": shard_optimizer, "seconds": lengths, "peak_mb": peaks }),
-        )?;
+        super::answer(json!({ "state": state, "seconds": lengths, "peak_mb": peaks }))?;
     }
     Ok(())
 }

@@ -54,6 +54,12 @@ pub(crate) enum Harm {
         how: How,
         places: Vec<(Place, PathBuf)>,
     },
+    /// Rank 1 kills itself so long after it has begun this step, once, wherever it is by then.
+    KillAfter {
+        at_step: u64,
+        wait: Duration,
+        marker: PathBuf,
+    },
     /// Rank 0 kills itself as soon as this folder is there, once.
     KillWriter {
         folder: PathBuf,
@@ -407,6 +413,18 @@ fn do_harm(harm: &Harm, rank: usize, step: u64) {
         Harm::KillOnce { at_step, marker } if rank == 1 && step == *at_step && !marker.exists() => {
             let _ = std::fs::write(marker, "");
             signal(How::Kill);
+        }
+        Harm::KillAfter { at_step, wait, marker }
+            if rank == 1 && step == *at_step && !marker.exists() =>
+        {
+            let (deadline, marker) = (Instant::now() + *wait, marker.clone());
+            std::thread::spawn(move || {
+                while Instant::now() < deadline {
+                    std::hint::spin_loop();
+                }
+                let _ = std::fs::write(marker, "");
+                signal(How::Kill);
+            });
         }
         Harm::KillAllOnce { at_step, folder } if step == *at_step => {
             let marker = folder.join(format!("killed-{rank}"));

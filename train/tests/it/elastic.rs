@@ -243,6 +243,10 @@ fn wait_until(mut done: impl FnMut() -> bool) {
     }
 }
 
+fn mirrored(scaling: ScalingConfig) -> ScalingConfig {
+    ScalingConfig { shard_optimizer: true, mirror_optimizer: true, ..scaling }
+}
+
 /// The copy that drives, and copies that never leave `init`.
 pub(crate) fn run(folder: &str) -> Result<(), Box<dyn std::error::Error>> {
     let runtime = mobula_core::init_with(Resources::cpus(2.0))?;
@@ -269,6 +273,10 @@ pub(crate) fn run(folder: &str) -> Result<(), Box<dyn std::error::Error>> {
     let shards = plan("shards", 0.3, &[2, 3]);
     let shards = disturbed(&shards, in_shards(ScalingConfig::workers(2..=4)));
     assert_eq!(shards.values[0], undisturbed.values[0], "to the bit");
+    // Each of the lost ones has a mirror on the other machine.
+    let mirrors = plan("mirrors", 0.3, &[2, 3]);
+    let mirrors = disturbed(&mirrors, in_shards(mirrored(ScalingConfig::workers(2..=4))));
+    assert_eq!(mirrors.values[0], undisturbed.values[0], "to the bit");
     // Now the first ranks are lost, and those that are left have other ranks then.
     let plain = plan("plain", 0.0, &[0, 1]);
     plain.tell("two machines", "");
@@ -307,7 +315,7 @@ fn machines(_: &Runtime) {
         });
         std::fs::read_to_string(path).expect("reads")
     };
-    for name in ["shards", "plain"] {
+    for name in ["shards", "mirrors", "plain"] {
         if name == "plain" {
             wait_for_file(folder.join(name).join("two machines"));
             agents.push(copy(folder, "MOBULA_JOIN", &address));
@@ -328,12 +336,18 @@ fn machines(_: &Runtime) {
     }
     let grown = "train: 2 workers have joined: continuing with 4 workers";
     let grown = format!("{grown} from step {GROW_AT}, which rank ");
-    assert_eq!(log.matches(&grown).count(), 2, "{log}");
+    assert_eq!(log.matches(&grown).count(), 3, "{log}");
 }
 
 /// CPUs are for other tests, and seats for this one.
 fn more(runtime: &Runtime) {
-    for (workers, from) in [(1, GROW_AT), (2, 2), (2, SHRINK_AT)] {
+    for (workers, from, is_mirrored) in [
+        (1, GROW_AT, false),
+        (2, 2, false),
+        (2, SHRINK_AT, false),
+        (1, GROW_AT, true),
+        (2, SHRINK_AT, true),
+    ] {
         let folder = tempfile::tempdir().expect("temporary folder");
         let (path, dropout) = (folder.path().to_owned(), 0.0);
         let (lost, grow_from) = (Vec::new(), Some(from));
@@ -346,6 +360,7 @@ fn more(runtime: &Runtime) {
             drop(others);
         });
         let elastic = ScalingConfig::workers(workers..=4);
+        let elastic = if is_mirrored { mirrored(elastic) } else { elastic };
         let scaling = ScalingConfig { resources_per_worker: seat, ..elastic };
         let fit = fit(runtime, &plan, scaling);
         job.join().expect("ends");
@@ -368,6 +383,12 @@ fn refused(runtime: &Runtime) {
     let shards = ScalingConfig { virtual_shards: Some(8), ..ScalingConfig::workers(5..=7) };
     let text = error(shards, FailureConfig::default());
     assert!(text.starts_with("option num_workers is 5..=7, expected a power of two"), "{text}");
+    let parts = ScalingConfig { shard_optimizer: true, ..ScalingConfig::workers(1..=2) };
+    let text = error(parts, FailureConfig::default());
+    assert!(
+        text.contains("expected one number with `local_sgd`, or with `shard_optimizer`"),
+        "{text}"
+    );
     let failure = FailureConfig { on_loss: OnLoss::RestartAll, ..FailureConfig::default() };
     let text = error(ScalingConfig::workers(1..=2), failure);
     assert!(text.starts_with("option on_loss is RestartAll, expected ReplaceLost"), "{text}");

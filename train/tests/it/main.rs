@@ -13,6 +13,7 @@ mod hosts;
 mod limits;
 mod local;
 mod loss_scale;
+mod mirror;
 mod models;
 mod network;
 mod optim;
@@ -61,6 +62,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         limits::TESTS,
         local::TESTS,
         loss_scale::TESTS,
+        mirror::TESTS,
         models::TESTS,
         optim::TESTS,
         overlap::TESTS,
