@@ -272,6 +272,11 @@ impl TrainState {
         self.epochs
     }
 
+    /// Whether steps were done since the last epoch.
+    pub(crate) fn is_within_epoch(&self) -> bool {
+        self.tally.rows > 0
+    }
+
     /// Whether all epochs are done, or the training was told to stop.
     pub fn is_finished(&self) -> bool {
         self.stopped || self.epoch >= self.epochs

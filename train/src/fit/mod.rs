@@ -102,11 +102,15 @@ impl<'a> TrainLoop<'a> {
     ) -> Result<BTreeMap<String, f64>> {
         self.check()?;
         self.stop = false;
-        context.restore(state, batches)?;
+        let is_restored = context.restore(state, batches)?;
         self.callbacks.iter_mut().try_for_each(|callback| restore(callback.as_mut(), state))?;
         let flow = tell(&mut self.callbacks, state, |callback| callback.on_start())?;
         if context.any(flow.is_stop())? {
             state.stop();
+        }
+        if is_restored && state.is_within_epoch() && !state.is_finished() {
+            // Whoever was lost was lost behind the step, maybe before this.
+            self.validate_if_due(context, state)?;
         }
         while !state.is_finished() {
             match batches.next_batch()? {
@@ -145,11 +149,7 @@ impl<'a> TrainLoop<'a> {
             stop = tell(callbacks, state, |callback| callback.on_step(&report))?.is_stop();
             Ok(())
         })?;
-        let is_due = self.every_steps.is_some_and(|steps| state.step().is_multiple_of(steps));
-        if is_due && self.validation.is_some() {
-            let metrics = self.validate(context, state)?;
-            context.report(state, &named(&metrics))?;
-        }
+        self.validate_if_due(context, state)?;
         // Where ranks take steps of their own, they agree when they meet.
         self.stop |= stop;
         let agree = !self.callbacks.is_empty() && state.is_synchronised();
@@ -157,6 +157,19 @@ impl<'a> TrainLoop<'a> {
             true => context.stop(state),
             false => Ok(()),
         }
+    }
+
+    fn validate_if_due(
+        &mut self,
+        context: &mut WorkerContext<'_>,
+        state: &mut TrainState,
+    ) -> Result<()> {
+        let is_due = self.every_steps.is_some_and(|steps| state.step().is_multiple_of(steps));
+        if is_due && self.validation.is_some() {
+            let metrics = self.validate(context, state)?;
+            context.report(state, &named(&metrics))?;
+        }
+        Ok(())
     }
 
     fn end_epoch(

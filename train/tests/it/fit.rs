@@ -288,8 +288,21 @@ fn within(runtime: &Runtime) {
     let root = tempfile::tempdir().expect("temporary folder");
     let run = RunDir::create(root.path(), "r", 5, &()).expect("run");
     fit(runtime, Plan { every_steps: Some(4), ..plan(2) }, Some(&run));
-    let lines = run.metrics().expect("metrics");
-    let steps = lines.iter().filter(|line| line.values.contains_key("accuracy"));
+    let steps = |run: &RunDir| {
+        let lines = run.metrics().expect("metrics");
+        let steps = lines.iter().filter(|line| line.values.contains_key("accuracy"));
+        steps.map(|line| line.step).collect::<Vec<_>>()
+    };
     // After every four steps, and at the end of both epochs.
-    assert_eq!(steps.map(|line| line.step).collect::<Vec<_>>(), [4, 6, 8, 12, 12]);
+    assert_eq!(steps(&run), [4, 6, 8, 12, 12]);
+    // A checkpoint is taken before the validation behind its step.
+    for (step, expected) in
+        [(3, vec![4, 6, 8, 12, 12]), (4, vec![4, 6, 8, 12, 12]), (6, vec![8, 12, 12])]
+    {
+        let from = run.checkpoints(1).dir().join(format!("step-{step:010}"));
+        let resumed = RunDir::create(root.path(), &step.to_string(), 5, &()).expect("run");
+        copy(&from, &resumed.checkpoints(1).dir().join(from.file_name().expect("name")));
+        fit(runtime, Plan { every_steps: Some(4), ..plan(2) }, Some(&resumed));
+        assert_eq!(steps(&resumed), expected, "from step {step}");
+    }
 }
