@@ -37,11 +37,12 @@ pub struct ScalingConfig {
     /// goes on from. A lost worker takes its part with it, so training goes on from the newest checkpoint
     /// then, unless `mirror_optimizer` says otherwise. Default: no.
     pub shard_optimizer: bool,
-    /// Whether each worker also keeps, and updates, the part of another one, on another machine if there
-    /// are several with as many workers each. A lost worker then costs no step, as without
-    /// `shard_optimizer`, nor does a lost machine, unless it takes a part and its mirror with it. Parts
-    /// take twice the memory, and gradients travel as without `shard_optimizer`. Only with that,
-    /// and does nothing where lost workers are not replaced one by one, as on threads. Default: no.
+    /// Whether each worker also keeps, and updates, the part of another one, on another machine unless
+    /// one has more than half of the workers. A lost worker then costs no step, as without
+    /// `shard_optimizer`, nor does a lost machine, unless a part is lost with its mirror, such as by those
+    /// that are let go to come to a power of two. Parts take twice the memory, and gradients travel as
+    /// without `shard_optimizer`. Only with that, and does nothing where lost workers are not replaced
+    /// one by one, as on threads. Default: no.
     pub mirror_optimizer: bool,
     /// Cuts each batch into so many shards, whose gradients are computed one by one and added up in
     /// one tree, so that any number of workers trains to the same bits. A power of two; then the number

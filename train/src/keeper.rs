@@ -122,6 +122,8 @@ impl Keeper {
     fn saver(&mut self, state: &TrainState, setup: &Setup) -> Option<&mut Saver> {
         let (is_first, is_shared) = (self.member.rank() == 0, state.updater.shared().is_some());
         let dir = setup.checkpoints.as_ref().filter(|_| is_first || is_shared)?;
+        // What it writes is waited for.
+        self.saver.take_if(|saver| !saver.fits(&self.member, is_shared));
         Some(self.saver.get_or_insert_with(|| {
             let (checkpoints, labels) = (store(dir, setup), Labels::of(state));
             Saver::new(Store { checkpoints, labels, member: Arc::clone(&self.member) })
@@ -131,9 +133,11 @@ impl Keeper {
     /// Training begins, and will have checkpoints in the background.
     pub(crate) fn make_room(&mut self, state: &TrainState, setup: &Setup) -> Result<()> {
         let is_first = self.member.rank() == 0;
-        if let Some(saver) =
-            self.saver(state, setup).filter(|saver| setup.asynchronous && saver.is_new())
-        {
+        // One that is there has room, or has it when it is done with what it writes.
+        if self.saver.is_some() || !setup.asynchronous {
+            return Ok(());
+        }
+        if let Some(saver) = self.saver(state, setup) {
             saver.make_room(Snapshot::blank(state, is_first)?);
         }
         Ok(())

@@ -37,8 +37,12 @@ impl Collective for Timed {
         self.inner.shard()
     }
 
-    fn hosts(&self) -> Vec<usize> {
-        self.inner.hosts()
+    fn is_between_hosts(&self) -> bool {
+        self.inner.is_between_hosts()
+    }
+
+    fn machines(&self) -> Vec<u64> {
+        self.inner.machines()
     }
 
     fn exchange(&self, values: Values<'_>, exchange: &Exchange) -> Result<()> {

@@ -4,72 +4,74 @@
 //! numbers. PaLM was trained so, by hand (Chowdhery et al. 2022, arXiv 2204.02311, section 5.1).
 
 use crate::keeper::store;
-use crate::state::Bearing;
+use crate::state::Verdict;
 use crate::{Error, Result, TrainState, WorkerContext};
 use mobula_core::checkpoint::Checkpoint;
 
 impl WorkerContext<'_> {
-    /// Leaves out the step or goes back, as the policy says; or this is the error. All ranks come here
-    /// alike, after the sums over all.
-    pub(crate) fn bear(&mut self, state: &mut TrainState, error: Error) -> Result<()> {
-        match state.bearing(&error) {
-            Bearing::Fail => Err(error),
-            Bearing::LeaveOut => {
+    /// What the policy says to this error of a step, or the error. All ranks come here alike, after the
+    /// sums over all.
+    pub(crate) fn leave_out_or_roll_back(
+        &mut self,
+        state: &mut TrainState,
+        error: Error,
+    ) -> Result<()> {
+        match state.verdict(&error) {
+            Verdict::Fail => Err(error),
+            Verdict::LeaveOut => {
                 state.skip();
                 Ok(())
             }
-            Bearing::RollBack { at_most } if state.skips().rollbacks >= at_most => {
+            Verdict::RollBack { at_most } if state.skips().rollbacks >= at_most => {
                 Err(cannot(error, format!("that was done {at_most} time(s), as often as allowed")))
             }
-            Bearing::RollBack { .. } => self.roll_back(state, error),
+            Verdict::RollBack { .. } => self.roll_back(state, error),
         }
     }
 
+    /// Until all ranks have seen the checkpoint none changes anything: if one is lost meanwhile, the
+    /// others have what they had before the step.
     fn roll_back(&mut self, state: &mut TrainState, error: Error) -> Result<()> {
         self.keeper().map_or(Ok(()), |keeper| keeper.settle())?;
-        // It may take longer to write than others wait in a step.
+        // To write, look for and read a checkpoint may take longer than others wait in a step.
         self.collective.patient_any(false)?;
-        let before = state.skips().gone_back_to;
-        let checkpoint = match (self.agreed_checkpoint(before)?, before) {
-            (Ok(Some(checkpoint)), _) => checkpoint,
-            (Ok(None), None) => return Err(cannot(error, "there is none".to_owned())),
-            (Ok(None), Some(step)) => {
-                let reason =
-                    format!("that of step {step} has not helped, and there is none before it");
-                return Err(cannot(error, reason));
-            }
-            (Err(reason), _) => return Err(cannot(error, reason)),
+        let checkpoint = match self.agreed_checkpoint(state.first_spoilt())? {
+            Ok(checkpoint) => checkpoint,
+            Err(reason) => return Err(cannot(error, reason)),
         };
+        self.before_update(state);
         state.roll_back(&checkpoint)?;
+        self.collective.patient_any(false)?;
         let text = format!("{error}; back to the checkpoint of step {}", checkpoint.step());
         self.keeper().map_or(Ok(()), |keeper| keeper.note(text))
     }
 
-    /// The newest one before a step, the same on all ranks, or why there is no such.
+    /// The newest one from before a step, the same on all ranks, or why there is no such.
     fn agreed_checkpoint(
         &self,
         before: Option<u64>,
-    ) -> Result<std::result::Result<Option<Checkpoint>, String>> {
-        let Some(dir) = &self.setup.checkpoints else {
-            return Ok(Ok(None));
+    ) -> Result<std::result::Result<Checkpoint, String>> {
+        let store = self.setup.checkpoints.as_ref().map(|dir| store(dir, &self.setup));
+        let found = match (&store, before) {
+            (Some(store), Some(step)) => store.latest_before(step),
+            (Some(store), None) => store.latest(),
+            (None, _) => Ok(None),
         };
-        let store = store(dir, &self.setup);
-        let found = match before {
-            Some(step) => store.latest_before(step),
-            None => store.latest(),
-        };
+        self.collective.patient_any(false)?;
         let step = match &found {
-            Ok(found) => found.as_ref().map_or(-1.0, |found| found.step() as f64),
+            Ok(Some(found)) => found.step() as f64,
+            Ok(None) => -1.0,
             Err(_) => -2.0,
         };
-        let steps = self.collective.gather_one(step)?;
-        let differs = steps.iter().any(|other| *other != step);
-        Ok(match found {
-            Err(error) => Err(error.to_string()),
-            Ok(_) if differs => {
+        let differs = self.collective.gather_one(step)?.iter().any(|other| *other != step);
+        Ok(match (found, before) {
+            (Err(error), _) => Err(error.to_string()),
+            (Ok(_), _) if differs => {
                 Err("ranks find different ones: do all workers see the run directory?".to_owned())
             }
-            Ok(found) => Ok(found),
+            (Ok(Some(found)), _) => Ok(found),
+            (Ok(None), None) => Err("there is none".to_owned()),
+            (Ok(None), Some(step)) => Err(format!("there is none from before step {step}")),
         })
     }
 

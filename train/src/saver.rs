@@ -63,9 +63,11 @@ impl Saver {
         Self { store: Arc::new(store), saves: 0, spare: None, room: None, under_way: None }
     }
 
-    /// Whether it has written nothing so far.
-    pub(crate) fn is_new(&self) -> bool {
-        self.saves == 0
+    /// Whether it can go on writing for this member of a group, with a state that is divided or not: one
+    /// of a generation before knows neither the ranks that write the other parts nor which these are.
+    pub(crate) fn fits(&self, member: &Arc<Member>, is_divided: bool) -> bool {
+        let was_divided = self.store.labels.share.is_some();
+        Arc::ptr_eq(&self.store.member, member) || !(was_divided || is_divided)
     }
 
     /// Gets the memory of the first copy while training begins.

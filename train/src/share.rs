@@ -73,9 +73,9 @@ impl Share {
         let lens: Vec<usize> = places.iter().map(|(_, range)| range.len()).collect();
         let cuts = partition(&lens, world);
         let of = |rank: usize| cuts[rank]..cuts[rank + 1];
-        let mirrored = (rank + world - distance(&collective.hosts())) % world;
         let names = places.iter().map(|(name, _)| name.clone()).collect();
-        let mirrored = if is_mirrored { of(mirrored) } else { 0..0 };
+        let mirrored =
+            if is_mirrored { of(mirrored_by(rank, &collective.machines())) } else { 0..0 };
         let held = Held { names, own: of(rank), mirrored };
         let ends = cuts.iter().map(|cut| lens[..*cut].iter().sum());
         Self { collective: Arc::clone(collective), held, is_mirrored, bounds: ends.collect() }
@@ -169,12 +169,16 @@ impl Share {
     }
 }
 
-/// How far ranks and the mirrors of their parts are from each other: the least at which they are on
-/// different hosts, of all ranks.
-fn distance(hosts: &[usize]) -> usize {
-    let world = hosts.len();
-    let differ = |by: &usize| (0..world).all(|rank| hosts[rank] != hosts[(rank + by) % world]);
-    (1..world).find(differ).unwrap_or(1)
+/// Whose part is mirrored by a rank: one on another machine, unless a machine has more than half of
+/// the ranks. Machine behind machine, ranks are as far from their mirrors as the longest is long.
+fn mirrored_by(rank: usize, machines: &[u64]) -> usize {
+    let world = machines.len();
+    let mut order: Vec<usize> = (0..world).collect();
+    order.sort_by_key(|rank| machines[*rank]);
+    let longest = order.chunk_by(|a, b| machines[*a] == machines[*b]).map(<[_]>::len).max();
+    let distance = longest.filter(|longest| *longest < world).unwrap_or(1);
+    let place = order.iter().position(|other| *other == rank).unwrap_or_default();
+    order[(place + world - distance) % world]
 }
 
 /// Cuts a row of things into `world` runs whose largest sum is as small as it can be. Gives where
@@ -209,16 +213,13 @@ fn runs(lens: &[usize], most: usize) -> Vec<usize> {
 
 #[cfg(test)]
 mod tests {
-    use super::{distance, partition};
+    use super::{mirrored_by, partition};
     use proptest::prelude::*;
 
     #[test]
-    fn mirrors_are_on_other_hosts_where_they_can_be() {
-        assert_eq!(distance(&[0, 0, 0]), 1);
-        assert_eq!(distance(&[0, 1, 2]), 1);
-        assert_eq!(distance(&[0, 0, 1, 1]), 2);
-        assert_eq!(distance(&[0, 0, 0, 1, 1, 1, 2, 2, 2]), 3);
-        assert_eq!(distance(&[0, 0, 0, 1]), 1, "not for all");
+    fn mirrors_on_one_machine_are_neighbours() {
+        assert_eq!([0, 1, 2].map(|rank| mirrored_by(rank, &[7; 3])), [2, 0, 1]);
+        assert_eq!([0, 1, 2].map(|rank| mirrored_by(rank, &[1, 2, 3])), [2, 0, 1]);
     }
 
     #[test]
@@ -230,6 +231,21 @@ mod tests {
     }
 
     proptest! {
+        /// Each part has one, not with its owner, and where it can be on another machine.
+        #[test]
+        fn mirrors_are_elsewhere(machines in prop::collection::vec(0u64..4, 2..12)) {
+            let world = machines.len();
+            let mirrored: Vec<usize> = (0..world).map(|rank| mirrored_by(rank, &machines)).collect();
+            let mut all = mirrored.clone();
+            all.sort_unstable();
+            prop_assert!(all.into_iter().eq(0..world));
+            prop_assert!((0..world).all(|rank| mirrored[rank] != rank));
+            let ranks_of = |machine| machines.iter().filter(|other| **other == machine).count();
+            if (0..4).all(|machine| 2 * ranks_of(machine) <= world) {
+                prop_assert!((0..world).all(|rank| machines[mirrored[rank]] != machines[rank]));
+            }
+        }
+
         #[test]
         fn of_all_cuts_the_best(lens in prop::collection::vec(0usize..20, 0..8), world in 1usize..4) {
             let cuts = partition(&lens, world);

@@ -61,11 +61,13 @@ pub enum NonFinite {
         /// How many.
         in_a_row: u32,
     },
-    /// Steps are left out in the same way, up to so many in a row. With one more, weights, optimizer and
-    /// all that goes with it become those of the newest checkpoint, and training goes on behind this
-    /// step: what was learnt since then is given up, and its rows are not seen again in this epoch. Where
-    /// that leads to no finite step, the next time it is the checkpoint before that one. Needs a
-    /// trainer with a run directory. The metric `rollbacks` tells how often it was done.
+    /// Steps are left out in the same way, up to so many in a row, also those whose gradients overflow
+    /// although the loss is scaled as little as it may be. With one more, weights, optimizer and all that
+    /// goes with it, such as how far a schedule is, become those of the newest checkpoint from before
+    /// these steps, and training goes on behind them: what was learnt since then is given up, and its
+    /// rows are not seen again in this epoch. Where that leads to no finite step, the next time it is the
+    /// checkpoint before that one. Needs a trainer with a run directory. The metric `rollbacks` tells how
+    /// often it was done.
     ///
     /// Which checkpoint is the newest depends on how fast they are written, where one is due before the
     /// one before it is there and they are written in the background.
@@ -79,7 +81,7 @@ pub enum NonFinite {
 
 /// What becomes of a training whose step has no finite numbers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Bearing {
+pub(crate) enum Verdict {
     Fail,
     LeaveOut,
     RollBack { at_most: u32 },
@@ -211,20 +213,23 @@ impl TrainState {
     }
 
     /// What the policy says to this error of a step.
-    pub(crate) fn bearing(&self, error: &Error) -> Bearing {
+    pub(crate) fn verdict(&self, error: &Error) -> Verdict {
         let so_far = self.skips.in_a_row;
-        match (error, self.non_finite) {
-            (Error::NonFiniteLoss { .. } | Error::NonFiniteGradient { .. }, policy) => match policy
-            {
-                NonFinite::Fail => Bearing::Fail,
-                NonFinite::Skip { in_a_row } if so_far >= in_a_row => Bearing::Fail,
-                NonFinite::RollBack { in_a_row, at_most } if so_far >= in_a_row => {
-                    Bearing::RollBack { at_most }
-                }
-                NonFinite::Skip { .. } | NonFinite::RollBack { .. } => Bearing::LeaveOut,
-            },
-            _ => Bearing::Fail,
+        let is_scaled = matches!(error, Error::LossScale { .. });
+        match self.non_finite {
+            _ if !error.is_of_numbers() => Verdict::Fail,
+            NonFinite::Skip { in_a_row } if so_far < in_a_row && !is_scaled => Verdict::LeaveOut,
+            NonFinite::Fail | NonFinite::Skip { .. } => Verdict::Fail,
+            NonFinite::RollBack { in_a_row, .. } if so_far < in_a_row => Verdict::LeaveOut,
+            NonFinite::RollBack { at_most, .. } => Verdict::RollBack { at_most },
         }
+    }
+
+    /// Checkpoints of this step and later ones have the weights that led to the steps left out now, or
+    /// to those after the last time that training went back.
+    pub(crate) fn first_spoilt(&self) -> Option<u64> {
+        let Skips { in_a_row, gone_back_to, .. } = self.skips;
+        gone_back_to.or((in_a_row > 0).then(|| self.step - u64::from(in_a_row)))
     }
 
     /// The step is left out.

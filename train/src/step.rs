@@ -259,19 +259,19 @@ impl WorkerContext<'_> {
         };
         let is_taken = matches!(checked, Ok(true));
         self.commit(state, is_taken)?;
-        self.before_update(state);
         if let Some(before) = before.filter(|_| !is_taken) {
             before.put_back(state.model.params())?;
         }
         if is_taken {
+            state.end_skips();
+            self.before_update(state);
             state.update()?;
         }
         match checked {
             Ok(_) => {
-                state.end_skips();
                 self.meter.count(&mut state.tally, global_rows, weight, loss);
             }
-            Err(error) => self.bear(state, error)?,
+            Err(error) => self.leave_out_or_roll_back(state, error)?,
         }
         Ok(Done { loss, is_taken })
     }

@@ -41,11 +41,11 @@ pub(crate) fn connect(
     let mut meeting = Meeting::hold(member, transport, in_tree, hosts)?;
     let local = meeting.shared_memory(member, timeout)?;
     let collective: Arc<dyn Collective> = match (meeting.leaders.len(), local) {
-        (1, Some(memory)) => Arc::new(Connected::new(shard, memory, meeting.hosts)),
+        (1, Some(memory)) => Arc::new(Connected::new(shard, memory, false, meeting.machines)),
         (_, local) => {
             let far = meeting.links(member, in_tree, timeout)?;
-            let ways = Ways { shard, hosts: meeting.hosts.clone(), compression, local, far };
-            Arc::new(Connected::new(shard, ways, meeting.hosts))
+            let ways = Ways { shard, hosts: meeting.hosts, compression, local, far };
+            Arc::new(Connected::new(shard, ways, true, meeting.machines))
         }
     };
     // Who leaves before others have opened what it has made would take that along.
@@ -57,6 +57,8 @@ pub(crate) fn connect(
 struct Meeting {
     /// The host of each rank, in the order of their first ranks.
     hosts: Vec<usize>,
+    /// The machine of each rank, of which each may be several hosts here.
+    machines: Vec<u64>,
     /// The first rank of each host.
     leaders: Vec<usize>,
     /// The ranks of this host.
@@ -76,15 +78,17 @@ impl Meeting {
         in_tree: bool,
         hosts: Option<&[u64]>,
     ) -> Result<Self> {
+        let machine = hosts.map_or(member.host().node, |hosts| hosts[member.rank()]);
         let host = match (hosts, transport) {
-            (Some(hosts), _) => hosts[member.rank()],
-            (None, Transport::Auto) => member.host().node,
             (None, Transport::Tcp) => member.rank() as u64,
+            _ => machine,
         };
-        let said = format!("{host} {}", member.host().address);
+        let said = format!("{host} {} {machine}", member.host().address);
         let said = member.all_gather("collective: hosts", said.as_bytes(), patience(member))?;
         let said: Vec<_> = said.iter().map(|said| String::from_utf8_lossy(said)).collect();
-        let said: Vec<_> = said.iter().map(|s| s.split_once(' ').unwrap_or_default()).collect();
+        let said: Vec<_> = said.iter().map(|s| s.rsplit_once(' ').unwrap_or_default()).collect();
+        let machines = said.iter().map(|said| said.1.parse().unwrap_or_default()).collect();
+        let said: Vec<_> = said.iter().map(|s| s.0.split_once(' ').unwrap_or_default()).collect();
         let mut names: Vec<String> = said.iter().map(|said| said.0.to_owned()).collect();
         if in_tree && !are_branches(&names) {
             // Each for itself.
@@ -105,7 +109,8 @@ impl Meeting {
         let neighbours = (0..hosts.len()).filter(|rank| hosts[*rank] == hosts[me]).collect();
         let (region, listener) = (None, None);
         let (regions, doors) = (BTreeMap::new(), BTreeMap::new());
-        let meeting = Self { hosts, leaders, neighbours, region, listener, regions, doors };
+        let meeting =
+            Self { hosts, machines, leaders, neighbours, region, listener, regions, doors };
         meeting.exchange_addresses(member, &others)
     }
 

@@ -71,8 +71,13 @@ pub trait Collective: std::fmt::Debug + Send + Sync {
     /// then gives them to all ranks, or leaves them.
     fn exchange(&self, values: Values<'_>, exchange: &Exchange) -> Result<()>;
 
-    /// The host of each rank, from 0 on in the order of their first ranks. By default the same for all.
-    fn hosts(&self) -> Vec<usize> {
+    /// Whether ranks are on several hosts, so that an exchange takes long and no processor of this one.
+    fn is_between_hosts(&self) -> bool {
+        false
+    }
+
+    /// A number of the machine of each rank, however they reach each other. By default the same for all.
+    fn machines(&self) -> Vec<u64> {
         vec![0; self.shard().world]
     }
 }
@@ -138,11 +143,6 @@ impl Exchange {
 }
 
 impl dyn Collective + '_ {
-    /// Whether ranks are on several hosts, so that an exchange takes long and no processor of this one.
-    pub(crate) fn is_between_hosts(&self) -> bool {
-        self.hosts().iter().any(|host| *host > 0)
-    }
-
     /// Replaces the values on every rank by their reduction over all ranks.
     pub fn all_reduce<T: Element>(&self, values: &mut [T], op: ReduceOp) -> Result<()> {
         self.run("all_reduce", values, Parts::Equal, Some(op), true)
@@ -273,8 +273,8 @@ struct Connected<W> {
     shard: Shard,
     /// Locked by nobody but the one thread of this rank that takes part.
     state: Mutex<State<W>>,
-    /// Of each rank.
-    hosts: Vec<usize>,
+    is_between_hosts: bool,
+    machines: Vec<u64>,
 }
 
 #[derive(Debug)]
@@ -291,8 +291,8 @@ trait Way: std::fmt::Debug + Send {
 }
 
 impl<W: Way> Connected<W> {
-    fn new(shard: Shard, way: W, hosts: Vec<usize>) -> Self {
-        Self { shard, state: Mutex::new(State { way, broken: None }), hosts }
+    fn new(shard: Shard, way: W, is_between_hosts: bool, machines: Vec<u64>) -> Self {
+        Self { shard, state: Mutex::new(State { way, broken: None }), is_between_hosts, machines }
     }
 }
 
@@ -301,8 +301,12 @@ impl<W: Way> Collective for Connected<W> {
         self.shard
     }
 
-    fn hosts(&self) -> Vec<usize> {
-        self.hosts.clone()
+    fn is_between_hosts(&self) -> bool {
+        self.is_between_hosts
+    }
+
+    fn machines(&self) -> Vec<u64> {
+        self.machines.clone()
     }
 
     fn exchange(&self, values: Values<'_>, exchange: &Exchange) -> Result<()> {

@@ -428,8 +428,10 @@ impl Updater {
             let options = held.map(|held| held.options(self.optimizer(), name, shape));
             options.unwrap_or_else(|| self.optimizer.param_options(name, shape)).is_some()
         })?;
-        if let (Some(ema), Some(_)) = (&mut self.ema, saved.ema) {
-            Arc::make_mut(ema).load(params, &dir.join(EMA))?;
+        match (self.ema.as_mut().map(Arc::make_mut), saved.ema) {
+            (Some(ema), Some(_)) => ema.load(params, &dir.join(EMA))?,
+            (Some(ema), None) => *ema = Ema::new(ema.decay())?,
+            (None, _) => {}
         }
         self.state = Some(Arc::new(state));
         self.resume_settings(saved);

@@ -6,7 +6,7 @@ use crate::digits::{CLASSES, FEATURES, row};
 use candle_core::{Device, Tensor};
 use mobula_core::{
     Batch, BatchSource, BatchStream, BoxError, Error, Member, OnLoss, PlacementGroupOptions,
-    Resources, Runtime, Shard, StreamState, remote,
+    Resources, RunDir, Runtime, Shard, StreamState, remote,
 };
 use mobula_nn::models::MlpOptions;
 use mobula_nn::{Model, ModelSpec, loss::cross_entropy};
@@ -362,9 +362,20 @@ fn more(runtime: &Runtime) {
         let elastic = ScalingConfig::workers(workers..=4);
         let elastic = if is_mirrored { mirrored(elastic) } else { elastic };
         let scaling = ScalingConfig { resources_per_worker: seat, ..elastic };
-        let fit = fit(runtime, &plan, scaling);
+        let run = RunDir::create(folder.path(), "r", 5, &()).expect("run");
+        let fit = trainer(&plan, scaling).with_run(&run).fit(runtime).expect("fit");
         job.join().expect("ends");
         assert_eq!((fit.restarts, fit.values.len()), (0, 4));
+        assert!(fit.values.iter().all(|weights| *weights == fit.values[0]));
+        let files = std::fs::read_dir(fit.checkpoint.expect("checkpoint").path()).expect("list");
+        let sizes = files.map(|file| file.expect("file")).filter_map(|file| {
+            let name = file.file_name().into_string().expect("name");
+            name.starts_with("optimizer").then(|| file.metadata().expect("size").len() as usize)
+        });
+        let sizes: Vec<usize> = sizes.collect();
+        assert_eq!(sizes.len(), if is_mirrored { 4 } else { 1 });
+        // Of two tensors for each, in f32.
+        assert!(sizes.iter().sum::<usize>() > 8 * fit.values[0].len(), "{sizes:?}");
         let began = assert_each_row_once(folder.path());
         assert!(began.len() == 2 && (from..=GROW_AT).contains(&began[1]), "{began:?}");
     }

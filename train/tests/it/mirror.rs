@@ -3,6 +3,7 @@
 
 use crate::Test;
 use crate::digits::{CLASSES, Config, FEATURES, Harm, How, Outcome, Place, train};
+use mobula_core::checkpoint::Checkpoint;
 use mobula_core::{Placement, Resources, RunDir, Runtime};
 use mobula_train::optim::{
     Clip, LossScaleOptions, OptimizerSpec, PlateauOptions, SgdOptions, UpdaterOptions,
@@ -20,6 +21,7 @@ pub(crate) const TESTS: &[Test] = &[
     ("mirror::one_that_is_lost_again_and_again", again),
     ("mirror::steps_that_are_left_out_or_undone", non_finite),
     ("mirror::checkpoints_have_each_part_once", checkpoints),
+    ("mirror::checkpoints_are_written_after_a_loss_too", checkpoints_after),
     ("mirror::where_nobody_would_need_them_there_are_none", needless),
 ];
 
@@ -198,6 +200,34 @@ fn checkpoints(runtime: &Runtime) {
             let bytes: usize = (1..=4).map(size).sum();
             assert!(bytes < 2 * PARAMETERS * 4 * 2, "{bytes}");
         }
+    }
+}
+
+fn checkpoints_after(runtime: &Runtime) {
+    for workers in [2, 3] {
+        let root = tempfile::tempdir().expect("temporary folder");
+        let run = run_in(root.path(), "r");
+        let harm = Harm::KillOnce { at_step: 15, marker: root.path().join("marker") };
+        let all = CheckpointConfig { every_steps: Some(1), keep: 100, ..Default::default() };
+        let trainer = |epochs, harm, scaling| {
+            let config = Config { epochs, harm, ..config() };
+            trainer(config, scaling).with_run(&run).with_checkpoints(all.clone())
+        };
+        let fit = trainer(4, harm, mirrored(workers)).fit(runtime).expect("fit");
+        assert_eq!((fit.restarts, fit.values[0].began_at), (1, 15));
+        let paths = run.checkpoints(100).paths().expect("paths");
+        let steps: Vec<_> =
+            paths.iter().map(|p| Checkpoint::open(p).expect("valid").step()).collect();
+        // That of an epoch is due until it is taken.
+        assert!(steps.iter().filter(|step| **step > 15).count() > 1, "{steps:?}");
+        let names = std::fs::read_dir(paths.last().expect("the last")).expect("list");
+        let names = names.map(|file| file.expect("file").file_name().into_string().expect("name"));
+        assert_eq!(names.filter(|name| name.starts_with("optimizer-")).count(), workers);
+        let shards = ScalingConfig { mirror_optimizer: false, ..mirrored(workers) };
+        let resumed = trainer(5, Harm::None, shards).fit(runtime).expect("fit");
+        assert_eq!(resumed.values[0].began_at, 24);
+        let longer = Config { epochs: 5, ..config() };
+        assert!(bits(&resumed) == whole(runtime, &longer, workers), "{workers} workers");
     }
 }
 

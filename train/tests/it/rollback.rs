@@ -4,7 +4,7 @@ use crate::Test;
 use crate::digits::{Config, Harm, Outcome, copy, train};
 use mobula_core::checkpoint::Checkpoint;
 use mobula_core::{Placement, Resources, RunDir, Runtime};
-use mobula_train::optim::{Clip, PlateauOptions, UpdaterOptions};
+use mobula_train::optim::{Clip, LossScaleOptions, UpdaterOptions};
 use mobula_train::{
     CheckpointConfig, LocalSgd, NonFinite, SavedState, ScalingConfig, Trainer, TrainingResult,
 };
@@ -14,6 +14,7 @@ pub(crate) const TESTS: &[Test] = &[
     ("rollback::weights_become_those_of_the_checkpoint_and_training_goes_on_behind", behind),
     ("rollback::what_does_not_help_is_not_gone_back_to_again", again),
     ("rollback::a_few_steps_are_left_out_before", left_out_before),
+    ("rollback::gradients_that_overflow_at_the_least_scale_count", overflow),
     ("rollback::a_run_that_goes_on_later_goes_back_as_far", later),
     ("rollback::a_checkpoint_that_is_being_written_is_waited_for", waited_for),
     ("rollback::a_damaged_checkpoint_is_passed_over", damaged),
@@ -28,13 +29,10 @@ fn checkpoints() -> CheckpointConfig {
     CheckpointConfig { every_steps: Some(4), keep: 9, asynchronous: false, ..Default::default() }
 }
 
+/// Without a plateau: it would see another loss of the epoch than in a run that begins within it.
 fn config(steps: &[u64]) -> Config {
-    let updater = UpdaterOptions {
-        plateau: Some(PlateauOptions { patience: 0, ..Default::default() }),
-        clip: Some(Clip::Norm(0.3)),
-        ema: Some(0.9),
-        ..Default::default()
-    };
+    let updater =
+        UpdaterOptions { clip: Some(Clip::Norm(0.3)), ema: Some(0.9), ..Default::default() };
     Config {
         dropout: 0.2,
         updater: Some(updater),
@@ -144,8 +142,37 @@ fn left_out_before(runtime: &Runtime) {
     let config = Config { non_finite, ..config(&[3, 9, 10, 11]) };
     let fit = trainer_in(config.clone(), scaling(), &run).fit(runtime).expect("fit");
     assert_eq!((fit.metrics["rollbacks"], fit.metrics["non_finite_steps"]), (1.0, 4.0));
-    let expected = from_checkpoint(runtime, &run, (8, 12), config, scaling());
+    let expected = from_checkpoint(runtime, &run, (8, 12), config.clone(), scaling());
     assert!(bits(&fit) == bits(&expected));
+    // That of step 8 has the weights that steps 8 and 9 were left out with.
+    let run = run_in(root.path(), "of-these");
+    let config = Config { harm: Harm::NanLosses { steps: vec![8, 9] }, ..config };
+    let fit = trainer_in(config.clone(), scaling(), &run).fit(runtime).expect("fit");
+    assert_eq!((fit.metrics["rollbacks"], fit.metrics["non_finite_steps"]), (1.0, 2.0));
+    let expected = from_checkpoint(runtime, &run, (6, 10), config, scaling());
+    assert!(bits(&fit) == bits(&expected));
+}
+
+/// Gradients overflow at a scale that cannot fall, which ends a training without this policy.
+fn overflow(runtime: &Runtime) {
+    let root = tempfile::tempdir().expect("temporary folder");
+    let loss_scale = LossScaleOptions {
+        init_scale: 65536.0 * 65536.0,
+        min_scale: 65536.0 * 65536.0,
+        ..Default::default()
+    };
+    let updater = UpdaterOptions { loss_scale: Some(loss_scale), ..Default::default() };
+    let error = |non_finite, name: &str| {
+        let updater = Some(updater.clone());
+        let config = Config { harm: Harm::Half, updater, non_finite, ..Config::new(1) };
+        let trainer = trainer_in(config, scaling(), &run_in(root.path(), name));
+        trainer.fit(runtime).expect_err("the end").to_string()
+    };
+    let text = error(NonFinite::Skip { in_a_row: 2 }, "skip");
+    assert!(text.contains("at step 0 is not finite although the loss scale"), "{text}");
+    let text = error(NonFinite::RollBack { in_a_row: 2, at_most: 1 }, "back");
+    assert!(text.contains("at step 2 is not finite although the loss scale"), "{text}");
+    assert!(text.ends_with("there is none from before step 0"), "{text}");
 }
 
 /// A checkpoint says how far the training has gone back.
@@ -208,7 +235,7 @@ fn cannot(runtime: &Runtime) {
     assert!(text.contains("the loss at step 2 is NaN"), "{text}");
     assert!(text.ends_with("cannot go back to a checkpoint: there is none"), "{text}");
     let text = error("far", &[5, 6], 9);
-    let expected = "that of step 4 has not helped, and there is none before it";
+    let expected = "cannot go back to a checkpoint: there is none from before step 4";
     assert!(text.contains("the loss at step 6 is NaN") && text.ends_with(expected), "{text}");
     let text = error("often", &[5, 9, 13], 2);
     assert!(text.contains("the loss at step 13 is NaN"), "{text}");
