@@ -469,8 +469,18 @@ impl Error {
     pub(crate) fn sql(sql: &str) -> impl Fn(datafusion::error::DataFusionError) -> Self + '_ {
         move |error| {
             recover(error)
-                .unwrap_or_else(|error| Self::Sql { sql: sql.to_owned(), source: error.into() })
+                .unwrap_or_else(|error| Self::Sql { sql: sql.to_owned(), source: parsers(error) })
         }
+    }
+}
+
+/// The parser's own error, which the engine's has once more.
+fn parsers(error: datafusion::error::DataFusionError) -> BoxError {
+    use datafusion::error::DataFusionError as Engine;
+    match error {
+        Engine::SQL(parser, _) => parser,
+        Engine::Diagnostic(_, inner) => parsers(*inner),
+        error => error.into(),
     }
 }
 

@@ -93,7 +93,7 @@ pub use preprocess::{
     StandardScaler, Step, Strategy, StringLookup, TfidfVectorizer, Tokenizer, Transform, Unknown,
     Value,
 };
-pub use query::query;
+pub use query::{QueryRows, query, query_batches};
 pub use sink::{
     CsvSink, IpcSink, JsonSink, ParquetCompression, ParquetSink, Sink, SinkFile, WebDatasetSink,
     WriteOptions, Written, WrittenFile,

@@ -10,7 +10,7 @@ use crate::runtime::{Tasks, block_on, in_turn};
 use crate::session::{Mode, new_session};
 use crate::source::Blocks;
 use crate::stage::{Names, Stage, Watched};
-use crate::store::BlockStore;
+use crate::store::{BlockStore, Kept};
 use crate::tables::{self, Table};
 use arrow::compute::concat_batches;
 use arrow::datatypes::SchemaRef;
@@ -51,14 +51,45 @@ pub fn query<S: Into<String>>(
     sql: &str,
     tables: impl IntoIterator<Item = (S, Dataset)>,
 ) -> Result<RecordBatch> {
+    let rows = query_batches(sql, tables)?;
+    let schema = rows.schema();
+    Ok(concat_batches(&schema, &rows.collect::<Result<Vec<_>>>()?)?)
+}
+
+/// The same a batch at a time, for results that are large: they are kept in memory while the budget
+/// has room, and on disk beyond. The whole query has run when this returns.
+pub fn query_batches<S: Into<String>>(
+    sql: &str,
+    tables: impl IntoIterator<Item = (S, Dataset)>,
+) -> Result<QueryRows> {
     let tables = tables.into_iter().map(|(name, table)| (name.into(), table)).collect();
     let inputs = named(tables_of(&new_session(Mode::HashJoin(1))?, sql)?, &tables)?;
     let (empty, of) = (tables::empty(&inputs)?, sql.to_owned());
     let schema = block_on(async move { schema_of(frame(empty, &of, Mode::HashJoin(1)).await?) })?;
     let blocks = run(&inputs, sql, &schema)?;
-    let schema = blocks.schema();
-    let blocks = blocks.into_iter().map(|block| block.read()).collect::<Result<Vec<_>>>()?;
-    Ok(concat_batches(&schema, &blocks)?)
+    Ok(QueryRows { schema: blocks.schema(), blocks: blocks.into_iter() })
+}
+
+/// The rows of a query's result. What was read is forgotten.
+#[derive(Debug)]
+pub struct QueryRows {
+    schema: SchemaRef,
+    blocks: std::vec::IntoIter<Kept>,
+}
+
+impl QueryRows {
+    /// Their columns.
+    pub fn schema(&self) -> SchemaRef {
+        self.schema.clone()
+    }
+}
+
+impl Iterator for QueryRows {
+    type Item = Result<RecordBatch>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        self.blocks.next().map(|block| block.read())
+    }
 }
 
 /// The datasets that a query's names mean.

@@ -2,10 +2,10 @@
 
 mod convert;
 
-use super::output::{bytes, lines, print, print_json, table};
+use super::output::{Printer, bytes, lines, print, print_json, table};
 use anyhow::{Context, bail};
 use mobula::data::inspect::{ColumnInfo, FileInfo, inspect};
-use mobula::data::{Dataset, query, rows};
+use mobula::data::{Dataset, query_batches, rows};
 use serde::Serialize;
 use serde_json::Value;
 use std::path::PathBuf;
@@ -157,12 +157,20 @@ fn show_result(options: &Sql) -> anyhow::Result<()> {
     if let Some(name) = twice(&options.tables) {
         bail!("two tables are named {name}; give each a name of its own");
     }
-    let result = query(&options.query, tables)?;
-    if options.json {
-        return print_json(&rows::json(&result)?);
+    let batches = query_batches(&options.query, tables)?;
+    let header = batches.schema().fields().iter().map(|field| field.name().clone()).collect();
+    let mut printer = if options.json { Printer::json() } else { Printer::table(header) };
+    for batch in batches {
+        let batch = batch?;
+        let printed = match options.json {
+            true => printer.objects(rows::json(&batch)?),
+            false => printer.rows(rows::text(&batch)?),
+        };
+        if printed?.is_stop() {
+            break;
+        }
     }
-    let header = result.schema().fields().iter().map(|field| field.name().clone()).collect();
-    print(lines(header, rows::text(&result)?))
+    printer.end()
 }
 
 fn twice(tables: &[(String, String)]) -> Option<&str> {

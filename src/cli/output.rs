@@ -1,18 +1,16 @@
 //! What the command prints: text and tables on stdout, one line for an error.
 
-use comfy_table::{Table, presets};
+use comfy_table::{ColumnConstraint, Table, Width, presets};
+use mobula_core::Flow;
 use mobula_core::error::chain;
 use serde::Serialize;
-use std::io::{ErrorKind, Write};
+use serde_json::Value;
+use std::io::{BufWriter, ErrorKind, StdoutLock, Write};
 
-/// Prints `text` and a newline. A reader that has gone, as `head` has after its lines, is no error.
+/// Prints `text` and a newline, if anybody reads it.
 pub(crate) fn print(text: impl AsRef<str>) -> anyhow::Result<()> {
     let mut stdout = std::io::stdout().lock();
-    let printed = writeln!(stdout, "{}", text.as_ref()).and_then(|()| stdout.flush());
-    match printed {
-        Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(()),
-        printed => Ok(printed?),
-    }
+    heard(writeln!(stdout, "{}", text.as_ref()).and_then(|()| stdout.flush())).map(drop)
 }
 
 /// Prints `value` as JSON.
@@ -30,17 +28,110 @@ pub(crate) fn table<const N: usize>(
 
 /// The same with any number of columns.
 pub(crate) fn lines(header: Vec<String>, rows: impl IntoIterator<Item = Vec<String>>) -> String {
+    let mut table = plain(rows);
+    table.set_header(header);
+    text_of(&mut table, &[])
+}
+
+fn plain(rows: impl IntoIterator<Item = Vec<String>>) -> Table {
     let mut table = Table::new();
     table.load_style(presets::NOTHING);
-    table.set_header(header);
-    for row in rows {
-        table.add_row(row);
-    }
+    table.add_rows(rows);
+    table
+}
+
+/// Columns are at least as wide as these.
+fn text_of(table: &mut Table, widths: &[u16]) -> String {
     for column in table.column_iter_mut() {
-        column.set_padding((0, 2));
+        column.set_padding((0, GAP));
+        if let Some(width) = widths.get(column.index) {
+            column.set_constraint(ColumnConstraint::LowerBoundary(Width::Fixed(width + GAP)));
+        }
     }
     let lines = table.to_string();
     lines.lines().map(str::trim_end).collect::<Vec<_>>().join("\n")
+}
+
+/// Between columns.
+const GAP: u16 = 2;
+
+/// Prints rows as they come: there may be more than fit into memory.
+pub(crate) struct Printer {
+    out: BufWriter<StdoutLock<'static>>,
+    header: Option<Vec<String>>,
+    /// What the columns of a table have needed so far.
+    widths: Vec<u16>,
+    /// Whether a JSON array has begun, and whether it has objects.
+    array: Option<bool>,
+}
+
+impl Printer {
+    fn new(header: Option<Vec<String>>, array: Option<bool>) -> Self {
+        let out = BufWriter::new(std::io::stdout().lock());
+        Self { out, header, widths: Vec::new(), array }
+    }
+
+    /// A table whose columns are as wide as the rows so far need.
+    pub(crate) fn table(header: Vec<String>) -> Self {
+        Self::new(Some(header), None)
+    }
+
+    /// A JSON array.
+    pub(crate) fn json() -> Self {
+        Self::new(None, Some(false))
+    }
+
+    /// Prints some rows of the table. The reader may have had enough.
+    pub(crate) fn rows(&mut self, rows: Vec<Vec<String>>) -> anyhow::Result<Flow> {
+        let mut table = plain(rows);
+        if let Some(header) = self.header.take() {
+            table.set_header(header);
+        }
+        let text = text_of(&mut table, &self.widths);
+        self.widths.resize(table.column_count(), 0);
+        let needed = self.widths.iter_mut().zip(table.column_max_content_widths());
+        needed.for_each(|(width, needed)| *width = needed.max(*width));
+        self.write(&format!("{text}\n"))
+    }
+
+    /// Prints some objects of the array.
+    pub(crate) fn objects(&mut self, objects: Value) -> anyhow::Result<Flow> {
+        let Value::Array(objects) = objects else { return Ok(Flow::Continue) };
+        for object in objects {
+            let before = if self.array.replace(true) == Some(true) { ",\n  " } else { "[\n  " };
+            let object = serde_json::to_string_pretty(&object)?.replace('\n', "\n  ");
+            if self.write(&format!("{before}{object}"))?.is_stop() {
+                return Ok(Flow::Stop);
+            }
+        }
+        Ok(Flow::Continue)
+    }
+
+    /// What is still to be printed.
+    pub(crate) fn end(mut self) -> anyhow::Result<()> {
+        let end = match (self.header.take(), self.array) {
+            (Some(header), _) => format!("{}\n", lines(header, [])),
+            (None, Some(true)) => "\n]\n".to_owned(),
+            (None, Some(false)) => "[]\n".to_owned(),
+            (None, None) => String::new(),
+        };
+        if self.write(&end)?.is_stop() {
+            return Ok(());
+        }
+        heard(self.out.flush()).map(drop)
+    }
+
+    fn write(&mut self, text: &str) -> anyhow::Result<Flow> {
+        heard(self.out.write_all(text.as_bytes()))
+    }
+}
+
+/// Whether a reader is still there: that it has gone, as `head` has after its lines, is no error.
+fn heard(printed: std::io::Result<()>) -> anyhow::Result<Flow> {
+    match printed {
+        Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(Flow::Stop),
+        printed => Ok(printed.map(|()| Flow::Continue)?),
+    }
 }
 
 /// `1.5 GiB`.

@@ -68,6 +68,24 @@ fn queries_read_files_by_path_and_by_name() {
     assert_eq!(sql(&["--json", &none]).json(), json!([]));
 }
 
+/// More than is held at once; what comes later may need wider columns.
+#[test]
+fn large_results_are_printed_as_they_come() {
+    let query =
+        "SELECT CASE WHEN row_number() OVER () > 5000 THEN 'a long text' ELSE 'x' END AS t, label
+                 FROM d CROSS JOIN (SELECT 1 UNION ALL SELECT 2 UNION ALL SELECT 3)";
+    let digits = "d=examples/data/digits-*.parquet";
+    let printed = sql(&[query, digits]);
+    let lines: Vec<_> = printed.stdout.lines().collect();
+    assert_eq!((lines.len(), lines[0]), (1 + 3 * 1797, "t  label"));
+    assert!(lines[1].starts_with("x  ") && lines[1].len() == 4, "{:?}", lines[1]);
+    let last = lines.last().expect("the last");
+    assert!(last.starts_with("a long text  ") && last.len() == 14, "{last:?}");
+    let rows = sql(&["--json", query, digits]).json();
+    assert_eq!(rows.as_array().map(Vec::len), Some(3 * 1797));
+    assert_eq!(rows[0]["t"], "x");
+}
+
 #[test]
 fn mistakes_are_named_with_the_way_out() {
     let wrong = |args: &[&str], parts: &[&str]| {
@@ -79,7 +97,8 @@ fn mistakes_are_named_with_the_way_out() {
     wrong(&["SELECT 1 FROM birds", &format!("p={PENGUINS}")], &["known: p"]);
     wrong(&["SELECT 1 FROM 'absent.parquet'"], &["no file matches", "absent.parquet"]);
     wrong(&["SELECT 1 FROM 'README.md'"], &["README.md", "known endings: .parquet, .csv"]);
-    wrong(&["SELEC 1"], &["\"SELEC 1\"", "SELEC"]);
+    wrong(&["SELEC 1"], &["\"SELEC 1\"", "found: SELEC at Line: 1, Column: 1"]);
+    assert_eq!(sql(&["SELEC 1"]).error().matches("found: SELEC").count(), 1, "said once");
     wrong(&["DROP TABLE t", &format!("t={PENGUINS}")], &["DROP TABLE t"]);
     wrong(&["SELECT 1 FROM a", &format!("a={PENGUINS}"), &format!("a={DIGITS}")], &["named a"]);
     wrong(&["SELECT 1 FROM a", "a=absent.csv"], &["table a", "absent.csv"]);
