@@ -6,7 +6,7 @@
 //! bench-train recover                                 how long a killed worker takes
 //! bench-train checkpoint [waited-for]                 how long a large checkpoint takes
 //! bench-train shards WORKERS                          what virtual shards cost
-//! bench-train zero WORKERS                            what a sharded optimizer costs, and saves
+//! bench-train zero WORKERS [tcp]                      what a sharded optimizer costs, and saves
 //! bench-train fashion-fixture SEED PATH               write weights and the order of the rows
 //! bench-train fashion DATA FIXTURE WORKERS EPOCHS     how long 90 % of Fashion-MNIST take
 //! ```
@@ -50,7 +50,8 @@ fn main() -> Result<()> {
         }
         ["recover"] => survive::recover(&runtime),
         ["shards", workers] => survive::shards(&runtime, workers.parse()?),
-        ["zero", workers] => survive::zero(&runtime, workers.parse()?),
+        ["zero", workers] => survive::zero(&runtime, workers.parse()?, Transport::Auto),
+        ["zero", workers, "tcp"] => survive::zero(&runtime, workers.parse()?, Transport::Tcp),
         ["checkpoint"] => survive::checkpoint(&runtime, true),
         ["checkpoint", "waited-for"] => survive::checkpoint(&runtime, false),
         ["fashion-fixture", seed, path] => fashion::fixture(seed.parse()?, path.as_ref()),
@@ -58,7 +59,7 @@ fn main() -> Result<()> {
             fashion::train(&runtime, [data, fixture, workers, epochs])
         }
         _ => bail!(
-            "usage: bench-train fixture MODEL PATH | train MODEL FIXTURE WORKERS [cpu|tcp|tcp-whole|tcp-bf16|cuda] | recover | checkpoint [waited-for] | shards WORKERS | zero WORKERS | fashion-fixture SEED PATH | fashion DATA FIXTURE WORKERS EPOCHS"
+            "usage: bench-train fixture MODEL PATH | train MODEL FIXTURE WORKERS [cpu|tcp|tcp-whole|tcp-bf16|cuda] | recover | checkpoint [waited-for] | shards WORKERS | zero WORKERS [tcp] | fashion-fixture SEED PATH | fashion DATA FIXTURE WORKERS EPOCHS"
         ),
     }
 }

@@ -8,7 +8,9 @@ use mobula_core::{
 };
 use mobula_nn::models::MlpOptions;
 use mobula_nn::{Model, ModelSpec, loss};
-use mobula_train::{CheckpointConfig, ScalingConfig, TrainState, Trainer, WorkerContext};
+use mobula_train::{
+    CheckpointConfig, ScalingConfig, TrainState, Trainer, Transport, WorkerContext,
+};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 use std::path::PathBuf;
@@ -151,7 +153,7 @@ pub(crate) fn shards(runtime: &Runtime, workers: usize) -> Result<()> {
 
 /// The steps of so many workers over 100 million parameters, and the memory of each worker, with the
 /// optimizer's state whole, in parts, and in parts of which each is there twice.
-pub(crate) fn zero(runtime: &Runtime, workers: usize) -> Result<()> {
+pub(crate) fn zero(runtime: &Runtime, workers: usize, transport: Transport) -> Result<()> {
     for state in ["whole", "parts", "mirrors", "whole", "parts", "mirrors"] {
         let source = Same { rows: 16, inputs: 4096 };
         let job = Job { source, hidden: vec![4096; 6], steps: 15, kill: None };
@@ -162,6 +164,7 @@ pub(crate) fn zero(runtime: &Runtime, workers: usize) -> Result<()> {
             shard_optimizer,
             mirror_optimizer,
             resources_per_worker: Resources::cpus(cpus),
+            transport,
             ..ScalingConfig::workers(workers)
         };
         let trainer = Trainer::new(go_on::remote(job)).with_logs_shown(false);

@@ -44,7 +44,8 @@ pub(crate) fn connect(
         (1, Some(memory)) => Arc::new(Connected::new(shard, memory, false, meeting.machines)),
         (_, local) => {
             let far = meeting.links(member, in_tree, timeout)?;
-            let ways = Ways { shard, hosts: meeting.hosts, compression, local, far };
+            let hosts = meeting.hosts;
+            let ways = Ways { shard, hosts, compression, in_tree, local, far };
             Arc::new(Connected::new(shard, ways, true, meeting.machines))
         }
     };

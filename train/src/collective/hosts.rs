@@ -4,10 +4,11 @@
 use super::element::divide;
 use super::links::Wanted;
 use super::shared::SharedMemory;
-use super::tcp::Tcp;
+use super::tcp::{RING, Tcp};
 use super::{Compression, Element, Exchange, LONG, Parts, ReduceOp, Values, Way};
 use crate::Result;
 use mobula_core::Shard;
+use std::ops::Range;
 
 /// How this rank reaches the others.
 #[derive(Debug)]
@@ -17,6 +18,8 @@ pub(super) struct Ways {
     pub(super) hosts: Vec<usize>,
     /// How gradients travel to other hosts.
     pub(super) compression: Compression,
+    /// Whether ranks are added up in a tree.
+    pub(super) in_tree: bool,
     /// The other ranks of this host, if there are any.
     pub(super) local: Option<SharedMemory>,
     /// The other hosts, if this is the one that speaks for its own.
@@ -54,7 +57,7 @@ impl Ways {
         Ok(())
     }
 
-    /// All ranks get the whole result: that of each host goes to all others in any case.
+    /// All ranks get the whole result, or those of a host the parts of all of them.
     fn reduce<T: Element<Sum = T>>(
         &mut self,
         values: &mut [T],
@@ -64,6 +67,9 @@ impl Ways {
     ) -> Result<()> {
         let sum = if op == ReduceOp::Mean { ReduceOp::Sum } else { op };
         self.locally(values, exchange, wanted, Some(sum), 0)?;
+        if let Some(parts) = self.parts::<T>(values.len(), exchange) {
+            return self.reduce_scatter(values, exchange, op, wanted, &parts);
+        }
         if let Some(far) = &mut self.far {
             let (rounded, exact) = values.split_at_mut(match self.compression {
                 Compression::None => 0,
@@ -76,6 +82,50 @@ impl Ways {
             }
         }
         self.locally(values, exchange, wanted, None, 0)
+    }
+
+    /// The parts of all ranks of each host, if they are to have no more and it is worth it: long enough
+    /// for a ring, in which the order is another one than in a tree.
+    fn parts<T>(&self, len: usize, exchange: &Exchange) -> Option<Vec<Range<usize>>> {
+        let (world, hosts) = (self.shard.world, self.hosts.last()? + 1);
+        let is_divided = !exchange.gather && !matches!(exchange.parts, Parts::Root(_));
+        let is_alike = exchange.rounded == 0 || exchange.rounded == len;
+        let is_long = len * size_of::<T>() >= RING * hosts && !self.in_tree;
+        if !(is_divided && is_alike && is_long && self.hosts.is_sorted()) {
+            return None;
+        }
+        let of = |rank: usize| exchange.parts.of(rank, world, len);
+        let ranks = self.hosts.chunk_by(|a, b| a == b).scan(0, |end, ranks| {
+            let first = *end;
+            *end += ranks.len();
+            Some(first..*end)
+        });
+        Some(ranks.map(|ranks| of(ranks.start).start..of(ranks.end - 1).end).collect())
+    }
+
+    /// Of what each host has the sum of its ranks.
+    fn reduce_scatter<T: Element<Sum = T>>(
+        &mut self,
+        values: &mut [T],
+        exchange: &Exchange,
+        op: ReduceOp,
+        wanted: &Wanted,
+        parts: &[Range<usize>],
+    ) -> Result<()> {
+        let sum = if op == ReduceOp::Mean { ReduceOp::Sum } else { op };
+        let own = parts[self.hosts[self.shard.rank]].clone();
+        if let Some(far) = &mut self.far {
+            match self.compression {
+                Compression::Bf16 if exchange.rounded > 0 => {
+                    far.reduce_scatter::<T::Wire>(wanted, values, parts, sum)?;
+                }
+                _ => far.reduce_scatter::<T>(wanted, values, parts, sum)?,
+            }
+            if op == ReduceOp::Mean {
+                divide(&mut values[own.clone()], self.shard.world);
+            }
+        }
+        self.locally(&mut values[own], exchange, wanted, None, 0)
     }
 
     /// One rank's part after the other.

@@ -16,7 +16,7 @@ use std::ops::Range;
 
 /// Bytes a rank from which on a ring is faster: then each of its messages is long enough that their
 /// number does not matter.
-const RING: usize = 1 << 18;
+pub(super) const RING: usize = 1 << 18;
 
 /// What one rank of several hosts does.
 #[derive(Debug)]
@@ -70,6 +70,18 @@ impl Tcp {
         }
     }
 
+    /// Replaces on each rank its part of the values by their reduction, with half of the bytes and
+    /// messages of a ring that gives all of them to all. Of the other parts nothing is left.
+    pub(super) fn reduce_scatter<W: Element>(
+        &mut self,
+        wanted: &Wanted,
+        values: &mut [W::Sum],
+        parts: &[Range<usize>],
+        op: ReduceOp,
+    ) -> Result<()> {
+        self.around::<W>(wanted, values, &|rank| parts[rank].clone(), self.me, op)
+    }
+
     /// Replaces the values on all ranks by those of `root`: along a chain, segment by segment.
     pub(super) fn broadcast<T: Element>(
         &mut self,
@@ -105,18 +117,34 @@ impl Tcp {
         let (me, world, len) = (self.me, self.ranks.len(), values.len());
         let (next, before) = ((me + 1) % world, (me + world - 1) % world);
         let part = |rank: usize| len * rank / world..len * (rank + 1) / world;
-        for step in 0..world - 1 {
-            let (send, receive) = ((me + world - step) % world, (me + world - step - 1) % world);
-            let (send, receive) = (part(send), part(receive));
-            let step = Step { to: next, send, from: before, receive };
-            self.exchange_as::<W>(wanted, values, step, combine::<W>(op))?;
-        }
+        self.around::<W>(wanted, values, &part, next, op)?;
         Self::settle::<W>(&mut values[part(next)]);
         for step in 0..world - 1 {
             let (send, receive) = ((me + world + 1 - step) % world, (me + world - step) % world);
             let (send, receive) = (part(send), part(receive));
             let step = Step { to: next, send, from: before, receive };
             self.exchange_as::<W>(wanted, values, step, replace)?;
+        }
+        Ok(())
+    }
+
+    /// Reduces parts on their way around the ring, of which `last` ends here.
+    fn around<W: Element>(
+        &mut self,
+        wanted: &Wanted,
+        values: &mut [W::Sum],
+        part: &dyn Fn(usize) -> Range<usize>,
+        last: usize,
+        op: ReduceOp,
+    ) -> Result<()> {
+        let (me, world) = (self.me, self.ranks.len());
+        let (to, from) = ((me + 1) % world, (me + world - 1) % world);
+        // Each sends what has come to it in the step before.
+        let first = last + 2 * world - 1;
+        for step in 0..world - 1 {
+            let (send, receive) = ((first - step) % world, (first - step - 1) % world);
+            let step = Step { to, send: part(send), from, receive: part(receive) };
+            self.exchange_as::<W>(wanted, values, step, combine::<W>(op))?;
         }
         Ok(())
     }

@@ -58,6 +58,7 @@ struct Results {
     mean: Vec<f64>,
     max: Vec<f64>,
     scattered: Vec<f64>,
+    scattered_mean: Vec<f64>,
     gathered: Vec<f64>,
     broadcast: Vec<f64>,
     nan: bool,
@@ -92,6 +93,8 @@ fn operate_on<T: Element>(
     };
     let mut scattered = own();
     all.reduce_scatter(&mut scattered, ReduceOp::Sum)?;
+    let mut scattered_mean = own();
+    all.reduce_scatter(&mut scattered_mean, ReduceOp::Mean)?;
     let mut gathered = own();
     all.all_gather(&mut gathered)?;
     let mut broadcast = own();
@@ -107,6 +110,7 @@ fn operate_on<T: Element>(
         mean: reduce(ReduceOp::Mean)?,
         max: reduce(ReduceOp::Max)?,
         scattered: scattered[all.part(len)].iter().copied().map(to).collect(),
+        scattered_mean: scattered_mean[all.part(len)].iter().copied().map(to).collect(),
         gathered: gathered.into_iter().map(to).collect(),
         broadcast: broadcast.into_iter().map(to).collect(),
         nan: to(nan[0]).is_nan(),
@@ -263,6 +267,9 @@ fn operations(runtime: &Runtime) {
         (Auto, 4, 11, hosts(&[0, 0, 1, 1])),
         (Auto, 4, 270_001, hosts(&[1, 0, 1, 0])),
         (Auto, 4, 7, hosts(&[0, 1, 1, 2])),
+        // So long that what is scattered takes a way of its own.
+        (Auto, 4, 300_001, hosts(&[0, 1, 1, 2])),
+        (Auto, 4, 270_001, hosts(&[3, 3, 1, 1])),
     ] {
         let options = options_on(hosts, LONG, transport, Placement::Thread, world);
         let group = runtime.group(&options, &operate::remote(len)).expect("group");
@@ -279,6 +286,7 @@ fn operations(runtime: &Runtime) {
                     mean: results.mean.clone(),
                     max: (0..len).map(|at| of(at, f64::max)).collect(),
                     scattered: sums[ends[rank]..ends[rank + 1]].to_vec(),
+                    scattered_mean: results.mean[ends[rank]..ends[rank + 1]].to_vec(),
                     gathered: (0..len).map(|at| number(owner(at), at)).collect(),
                     broadcast: (0..len).map(|at| number(world - 1, at)).collect(),
                     nan: true,

@@ -11,6 +11,7 @@ use std::time::Duration;
 pub(crate) const TESTS: &[Test] = &[
     ("zero::trains_to_the_same_bits_with_a_part_of_the_memory", same_bits),
     ("zero::between_hosts_too", hosts),
+    ("zero::sums_between_hosts_go_where_they_belong", far_apart),
     ("zero::any_number_of_workers_goes_on_from_its_checkpoints", reshards),
     ("zero::from_every_checkpoint_in_the_background", in_background),
     ("zero::a_lost_worker_means_the_newest_checkpoint", killed),
@@ -97,6 +98,33 @@ fn hosts(runtime: &Runtime) {
         // Otherwise all ranks still have the same.
         let plain = run(serde_json::json!({"shard_optimizer": true, "hosts": hosts}));
         assert!(plain.iter().all(|rank| bits(rank) == bits(&plain[0])));
+    }
+}
+
+/// Gradients that are so many that each host gets the sums of its own parts only.
+fn far_apart(runtime: &Runtime) {
+    let run = |shard_optimizer, compression: &str, hosts: [u64; 3]| -> Vec<Outcome> {
+        let options = GroupOptions {
+            placement: Placement::Thread,
+            resources: Resources::cpus(0.5),
+            ..GroupOptions::new("zero", 3)
+        };
+        let setup = serde_json::json!({
+            "shard_optimizer": shard_optimizer, "compression": compression, "hosts": hosts,
+        });
+        let options = options.with_context(&setup).expect("context");
+        let config = Config { hidden: 30_000, lr: 1e-3, ..Config::new(1) };
+        let group = runtime.group(&options, &train::remote(config)).expect("group");
+        group.join(Duration::from_secs(60)).expect("join")
+    };
+    for (compression, tolerance) in [("none", 1e-8), ("bf16", 2e-5)] {
+        for hosts in [[1, 2, 3], [1, 1, 2], [2, 1, 2]] {
+            let (whole, parts) = (run(false, compression, hosts), run(true, compression, hosts));
+            assert!(parts.iter().all(|rank| rank.weights == parts[0].weights));
+            let off = parts[0].weights.iter().zip(&whole[0].weights).map(|(a, b)| (a - b).abs());
+            let mean = off.clone().sum::<f32>() / off.len() as f32;
+            assert!(mean < tolerance, "{compression} {hosts:?}: {mean}");
+        }
     }
 }
 
