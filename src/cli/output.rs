@@ -42,10 +42,14 @@ fn plain(rows: impl IntoIterator<Item = Vec<String>>) -> Table {
 
 /// Columns are at least as wide as these.
 fn text_of(table: &mut Table, widths: &[u16]) -> String {
+    let needed = table.column_max_content_widths();
     for column in table.column_iter_mut() {
         column.set_padding((0, GAP));
-        if let Some(width) = widths.get(column.index) {
-            column.set_constraint(ColumnConstraint::LowerBoundary(Width::Fixed(width + GAP)));
+        let least = widths.get(column.index).copied().unwrap_or_default();
+        // A table adds the gap to what it has itself, and knows no larger numbers.
+        let widest = needed.get(column.index).copied().unwrap_or_default().max(least);
+        if let Some(least) = widest.checked_add(GAP).and(least.checked_add(GAP)) {
+            column.set_constraint(ColumnConstraint::LowerBoundary(Width::Fixed(least)));
         }
     }
     let lines = table.to_string();
@@ -55,10 +59,15 @@ fn text_of(table: &mut Table, widths: &[u16]) -> String {
 /// Between columns.
 const GAP: u16 = 2;
 
-/// Prints rows as they come: there may be more than fit into memory.
+/// Rows that are put in columns together.
+const TOGETHER: usize = 4096;
+
+/// Prints rows some at a time: as text there may be more than fit into memory.
 pub(crate) struct Printer {
     out: BufWriter<StdoutLock<'static>>,
     header: Option<Vec<String>>,
+    /// Rows that are not printed yet.
+    pending: Vec<Vec<String>>,
     /// What the columns of a table have needed so far.
     widths: Vec<u16>,
     /// Whether a JSON array has begun, and whether it has objects.
@@ -68,7 +77,7 @@ pub(crate) struct Printer {
 impl Printer {
     fn new(header: Option<Vec<String>>, array: Option<bool>) -> Self {
         let out = BufWriter::new(std::io::stdout().lock());
-        Self { out, header, widths: Vec::new(), array }
+        Self { out, header, pending: Vec::new(), widths: Vec::new(), array }
     }
 
     /// A table whose columns are as wide as the rows so far need.
@@ -81,9 +90,14 @@ impl Printer {
         Self::new(None, Some(false))
     }
 
-    /// Prints some rows of the table. The reader may have had enough.
+    /// Prints some rows of the table, soon. The reader may have had enough.
     pub(crate) fn rows(&mut self, rows: Vec<Vec<String>>) -> anyhow::Result<Flow> {
-        let mut table = plain(rows);
+        self.pending.extend(rows);
+        if self.pending.len() < TOGETHER { Ok(Flow::Continue) } else { self.print_pending() }
+    }
+
+    fn print_pending(&mut self) -> anyhow::Result<Flow> {
+        let mut table = plain(std::mem::take(&mut self.pending));
         if let Some(header) = self.header.take() {
             table.set_header(header);
         }
@@ -109,6 +123,9 @@ impl Printer {
 
     /// What is still to be printed.
     pub(crate) fn end(mut self) -> anyhow::Result<()> {
+        if !self.pending.is_empty() && self.print_pending()?.is_stop() {
+            return Ok(());
+        }
         let end = match (self.header.take(), self.array) {
             (Some(header), _) => format!("{}\n", lines(header, [])),
             (None, Some(true)) => "\n]\n".to_owned(),

@@ -81,6 +81,12 @@ fn large_results_are_printed_as_they_come() {
     assert!(lines[1].starts_with("x  ") && lines[1].len() == 4, "{:?}", lines[1]);
     let last = lines.last().expect("the last");
     assert!(last.starts_with("a long text  ") && last.len() == 14, "{last:?}");
+    // Longer than a table can be wide.
+    let query_of_wide = "SELECT CASE WHEN row_number() OVER () IN (10, 5000) THEN repeat('x', 70000) ELSE 'x' END AS t, label
+                         FROM d CROSS JOIN (SELECT 1 UNION ALL SELECT 2 UNION ALL SELECT 3)";
+    let wide = sql(&[query_of_wide, digits]);
+    assert_eq!((wide.code, wide.stdout.matches("xxxxx").count() > 20_000), (Some(0), true));
+    assert!(wide.stdout.lines().count() >= 1 + 3 * 1797);
     let rows = sql(&["--json", query, digits]).json();
     assert_eq!(rows.as_array().map(Vec::len), Some(3 * 1797));
     assert_eq!(rows[0]["t"], "x");

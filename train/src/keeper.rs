@@ -122,8 +122,6 @@ impl Keeper {
     fn saver(&mut self, state: &TrainState, setup: &Setup) -> Option<&mut Saver> {
         let (is_first, is_shared) = (self.member.rank() == 0, state.updater.shared().is_some());
         let dir = setup.checkpoints.as_ref().filter(|_| is_first || is_shared)?;
-        // What it writes is waited for.
-        self.saver.take_if(|saver| !saver.fits(&self.member, is_shared));
         Some(self.saver.get_or_insert_with(|| {
             let (checkpoints, labels) = (store(dir, setup), Labels::of(state));
             Saver::new(Store { checkpoints, labels, member: Arc::clone(&self.member) })
@@ -133,7 +131,7 @@ impl Keeper {
     /// Training begins, and will have checkpoints in the background.
     pub(crate) fn make_room(&mut self, state: &TrainState, setup: &Setup) -> Result<()> {
         let is_first = self.member.rank() == 0;
-        // One that is there has room, or has it when it is done with what it writes.
+        // One that is there has room, or is yet to end.
         if self.saver.is_some() || !setup.asynchronous {
             return Ok(());
         }
@@ -152,6 +150,7 @@ impl Keeper {
         in_background: bool,
     ) -> Result<()> {
         let (is_first, files) = (self.member.rank() == 0, self.files.clone());
+        self.settle_former(state)?;
         let Some(saver) = self.saver(state, setup) else {
             return Ok(());
         };
@@ -165,6 +164,15 @@ impl Keeper {
         let (copying, before) = saver.begin(source, files);
         state.updater.hold(copying);
         before.or_else(|error| self.note_unsaved(&error))
+    }
+
+    /// Ends what cannot go on writing for this generation.
+    fn settle_former(&mut self, state: &TrainState) -> Result<()> {
+        let is_divided = state.updater.shared().is_some();
+        match self.saver.take_if(|saver| !saver.fits(&self.member, is_divided)) {
+            Some(mut former) => former.finish().or_else(|error| self.note_unsaved(&error)),
+            None => Ok(()),
+        }
     }
 
     /// Training goes on, and what was saved before stays.

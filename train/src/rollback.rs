@@ -47,15 +47,10 @@ impl WorkerContext<'_> {
     }
 
     /// The newest one from before a step, the same on all ranks, or why there is no such.
-    fn agreed_checkpoint(
-        &self,
-        before: Option<u64>,
-    ) -> Result<std::result::Result<Checkpoint, String>> {
-        let store = self.setup.checkpoints.as_ref().map(|dir| store(dir, &self.setup));
-        let found = match (&store, before) {
-            (Some(store), Some(step)) => store.latest_before(step),
-            (Some(store), None) => store.latest(),
-            (None, _) => Ok(None),
+    fn agreed_checkpoint(&self, before: u64) -> Result<std::result::Result<Checkpoint, String>> {
+        let found = match &self.setup.checkpoints {
+            Some(dir) => store(dir, &self.setup).latest_before(before),
+            None => Ok(None),
         };
         self.collective.patient_any(false)?;
         let step = match &found {
@@ -64,14 +59,13 @@ impl WorkerContext<'_> {
             Err(_) => -2.0,
         };
         let differs = self.collective.gather_one(step)?.iter().any(|other| *other != step);
-        Ok(match (found, before) {
-            (Err(error), _) => Err(error.to_string()),
-            (Ok(_), _) if differs => {
+        Ok(match found {
+            Err(error) => Err(error.to_string()),
+            Ok(_) if differs => {
                 Err("ranks find different ones: do all workers see the run directory?".to_owned())
             }
-            (Ok(Some(found)), _) => Ok(found),
-            (Ok(None), None) => Err("there is none".to_owned()),
-            (Ok(None), Some(step)) => Err(format!("there is none from before step {step}")),
+            Ok(Some(found)) => Ok(found),
+            Ok(None) => Err(format!("there is none from before step {before}")),
         })
     }
 

@@ -97,8 +97,10 @@ pub struct Skips {
     pub total: u64,
     /// How often training went back to a checkpoint.
     pub rollbacks: u32,
-    /// To that of which step it did last, if no step has been finite since.
+    /// To that of which step it did last, if none was taken since.
     pub gone_back_to: Option<u64>,
+    /// The first of the last ones that were not taken, those left out by the scale of a loss included.
+    pub unchanged_since: Option<u64>,
 }
 
 /// What has been counted of an epoch.
@@ -227,9 +229,14 @@ impl TrainState {
 
     /// Checkpoints of this step and later ones have the weights that led to the steps left out now, or
     /// to those after the last time that training went back.
-    pub(crate) fn first_spoilt(&self) -> Option<u64> {
-        let Skips { in_a_row, gone_back_to, .. } = self.skips;
-        gone_back_to.or((in_a_row > 0).then(|| self.step - u64::from(in_a_row)))
+    pub(crate) fn first_spoilt(&self) -> u64 {
+        let Skips { gone_back_to, unchanged_since, .. } = self.skips;
+        gone_back_to.or(unchanged_since).unwrap_or(self.step)
+    }
+
+    /// The step changes nothing, for whatever reason.
+    pub(crate) fn is_left_out(&mut self) {
+        self.skips.unchanged_since.get_or_insert(self.step);
     }
 
     /// The step is left out.
@@ -240,7 +247,8 @@ impl TrainState {
 
     /// The numbers of a step are finite.
     pub(crate) fn end_skips(&mut self) {
-        (self.skips.in_a_row, self.skips.gone_back_to) = (0, None);
+        let Skips { total, rollbacks, .. } = self.skips;
+        self.skips = Skips { total, rollbacks, ..Skips::default() };
     }
 
     pub(crate) fn skips(&self) -> Skips {
@@ -253,7 +261,8 @@ impl TrainState {
         self.load(to)?;
         self.skips.total += 1;
         self.skips.rollbacks += 1;
-        (self.skips.in_a_row, self.skips.gone_back_to) = (0, Some(to.step()));
+        (self.skips.in_a_row, self.skips.unchanged_since) = (0, None);
+        self.skips.gone_back_to = Some(to.step());
         Ok(())
     }
 

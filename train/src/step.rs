@@ -266,6 +266,8 @@ impl WorkerContext<'_> {
             state.end_skips();
             self.before_update(state);
             state.update()?;
+        } else {
+            state.is_left_out();
         }
         match checked {
             Ok(_) => {

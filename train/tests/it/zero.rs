@@ -77,17 +77,26 @@ fn same_bits(runtime: &Runtime) {
 }
 
 fn hosts(runtime: &Runtime) {
-    let run = |setup: serde_json::Value| {
+    let run_of = |hidden, setup: serde_json::Value| {
         let options = GroupOptions {
             placement: Placement::Thread,
             resources: Resources::cpus(0.5),
             ..GroupOptions::new("zero", 4)
         };
         let options = options.with_context(&setup).expect("context");
-        let group = runtime.group(&options, &train::remote(config(2))).expect("group");
+        let config = Config { hidden, ..config(2) };
+        let group = runtime.group(&options, &train::remote(config)).expect("group");
         let all: Vec<Outcome> = group.join(Duration::from_secs(60)).expect("join");
         all
     };
+    let run = |setup| run_of(16, setup);
+    // So many that they would go around a ring.
+    let many = |setup| run_of(30_000, setup);
+    let whole = many(serde_json::json!({"virtual_shards": 4}));
+    let shards = serde_json::json!({
+        "virtual_shards": 4, "shard_optimizer": true, "hosts": [1, 1, 2, 2],
+    });
+    assert!(many(shards).iter().all(|rank| bits(rank) == bits(&whole[0])), "large");
     // In a tree, so that bits do not depend on the way that numbers take.
     let whole = run(serde_json::json!({"virtual_shards": 4}));
     for hosts in [[1, 1, 2, 2], [1, 2, 3, 4], [1, 1, 1, 2]] {
