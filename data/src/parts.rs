@@ -14,7 +14,7 @@ use futures::{FutureExt, StreamExt, TryStreamExt, stream};
 use std::ops::Range;
 use std::sync::{Arc, OnceLock};
 
-/// About how much of a part is kept at a time, half of it where several write, and of all parts at least.
+/// About how much of a part is kept at a time, and of all parts at least.
 const PIECE_BYTES: usize = 128 << 10;
 const LEAST_PENDING: usize = 1 << 20;
 
@@ -118,7 +118,7 @@ impl PartsWriter {
 
     /// One of several at the same time. Where its pieces end is a function of the rows alone.
     pub(crate) fn beside_others(parts: usize) -> Result<Self> {
-        Self::new(parts, (parts * PIECE_BYTES / 2).max(LEAST_PENDING), 1)
+        Self::new(parts, (parts * PIECE_BYTES).max(LEAST_PENDING), 1)
     }
 
     fn new(parts: usize, most: usize, at_once: usize) -> Result<Self> {
