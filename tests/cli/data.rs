@@ -86,7 +86,7 @@ fn large_results_are_printed_as_they_come() {
                          FROM d CROSS JOIN (SELECT 1 UNION ALL SELECT 2 UNION ALL SELECT 3)";
     let wide = sql(&[query_of_wide, digits]);
     assert_eq!((wide.code, wide.stdout.matches("xxxxx").count() > 20_000), (Some(0), true));
-    assert!(wide.stdout.lines().count() >= 1 + 3 * 1797);
+    assert!(wide.stdout.lines().count() > 3 * 1797);
     let rows = sql(&["--json", query, digits]).json();
     assert_eq!(rows.as_array().map(Vec::len), Some(3 * 1797));
     assert_eq!(rows[0]["t"], "x");
