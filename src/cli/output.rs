@@ -45,11 +45,12 @@ fn text_of(table: &mut Table, widths: &[u16]) -> String {
     let needed = table.column_max_content_widths();
     for column in table.column_iter_mut() {
         column.set_padding((0, GAP));
-        let least = widths.get(column.index).copied().unwrap_or_default();
-        // A table adds the gap to what it has itself, and knows no larger numbers.
-        let widest = needed.get(column.index).copied().unwrap_or_default().max(least);
-        if let Some(least) = widest.checked_add(GAP).and(least.checked_add(GAP)) {
-            column.set_constraint(ColumnConstraint::LowerBoundary(Width::Fixed(least)));
+        // Beside a constraint a table adds the gap to what it needs, and knows no larger numbers.
+        if let (Some(least), Some(needed)) = (widths.get(column.index), needed.get(column.index))
+            && least.max(needed).checked_add(GAP).is_some()
+        {
+            let least = Width::Fixed(least + GAP);
+            column.set_constraint(ColumnConstraint::LowerBoundary(least));
         }
     }
     let lines = table.to_string();
@@ -123,19 +124,13 @@ impl Printer {
 
     /// What is still to be printed.
     pub(crate) fn end(mut self) -> anyhow::Result<()> {
-        if !self.pending.is_empty() && self.print_pending()?.is_stop() {
-            return Ok(());
-        }
-        let end = match (self.header.take(), self.array) {
-            (Some(header), _) => format!("{}\n", lines(header, [])),
-            (None, Some(true)) => "\n]\n".to_owned(),
-            (None, Some(false)) => "[]\n".to_owned(),
-            (None, None) => String::new(),
+        let printed = match self.array {
+            Some(true) => self.write("\n]\n")?,
+            Some(false) => self.write("[]\n")?,
+            None if self.pending.is_empty() && self.header.is_none() => Flow::Continue,
+            None => self.print_pending()?,
         };
-        if self.write(&end)?.is_stop() {
-            return Ok(());
-        }
-        heard(self.out.flush()).map(drop)
+        if printed.is_stop() { Ok(()) } else { heard(self.out.flush()).map(drop) }
     }
 
     fn write(&mut self, text: &str) -> anyhow::Result<Flow> {

@@ -43,7 +43,7 @@ pub enum Error {
         /// The global step.
         step: u64,
     },
-    /// A step without finite numbers, of which no checkpoint can make up.
+    /// A step without finite numbers, and no checkpoint to go back to.
     #[error("{error}; cannot go back to a checkpoint: {reason}")]
     NoRollBack {
         /// Of the step.

@@ -178,7 +178,7 @@ pub(crate) fn heal(
         Some(kept) => kept.at(plan.step, state)?,
         None => Snapshot::of(state, state.saved())?,
     };
-    Exchange { plan: &plan, collective }.fill(&mut whole, &state.updater)?;
+    Healing { plan: &plan, collective }.fill(&mut whole, &state.updater)?;
     whole.put(state)?;
     if !plan.is_complete {
         state.updater.average_in(state.model.params())?;
@@ -188,12 +188,12 @@ pub(crate) fn heal(
 }
 
 /// Of a snapshot of which each rank has what it gives.
-struct Exchange<'a> {
+struct Healing<'a> {
     plan: &'a Plan,
     collective: &'a dyn Collective,
 }
 
-impl Exchange<'_> {
+impl Healing<'_> {
     fn fill(&self, whole: &mut Snapshot, updater: &Updater) -> Result<()> {
         self.header(whole)?;
         for (at, giver) in self.plan.givers.iter().enumerate() {

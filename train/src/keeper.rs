@@ -182,10 +182,8 @@ impl Keeper {
 
     /// Waits for the checkpoint that is being written.
     pub(crate) fn settle(&mut self) -> Result<()> {
-        match self.saver.as_mut().map_or(Ok(()), Saver::finish) {
-            Ok(()) => Ok(()),
-            Err(error) => self.note_unsaved(&error),
-        }
+        let written = self.saver.as_mut().map_or(Ok(()), Saver::finish);
+        written.or_else(|error| self.note_unsaved(&error))
     }
 
     /// Says what the user should know, once for all ranks.
@@ -203,10 +201,8 @@ impl Keeper {
 
     /// Says if a checkpoint in the background has failed.
     pub(crate) fn poll(&mut self) -> Result<()> {
-        match self.saver.as_mut().map_or(Ok(()), Saver::poll) {
-            Ok(()) => Ok(()),
-            Err(error) => self.note_unsaved(&error),
-        }
+        let written = self.saver.as_mut().map_or(Ok(()), Saver::poll);
+        written.or_else(|error| self.note_unsaved(&error))
     }
 }
 

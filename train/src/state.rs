@@ -235,7 +235,7 @@ impl TrainState {
     }
 
     /// The step changes nothing, for whatever reason.
-    pub(crate) fn is_left_out(&mut self) {
+    pub(crate) fn count_unchanged(&mut self) {
         self.skips.unchanged_since.get_or_insert(self.step);
     }
 

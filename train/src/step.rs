@@ -267,7 +267,7 @@ impl WorkerContext<'_> {
             self.before_update(state);
             state.update()?;
         } else {
-            state.is_left_out();
+            state.count_unchanged();
         }
         match checked {
             Ok(_) => {

@@ -1,13 +1,11 @@
 //! ZeRO, stage 1, where each part of the optimizer's state is there twice: no loss of a worker costs a
 //! step.
 
-use crate::Test;
 use crate::digits::{CLASSES, Config, FEATURES, Harm, How, Outcome, Place, train};
+use crate::{Test, zero};
 use mobula_core::checkpoint::Checkpoint;
 use mobula_core::{Placement, Resources, RunDir, Runtime};
-use mobula_train::optim::{
-    Clip, LossScaleOptions, OptimizerSpec, PlateauOptions, SgdOptions, UpdaterOptions,
-};
+use mobula_train::optim::{OptimizerSpec, SgdOptions, UpdaterOptions};
 use mobula_train::{
     CheckpointConfig, FailureConfig, NonFinite, ScalingConfig, Trainer, TrainingResult, Transport,
 };
@@ -28,16 +26,8 @@ pub(crate) const TESTS: &[Test] = &[
 /// Of the perceptron with 16 hidden units.
 const PARAMETERS: usize = FEATURES * 16 + 16 + 16 * CLASSES + CLASSES;
 
-/// Whatever depends on all gradients, or on all weights.
 fn config() -> Config {
-    let updater = UpdaterOptions {
-        plateau: Some(PlateauOptions { patience: 0, ..Default::default() }),
-        clip: Some(Clip::Norm(0.3)),
-        ema: Some(0.9),
-        loss_scale: Some(LossScaleOptions { growth_interval: 7, ..Default::default() }),
-        ..Default::default()
-    };
-    Config { dropout: 0.2, updater: Some(updater), ..Config::new(4) }
+    Config { batch_size: 16, ..zero::config(4) }
 }
 
 fn mirrored(workers: usize) -> ScalingConfig {

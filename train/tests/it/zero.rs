@@ -24,7 +24,7 @@ pub(crate) const TESTS: &[Test] = &[
 const PARAMETERS: usize = FEATURES * 16 + 16 + 16 * CLASSES + CLASSES;
 
 /// Whatever depends on all gradients, or on all weights.
-fn config(epochs: u64) -> Config {
+pub(crate) fn config(epochs: u64) -> Config {
     let updater = UpdaterOptions {
         plateau: Some(PlateauOptions { patience: 0, ..Default::default() }),
         clip: Some(Clip::Norm(0.3)),
