@@ -1,11 +1,13 @@
 //! `mobula data`: what is in files of data, and the same rows in other files.
 
 mod convert;
+mod printer;
 
-use super::output::{Printer, bytes, lines, print, print_json, table};
+use super::output::{bytes, lines, print, print_json, table};
 use anyhow::{Context, bail};
 use mobula::data::inspect::{ColumnInfo, FileInfo, inspect};
 use mobula::data::{Dataset, query_batches, rows};
+use printer::Printer;
 use serde::Serialize;
 use serde_json::Value;
 use std::path::PathBuf;
