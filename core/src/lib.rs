@@ -26,6 +26,7 @@ pub mod console;
 mod current;
 mod drops;
 pub mod error;
+mod files;
 pub mod group;
 mod init;
 mod interrupt;

@@ -13,11 +13,12 @@
 use crate::Error;
 use crate::checkpoint::{CheckpointStore, write_atomically};
 use crate::error::AtPath;
+use crate::files::append_whole;
 use crate::tensorboard::EventWriter;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
-use std::io::{Read, Seek, SeekFrom, Write};
+use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -298,7 +299,8 @@ impl MetricsWriter {
         Ok(Self { path, file, events })
     }
 
-    /// Appends one line. JSON has no NaN or infinity: such values are left out of the line.
+    /// Appends one line. JSON has no NaN or infinity: such values are left out of the line. Where a
+    /// disk is full, the line is not written, and later ones are as soon as there is room.
     pub fn log(&mut self, step: u64, values: &BTreeMap<String, f64>) -> Result<(), Error> {
         if let Some(name) = ["step", "time"].into_iter().find(|name| values.contains_key(*name)) {
             return Err(Error::ReservedMetric { name: name.to_owned() });
@@ -314,7 +316,7 @@ impl MetricsWriter {
         };
         let mut text = serde_json::to_vec(&line).map_err(Error::layer)?;
         text.push(b'\n');
-        self.file.write_all(&text).at("append to", &self.path)?;
+        append_whole(&mut self.file, &text).at("append to", &self.path)?;
         self.events.scalars(line.time, step, values)
     }
 }
@@ -380,6 +382,7 @@ fn git_revision() -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::io::Write;
 
     fn values(loss: f64) -> BTreeMap<String, f64> {
         BTreeMap::from([("loss".to_owned(), loss)])

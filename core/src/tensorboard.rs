@@ -5,9 +5,9 @@
 
 use crate::Error;
 use crate::error::AtPath;
+use crate::files::append_whole;
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::Write;
 use std::path::{Path, PathBuf};
 
 /// Appends scalars to one event file.
@@ -50,14 +50,14 @@ impl EventWriter {
         self.record(&event)
     }
 
-    /// One TFRecord, in one write: a crash leaves at most one torn record at the end.
+    /// One TFRecord, whole or not at all; a crash leaves at most one torn record at the end.
     fn record(&mut self, event: &[u8]) -> Result<(), Error> {
         let length = (event.len() as u64).to_le_bytes();
         let mut record = length.to_vec();
         record.extend(masked_crc32c(&length).to_le_bytes());
         record.extend(event);
         record.extend(masked_crc32c(event).to_le_bytes());
-        self.file.write_all(&record).at("append to", &self.path)
+        append_whole(&mut self.file, &record).at("append to", &self.path)
     }
 }
 

@@ -25,6 +25,9 @@ pub struct ScalingConfig {
     pub resources_per_worker: Resources,
     /// Where workers run. Default: each in a process of its own.
     pub placement: Placement,
+    /// How long the training waits for workers' resources that others hold, at its start and where it
+    /// has lost workers. Default: 10 minutes.
+    pub placement_timeout: Duration,
     /// Whether batch norms take their statistics over the rows of all workers, as PyTorch's
     /// `SyncBatchNorm` does, instead of over those of each by itself. Training is then the same
     /// for any number of workers, but for rounding and dropout, at the price of three sums over them in each of these layers
@@ -78,6 +81,7 @@ impl Default for ScalingConfig {
             grow_interval: Elastic::default().grow_interval,
             resources_per_worker: Resources::cpus(1.0),
             placement: Placement::Process,
+            placement_timeout: Duration::from_secs(600),
             sync_batch_norm: false,
             shard_optimizer: false,
             mirror_optimizer: false,

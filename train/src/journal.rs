@@ -1,9 +1,9 @@
 //! What a training tells of itself: a progress bar, metrics, and what was resumed.
 
-use crate::Result;
 use crate::pace::Spread;
 use crate::report::{EpochReport, Progress, Resumed, WorkerReport};
 use crate::workers::Changes;
+use mobula_core::Error;
 use mobula_core::console::{self, Progress as Bar};
 use mobula_core::run::{MetricsWriter, RunDir};
 use std::collections::BTreeMap;
@@ -14,6 +14,8 @@ pub(crate) struct Journal {
     name: String,
     run: Option<RunDir>,
     metrics: Option<MetricsWriter>,
+    /// Whether the last metrics were not written, which has been told then.
+    is_lossy: bool,
     pub(crate) last: BTreeMap<String, f64>,
     /// How long each rank computes in a step, as far as it has told.
     step_ms: BTreeMap<usize, f64>,
@@ -21,19 +23,20 @@ pub(crate) struct Journal {
 }
 
 impl Journal {
-    pub(crate) fn new(name: &str, run: Option<&RunDir>) -> Result<Self> {
+    pub(crate) fn new(name: &str, run: Option<&RunDir>) -> crate::Result<Self> {
         Ok(Self {
             bar: None,
             name: name.to_owned(),
             run: run.cloned(),
             metrics: run.map(RunDir::metrics_writer).transpose()?,
+            is_lossy: false,
             last: BTreeMap::new(),
             step_ms: BTreeMap::new(),
             changes: Changes::default(),
         })
     }
 
-    pub(crate) fn record(&mut self, rank: usize, report: WorkerReport) -> Result<()> {
+    pub(crate) fn record(&mut self, rank: usize, report: WorkerReport) -> crate::Result<()> {
         match report {
             WorkerReport::Progress(progress) => {
                 self.step_ms.insert(rank, progress.step_ms);
@@ -54,7 +57,7 @@ impl Journal {
     }
 
     /// Goes back to the step that training goes on from: what comes after it will be made again.
-    fn resume(&mut self, resumed: Resumed) -> Result<()> {
+    fn resume(&mut self, resumed: Resumed) -> crate::Result<()> {
         let Resumed { step, epoch, metrics, from_rank } = resumed;
         let kept = from_rank.map_or(String::new(), |rank| format!(", which rank {rank} has kept"));
         let (changes, workers) = self.changes.take();
@@ -64,6 +67,11 @@ impl Journal {
         });
         self.last = metrics;
         self.step_ms.clear();
+        let rewound = self.rewind(step, epoch);
+        self.unless_lost(rewound)
+    }
+
+    fn rewind(&mut self, step: u64, epoch: u64) -> Result<(), Error> {
         if let Some(run) = &self.run {
             run.rewind_metrics(step, epoch)?;
             self.metrics = Some(run.metrics_writer()?);
@@ -71,7 +79,7 @@ impl Journal {
         Ok(())
     }
 
-    fn progress(&mut self, progress: &Progress) -> Result<()> {
+    fn progress(&mut self, progress: &Progress) -> crate::Result<()> {
         let Progress { step, epoch, epochs, loss, lr, samples_per_second, .. } = progress;
         let spread = self.show(*epoch, *epochs, *step, *loss, *samples_per_second);
         let values = [("loss", *loss), ("lr", *lr), ("samples_per_second", *samples_per_second)];
@@ -81,7 +89,7 @@ impl Journal {
         self.log(*step, &values.collect())
     }
 
-    fn epoch(&mut self, report: EpochReport) -> Result<()> {
+    fn epoch(&mut self, report: EpochReport) -> crate::Result<()> {
         let value = |name: &str| report.metrics.get(name).copied().unwrap_or(f64::NAN);
         let (loss, rate) = (value("loss"), value("samples_per_second"));
         self.show(report.epoch, report.epochs, report.step, loss, rate);
@@ -100,8 +108,22 @@ impl Journal {
         spread
     }
 
-    fn log(&mut self, step: u64, values: &BTreeMap<String, f64>) -> Result<()> {
-        Ok(self.metrics.as_mut().map_or(Ok(()), |metrics| metrics.log(step, values))?)
+    fn log(&mut self, step: u64, values: &BTreeMap<String, f64>) -> crate::Result<()> {
+        let logged = self.metrics.as_mut().map_or(Ok(()), |metrics| metrics.log(step, values));
+        self.unless_lost(logged)
+    }
+
+    /// Metrics that a full disk does not take are no reason to end a training: it is told once.
+    fn unless_lost(&mut self, written: Result<(), Error>) -> crate::Result<()> {
+        let Err(error @ Error::Io { .. }) = written else {
+            self.is_lossy &= written.is_err();
+            return Ok(written?);
+        };
+        if !std::mem::replace(&mut self.is_lossy, true) {
+            let name = &self.name;
+            console::note(format!("{name}: metrics are not written, training goes on: {error}"));
+        }
+        Ok(())
     }
 }
 

@@ -292,6 +292,7 @@ impl<T> Trainer<T> {
             elastic: workers.is_elastic().then_some(elastic),
             resources: self.scaling.resources_per_worker.clone(),
             placement: self.scaling.placement,
+            placement_timeout: self.scaling.placement_timeout,
             restart: self.failure.restart_policy(),
             on_loss: self.failure.on_loss,
             log_dir: self.run.as_ref().map(|run| run.path().join("logs")),

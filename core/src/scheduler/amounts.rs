@@ -65,9 +65,10 @@ impl Amounts {
 }
 
 impl From<&Resources> for Amounts {
-    /// Rounds up, so that nobody gets more than what is accounted for.
+    /// Rounds down, so that three thirds fit into one, but never to nothing.
     fn from(resources: &Resources) -> Self {
-        let units = |amount: f64| (amount * UNIT as f64 - 1e-6).ceil() as i64;
+        let whole = |amount: f64| (amount * UNIT as f64 + 1e-6).floor() as i64;
+        let units = |amount: f64| whole(amount).max(i64::from(amount > 0.0));
         Self {
             cpus: units(resources.cpus),
             gpus: units(resources.gpus),

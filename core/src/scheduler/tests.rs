@@ -2,6 +2,7 @@
 
 use super::amounts::UNIT;
 use super::*;
+use crate::Resources;
 use proptest::prelude::*;
 
 fn shape(bundles: &[Amounts], strategy: PlacementStrategy) -> Shape {
@@ -123,6 +124,20 @@ fn a_holder_that_ends_while_its_cpus_are_lent_gives_back_the_rest_only() {
     assert_eq!(s.free(), gpus(0, 1));
     step(&mut s, Event::Release { id: 2 });
     assert_eq!(s.free(), gpus(1, 1));
+}
+
+#[test]
+fn three_times_two_thirds_are_two() {
+    let machine = || machines(&[(&Resources::cpus(2.0)).into()]);
+    let thirds = |n| vec![(&Resources::cpus(2.0 / 3.0)).into(); n];
+    let place = |n| submit(&mut machine(), 1, shape(&thirds(n), PlacementStrategy::Pack));
+    assert_eq!(nodes(&place(3)), [0, 0, 0]);
+    assert!(started(&place(4)).is_empty());
+    assert_eq!(
+        Amounts::from(&Resources::cpus(1e-9)),
+        Amounts::cpus(1),
+        "something, however little"
+    );
 }
 
 #[test]

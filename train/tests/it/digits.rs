@@ -95,6 +95,8 @@ pub(crate) enum Harm {
     FullDisk {
         epoch: u64,
     },
+    /// The driver can append no whole line to the metrics in the second epoch.
+    FullMetrics,
     /// Each rank leaves its process id in the folder at this step, and goes no further.
     Wait {
         at_step: u64,
@@ -378,9 +380,14 @@ fn fill_disk(epoch: u64, step: u64) {
         assert!(Instant::now() < deadline, "it writes for ever");
         std::thread::yield_now();
     }
-    let maximum = getrlimit(Resource::Fsize).maximum;
     // In the middle of the weights.
-    let current = if step / 6 == epoch { Some(100_000) } else { maximum };
+    limit_files((step / 6 == epoch).then_some(100_000));
+}
+
+/// To so many bytes each, as a full disk would.
+pub(crate) fn limit_files(bytes: Option<u64>) {
+    let maximum = getrlimit(Resource::Fsize).maximum;
+    let current = bytes.or(maximum);
     setrlimit(Resource::Fsize, Rlimit { current, maximum }).expect("a limit");
 }
 

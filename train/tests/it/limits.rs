@@ -2,9 +2,9 @@
 //! limited or killed.
 
 use crate::Test;
-use crate::digits::{Config, Harm, Outcome, train};
+use crate::digits::{Config, Harm, Outcome, limit_files, train};
 use mobula_core::checkpoint::Checkpoint;
-use mobula_core::{Resources, RunDir, Runtime};
+use mobula_core::{Flow, Resources, RunDir, Runtime};
 use mobula_train::{CheckpointConfig, Error, ScalingConfig, Trainer, TrainingResult};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -16,6 +16,7 @@ const LONG: Duration = Duration::from_secs(60);
 
 pub(crate) const TESTS: &[Test] = &[
     ("limits::a_full_disk_costs_a_checkpoint_and_no_training", full_disk),
+    ("limits::a_full_disk_costs_metrics_and_no_training", full_metrics),
     ("limits::a_last_checkpoint_that_finds_no_room_is_an_error", full_at_last),
     ("limits::a_killed_driver_takes_its_workers_along_and_the_run_goes_on", killed_driver),
 ];
@@ -38,9 +39,18 @@ fn run_in(folder: &Path) -> RunDir {
 
 /// Checkpoints in the background, all of which are kept.
 fn fit(runtime: &Runtime, config: Config, run: &RunDir) -> Result<TrainingResult<Outcome>, Error> {
+    let fills_metrics = config.harm == Harm::FullMetrics;
     let checkpoints = CheckpointConfig { keep: 9, ..CheckpointConfig::default() };
     let trainer = Trainer::new(train::remote(config)).with_run(run).with_checkpoints(checkpoints);
-    trainer.with_logs_shown(false).with_scaling(ScalingConfig::workers(2)).fit(runtime)
+    let trainer = trainer.with_logs_shown(false).with_scaling(ScalingConfig::workers(2));
+    trainer.fit_with(runtime, |report| {
+        if fills_metrics {
+            // In the middle of the next line.
+            let length = std::fs::metadata(run.path().join("metrics.jsonl"))?.len();
+            limit_files((report.epoch == 1).then_some(length + 10));
+        }
+        Ok(Flow::Continue)
+    })
 }
 
 /// Of six steps an epoch, and weights of a megabyte.
@@ -93,6 +103,22 @@ fn full_disk(runtime: &Runtime) {
     assert!(said.contains(told) && said.contains("model.safetensors"), "{said}");
     let run = run_in(folder.path());
     assert_eq!(steps(&run), [6, 18]);
+    let last = run.checkpoints(9).latest().expect("latest").expect("a checkpoint");
+    assert_eq!(weights(&last), undisturbed(runtime));
+}
+
+fn full_metrics(runtime: &Runtime) {
+    let folder = tempfile::tempdir().expect("temporary folder");
+    let (is_well, said) = end(start(folder.path(), &config(Harm::FullMetrics)));
+    assert!(is_well, "{said}");
+    let told = "metrics are not written, training goes on: cannot append to";
+    assert_eq!(said.matches(told).count(), 1, "{said}");
+    let run = run_in(folder.path());
+    let metrics = run.metrics().expect("metrics");
+    let epochs: Vec<_> = metrics.iter().filter_map(|line| line.values.get("epoch")).collect();
+    assert_eq!(epochs, [&1.0, &3.0]);
+    let text = std::fs::read_to_string(run.path().join("metrics.jsonl")).expect("text");
+    assert_eq!(text.lines().count(), metrics.len(), "half a line is left: {text}");
     let last = run.checkpoints(9).latest().expect("latest").expect("a checkpoint");
     assert_eq!(weights(&last), undisturbed(runtime));
 }

@@ -4,15 +4,17 @@ use crate::Test;
 use crate::digits::{Config, Outcome, ROWS, learn, train};
 use candle_core::{DType, Device, Tensor};
 use mobula_core::{
-    Batch, BoxError, Flow, GroupOptions, Member, Placement, RunDir, Runtime, Shard, remote,
+    Batch, BoxError, Flow, GroupOptions, Member, Placement, PlacementGroupOptions, Resources,
+    RunDir, Runtime, Shard, remote,
 };
 use mobula_nn::loss::{CrossEntropyOptions, cross_entropy_with};
 use mobula_nn::models::MlpOptions;
 use mobula_nn::{Model, ModelSpec};
 use mobula_train::{
-    AdamW, AdamWOptions, CheckpointConfig, Loss, ScalingConfig, TrainState, Trainer,
+    AdamW, AdamWOptions, CheckpointConfig, Error, Loss, ScalingConfig, TrainState, Trainer,
     TrainingResult, WorkerContext, load_model,
 };
+use std::time::Duration;
 
 pub(crate) const TESTS: &[Test] = &[
     ("training::two_workers_train_like_one", worlds_agree),
@@ -24,6 +26,7 @@ pub(crate) const TESTS: &[Test] = &[
     ("training::ranks_draw_different_dropout_masks", masks_differ),
     ("training::rows_that_count_otherwise_are_weighted_over_all_ranks", weighted),
     ("training::no_workers_are_refused", no_workers),
+    ("training::workers_that_find_no_room_are_refused_in_time", no_room),
     ("training::a_listener_ends_the_training", breaks_off),
 ];
 
@@ -234,4 +237,18 @@ fn no_workers(runtime: &Runtime) {
     let trainer = Trainer::new(train::remote(Config::new(1)));
     let error = trainer.with_scaling(ScalingConfig::workers(0)).fit(runtime).expect_err("none");
     assert_eq!(error.to_string(), "option num_workers is 0, expected at least 1");
+}
+
+fn no_room(runtime: &Runtime) {
+    let seat = || Resources::default().with_custom("seat", 2.0);
+    let others = PlacementGroupOptions::new("others", vec![seat()]);
+    let _others = runtime.placement_group(&others).expect("fits");
+    let scaling = ScalingConfig {
+        resources_per_worker: seat(),
+        placement_timeout: Duration::from_millis(1),
+        ..ScalingConfig::workers(2)
+    };
+    let trainer = Trainer::new(train::remote(Config::new(1))).with_scaling(scaling);
+    let error = trainer.fit(runtime).expect_err("no room");
+    assert!(matches!(error, Error::Core(mobula_core::Error::NotPlaced { .. })), "{error}");
 }
