@@ -4,6 +4,7 @@ use crate::error::AtPath;
 use crate::nested::nested;
 use crate::store::limits;
 use crate::{Error, Resources};
+use bytesize::ByteSize;
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
 use std::fs::{DirBuilder, File};
@@ -13,14 +14,16 @@ use std::path::{Path, PathBuf};
 
 const PREFIX: &str = "mobula-spill";
 
-/// Bytes of memory that a layer may use: what the environment `variable` says, or else `percent` of
-/// what this process may use. Of that a worker process gets the share that it has of the CPUs.
+/// Bytes of memory that a layer may use: what the environment `variable` says, such as `8GB` or
+/// `7.5GiB`, or else `percent` of what this process may use. Of that a worker process gets the share that it has of the CPUs.
 pub fn memory_budget(variable: &'static str, percent: u64) -> Result<u64, Error> {
     if let Ok(text) = std::env::var(variable) {
-        return text.parse().map_err(|_| Error::LaunchVariable {
-            variable: variable.to_owned(),
-            got: Some(text),
-            expected: "a number of bytes, such as 8000000000".to_owned(),
+        return text.parse().map(|size: ByteSize| size.as_u64()).map_err(|_| {
+            Error::LaunchVariable {
+                variable: variable.to_owned(),
+                got: Some(text),
+                expected: "bytes, such as 8000000000, 8GB or 7.5GiB".to_owned(),
+            }
         });
     }
     let cpus = Resources::of_this_machine().cpus.max(1.0);

@@ -53,7 +53,7 @@ pub(crate) struct OneError {
 }
 
 impl OneError {
-    fn new(error: DataFusionError) -> Self {
+    pub(crate) fn new(error: DataFusionError) -> Self {
         Self { text: error.to_string().into(), error: Arc::new(Mutex::new(Some(error))) }
     }
 

@@ -28,6 +28,7 @@
 
 mod batch_fn;
 mod batches;
+mod counted;
 #[cfg(any(feature = "postgres", feature = "sqlite"))]
 mod database;
 mod dataset;

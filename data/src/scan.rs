@@ -1,8 +1,10 @@
 //! The leaves of a plan: blocks of a source, cut down to one side of its splits.
 
 use crate::batch_fn::BatchMap;
+use crate::counted::Counted;
 use crate::dataset::Op;
 use crate::error::{Error, Result};
+use crate::operator::Exec;
 use crate::plan::Compiled;
 use crate::runtime::meanwhile;
 use crate::source::{Block, OpenSource};
@@ -54,6 +56,16 @@ impl SourceTable {
             Self::Blocks { source, .. } | Self::Sequences(source, _) => source.constants(),
             Self::Chains(..) => None,
         }
+    }
+
+    /// How many rows a query that reads it is to expect: those of the source.
+    fn rows(&self) -> Option<usize> {
+        let source = match self {
+            Self::Blocks { .. } => return None,
+            Self::Chains(plan, _) => plan.source(),
+            Self::Sequences(source, _) => source,
+        };
+        Some(source.blocks().iter().map(|block| block.rows as usize).sum())
     }
 
     fn partitions(
@@ -130,7 +142,13 @@ impl TableProvider for SourceTable {
         let left_out = self.constants().map(|of| left_out(of, state, filters)).transpose()?;
         let partitions = self.partitions(&projection, &left_out.unwrap_or_default())?;
         let plan = StreamingTableExec::try_new(schema, partitions, None, [], false, limit)?;
-        Ok(Arc::new(plan))
+        let plan: Arc<dyn ExecutionPlan> = Arc::new(plan);
+        Ok(match self.rows() {
+            Some(rows) => {
+                Arc::new(Exec::new(Counted { rows: limit.unwrap_or(rows).min(rows) }, plan))
+            }
+            None => plan,
+        })
     }
 }
 

@@ -1,5 +1,6 @@
 //! What the command prints: text and tables on stdout, one line for an error.
 
+use bytesize::ByteSize;
 use comfy_table::{ColumnConstraint, Table, Width, presets};
 use mobula_core::Flow;
 use mobula_core::error::chain;
@@ -69,16 +70,7 @@ pub(super) fn heard(printed: std::io::Result<()>) -> anyhow::Result<Flow> {
 
 /// `1.5 GiB`.
 pub(crate) fn bytes(bytes: u64) -> String {
-    const UNITS: [&str; 5] = ["B", "KiB", "MiB", "GiB", "TiB"];
-    let power = (bytes.max(1).ilog2() / 10).min(UNITS.len() as u32 - 1);
-    match power {
-        0 => format!("{bytes} B"),
-        _ => format!(
-            "{:.1} {}",
-            bytes as f64 / f64::from(1024u32).powi(power as i32),
-            UNITS[power as usize]
-        ),
-    }
+    ByteSize(bytes).display().iec().to_string()
 }
 
 /// An error with its causes on one line. Parsers draw their errors on several.
@@ -104,7 +96,7 @@ mod tests {
         check(1023, "1023 B");
         check(1536, "1.5 KiB");
         check(64 << 20, "64.0 MiB");
-        check(u64::MAX, "16777216.0 TiB");
+        check(u64::MAX, "16.0 EiB");
     }
 
     #[test]

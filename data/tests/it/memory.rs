@@ -54,7 +54,7 @@ fn sorted() -> mobula_data::Result<()> {
 
 #[test]
 fn sorts_spill_what_has_no_room() {
-    within("sorts_spill_what_has_no_room", "6000000", None, child_sorts);
+    within("sorts_spill_what_has_no_room", "6MB", None, child_sorts);
 }
 
 #[test]

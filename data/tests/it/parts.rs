@@ -8,7 +8,7 @@ use datafusion::parquet::arrow::ArrowWriter;
 use datafusion::parquet::file::metadata::SortingColumn;
 use datafusion::parquet::file::properties::WriterProperties;
 use mobula_core::BoxError;
-use mobula_data::{BatchFn, Dataset, Error, ParquetSink, WriteOptions, rows};
+use mobula_data::{BatchFn, Dataset, Error, JoinType, ParquetSink, WriteOptions, rows};
 use std::process::Command;
 use std::sync::{Arc, LazyLock};
 
@@ -318,4 +318,23 @@ fn explain_shows_the_parts() {
     let plan = joined.and_then(|joined| joined.explain()).expect("a plan");
     // It would leave out rows of the other side while the engine still finds out which.
     assert!(plan.contains("HashJoinExec") && !plan.contains("DynamicFilter"), "{plan}");
+}
+
+/// Whichever is named first, and though operations of ours are done to it.
+#[test]
+fn joins_hold_the_side_with_fewer_rows() {
+    let (many, few) = (table(1500, 3), table(100, 1).select(["k"]).expect("a plan"));
+    many.count().and_then(|_| few.count()).expect("rows");
+    for (one, other) in [(&many, &few), (&few, &many)] {
+        let joined = one.join(other, ["k"], JoinType::Inner);
+        let plan = joined.and_then(|joined| joined.explain()).expect("a plan");
+        let join = plan.find("HashJoinExec").expect("a join by hash");
+        let leaves = plan[join..].lines().filter(|line| line.contains("CountedExec"));
+        let leaves: Vec<_> = leaves.map(str::trim).collect();
+        assert_eq!(
+            leaves,
+            ["CountedExec: about 100 rows", "CountedExec: about 1500 rows"],
+            "{plan}"
+        );
+    }
 }
