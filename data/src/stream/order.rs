@@ -155,8 +155,9 @@ impl EpochOrder {
             }
             let (blocks, firsts) = (&self.blocks[blocks.clone()], &self.starts[blocks]);
             let end = all.end.min(places.end);
-            runs.extend((places.start..end).map(|place| {
-                let place = all.start + own.at(place - all.start);
+            let mixed = own.of(places.start - all.start..end - all.start).into_iter();
+            runs.extend(mixed.map(|place| {
+                let place = all.start + place;
                 // Without branches, which nothing could foretell.
                 let at: usize = starts.iter().map(|start| usize::from(*start <= place)).sum();
                 Run { block: blocks[at], row: (place - firsts[at]) as usize, rows: 1 }
@@ -238,30 +239,44 @@ impl Permutation {
         kept.get_or_insert_with(|| Self::new(length, keys))
     }
 
-    #[inline]
-    fn at(&self, index: u64) -> u64 {
+    /// Where indices that follow each other go.
+    fn of(&self, indices: Range<u64>) -> Vec<u64> {
         match &self.tables {
             // The remainder is the half, and tells the compiler that the table has it.
             Some(tables) => {
-                self.walk(index, |round, half| tables[round][half as usize % HALVES].into())
+                self.walk(indices, |round, half| tables[round][half as usize % HALVES].into())
             }
-            None => self.walk(index, |round, half| self.round(round, half)),
+            None => self.walk(indices, |round, half| self.round(round, half)),
+        }
+    }
+
+    /// Each makes its first step, then those that landed outside their next ones: nothing could foretell
+    /// which these are, so no branch depends on it.
+    fn walk(&self, indices: Range<u64>, round: impl Fn(usize, u64) -> u64) -> Vec<u64> {
+        let mut values: Vec<u64> = indices.map(|index| self.step(index, &round)).collect();
+        let mut outside: Vec<usize> = (0..values.len()).collect();
+        loop {
+            let mut count = 0;
+            for i in 0..outside.len() {
+                let at = outside[i];
+                outside[count] = at;
+                count += usize::from(values[at] >= self.length);
+            }
+            outside.truncate(count);
+            if outside.is_empty() {
+                return values;
+            }
+            outside.iter().for_each(|at| values[*at] = self.step(values[*at], &round));
         }
     }
 
     #[inline]
-    fn walk(&self, index: u64, round: impl Fn(usize, u64) -> u64) -> u64 {
-        let mut value = index;
-        loop {
-            let (mut left, mut right) = (value >> self.low, value & self.masks[1]);
-            for at in 0..ROUNDS {
-                (left, right) = (right, left ^ round(at, right));
-            }
-            value = left << self.low | right;
-            if value < self.length {
-                return value;
-            }
+    fn step(&self, value: u64, round: impl Fn(usize, u64) -> u64) -> u64 {
+        let (mut left, mut right) = (value >> self.low, value & self.masks[1]);
+        for at in 0..ROUNDS {
+            (left, right) = (right, left ^ round(at, right));
         }
+        left << self.low | right
     }
 
     fn round(&self, round: usize, half: u64) -> u64 {
@@ -317,7 +332,7 @@ mod tests {
         #[test]
         fn a_permutation_has_each_once(length in 1u64..3000, keys in any::<[u32; 6]>()) {
             let own = Permutation::new(length, keys);
-            let mut image: Vec<u64> = (0..length).map(|i| own.at(i)).collect();
+            let mut image = own.of(0..length);
             image.sort_unstable();
             prop_assert!(image.into_iter().eq(0..length));
         }
@@ -327,7 +342,8 @@ mod tests {
             let own = Permutation::new(length, keys);
             let plain = Permutation { tables: None, ..Permutation::new(length, keys) };
             prop_assert!(own.tables.is_some());
-            prop_assert_eq!(own.at(at % length), plain.at(at % length));
+            let some = at % length..(at % length + 100).min(length);
+            prop_assert_eq!(own.of(some.clone()), plain.of(some));
         }
     }
 
@@ -344,7 +360,7 @@ mod tests {
         assert_eq!((VERSION, step(1)), (2, rows.map(|row| (2, row)).to_vec()));
         // More rows than there are tables for.
         let huge = Permutation::new(1 << 40, [1, 2, 3, 4, 5, 6]);
-        assert_eq!(huge.at(12345), 858_037_686_062);
+        assert_eq!(huge.of(12345..12346), [858_037_686_062]);
     }
 
     /// Each row is about equally often in each tenth of an epoch.
