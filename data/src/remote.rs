@@ -319,7 +319,7 @@ fn matching(place: &Place, folder: &str, pattern: &str) -> Result<Vec<PathBuf>> 
     let options = MatchOptions {
         require_literal_separator: true,
         require_literal_leading_dot: true,
-        ..MatchOptions::default()
+        ..MatchOptions::new()
     };
     // What is written is listed above the folders that are named by values.
     let folder = folder.split('/').take_while(|name| !name.contains('=')).collect::<Vec<_>>();

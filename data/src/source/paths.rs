@@ -72,7 +72,7 @@ fn matching(pattern: &Path) -> Result<Vec<PathBuf>> {
     };
     let text = pattern.to_str().ok_or_else(|| invalid("not UTF-8".to_owned()))?;
     // A folder that is being written is hidden until it is whole.
-    let visible = MatchOptions { require_literal_leading_dot: true, ..MatchOptions::default() };
+    let visible = MatchOptions { require_literal_leading_dot: true, ..MatchOptions::new() };
     let paths = glob::glob_with(text, visible).map_err(|error| invalid(error.msg.to_owned()))?;
     // `glob` yields paths in alphabetical order.
     let mut files = Vec::new();

@@ -284,6 +284,18 @@ fn a_folder_is_no_pattern() {
     assert_eq!(ids(&read_csv(at(&dir, "exp[1]/*.csv")).expect("dataset")), [1]);
 }
 
+/// As files do, on Linux.
+#[test]
+fn a_pattern_tells_cases_apart() {
+    let dir = folder(&[("a.csv", b"id\n1\n"), ("A.csv", b"id\n2\n"), ("b.CSV", b"id\n3\n")]);
+    let read = |pattern: &str| ids(&read_csv(at(&dir, pattern)).expect("dataset"));
+    assert_eq!(
+        (read("*.csv"), read("a*"), read("*.[cC][sS][vV]")),
+        (vec![2, 1], vec![1], vec![2, 1, 3])
+    );
+    assert!(message(read_csv(at(&dir, "*.Csv"))).contains("no file"));
+}
+
 #[test]
 fn csv_streams_in_blocks() {
     let text: String = (0..20_000).map(|i| format!("{i},\"a\n{i}\"\n")).collect();

@@ -168,6 +168,9 @@ fn patterns_mean_what_they_mean_here() {
     let one = count("/digits-0.parquet").expect("a file");
     assert_eq!(count("/*/digits-9.parquet").expect("files"), one);
     assert_eq!(count("/**/digits-[09].parquet").expect("files"), 2 * one);
+    assert!(
+        message(Dataset::read_parquet(format!("{there}/Digits-*.parquet"))).contains("no file")
+    );
     let text = message(count("/digits-?.parquet"));
     assert!(text.contains("it has a query"), "{text}");
 }
