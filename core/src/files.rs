@@ -1,4 +1,4 @@
-//! Files that are written to bit by bit.
+//! Files that are appended to.
 
 use std::fs::File;
 use std::io::{Result, Seek, SeekFrom, Write};
@@ -9,8 +9,8 @@ pub(crate) fn append_whole(file: &mut File, bytes: &[u8]) -> Result<()> {
     let length = file.stream_position()?;
     let written = file.write_all(bytes);
     if written.is_err() {
-        file.set_len(length)?;
-        file.seek(SeekFrom::Start(length))?;
+        // If that fails too, what it says is why there is no room.
+        let _ = file.set_len(length).and_then(|()| file.seek(SeekFrom::Start(length)));
     }
     written
 }

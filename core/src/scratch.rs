@@ -15,21 +15,26 @@ use std::path::{Path, PathBuf};
 const PREFIX: &str = "mobula-spill";
 
 /// Bytes of memory that a layer may use: what the environment `variable` says, such as `8GB` or
-/// `7.5GiB`, or else `percent` of what this process may use. Of that a worker process gets the share that it has of the CPUs.
+/// `7.5GiB`, or else `percent` of what this process may use. Of that a worker process gets the share
+/// that it has of the CPUs.
 pub fn memory_budget(variable: &'static str, percent: u64) -> Result<u64, Error> {
     if let Ok(text) = std::env::var(variable) {
-        return text.parse().map(|size: ByteSize| size.as_u64()).map_err(|_| {
-            Error::LaunchVariable {
-                variable: variable.to_owned(),
-                got: Some(text),
-                expected: "bytes, such as 8000000000, 8GB or 7.5GiB".to_owned(),
-            }
+        return bytes_of(&text).ok_or_else(|| Error::LaunchVariable {
+            variable: variable.to_owned(),
+            got: Some(text),
+            expected: "bytes, such as 8000000000, 8GB or 7.5GiB".to_owned(),
         });
     }
     let cpus = Resources::of_this_machine().cpus.max(1.0);
     let own = std::env::var("RAYON_NUM_THREADS").ok().and_then(|text| text.parse::<f64>().ok());
     let share = own.filter(|_| nested().is_some()).map_or(1.0, |own| (own / cpus).min(1.0));
     Ok((limits::allowed() as f64 / 100.0 * percent as f64 * share) as u64)
+}
+
+/// A number of bytes, or of a unit; only of a unit may there be a fraction.
+fn bytes_of(text: &str) -> Option<u64> {
+    let of_unit = || text.parse::<ByteSize>().ok().filter(|_| text.parse::<f64>().is_err());
+    text.parse().ok().or_else(|| of_unit().map(|size| size.as_u64()))
 }
 
 /// A private folder of this process, removed when dropped. It is locked for as long as the process
@@ -178,6 +183,14 @@ mod tests {
         assert_ne!(living.path, second.path);
         assert!(living.path.exists() && elsewhere.exists() && foreign.exists());
         assert!(!dead.exists());
+    }
+
+    #[test]
+    fn budgets_have_units() {
+        assert_eq!(bytes_of("8000000000"), Some(8_000_000_000));
+        assert_eq!(bytes_of("8GB"), Some(8_000_000_000));
+        assert_eq!(bytes_of("7.5 GiB"), Some(15 << 29));
+        ["8.5", "-1", "much", "8 GG", ""].map(|text| assert_eq!(bytes_of(text), None, "{text}"));
     }
 
     #[test]

@@ -1,15 +1,12 @@
-//! A leaf of which it is known how many rows it has: which side of a join is held in memory depends on it.
+//! How many rows a table has: which side of a join is held in memory depends on it.
 
-use crate::kept_parts::OneError;
 use crate::operator::Operator;
 use datafusion::common::Result as EngineResult;
 use datafusion::execution::{SendableRecordBatchStream, TaskContext};
-use datafusion::physical_plan::stream::RecordBatchStreamAdapter;
 use datafusion::physical_plan::{ExecutionPlan, PlanProperties};
-use futures::TryStreamExt;
 use std::sync::Arc;
 
-/// Passes on about so many rows.
+/// Passes on so many rows, or fewer, if there is a limit or a filter that blocks are left out for.
 #[derive(Clone, Debug)]
 pub(crate) struct Counted {
     pub(crate) rows: usize,
@@ -42,8 +39,6 @@ impl Operator for Counted {
         partition: usize,
         context: Arc<TaskContext>,
     ) -> EngineResult<SendableRecordBatchStream> {
-        // As several may learn of an error, if what is held is for all parts of a join.
-        let rows = input.execute(partition, context)?.map_err(|error| OneError::new(error).into());
-        Ok(Box::pin(RecordBatchStreamAdapter::new(input.schema(), rows)))
+        input.execute(partition, context)
     }
 }

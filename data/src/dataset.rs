@@ -77,7 +77,7 @@ pub(crate) enum Op {
 }
 
 impl Op {
-    fn keeps_every_row(&self) -> bool {
+    pub(crate) fn keeps_every_row(&self) -> bool {
         matches!(
             self,
             Self::Select { .. }

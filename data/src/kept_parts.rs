@@ -53,7 +53,7 @@ pub(crate) struct OneError {
 }
 
 impl OneError {
-    pub(crate) fn new(error: DataFusionError) -> Self {
+    fn new(error: DataFusionError) -> Self {
         Self { text: error.to_string().into(), error: Arc::new(Mutex::new(Some(error))) }
     }
 

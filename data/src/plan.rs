@@ -43,6 +43,8 @@ pub(crate) struct Compiled {
     source: Arc<OpenSource>,
     /// Where no operation does more than choose columns: which.
     chosen: Option<Arc<[usize]>>,
+    /// Whether a block has all rows of the source's, and no others.
+    keeps_every_row: bool,
     stage: Arc<Stage>,
 }
 
@@ -79,7 +81,8 @@ impl Compiled {
                 )));
             }
             let chosen = chosen(&plan.schema(), source.schema(), &ops);
-            Ok(Self { plan, source, chosen, stage })
+            let keeps_every_row = ops.iter().all(Op::keeps_every_row);
+            Ok(Self { plan, source, chosen, keeps_every_row, stage })
         })
     }
 
@@ -127,6 +130,10 @@ impl Compiled {
     /// The engine's plan, with what each part of it has done so far.
     pub(crate) fn metrics(&self) -> String {
         DisplayableExecutionPlan::with_metrics(&*self.plan).indent(false).to_string()
+    }
+
+    pub(crate) fn keeps_every_row(&self) -> bool {
+        self.keeps_every_row
     }
 
     pub(crate) fn source(&self) -> &OpenSource {

@@ -261,7 +261,7 @@ pub(crate) fn expand(pattern: &Path, in_folder: &str) -> Result<Vec<PathBuf>> {
     let place = Place::new(pattern)?;
     let files = match wildcards(place.key.as_ref()) {
         None => one_or_folder(&place, in_folder)?,
-        Some(folder) => matching(&place, folder, place.key.as_ref())?,
+        Some(folder) => matching(&place, folder, place.key.as_ref(), true)?,
     };
     if files.is_empty() {
         return Err(Error::NoFiles { pattern: pattern.to_owned() });
@@ -305,11 +305,17 @@ fn one_or_folder(place: &Place, in_folder: &str) -> Result<Vec<PathBuf>> {
     }
     let folder = Pattern::escape(place.key.as_ref());
     let pattern = format!("{folder}/{in_folder}");
-    let found = matching(place, place.key.as_ref(), pattern.trim_start_matches('/'))?;
+    let pattern = pattern.trim_start_matches('/');
+    let found = matching(place, place.key.as_ref(), pattern, false)?;
     Ok(if found.is_empty() && !dotted && is_file()? { itself() } else { found })
 }
 
-fn matching(place: &Place, folder: &str, pattern: &str) -> Result<Vec<PathBuf>> {
+fn matching(
+    place: &Place,
+    folder: &str,
+    pattern: &str,
+    case_sensitive: bool,
+) -> Result<Vec<PathBuf>> {
     let pattern = Pattern::new(pattern).map_err(|error| Error::InvalidOption {
         option: "the file pattern",
         expected: "a URL with the wildcards *, ? and [...]".to_owned(),
@@ -319,7 +325,7 @@ fn matching(place: &Place, folder: &str, pattern: &str) -> Result<Vec<PathBuf>> 
     let options = MatchOptions {
         require_literal_separator: true,
         require_literal_leading_dot: true,
-        ..MatchOptions::new()
+        case_sensitive,
     };
     // What is written is listed above the folders that are named by values.
     let folder = folder.split('/').take_while(|name| !name.contains('=')).collect::<Vec<_>>();

@@ -58,14 +58,18 @@ impl SourceTable {
         }
     }
 
-    /// How many rows a query that reads it is to expect: those of the source.
-    fn rows(&self) -> Option<usize> {
+    /// How many rows a query that reads it is to expect, where that is known.
+    fn rows(&self, left_out: &[bool]) -> Option<usize> {
         let source = match self {
             Self::Blocks { .. } => return None,
-            Self::Chains(plan, _) => plan.source(),
+            Self::Chains(plan, _) => plan.keeps_every_row().then(|| plan.source())?,
             Self::Sequences(source, _) => source,
         };
-        Some(source.blocks().iter().map(|block| block.rows as usize).sum())
+        let is_left_out = |block: usize| left_out.get(block).is_some_and(|out| *out);
+        let blocks = source.blocks().iter().enumerate().filter(|(at, _)| !is_left_out(*at));
+        let rows = blocks.map(|(_, block)| block.rows as usize).sum();
+        // Of what is only to be planned nothing is known.
+        (!source.blocks().is_empty()).then_some(rows)
     }
 
     fn partitions(
@@ -140,10 +144,11 @@ impl TableProvider for SourceTable {
         let projection: Vec<usize> = projection.cloned().unwrap_or_else(all);
         let schema = Arc::new(self.schema().project(&projection)?);
         let left_out = self.constants().map(|of| left_out(of, state, filters)).transpose()?;
-        let partitions = self.partitions(&projection, &left_out.unwrap_or_default())?;
+        let left_out = left_out.unwrap_or_default();
+        let partitions = self.partitions(&projection, &left_out)?;
         let plan = StreamingTableExec::try_new(schema, partitions, None, [], false, limit)?;
         let plan: Arc<dyn ExecutionPlan> = Arc::new(plan);
-        Ok(match self.rows() {
+        Ok(match self.rows(&left_out) {
             Some(rows) => {
                 Arc::new(Exec::new(Counted { rows: limit.unwrap_or(rows).min(rows) }, plan))
             }

@@ -25,8 +25,8 @@ pub struct ScalingConfig {
     pub resources_per_worker: Resources,
     /// Where workers run. Default: each in a process of its own.
     pub placement: Placement,
-    /// How long the training waits for workers' resources that others hold, at its start and where it
-    /// has lost workers. Default: 10 minutes.
+    /// How long the training waits for workers' resources that others hold: at its start, and, where
+    /// their number is fixed, for those in the place of lost ones. Default: 10 minutes.
     pub placement_timeout: Duration,
     /// Whether batch norms take their statistics over the rows of all workers, as PyTorch's
     /// `SyncBatchNorm` does, instead of over those of each by itself. Training is then the same

@@ -14,6 +14,8 @@ pub(crate) struct Journal {
     name: String,
     run: Option<RunDir>,
     metrics: Option<MetricsWriter>,
+    /// The step and epoch behind which metrics are made again, if those that were there are not gone yet.
+    rewind: Option<(u64, u64)>,
     /// Whether the last metrics were not written, which has been told then.
     is_lossy: bool,
     pub(crate) last: BTreeMap<String, f64>,
@@ -29,6 +31,7 @@ impl Journal {
             name: name.to_owned(),
             run: run.cloned(),
             metrics: run.map(RunDir::metrics_writer).transpose()?,
+            rewind: None,
             is_lossy: false,
             last: BTreeMap::new(),
             step_ms: BTreeMap::new(),
@@ -67,14 +70,17 @@ impl Journal {
         });
         self.last = metrics;
         self.step_ms.clear();
-        let rewound = self.rewind(step, epoch);
-        self.unless_lost(rewound)
+        (self.metrics, self.rewind) = (None, Some((step, epoch)));
+        let opened = self.open();
+        self.unless_lost(opened)
     }
 
-    fn rewind(&mut self, step: u64, epoch: u64) -> Result<(), Error> {
-        if let Some(run) = &self.run {
+    /// Opens the metrics once those are gone that are made again.
+    fn open(&mut self) -> Result<(), Error> {
+        if let (Some(run), Some((step, epoch))) = (&self.run, self.rewind) {
             run.rewind_metrics(step, epoch)?;
             self.metrics = Some(run.metrics_writer()?);
+            self.rewind = None;
         }
         Ok(())
     }
@@ -109,11 +115,15 @@ impl Journal {
     }
 
     fn log(&mut self, step: u64, values: &BTreeMap<String, f64>) -> crate::Result<()> {
-        let logged = self.metrics.as_mut().map_or(Ok(()), |metrics| metrics.log(step, values));
+        let logged = self.open().and_then(|()| match &mut self.metrics {
+            Some(metrics) => metrics.log(step, values),
+            None => Ok(()),
+        });
         self.unless_lost(logged)
     }
 
-    /// Metrics that a full disk does not take are no reason to end a training: it is told once.
+    /// Metrics that cannot be written, as a disk is full, are no reason to end a training. It is told once,
+    /// until there is room again.
     fn unless_lost(&mut self, written: Result<(), Error>) -> crate::Result<()> {
         let Err(error @ Error::Io { .. }) = written else {
             self.is_lossy &= written.is_err();
@@ -151,5 +161,27 @@ mod tests {
         let others = vec![(1, WorkerReport::StepMs(9.76)), (2, WorkerReport::StepMs(6.0))];
         assert_eq!(shown(others).as_deref(), Some("steps 5.1-9.8 ms, rank 1 slowest"));
         assert_eq!(shown(vec![(0, WorkerReport::Resumed(Resumed::default()))]), None);
+    }
+
+    /// As a full disk would: the file that they are to be written to cannot be made.
+    #[test]
+    fn metrics_that_find_no_room_after_a_restart_are_not_there_twice() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let run = RunDir::open_or_create(folder.path(), "run", 0, &()).expect("a run");
+        let mut journal = Journal::new("test", Some(&run)).expect("a journal");
+        let mut record = |report| journal.record(0, report).expect("recorded");
+        let metrics = |step| {
+            let metrics = BTreeMap::from([("x".to_owned(), 1.0)]);
+            WorkerReport::Metrics { step, metrics }
+        };
+        (1..=4).for_each(|step| record(metrics(step)));
+        let in_the_way = run.path().join(".tmp-metrics.jsonl");
+        std::fs::create_dir(&in_the_way).expect("in the way");
+        record(WorkerReport::Resumed(Resumed { step: 2, ..Resumed::default() }));
+        record(metrics(3));
+        std::fs::remove_dir(&in_the_way).expect("room");
+        (4..=5).for_each(|step| record(metrics(step)));
+        let steps: Vec<_> = run.metrics().expect("metrics").iter().map(|line| line.step).collect();
+        assert_eq!(steps, [1, 2, 4, 5]);
     }
 }

@@ -21,12 +21,14 @@ pub(crate) fn expand_in(pattern: &str, in_folder: &str) -> Result<Vec<PathBuf>> 
     if path.is_file() {
         return Ok(vec![path]);
     }
-    if path.is_dir() {
+    let is_folder = path.is_dir();
+    if is_folder {
         // Whatever is in its own name is no pattern.
         path = glob::Pattern::escape(&path.to_string_lossy()).into();
         path.push(in_folder);
     }
-    let files = matching(&path)?;
+    // A folder's files are known by their endings, in whatever case.
+    let files = matching(&path, !is_folder)?;
     if files.is_empty() { Err(Error::NoFiles { pattern: path }) } else { Ok(files) }
 }
 
@@ -64,7 +66,7 @@ fn absolute(path: impl AsRef<Path>) -> Result<PathBuf> {
     Ok(std::path::absolute(&path).at("resolve", &path)?)
 }
 
-fn matching(pattern: &Path) -> Result<Vec<PathBuf>> {
+fn matching(pattern: &Path, case_sensitive: bool) -> Result<Vec<PathBuf>> {
     let invalid = |reason: String| Error::InvalidOption {
         option: "the file pattern",
         expected: "a path with the wildcards *, ? and [...]".to_owned(),
@@ -72,7 +74,11 @@ fn matching(pattern: &Path) -> Result<Vec<PathBuf>> {
     };
     let text = pattern.to_str().ok_or_else(|| invalid("not UTF-8".to_owned()))?;
     // A folder that is being written is hidden until it is whole.
-    let visible = MatchOptions { require_literal_leading_dot: true, ..MatchOptions::new() };
+    let visible = MatchOptions {
+        case_sensitive,
+        require_literal_leading_dot: true,
+        require_literal_separator: false,
+    };
     let paths = glob::glob_with(text, visible).map_err(|error| invalid(error.msg.to_owned()))?;
     // `glob` yields paths in alphabetical order.
     let mut files = Vec::new();

@@ -294,6 +294,8 @@ fn a_pattern_tells_cases_apart() {
         (vec![2, 1], vec![1], vec![2, 1, 3])
     );
     assert!(message(read_csv(at(&dir, "*.Csv"))).contains("no file"));
+    // A folder has them all.
+    assert_eq!(read(""), [2, 1, 3]);
 }
 
 #[test]

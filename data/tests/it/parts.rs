@@ -144,6 +144,22 @@ fn parts_have_the_rows_of_the_whole() {
     }
 }
 
+/// No row has the value that a filter asks for.
+#[test]
+fn nothing_has_no_different_values() {
+    let none = "t WHERE k = 7 AND kind = 'absent'";
+    for sql in [
+        format!("SELECT count(DISTINCT k), count(DISTINCT kind) FROM {none}"),
+        format!(
+            "SELECT count(DISTINCT a.k), count(DISTINCT a.kind) FROM (SELECT * FROM {none}) a JOIN u USING (k)"
+        ),
+    ] {
+        for rows in [Rows::Whole, Rows::Cut, Rows::Parquet] {
+            assert_eq!(lines(&ask(&sql, rows).expect("rows")), ["0 | 0"], "{rows:?} {sql}");
+        }
+    }
+}
+
 /// Orders that a query asks for, with rows that are the same by them; and firsts.
 const ORDERED: &[&str] = &[
     "SELECT id FROM t ORDER BY x DESC",
