@@ -190,7 +190,9 @@ mod tests {
         assert_eq!(bytes_of("8000000000"), Some(8_000_000_000));
         assert_eq!(bytes_of("8GB"), Some(8_000_000_000));
         assert_eq!(bytes_of("7.5 GiB"), Some(15 << 29));
-        ["8.5", "-1", "much", "8 GG", ""].map(|text| assert_eq!(bytes_of(text), None, "{text}"));
+        for text in ["8.5", "-1", "much", "8 GG", ""] {
+            assert_eq!(bytes_of(text), None, "{text}");
+        }
     }
 
     #[test]
