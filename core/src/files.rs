@@ -9,7 +9,7 @@ pub(crate) fn append_whole(file: &mut File, bytes: &[u8]) -> Result<()> {
     let length = file.stream_position()?;
     let written = file.write_all(bytes);
     if written.is_err() {
-        // If that fails too, what it says is why there is no room.
+        // Should that fail too, the first error is the one that says why.
         let _ = file.set_len(length).and_then(|()| file.seek(SeekFrom::Start(length)));
     }
     written

@@ -6,7 +6,7 @@ use datafusion::execution::{SendableRecordBatchStream, TaskContext};
 use datafusion::physical_plan::{ExecutionPlan, PlanProperties};
 use std::sync::Arc;
 
-/// Passes on so many rows, or fewer, if there is a limit or a filter that blocks are left out for.
+/// Passes on all rows, which are about so many.
 #[derive(Clone, Debug)]
 pub(crate) struct Counted {
     pub(crate) rows: usize,

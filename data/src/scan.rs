@@ -65,8 +65,8 @@ impl SourceTable {
             Self::Chains(plan, _) => plan.keeps_every_row().then(|| plan.source())?,
             Self::Sequences(source, _) => source,
         };
-        let is_left_out = |block: usize| left_out.get(block).is_some_and(|out| *out);
-        let blocks = source.blocks().iter().enumerate().filter(|(at, _)| !is_left_out(*at));
+        let blocks = source.blocks().iter().enumerate();
+        let blocks = blocks.filter(|(block, _)| !is_left_out(left_out, *block));
         let rows = blocks.map(|(_, block)| block.rows as usize).sum();
         // Of what is only to be planned nothing is known.
         (!source.blocks().is_empty()).then_some(rows)
@@ -79,13 +79,12 @@ impl SourceTable {
     ) -> EngineResult<Vec<Arc<dyn PartitionStream>>> {
         let schema = Arc::new(self.schema().project(projection)?);
         let projection: Arc<[usize]> = projection.into();
-        let is_left_out = |block: usize| left_out.get(block).is_some_and(|out| *out);
         Ok(match self {
             Self::Blocks { source, splits } => (0..source.blocks().len())
                 .map(|block| {
                     let (source, splits) = (source.clone(), splits.clone());
                     let (schema, projection) = (schema.clone(), projection.clone());
-                    let block = (!is_left_out(block)).then_some(block);
+                    let block = (!is_left_out(left_out, block)).then_some(block);
                     Arc::new(BlockStream { source, block, projection, splits, schema }) as _
                 })
                 .collect(),
@@ -97,7 +96,7 @@ impl SourceTable {
                 .collect(),
             Self::Sequences(source, parts) => ranges(source.blocks().len(), *parts)
                 .map(|blocks| {
-                    let blocks = blocks.filter(|block| !is_left_out(*block)).collect();
+                    let blocks = blocks.filter(|block| !is_left_out(left_out, *block)).collect();
                     let (source, projection) = (source.clone(), projection.clone());
                     let schema = schema.clone();
                     Arc::new(SequenceStream { source, blocks, projection, schema }) as _
@@ -155,6 +154,11 @@ impl TableProvider for SourceTable {
             None => plan,
         })
     }
+}
+
+/// Of the blocks of [`left_out`], or of none.
+fn is_left_out(left_out: &[bool], block: usize) -> bool {
+    left_out.get(block).is_some_and(|out| *out)
 }
 
 /// Whether a filter asks for these columns alone.
