@@ -327,6 +327,11 @@ impl Dataset {
         Compiled::new(self.open()?, ops, self.stage(ops))
     }
 
+    /// What it is called in one line.
+    pub(crate) fn title(&self) -> String {
+        self.stage(&self.ops)
+    }
+
     /// What its source and operations on it are called as one.
     fn stage(&self, ops: &[Op]) -> String {
         let (kind, summary) = (self.source.typetag_name(), self.source.summary());

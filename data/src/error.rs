@@ -16,6 +16,14 @@ pub enum Error {
     /// An error of the layer below: a file that cannot be read, a stream that cannot be resumed.
     #[error(transparent)]
     Core(#[from] mobula_core::Error),
+    /// A process of another engine finds other data than where the query was planned.
+    #[error(
+        "{dataset}: its data is not what it was where the query was planned; every process must find the same files by the same names"
+    )]
+    OtherData {
+        /// What the dataset is called.
+        dataset: String,
+    },
     /// No file is at a path, or matches a pattern.
     #[error("no file matches {}; check the path (relative ones start at the current folder)", pattern.display())]
     NoFiles {

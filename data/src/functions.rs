@@ -11,12 +11,14 @@ use crate::error::{Error, Result};
 use arrow::datatypes::DataType;
 use datafusion::common::{Result as EngineResult, exec_datafusion_err};
 use datafusion::execution::FunctionRegistry;
+#[cfg(feature = "backend")]
+use datafusion::logical_expr::{AggregateUDF, ScalarUDF};
 use datafusion::logical_expr::{Signature, Volatility};
 use datafusion::prelude::SessionContext;
 use mobula_core::BoxError;
 use std::fmt::Debug;
 use std::hash::{Hash, Hasher};
-use std::sync::LazyLock;
+use std::sync::{Arc, LazyLock};
 
 /// The types of a function's arguments and of its result.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -144,11 +146,28 @@ pub(crate) fn check() -> Result<()> {
 }
 
 /// Makes them known to a session.
-pub(crate) fn register(session: &SessionContext) {
+pub(crate) fn register(session: &mut dyn FunctionRegistry) -> EngineResult<()> {
     for function in inventory::iter::<ScalarFn> {
-        session.register_udf(Called(function).into());
+        session.register_udf(Arc::new(Called(function).into()))?;
     }
     for function in inventory::iter::<AggregateFn> {
-        session.register_udaf(Called(function).into());
+        session.register_udaf(Arc::new(Called(function).into()))?;
     }
+    Ok(())
+}
+
+/// The function of this name that is the program's own.
+#[cfg(feature = "backend")]
+pub(crate) fn scalar(name: &str) -> Option<Arc<ScalarUDF>> {
+    let mut all = inventory::iter::<ScalarFn>.into_iter();
+    let function = all.find(|function| function.head().name == name)?;
+    Some(Arc::new(Called(function).into()))
+}
+
+/// The same of aggregates.
+#[cfg(feature = "backend")]
+pub(crate) fn aggregate(name: &str) -> Option<Arc<AggregateUDF>> {
+    let mut all = inventory::iter::<AggregateFn>.into_iter();
+    let function = all.find(|function| function.head().name == name)?;
+    Some(Arc::new(Called(function).into()))
 }

@@ -26,12 +26,14 @@
 //! epoch, or give ranks other batches because there are more of them. It does not distribute
 //! queries: [`Dataset::sql`] runs in one process.
 
+#[cfg(feature = "backend")]
+pub mod backend;
 mod batch_fn;
 mod batches;
-mod counted;
 #[cfg(any(feature = "postgres", feature = "sqlite"))]
 mod database;
 mod dataset;
+mod dataset_table;
 mod error;
 mod exchange;
 mod explain;
@@ -44,6 +46,7 @@ mod in_order;
 mod in_turn;
 pub mod inspect;
 mod kept_parts;
+mod left_out;
 mod memory;
 mod operator;
 mod order;

@@ -1,11 +1,9 @@
 //! Operators of our own in the engine's plans.
 
-use datafusion::common::stats::Precision;
+use datafusion::common::Result as EngineResult;
 use datafusion::common::tree_node::TreeNodeRecursion;
-use datafusion::common::{Result as EngineResult, Statistics};
 use datafusion::execution::{SendableRecordBatchStream, TaskContext};
 use datafusion::physical_expr::PhysicalExpr;
-use datafusion::physical_plan::statistics::StatisticsArgs;
 use datafusion::physical_plan::{
     DisplayAs, DisplayFormatType, ExecutionPlan, ExecutionPlanProperties, Partitioning,
     PlanProperties,
@@ -35,11 +33,6 @@ pub(crate) trait Operator: Clone + Debug + Send + Sync + 'static {
 
     /// What plans say of it behind its name.
     fn details(&self) -> Option<String> {
-        None
-    }
-
-    /// About how many rows it gives, if that is known.
-    fn rows(&self) -> Option<usize> {
         None
     }
 
@@ -109,16 +102,6 @@ impl<O: Operator> ExecutionPlan for Exec<O> {
             recursion = recursion.visit_sibling(|| f(&expression))?;
         }
         Ok(recursion)
-    }
-
-    fn statistics_from_inputs(
-        &self,
-        _inputs: &[Arc<Statistics>],
-        of: &StatisticsArgs,
-    ) -> EngineResult<Arc<Statistics>> {
-        let rows = self.operator.rows().filter(|_| of.partition().is_none());
-        let rows = rows.map_or(Precision::Absent, Precision::Inexact);
-        Ok(Arc::new(Statistics::new_unknown(&self.schema()).with_num_rows(rows)))
     }
 
     /// Nothing is computed of it yet.

@@ -6,15 +6,14 @@ use crate::frame::quoted;
 use crate::plan::must_be_deterministic;
 use crate::query::{self, TABLE};
 use crate::runtime::block_on;
-use crate::scan::SourceTable;
 use crate::session::{Mode, session};
-use crate::source::OpenSource;
 use arrow::array::ArrayRef;
 use arrow::compute::{SortOptions, cast};
 use arrow::datatypes::{DataType, SchemaRef};
 use arrow::record_batch::RecordBatch;
 use arrow::row::SortField;
 use datafusion::common::{DFSchema, TableReference};
+use datafusion::datasource::empty::EmptyTable;
 use datafusion::logical_expr::expr_rewriter::unnormalize_col;
 use datafusion::logical_expr::{LogicalPlan, SortExpr};
 use std::collections::BTreeSet;
@@ -31,10 +30,9 @@ pub(crate) struct OrderBy {
 
 impl OrderBy {
     pub(crate) fn new(schema: &SchemaRef, by: &str) -> Result<Self> {
-        let (source, by) = (Arc::new(OpenSource::empty(schema.clone())), by.to_owned());
-        let schema = schema.clone();
+        let (schema, by) = (schema.clone(), by.to_owned());
         block_on(async move {
-            let table = Arc::new(SourceTable::Sequences(source, 1)) as _;
+            let table = Arc::new(EmptyTable::new(schema.clone())) as _;
             let tables = vec![(TableReference::bare(TABLE), table)];
             let query = format!("SELECT * FROM {TABLE} ORDER BY {by}");
             let frame = query::frame(tables, &query, Mode::HashJoin(1)).await?;

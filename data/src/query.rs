@@ -1,6 +1,8 @@
 //! Queries over several datasets and over files.
 
 use crate::Dataset;
+#[cfg(feature = "backend")]
+use crate::backend::Backend;
 use crate::error::{Error, Result};
 use crate::in_turn::InOrder;
 use crate::operator::Exec;
@@ -61,6 +63,28 @@ pub fn query<S: Into<String>>(
 pub fn query_batches<S: Into<String>>(
     sql: &str,
     tables: impl IntoIterator<Item = (S, Dataset)>,
+) -> Result<QueryRows> {
+    rows_of(sql, tables, run)
+}
+
+/// The same by another engine.
+#[cfg(feature = "backend")]
+pub(crate) fn query_batches_on<S: Into<String>>(
+    backend: &dyn Backend,
+    sql: &str,
+    tables: impl IntoIterator<Item = (S, Dataset)>,
+) -> Result<QueryRows> {
+    rows_of(sql, tables, |inputs, query, schema| {
+        let session = backend.session().map_err(Error::engine("begin a session"))?;
+        let tables = tables::all(inputs, tables::mode(inputs)?)?;
+        run_in(session, tables, inputs, query, schema)
+    })
+}
+
+fn rows_of<S: Into<String>>(
+    sql: &str,
+    tables: impl IntoIterator<Item = (S, Dataset)>,
+    run: impl FnOnce(&Inputs, &str, &SchemaRef) -> Result<BlockStore>,
 ) -> Result<QueryRows> {
     let tables = tables.into_iter().map(|(name, table)| (name.into(), table)).collect();
     let inputs = named(tables_of(&new_session(Mode::HashJoin(1))?, sql)?, &tables)?;
@@ -134,11 +158,8 @@ pub(crate) fn query_schema(inputs: &Inputs, query: &str) -> Result<SchemaRef> {
 pub(crate) fn run(inputs: &Inputs, query: &str, schema: &SchemaRef) -> Result<BlockStore> {
     let mut mode = tables::mode(inputs)?;
     loop {
-        let (tables, of, schema) = (tables::all(inputs, mode)?, query.to_owned(), schema.clone());
-        let rows =
-            block_on(async move { store(frame(tables, &of, mode).await?, &of, &schema).await });
-        // Rather what became of a file than what was read of it.
-        inputs.iter().try_for_each(|(_, input)| input.open()?.check_files())?;
+        let tables = tables::all(inputs, mode)?;
+        let rows = run_in(new_session(mode)?, tables, inputs, query, schema);
         match (rows, mode.with_less_memory()) {
             (Err(Error::OutOfMemory { reason, .. }), Some(less)) => {
                 tracing::debug!(?mode, ?less, reason, "too little memory for a query");
@@ -147,6 +168,24 @@ pub(crate) fn run(inputs: &Inputs, query: &str, schema: &SchemaRef) -> Result<Bl
             (result, _) => return result,
         }
     }
+}
+
+/// The same once, in a session.
+fn run_in(
+    session: SessionContext,
+    tables: Vec<Table>,
+    inputs: &Inputs,
+    query: &str,
+    schema: &SchemaRef,
+) -> Result<BlockStore> {
+    let (query, schema) = (query.to_owned(), schema.clone());
+    let rows =
+        block_on(
+            async move { store(frame_in(session, tables, &query).await?, &query, &schema).await },
+        );
+    // Rather what became of a file than what was read of it.
+    inputs.iter().try_for_each(|(_, input)| input.open()?.check_files())?;
+    rows
 }
 
 /// What the rows of a query are called.
@@ -193,7 +232,10 @@ async fn store(frame: DataFrame, query: &str, schema: &SchemaRef) -> Result<Bloc
 
 /// A query over tables, which changes nothing.
 pub(crate) async fn frame(tables: Vec<Table>, query: &str, mode: Mode) -> Result<DataFrame> {
-    let session = new_session(mode)?;
+    frame_in(new_session(mode)?, tables, query).await
+}
+
+async fn frame_in(session: SessionContext, tables: Vec<Table>, query: &str) -> Result<DataFrame> {
     for (name, table) in tables {
         session.register_table(name, table).map_err(Error::engine("plan"))?;
     }

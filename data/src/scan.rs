@@ -1,43 +1,33 @@
 //! The leaves of a plan: blocks of a source, cut down to one side of its splits.
 
 use crate::batch_fn::BatchMap;
-use crate::counted::Counted;
 use crate::dataset::Op;
 use crate::error::{Error, Result};
-use crate::operator::Exec;
-use crate::plan::Compiled;
+use crate::left_out::LeftOut;
 use crate::runtime::meanwhile;
 use crate::source::{Block, OpenSource};
 use crate::split::{Split, mask};
 use crate::store::relabel;
-use arrow::array::AsArray;
 use arrow::compute::filter_record_batch;
 use arrow::datatypes::{FieldRef, SchemaRef};
 use arrow::record_batch::RecordBatch;
 use async_trait::async_trait;
 use datafusion::catalog::{Session, TableProvider};
-use datafusion::common::{DFSchema, Result as EngineResult};
-use datafusion::error::DataFusionError;
+use datafusion::common::Result as EngineResult;
 use datafusion::execution::{SendableRecordBatchStream, TaskContext};
-use datafusion::logical_expr::expr_rewriter::unnormalize_col;
 use datafusion::logical_expr::{Expr, TableProviderFilterPushDown, TableType};
 use datafusion::physical_plan::stream::RecordBatchStreamAdapter;
 use datafusion::physical_plan::streaming::{PartitionStream, StreamingTableExec};
 use datafusion::physical_plan::{ExecutionPlan, ExecutionPlanProperties};
 use futures::{StreamExt, stream};
 use std::fmt;
-use std::ops::Range;
 use std::sync::Arc;
 
-/// A source as a table.
+/// The blocks of a source as a table, a partition each.
 #[derive(Clone, Debug)]
-pub(crate) enum SourceTable {
-    /// One partition a block.
-    Blocks { source: Arc<OpenSource>, splits: Arc<[Split]> },
-    /// So many partitions, each of which has neighbouring blocks of a plan, one after another.
-    Chains(Compiled, usize),
-    /// The same of a source, with the columns that are needed.
-    Sequences(Arc<OpenSource>, usize),
+pub(crate) struct SourceTable {
+    source: Arc<OpenSource>,
+    splits: Arc<[Split]>,
 }
 
 impl SourceTable {
@@ -47,89 +37,41 @@ impl SourceTable {
             if let Op::Split(split) = op { Some(split.clone()) } else { None }
         };
         let splits = ops.iter().filter_map(split).collect();
-        Self::Blocks { source, splits }
-    }
-
-    /// The blocks, if filters can leave out some of them.
-    fn constants(&self) -> Option<&RecordBatch> {
-        match self {
-            Self::Blocks { source, .. } | Self::Sequences(source, _) => source.constants(),
-            Self::Chains(..) => None,
-        }
-    }
-
-    /// How many rows a query that reads it is to expect, where that is known.
-    fn rows(&self, left_out: &[bool]) -> Option<usize> {
-        let source = match self {
-            Self::Blocks { .. } => return None,
-            Self::Chains(plan, _) => plan.keeps_every_row().then(|| plan.source())?,
-            Self::Sequences(source, _) => source,
-        };
-        let blocks = source.blocks().iter().enumerate();
-        let blocks = blocks.filter(|(block, _)| !is_left_out(left_out, *block));
-        let rows = blocks.map(|(_, block)| block.rows as usize).sum();
-        // Of what is only to be planned nothing is known.
-        (!source.blocks().is_empty()).then_some(rows)
+        Self { source, splits }
     }
 
     fn partitions(
         &self,
+        schema: &SchemaRef,
         projection: &[usize],
-        left_out: &[bool],
-    ) -> EngineResult<Vec<Arc<dyn PartitionStream>>> {
-        let schema = Arc::new(self.schema().project(projection)?);
+        left_out: &LeftOut,
+    ) -> Vec<Arc<dyn PartitionStream>> {
         let projection: Arc<[usize]> = projection.into();
-        Ok(match self {
-            Self::Blocks { source, splits } => (0..source.blocks().len())
-                .map(|block| {
-                    let (source, splits) = (source.clone(), splits.clone());
-                    let (schema, projection) = (schema.clone(), projection.clone());
-                    let block = (!is_left_out(left_out, block)).then_some(block);
-                    Arc::new(BlockStream { source, block, projection, splits, schema }) as _
-                })
-                .collect(),
-            Self::Chains(plan, parts) => ranges(plan.blocks(), *parts)
-                .map(|blocks| {
-                    let (plan, projection) = (plan.clone(), projection.clone());
-                    Arc::new(ChainStream { plan, blocks, projection, schema: schema.clone() }) as _
-                })
-                .collect(),
-            Self::Sequences(source, parts) => ranges(source.blocks().len(), *parts)
-                .map(|blocks| {
-                    let blocks = blocks.filter(|block| !is_left_out(left_out, *block)).collect();
-                    let (source, projection) = (source.clone(), projection.clone());
-                    let schema = schema.clone();
-                    Arc::new(SequenceStream { source, blocks, projection, schema }) as _
-                })
-                .collect(),
-        })
+        let partition = |block| {
+            let (source, splits) = (self.source.clone(), self.splits.clone());
+            let (schema, projection) = (schema.clone(), projection.clone());
+            let block = (!left_out.has(block)).then_some(block);
+            Arc::new(BlockStream { source, block, projection, splits, schema }) as _
+        };
+        (0..self.source.blocks().len()).map(partition).collect()
     }
 }
 
 #[async_trait]
 impl TableProvider for SourceTable {
     fn schema(&self) -> SchemaRef {
-        match self {
-            Self::Blocks { source, .. } | Self::Sequences(source, _) => source.schema().clone(),
-            Self::Chains(plan, _) => plan.schema(),
-        }
+        self.source.schema().clone()
     }
 
     fn table_type(&self) -> TableType {
         TableType::Base
     }
 
-    /// The engine filters what comes, too.
     fn supports_filters_pushdown(
         &self,
         filters: &[&Expr],
     ) -> EngineResult<Vec<TableProviderFilterPushDown>> {
-        let is_known = |filter: &Expr| self.constants().is_some_and(|of| is_of(filter, of));
-        let kind = |filter: &&Expr| match is_known(filter) {
-            true => TableProviderFilterPushDown::Inexact,
-            false => TableProviderFilterPushDown::Unsupported,
-        };
-        Ok(filters.iter().map(kind).collect())
+        Ok(LeftOut::pushdown(self.source.constants(), filters))
     }
 
     async fn scan(
@@ -139,54 +81,17 @@ impl TableProvider for SourceTable {
         filters: &[Expr],
         limit: Option<usize>,
     ) -> EngineResult<Arc<dyn ExecutionPlan>> {
-        let all = || (0..self.schema().fields().len()).collect();
-        let projection: Vec<usize> = projection.cloned().unwrap_or_else(all);
+        let projection = projected(&self.schema(), projection);
         let schema = Arc::new(self.schema().project(&projection)?);
-        let left_out = self.constants().map(|of| left_out(of, state, filters)).transpose()?;
-        let left_out = left_out.unwrap_or_default();
-        let partitions = self.partitions(&projection, &left_out)?;
-        let plan = StreamingTableExec::try_new(schema, partitions, None, [], false, limit)?;
-        let plan: Arc<dyn ExecutionPlan> = Arc::new(plan);
-        Ok(match self.rows(&left_out) {
-            Some(rows) => {
-                Arc::new(Exec::new(Counted { rows: limit.unwrap_or(rows).min(rows) }, plan))
-            }
-            None => plan,
-        })
+        let left_out = LeftOut::by(self.source.constants(), state, filters)?;
+        let partitions = self.partitions(&schema, &projection, &left_out);
+        Ok(Arc::new(StreamingTableExec::try_new(schema, partitions, None, [], false, limit)?))
     }
 }
 
-/// Of the blocks of [`left_out`], or of none.
-fn is_left_out(left_out: &[bool], block: usize) -> bool {
-    left_out.get(block).is_some_and(|out| *out)
-}
-
-/// Whether a filter asks for these columns alone.
-fn is_of(filter: &Expr, constants: &RecordBatch) -> bool {
-    filter.column_refs().iter().all(|column| constants.column_by_name(&column.name).is_some())
-}
-
-/// Which blocks have no row that passes the filters.
-fn left_out(
-    constants: &RecordBatch,
-    state: &dyn Session,
-    filters: &[Expr],
-) -> EngineResult<Vec<bool>> {
-    let schema = DFSchema::try_from(constants.schema())?;
-    let mut out = vec![false; constants.num_rows()];
-    for filter in filters.iter().filter(|filter| is_of(filter, constants)) {
-        let passes = state
-            .create_physical_expr(unnormalize_col(filter.clone()), &schema)
-            .and_then(|filter| filter.evaluate(constants)?.into_array(out.len()));
-        // What fails here fails again for the rows that it fails for.
-        let Some(passes) = passes.as_ref().ok().and_then(|passes| passes.as_boolean_opt()) else {
-            continue;
-        };
-        for (out, passes) in out.iter_mut().zip(passes) {
-            *out |= passes != Some(true);
-        }
-    }
-    Ok(out)
+/// The columns that are asked for: all, unless some are.
+pub(crate) fn projected(schema: &SchemaRef, projection: Option<&Vec<usize>>) -> Vec<usize> {
+    projection.cloned().unwrap_or_else(|| (0..schema.fields().len()).collect())
 }
 
 /// One block of a source.
@@ -232,68 +137,6 @@ impl PartitionStream for BlockStream {
             }
             Err(error) => stream::once(async { Err(error.into()) }).boxed(),
         };
-        Box::pin(RecordBatchStreamAdapter::new(self.schema.clone(), batches))
-    }
-}
-
-/// `blocks` in so many pieces of about the same length, at least one.
-fn ranges(blocks: usize, pieces: usize) -> impl Iterator<Item = Range<usize>> {
-    let pieces = pieces.clamp(1, blocks.max(1));
-    (0..pieces).map(move |at| blocks * at / pieces..blocks * (at + 1) / pieces)
-}
-
-/// Blocks of a source, in order.
-#[derive(Debug)]
-struct SequenceStream {
-    source: Arc<OpenSource>,
-    blocks: Vec<usize>,
-    projection: Arc<[usize]>,
-    schema: SchemaRef,
-}
-
-impl PartitionStream for SequenceStream {
-    fn schema(&self) -> &SchemaRef {
-        &self.schema
-    }
-
-    fn execute(&self, _context: Arc<TaskContext>) -> SendableRecordBatchStream {
-        let (source, projection) = (self.source.clone(), self.projection.clone());
-        let batches = self.blocks.clone().into_iter().flat_map(move |block| {
-            match source.read(block, &projection) {
-                Ok(batches) => batches,
-                Err(error) => Box::new(std::iter::once(Err(error))) as _,
-            }
-        });
-        let batches = stream::iter(batches.map(|batch| batch.map_err(Into::into)));
-        Box::pin(RecordBatchStreamAdapter::new(self.schema.clone(), batches))
-    }
-}
-
-/// Blocks of a plan, in order.
-#[derive(Debug)]
-struct ChainStream {
-    plan: Compiled,
-    blocks: Range<usize>,
-    projection: Arc<[usize]>,
-    schema: SchemaRef,
-}
-
-impl PartitionStream for ChainStream {
-    fn schema(&self) -> &SchemaRef {
-        &self.schema
-    }
-
-    fn execute(&self, _context: Arc<TaskContext>) -> SendableRecordBatchStream {
-        let (plan, projection) = (self.plan.clone(), self.projection.clone());
-        let batches = stream::iter(self.blocks.clone()).then(move |block| {
-            let (plan, projection) = (plan.clone(), projection.clone());
-            async move {
-                let batches = plan.execute(block).await.map_err(DataFusionError::from)?;
-                let cut = move |batch: RecordBatch| Ok(batch.project(&projection)?);
-                Ok::<_, DataFusionError>(stream::iter(batches).map(cut))
-            }
-        });
-        let batches = futures::TryStreamExt::try_flatten(batches);
         Box::pin(RecordBatchStreamAdapter::new(self.schema.clone(), batches))
     }
 }

@@ -20,11 +20,8 @@ use std::sync::{Arc, LazyLock};
 /// What a sort sets aside at most to merge what it spilled: the engine's own default.
 const MERGE_BYTES: usize = 10 << 20;
 
-static SESSION: LazyLock<SessionContext> = LazyLock::new(|| {
-    let session = SessionContext::new_with_config(config());
-    functions::register(&session);
-    session
-});
+static SESSION: LazyLock<SessionContext> =
+    LazyLock::new(|| with_functions(SessionContext::new_with_config(config())));
 
 /// For plans whose partitions are run alone. They hold no memory: row by row, there is none to take.
 pub(crate) fn session() -> &'static SessionContext {
@@ -72,9 +69,7 @@ pub(crate) fn new_session(mode: Mode) -> Result<SessionContext> {
         .with_sort_spill_reservation_bytes(aside)
         .with_extension(Arc::new(Tasks::default()));
     let state = state.with_config(config).with_runtime_env(memory::engine()?);
-    let mut rules = PhysicalOptimizer::new().rules;
-    // It takes for exact what a filter for one value only guesses: that there is such a row.
-    rules.retain(|rule| rule.name() != "aggregate_statistics");
+    let mut rules = physical_rules(PhysicalOptimizer::new().rules);
     if matches!(mode, Mode::SortMerge(_)) {
         // First, so that the others see to it that its inputs are sorted.
         rules.insert(0, Arc::new(SortMergeJoins));
@@ -84,9 +79,21 @@ pub(crate) fn new_session(mode: Mode) -> Result<SessionContext> {
     rules.insert(chosen.map_or(0, |at| at + 1), Arc::new(HeldOnce));
     rules.push(Arc::new(NotAsItComes));
     let state = state.with_physical_optimizer_rules(rules);
-    let session = SessionContext::new_with_state(state.build());
-    functions::register(&session);
-    Ok(session)
+    Ok(with_functions(SessionContext::new_with_state(state.build())))
+}
+
+type Rule = Arc<dyn PhysicalOptimizerRule + Send + Sync>;
+
+/// Those of the engine that give right answers.
+pub(crate) fn physical_rules(mut rules: Vec<Rule>) -> Vec<Rule> {
+    // It takes for exact what a filter for one value only guesses: that there is such a row.
+    rules.retain(|rule| rule.name() != "aggregate_statistics");
+    rules
+}
+
+fn with_functions(mut session: SessionContext) -> SessionContext {
+    functions::register(&mut session).expect("a session takes any function");
+    session
 }
 
 fn config() -> SessionConfig {

@@ -1,8 +1,8 @@
 //! Datasets as tables of the engine.
 
 use crate::Dataset;
+use crate::dataset_table::DatasetTable;
 use crate::error::{Error, Result};
-use crate::scan::SourceTable;
 use crate::session::Mode;
 use crate::source::OpenSource;
 use arrow::datatypes::{DataType, Field, Schema, SchemaRef};
@@ -41,8 +41,7 @@ pub(crate) fn mode(inputs: &[(TableReference, Dataset)]) -> Result<Mode> {
 /// Tables with the columns of datasets, and no rows.
 pub(crate) fn empty(inputs: &[(TableReference, Dataset)]) -> Result<Vec<Table>> {
     let empty = |(name, input): &(TableReference, Dataset)| {
-        let table = SourceTable::Sequences(Arc::new(OpenSource::empty(input.schema()?)), 1);
-        Ok((name.clone(), Arc::new(table) as _))
+        Ok((name.clone(), Arc::new(DatasetTable::unopened(input.clone())?) as _))
     };
     inputs.iter().map(empty).collect()
 }
@@ -57,16 +56,14 @@ pub(crate) fn all(inputs: &[(TableReference, Dataset)], mode: Mode) -> Result<Ve
 /// nothing is done to gives only the columns that are asked for.
 fn table(dataset: &Dataset, mode: Mode) -> Result<Arc<dyn TableProvider>> {
     let source = dataset.open()?;
-    let partitions = mode.parts().min(parts(&source));
-    if !dataset.ops().is_empty() {
-        return Ok(Arc::new(SourceTable::Chains(dataset.compile()?, partitions)));
-    }
-    if let Some(files) = source.parquet_files()
+    if dataset.ops().is_empty()
+        && let Some(files) = source.parquet_files()
         && let Some(table) = parquet(&files, source.schema())?
     {
         return Ok(table);
     }
-    Ok(Arc::new(SourceTable::Sequences(source, partitions)))
+    let parts = mode.parts().min(parts(&source));
+    Ok(Arc::new(DatasetTable::new(dataset.clone(), parts)?))
 }
 
 /// None where the engine would not read the files as they are given.

@@ -36,6 +36,10 @@ const STEPS: &[Step] = &[
 struct Tests {
     passed: usize,
     failed: usize,
+    /// What they told of each failure, to be shown once more at the end.
+    failures: Vec<String>,
+    /// The lines that come next are of failures.
+    in_failures: bool,
 }
 
 pub(crate) fn run(options: &Options) -> Result<()> {
@@ -121,7 +125,7 @@ fn tests(tests: &mut Tests) -> Result<String> {
         let before = tests.passed + tests.failed;
         let mut command = command::cargo_command(run);
         command.envs(*variable);
-        good &= command::run_seeing(command, |line| tests.count(line))?;
+        good &= command::run_seeing(command, |line| tests.see(line))?;
         // A filter that fits nothing any more would go unnoticed.
         let is_empty = good && tests.passed + tests.failed == before;
         ensure!(!is_empty, "not one test ran: cargo {run}");
@@ -129,11 +133,27 @@ fn tests(tests: &mut Tests) -> Result<String> {
     let summary = format!("{} passed, {} failed", tests.passed, tests.failed);
     match good {
         true => Ok(summary),
-        false => bail!("tests failed: {summary}"),
+        false => bail!("tests failed: {summary}\n{}", tests.failures.join("\n")),
     }
 }
 
 impl Tests {
+    fn see(&mut self, line: &str) {
+        self.count(line);
+        self.keep_failure(line);
+    }
+
+    /// Keeps what stands between `failures:` and `test result:`. Thousands of lines of tests that
+    /// pass follow it, and whoever reads a log from its end would not find it.
+    fn keep_failure(&mut self, line: &str) {
+        match line {
+            "failures:" => self.in_failures = true,
+            _ if line.starts_with("test result: ") => self.in_failures = false,
+            _ if self.in_failures && !line.is_empty() => self.failures.push(line.into()),
+            _ => {}
+        }
+    }
+
     /// Adds up lines like `test result: ok. 9 passed; 0 failed; 0 ignored; …`.
     fn count(&mut self, line: &str) {
         let Some(("test result: ok" | "test result: FAILED", numbers)) = line.split_once(". ")
@@ -163,8 +183,19 @@ mod tests {
             "test result: FAILED. 4 passed; 2 failed; 0 ignored; 0 measured; 0 filtered out; finished in 1s",
             "my test prints 5 passed; 7 failed",
         ] {
-            tests.count(line);
+            tests.see(line);
         }
-        assert_eq!(tests, Tests { passed: 7, failed: 2 });
+        assert_eq!(tests, Tests { passed: 7, failed: 2, ..Default::default() });
+    }
+
+    #[test]
+    fn failures_are_kept_for_the_end() {
+        let mut tests = Tests::default();
+        let output = "test a ... ok\ntest b::c ... FAILED\n\nfailures:\n\n---- b::c stdout ----\nwhy\n\n\
+                      failures:\n    b::c\n\ntest result: FAILED. 1 passed; 1 failed; 0 ignored\n\
+                      test d ... ok\ntest result: ok. 1 passed; 0 failed; 0 ignored";
+        output.lines().for_each(|line| tests.see(line));
+        assert_eq!(tests.failures, ["---- b::c stdout ----", "why", "    b::c"]);
+        assert_eq!((tests.passed, tests.failed), (2, 1));
     }
 }

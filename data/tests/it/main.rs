@@ -1,6 +1,7 @@
 //! The crate through its public interface.
 
 mod avro;
+mod backend;
 mod collate;
 mod dataset;
 mod formats;
