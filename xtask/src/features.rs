@@ -6,12 +6,13 @@ use anyhow::{Result, ensure};
 /// The facade's features: one a layer, `tls`, and where data may lie. `cuda` needs its toolkit and is
 /// left to machines with one.
 const FEATURES: &[&str] =
-    &["", "data", "data,postgres", "data,sqlite", "serve", "train", "tune", "tls"];
+    &["", "data", "data,backend", "data,postgres", "data,sqlite", "serve", "train", "tune", "tls"];
 
 /// Crates that belong to some features only, by the start of their names.
 const HEAVY: &[(&str, &[&str])] = &[
     ("axum", &["serve"]),
     ("datafusion", &["data"]),
+    ("datafusion-proto", &["backend"]),
     ("parquet", &["data"]),
     ("reqwest", &["cloud"]),
     ("rusqlite", &["sqlite"]),

@@ -7,10 +7,12 @@
 //! cargo xtask slurm srun -N3 hostname a Slurm of three nodes on this machine, while a command runs
 //! cargo xtask bench nn --quick        ours against pinned peers on the same work
 //! cargo xtask peers                   what we write, read back by pyarrow, polars and DuckDB
+//! cargo xtask ballista                the crate beside the workspace: its checks, and its tests on a real cluster
 //! cargo xtask soak                    kill workers and drivers at random, and check everything
 //! ```
 #![forbid(unsafe_code)]
 
+mod ballista;
 mod bench;
 mod command;
 mod dependencies;
@@ -48,6 +50,8 @@ enum Task {
     Bench(bench::Options),
     /// Have pyarrow, polars and DuckDB read what `mobula data convert` writes, and compare all values
     Peers,
+    /// Check and test the crate that runs queries on Apache Ballista, on a cluster of this machine's
+    Ballista,
     /// Kill workers and drivers at random for some minutes, and check every answer and every trace
     Soak(soak::Options),
 }
@@ -60,6 +64,7 @@ fn main() -> ExitCode {
         Task::Slurm(options) => slurm::run(&options),
         Task::Bench(options) => bench::run(&options),
         Task::Peers => read_back::run(),
+        Task::Ballista => ballista::run(),
         Task::Soak(options) => soak::run(&options),
     };
     match outcome {

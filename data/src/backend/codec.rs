@@ -1,7 +1,7 @@
 //! Plans as bytes.
 
 use super::message;
-use crate::dataset_table::{DatasetExec, DatasetTable};
+use crate::dataset_table::DatasetTable;
 use crate::functions;
 use arrow::datatypes::SchemaRef;
 use datafusion::catalog::TableProvider;
@@ -154,7 +154,7 @@ impl PhysicalExtensionCodec for PhysicalCodec {
         converter: &dyn PhysicalProtoConverterExtension,
     ) -> EngineResult<Arc<dyn ExecutionPlan>> {
         match message::is_ours(bytes) {
-            true => Ok(message::exec(bytes)?),
+            true => Ok(message::plan(bytes)?),
             false => self.others.try_decode(bytes, inputs, context, converter),
         }
     }
@@ -165,8 +165,8 @@ impl PhysicalExtensionCodec for PhysicalCodec {
         bytes: &mut Vec<u8>,
         converter: &dyn PhysicalProtoConverterExtension,
     ) -> EngineResult<()> {
-        match node.downcast_ref::<DatasetExec>() {
-            Some(exec) => bytes.extend(message::of_exec(exec)?),
+        match message::of_plan(&*node)? {
+            Some(ours) => bytes.extend(ours),
             None => self.others.try_encode(node, bytes, converter)?,
         }
         Ok(())

@@ -1,7 +1,7 @@
 //! Tables and what is read of them, as bytes.
 
 use crate::Dataset;
-use crate::dataset_table::{DatasetExec, DatasetTable, Reading};
+use crate::dataset_table::{DatasetTable, Reading};
 use crate::error::{Error, Result};
 use datafusion::catalog::TableProvider;
 use datafusion::physical_plan::ExecutionPlan;
@@ -34,8 +34,10 @@ pub(super) fn of_table(table: &DatasetTable) -> Result<Vec<u8>> {
     encode(table, None)
 }
 
-pub(super) fn of_exec(exec: &DatasetExec) -> Result<Vec<u8>> {
-    encode(exec.table(), Some(exec.reading().clone()))
+/// None if a plan does not read a dataset.
+pub(super) fn of_plan(plan: &dyn ExecutionPlan) -> Result<Option<Vec<u8>>> {
+    let read = Reading::by(plan);
+    read.map(|(table, reading)| encode(table, Some(reading))).transpose()
 }
 
 fn encode(table: &DatasetTable, reading: Option<Reading>) -> Result<Vec<u8>> {
@@ -53,12 +55,11 @@ pub(super) fn table(bytes: &[u8]) -> Result<Arc<dyn TableProvider>> {
     Ok(Arc::new(DatasetTable::new(message.dataset, message.parts)?))
 }
 
-pub(super) fn exec(bytes: &[u8]) -> Result<Arc<dyn ExecutionPlan>> {
+pub(super) fn plan(bytes: &[u8]) -> Result<Arc<dyn ExecutionPlan>> {
     let Message { dataset, parts, reading: Some(reading), .. } = decode(bytes)? else {
         return Err(Error::Internal("a table stands where a plan is to read one".to_owned()));
     };
-    let exec = DatasetTable::new(dataset, parts)?.exec(reading);
-    Ok(Arc::new(exec.map_err(Error::engine("plan"))?))
+    Ok(reading.of(DatasetTable::new(dataset, parts)?)?)
 }
 
 /// With a dataset that is open, and of the same data as where the query was planned.
