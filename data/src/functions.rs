@@ -2,6 +2,7 @@
 //! processes are the same binary, so they find them too.
 
 mod aggregate;
+mod count;
 mod scalar;
 
 pub use aggregate::{AggregateFn, Aggregator};
@@ -147,6 +148,7 @@ pub(crate) fn check() -> Result<()> {
 
 /// Makes them known to a session.
 pub(crate) fn register(session: &mut dyn FunctionRegistry) -> EngineResult<()> {
+    session.register_udaf(Arc::new(count::RightCount::new().into()))?;
     for function in inventory::iter::<ScalarFn> {
         session.register_udf(Arc::new(Called(function).into()))?;
     }

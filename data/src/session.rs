@@ -69,7 +69,7 @@ pub(crate) fn new_session(mode: Mode) -> Result<SessionContext> {
         .with_sort_spill_reservation_bytes(aside)
         .with_extension(Arc::new(Tasks::default()));
     let state = state.with_config(config).with_runtime_env(memory::engine()?);
-    let mut rules = physical_rules(PhysicalOptimizer::new().rules);
+    let mut rules = PhysicalOptimizer::new().rules;
     if matches!(mode, Mode::SortMerge(_)) {
         // First, so that the others see to it that its inputs are sorted.
         rules.insert(0, Arc::new(SortMergeJoins));
@@ -80,15 +80,6 @@ pub(crate) fn new_session(mode: Mode) -> Result<SessionContext> {
     rules.push(Arc::new(NotAsItComes));
     let state = state.with_physical_optimizer_rules(rules);
     Ok(with_functions(SessionContext::new_with_state(state.build())))
-}
-
-type Rule = Arc<dyn PhysicalOptimizerRule + Send + Sync>;
-
-/// Those of the engine that give right answers.
-pub(crate) fn physical_rules(mut rules: Vec<Rule>) -> Vec<Rule> {
-    // It takes for exact what a filter for one value only guesses: that there is such a row.
-    rules.retain(|rule| rule.name() != "aggregate_statistics");
-    rules
 }
 
 fn with_functions(mut session: SessionContext) -> SessionContext {

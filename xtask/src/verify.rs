@@ -100,9 +100,11 @@ fn print_table(rows: &[Row]) {
 
 fn clippy() -> Result<String> {
     command::cargo("clippy --workspace --all-targets -- -D warnings")?;
-    // What is compiled only with TLS, tests included; the step `features` sees no tests.
-    let tls = "clippy --package mobula-core --features tls --all-targets -- -D warnings";
-    command::cargo(tls).map(|()| String::new())
+    // What is compiled only with these, tests included; the step `features` sees no tests.
+    for feature in ["mobula-core --features tls", "mobula-data --features backend"] {
+        command::cargo(&format!("clippy --package {feature} --all-targets -- -D warnings"))?;
+    }
+    Ok(String::new())
 }
 
 fn doc() -> Result<String> {
@@ -111,11 +113,13 @@ fn doc() -> Result<String> {
     command::run(doc).map(|()| String::new())
 }
 
-/// All tests, and once more those that change with TLS, or without AVX-512; each with a variable
-/// of its environment.
+/// All tests, and once more those that change with TLS, with other engines, or without AVX-512; each with
+/// a variable of its environment.
 const TEST_RUNS: &[(&str, Option<(&str, &str)>)] = &[
     ("test --workspace --no-fail-fast", None),
     ("test --package mobula-core --features tls --no-fail-fast --lib --test it -- nodes", None),
+    ("test --package mobula-data --features backend --no-fail-fast --test it -- backend", None),
+    ("test --package mobula-data --features backend --no-fail-fast --doc -- backend", None),
     ("test --package mobula-nn --no-fail-fast --lib --tests", Some(("MOBULA_AVX512", "0"))),
 ];
 

@@ -164,7 +164,7 @@ fn an_order_that_is_asked_for_is_kept() {
     assert_eq!(there, query(sql, [("ids", ids)]).expect("here"));
 }
 
-/// The rule of the engine's optimizer that gave 1 is not among those that plan there.
+/// It was 1, by statistics.
 #[test]
 fn nothing_has_no_different_values_there() {
     let folder = tempfile::tempdir().expect("a folder");

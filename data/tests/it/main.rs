@@ -1,6 +1,7 @@
 //! The crate through its public interface.
 
 mod avro;
+#[cfg(feature = "backend")]
 mod backend;
 mod collate;
 mod dataset;

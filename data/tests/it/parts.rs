@@ -158,6 +158,12 @@ fn nothing_has_no_different_values() {
             assert_eq!(lines(&ask(&sql, rows).expect("rows")), ["0 | 0"], "{rows:?} {sql}");
         }
     }
+    let sql = format!(
+        "SELECT count(*), count(k), min(k) IS NULL AND max(kind) IS NULL AND sum(k) IS NULL FROM {none}"
+    );
+    for rows in [Rows::Whole, Rows::Cut, Rows::Parquet] {
+        assert_eq!(lines(&ask(&sql, rows).expect("rows")), ["0 | 0 | true"], "{rows:?}");
+    }
 }
 
 /// Orders that a query asks for, with rows that are the same by them; and firsts.
