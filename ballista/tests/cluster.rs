@@ -12,8 +12,8 @@ use mobula_ballista::{
 use mobula_core::BoxError;
 use mobula_data::backend::query_on;
 use mobula_data::{
-    AggregateFn, Aggregator, BatchFn, CsvOptions, Dataset, FnTypes, Preprocessor, ScalarFn,
-    StandardScaler, WriteOptions, inventory, query,
+    AggregateFn, Aggregator, BatchFn, CsvOptions, Dataset, FnTypes, ScalarFn, StandardScaler,
+    WriteOptions, inventory, query,
 };
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
@@ -305,7 +305,7 @@ fn names() -> Dataset {
 fn datasets() {
     let cluster = Cluster::start();
     let ids = numbered(40_000);
-    let scaler = StandardScaler::fit(&ids, ["id"]).map(Preprocessor::from).expect("fitted");
+    let scaler = StandardScaler::fit(&ids, ["id"]).expect("fitted");
     let chain = ids.filter("id % 3 <> 1").and_then(|of| of.with_column("half", "halved(id)"));
     let chain = chain.and_then(|of| of.map_batches("twice")).expect("a chain");
     let (train, _) = ids.train_test_split(0.3, 7).expect("sides");

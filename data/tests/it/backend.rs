@@ -21,8 +21,8 @@ use datafusion_proto::bytes::{
 };
 use mobula_data::backend::{Backend, LogicalCodec, PhysicalCodec, query_on, session_state};
 use mobula_data::{
-    BatchIter, Blocks, CsvOptions, Dataset, Error, Preprocessor, Result, Source, StandardScaler,
-    WriteOptions, query, typetag,
+    BatchIter, Blocks, CsvOptions, Dataset, Error, Result, Source, StandardScaler, WriteOptions,
+    query, typetag,
 };
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
@@ -118,7 +118,6 @@ fn names() -> Dataset {
 fn operations_of_datasets_are_done_there() {
     let ids = numbered(1000, &[70, 30]);
     let scaler = StandardScaler::fit(&ids, ["id"]).expect("fitted");
-    let scaler = Preprocessor::from(scaler);
     let chain = ids.filter("id % 3 <> 1").and_then(|of| of.with_column("half", "halved(id)"));
     let chain = chain.and_then(|of| of.map_batches("doubled")).expect("a chain");
     let (train, _) = ids.train_test_split(0.3, 7).expect("sides");
