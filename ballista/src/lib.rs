@@ -26,10 +26,12 @@
 //! # }
 //! ```
 //!
-//! Nobody is asked who they are, and nothing is encrypted, unless the configurations say how: keep the ports
-//! within a network that you trust.
+//! Nobody is asked who they are, and nothing is encrypted: keep the ports within a network that you trust. An
+//! executor has two budgets of memory, Ballista's (`memory_pool_size`) and that of the datasets that it reads
+//! (`MOBULA_DATA_BYTES`). A plan is a message of at most 16 MiB, in which rows that are in memory travel, too:
+//! write many of them to files.
 
-#![warn(missing_docs)]
+#![forbid(unsafe_code)]
 
 pub use ballista_core::error::BallistaError;
 pub use ballista_executor::executor_process::ExecutorProcessConfig;
@@ -54,10 +56,20 @@ use url::Url;
 #[non_exhaustive]
 pub enum Error {
     /// The address of a scheduler is none.
-    #[error("{url:?} is no address of a scheduler, such as http://host:50050")]
+    #[error(
+        "{url:?} is no address of a scheduler: expected http://host:port and nothing else, such as http://host:50050"
+    )]
     Address {
         /// What was given.
         url: String,
+    },
+    /// No thread can be started.
+    #[error("no thread can be started for the {role} of Ballista")]
+    Thread {
+        /// Whose.
+        role: &'static str,
+        /// Why.
+        source: std::io::Error,
     },
     /// The scheduler or the executor could not start, or has failed.
     #[error("the {role} of Ballista failed")]
@@ -83,8 +95,13 @@ impl Ballista {
         let invalid = || Error::Address { url: url.to_owned() };
         let parsed = Url::parse(url).map_err(|_| invalid())?;
         let host = parsed.host_str().ok_or_else(invalid)?;
-        let port = parsed.port().ok_or_else(invalid)?;
-        Ok(Self { scheduler: format!("http://{host}:{port}"), config: session_config() })
+        let port = parsed.port_or_known_default().ok_or_else(invalid)?;
+        // Nothing else of it would be heeded: no encryption, no password, no path.
+        let heeded = format!("http://{host}:{port}");
+        match Url::parse(&heeded) {
+            Ok(same) if same == parsed => Ok(Self { scheduler: heeded, config: session_config() }),
+            _ => Err(invalid()),
+        }
     }
 
     /// So many parts of what is exchanged between stages: about as many as the cluster has CPUs. Default:
@@ -124,7 +141,7 @@ fn scheduler_session(config: SessionConfig) -> EngineResult<SessionState> {
     Ok(session_state(state)?)
 }
 
-/// Runs a scheduler in this process, until it fails.
+/// Runs a scheduler in this process, on threads of its own, until it fails.
 ///
 /// What the configuration overrides is kept, but for the codecs and the sessions, which are those of
 /// datasets.
@@ -140,7 +157,7 @@ pub fn run_scheduler(mut config: SchedulerConfig) -> Result<(), Error> {
     })
 }
 
-/// Runs an executor in this process, until it is told to end (SIGTERM, Ctrl+C) or fails.
+/// Runs an executor in this process, on threads of its own, until it is told to end (SIGTERM, Ctrl+C) or fails.
 pub fn run_executor(mut config: ExecutorProcessConfig) -> Result<(), Error> {
     config.override_logical_codec = Some(Arc::new(logical_codec()));
     config.override_physical_codec = Some(Arc::new(physical_codec()));
@@ -153,11 +170,47 @@ fn address(host: &str, port: u16) -> Result<SocketAddr, BallistaError> {
     found.next().ok_or_else(|| BallistaError::Configuration(format!("{host} has no address")))
 }
 
+/// On a thread that is not another runtime's, as that of the caller may be.
 fn run(
     role: &'static str,
-    process: impl Future<Output = Result<(), BallistaError>>,
+    process: impl Future<Output = Result<(), BallistaError>> + Send,
 ) -> Result<(), Error> {
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
-    let result = runtime.map_err(BallistaError::from).and_then(|runtime| runtime.block_on(process));
-    result.map_err(|source| Error::Process { role, source })
+    let process = || {
+        let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
+        runtime.map_err(BallistaError::from)?.block_on(process)
+    };
+    let ended = std::thread::scope(|scope| {
+        let thread = std::thread::Builder::new().name(format!("ballista {role}"));
+        Ok(match thread.spawn_scoped(scope, process)?.join() {
+            Ok(ended) => ended,
+            Err(panic) => std::panic::resume_unwind(panic),
+        })
+    });
+    let ended = ended.map_err(|source| Error::Thread { role, source })?;
+    ended.map_err(|source| Error::Process { role, source })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_have_nothing_that_is_not_heeded() {
+        for url in ["http://host:50050", "http://host:50050/", "http://host", "http://127.0.0.1:1"]
+        {
+            assert!(Ballista::new(url).is_ok(), "{url}");
+        }
+        for url in ["host:50050", "https://host:50050", "http://me@host:50050", "http://host:1/x"] {
+            let error = Ballista::new(url).expect_err(url).to_string();
+            assert!(error.contains(url) && error.contains("http://host:port"), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_process_starts_from_within_a_runtime() {
+        let runtime = tokio::runtime::Builder::new_current_thread().build().expect("a runtime");
+        let config = || SchedulerConfig { bind_host: "no such host".into(), ..Default::default() };
+        let error = runtime.block_on(async { run_scheduler(config()) });
+        assert!(matches!(error, Err(Error::Process { role: "scheduler", .. })), "{error:?}");
+    }
 }

@@ -50,13 +50,14 @@ fn ended(result: Result<(), mobula_ballista::Error>) -> ExitCode {
 }
 
 fn tests() -> ExitCode {
-    let cases: [(&str, fn()); 7] = [
+    let cases: [(&str, fn()); 8] = [
         ("datasets_are_read_by_the_executors", datasets),
         ("functions_run_in_the_executors", functions),
         ("files_are_read_by_the_executors", files),
         ("an_order_that_is_asked_for_is_kept", order),
         ("a_killed_executor_loses_nothing", killed),
         ("what_a_function_says_is_told", failing),
+        ("other_files_than_were_planned_for_are_refused", changed),
         ("a_scheduler_that_is_not_there_is_named", nobody),
     ];
     let trial = |(name, case): (&str, fn())| {
@@ -386,6 +387,23 @@ fn failing() {
     let error = on(&cluster.backend(), "SELECT sum(half) FROM failing", [("failing", failing)]);
     let error = told(error.expect_err("a number below zero"));
     assert!(error.contains("halved") && error.contains("a number below zero"), "{error}");
+}
+
+/// Between the plan and the executors.
+fn changed() {
+    let cluster = Cluster::start();
+    let folder = tempfile::tempdir().expect("a folder");
+    let file = folder.path().join("numbers.csv");
+    std::fs::write(&file, "id\n1\n2\n").expect("written");
+    let numbers = || Dataset::read_csv(file.to_string_lossy(), CsvOptions::default());
+    let sum =
+        |numbers| on(&cluster.backend(), "SELECT sum(id) FROM numbers", [("numbers", numbers)]);
+    let planned = numbers().expect("a file");
+    std::fs::write(&file, "id\n1\n2\n3\n").expect("written");
+    let error = told(sum(planned).expect_err("another file"));
+    assert!(error.contains("numbers.csv"), "{error}");
+    let rows = sum(numbers().expect("a file")).expect("the file as it is");
+    assert_eq!(rows.column(0).as_primitive::<Int64Type>().value(0), 6);
 }
 
 fn nobody() {

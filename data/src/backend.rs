@@ -5,17 +5,19 @@
 //! Ballista can be, runs them: see [`Backend`].
 
 mod codec;
+mod computed;
 mod message;
+mod opened;
 
 pub use codec::{LogicalCodec, PhysicalCodec};
+pub(crate) use opened::{Packed, opened};
 
-use crate::error::Result;
+use crate::Dataset;
+use crate::error::{Error, Result};
 use crate::{QueryRows, functions, query};
 use datafusion::execution::SessionState;
 use datafusion::prelude::SessionContext;
 use std::fmt::Debug;
-
-use crate::Dataset;
 
 /// An engine that runs queries: what [`query_on`] is given.
 ///
@@ -47,7 +49,8 @@ use crate::Dataset;
 /// # Ok::<(), mobula_data::Error>(())
 /// ```
 pub trait Backend: Debug + Send + Sync {
-    /// A session for one query.
+    /// A session for one query: with [`session_state`], and the store of `file://` that sessions have unless
+    /// they are told otherwise.
     fn session(&self) -> datafusion::error::Result<SessionContext>;
 }
 
@@ -55,8 +58,10 @@ pub trait Backend: Debug + Send + Sync {
 /// the query asks for, and in any if it asks for none. They are kept here, in memory while the budget has
 /// room, and on disk beyond.
 ///
-/// Every process of the engine opens the datasets that it reads, so each must find the same files by the
-/// same names: one that finds others is told so, and the query fails.
+/// Every process of the engine that reads a dataset opens it, so each must find the same files by the same
+/// names: one that finds others is told so, and the query fails. Files of Parquet to which nothing is done are
+/// not looked at so: the engine reads them by itself, and trusts that they are the same everywhere. Rows that
+/// are in memory travel with the plan: write many of them to files.
 pub fn query_on<S: Into<String>>(
     backend: &dyn Backend,
     sql: &str,
@@ -66,9 +71,10 @@ pub fn query_on<S: Into<String>>(
 }
 
 /// `state` with what a process needs that plans queries over datasets for an engine: the functions of this
-/// program, and a `count` that is right where DataFusion's is not.
+/// program, and aggregates that are computed where DataFusion guesses them from statistics.
 pub fn session_state(mut state: SessionState) -> Result<SessionState> {
     functions::check()?;
-    functions::register(&mut state).map_err(crate::Error::engine("register functions"))?;
+    let registered = functions::register(&mut state).and_then(|()| computed::register(&mut state));
+    registered.map_err(Error::engine("register functions"))?;
     Ok(state)
 }

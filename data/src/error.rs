@@ -18,11 +18,21 @@ pub enum Error {
     Core(#[from] mobula_core::Error),
     /// A process of another engine finds other data than where the query was planned.
     #[error(
-        "{dataset}: its data is not what it was where the query was planned; every process must find the same files by the same names"
+        "{dataset}: its rows are not those where the query was planned; every process must find the same files by the same names, and what is made of others on the way, such as the groups of a query, may come in another order where there is less memory: write it to files first"
     )]
     OtherData {
         /// What the dataset is called.
         dataset: String,
+    },
+    /// The description of a dataset cannot be sent to another engine, or is not understood there.
+    #[error(
+        "{dataset} cannot be described to another process: {reason}; all processes must be of the same program, with the same sources, functions and preprocessors"
+    )]
+    Untold {
+        /// What the dataset is called.
+        dataset: String,
+        /// What is wrong with it.
+        reason: String,
     },
     /// No file is at a path, or matches a pattern.
     #[error("no file matches {}; check the path (relative ones start at the current folder)", pattern.display())]

@@ -2,7 +2,6 @@
 //! processes are the same binary, so they find them too.
 
 mod aggregate;
-mod count;
 mod scalar;
 
 pub use aggregate::{AggregateFn, Aggregator};
@@ -148,7 +147,6 @@ pub(crate) fn check() -> Result<()> {
 
 /// Makes them known to a session.
 pub(crate) fn register(session: &mut dyn FunctionRegistry) -> EngineResult<()> {
-    session.register_udaf(Arc::new(count::RightCount::new().into()))?;
     for function in inventory::iter::<ScalarFn> {
         session.register_udf(Arc::new(Called(function).into()))?;
     }

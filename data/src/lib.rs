@@ -23,8 +23,8 @@
 //! ```
 //!
 //! What it will not do: shuffle by holding a buffer and losing its place, drop the last rows of an
-//! epoch, or give ranks other batches because there are more of them. It does not distribute
-//! queries: [`Dataset::sql`] runs in one process.
+//! epoch, or give ranks other batches because there are more of them. It distributes no
+//! query by itself: [`Dataset::sql`] runs in one process, and other engines are for more (feature `backend`).
 
 #[cfg(feature = "backend")]
 pub mod backend;

@@ -76,7 +76,7 @@ pub(crate) fn query_batches_on<S: Into<String>>(
 ) -> Result<QueryRows> {
     rows_of(sql, tables, |inputs, query, schema| {
         let session = backend.session().map_err(Error::engine("begin a session"))?;
-        let tables = tables::all(inputs, tables::mode(inputs)?)?;
+        let tables = tables::elsewhere(inputs, session.state().config().target_partitions())?;
         run_in(session, tables, inputs, query, schema)
     })
 }

@@ -139,6 +139,15 @@ pub(crate) fn spawn<T: Send + 'static>(
     Ok(Pending(receiver))
 }
 
+/// Runs what may wait on the crate's own threads, for who is on others that must not.
+#[cfg(feature = "backend")]
+pub(crate) async fn on_our_threads<T: Send + 'static>(
+    run: impl FnOnce() -> Result<T> + Send + 'static,
+) -> Result<T> {
+    let runtime = RUNTIME.as_ref().map_err(|error| Error::Internal(error.to_string()))?;
+    joined(runtime.spawn(async move { meanwhile(run) }).await)
+}
+
 /// Runs `future` on the crate's own threads and waits for it.
 ///
 /// The caller may be a thread of another tokio runtime, where `Runtime::block_on` would panic:

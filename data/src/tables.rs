@@ -41,20 +41,38 @@ pub(crate) fn mode(inputs: &[(TableReference, Dataset)]) -> Result<Mode> {
 /// Tables with the columns of datasets, and no rows.
 pub(crate) fn empty(inputs: &[(TableReference, Dataset)]) -> Result<Vec<Table>> {
     let empty = |(name, input): &(TableReference, Dataset)| {
-        Ok((name.clone(), Arc::new(DatasetTable::unopened(input.clone())?) as _))
+        Ok((name.clone(), Arc::new(DatasetTable::unopened(input)?) as _))
     };
     inputs.iter().map(empty).collect()
 }
 
 /// Datasets as tables.
 pub(crate) fn all(inputs: &[(TableReference, Dataset)], mode: Mode) -> Result<Vec<Table>> {
-    let table = |(name, input): &(TableReference, Dataset)| Ok((name.clone(), table(input, mode)?));
+    all_in(inputs, |source| mode.parts().min(parts(source)))
+}
+
+/// The same for another engine, which works on so many parts at the same time.
+#[cfg(feature = "backend")]
+pub(crate) fn elsewhere(
+    inputs: &[(TableReference, Dataset)],
+    at_once: usize,
+) -> Result<Vec<Table>> {
+    all_in(inputs, |source| parts(source).max(at_once))
+}
+
+fn all_in(
+    inputs: &[(TableReference, Dataset)],
+    parts: impl Fn(&OpenSource) -> usize,
+) -> Result<Vec<Table>> {
+    let table = |(name, input): &(TableReference, Dataset)| {
+        Ok((name.clone(), table(input, parts(&*input.open()?))?))
+    };
     inputs.iter().map(table).collect()
 }
 
 /// The engine reads Parquet files itself, as it knows which of their pages a query needs. What else
 /// nothing is done to gives only the columns that are asked for.
-fn table(dataset: &Dataset, mode: Mode) -> Result<Arc<dyn TableProvider>> {
+fn table(dataset: &Dataset, parts: usize) -> Result<Arc<dyn TableProvider>> {
     let source = dataset.open()?;
     if dataset.ops().is_empty()
         && let Some(files) = source.parquet_files()
@@ -62,8 +80,7 @@ fn table(dataset: &Dataset, mode: Mode) -> Result<Arc<dyn TableProvider>> {
     {
         return Ok(table);
     }
-    let parts = mode.parts().min(parts(&source));
-    Ok(Arc::new(DatasetTable::new(dataset.clone(), parts)?))
+    Ok(Arc::new(DatasetTable::new(dataset, parts)?))
 }
 
 /// None where the engine would not read the files as they are given.

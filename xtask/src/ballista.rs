@@ -1,4 +1,4 @@
-//! `cargo xtask ballista`: what `verify` does, for the crate that is not in the workspace.
+//! `cargo xtask ballista`: formats, lints and tests of the crate that is not in the workspace.
 
 use crate::command;
 use anyhow::Result;

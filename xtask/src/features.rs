@@ -3,7 +3,7 @@
 use crate::command;
 use anyhow::{Result, ensure};
 
-/// The facade's features: one a layer, `tls`, and where data may lie. `cuda` needs its toolkit and is
+/// The facade's features: one a layer, `tls`, other engines, and where data may lie. `cuda` needs its toolkit and is
 /// left to machines with one.
 const FEATURES: &[&str] =
     &["", "data", "data,backend", "data,postgres", "data,sqlite", "serve", "train", "tune", "tls"];
@@ -58,5 +58,8 @@ mod tests {
         let tree = "mobula v0.1.0\ndatafusion-expr v55.2.0\ndatafusion v55.2.0\ndatafusion v55.2.0 (*)\nserde v1.0.0";
         assert_eq!(uninvited(tree, "train"), ["datafusion", "datafusion-expr"]);
         assert_eq!(uninvited(tree, "cloud,data"), Vec::<&str>::new());
+        let tree = "mobula v0.1.0\ndatafusion-proto v55.2.0";
+        assert_eq!(uninvited(tree, "data"), ["datafusion-proto"]);
+        assert_eq!(uninvited(tree, "data,backend"), Vec::<&str>::new());
     }
 }

@@ -35,6 +35,10 @@ impl MemoryTable {
     pub(crate) fn schema(&self) -> SchemaRef {
         self.schema.clone()
     }
+
+    pub(crate) fn batches(&self) -> &[RecordBatch] {
+        &self.batches
+    }
 }
 
 #[typetag::serde(name = "batches")]
