@@ -148,14 +148,14 @@ impl DatasetTable {
     fn of(opened: Opened, parts: usize) -> Result<Self> {
         Ok(Self { shape: Arc::new(opened.shape(parts)?), rows: Rows::Here(opened) })
     }
-
-    pub(crate) fn shape(&self) -> &Arc<Shape> {
-        &self.shape
-    }
 }
 
 #[cfg(feature = "backend")]
 impl DatasetTable {
+    pub(crate) fn shape(&self) -> &Arc<Shape> {
+        &self.shape
+    }
+
     /// Of a plan that comes from elsewhere. Opens nothing.
     pub(crate) fn elsewhere(shape: Arc<Shape>, packed: Arc<Packed>) -> Self {
         Self { shape, rows: Rows::There(packed) }

@@ -20,6 +20,7 @@ use std::io::{Read, Seek, Write};
 use std::net::{TcpListener, TcpStream};
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::{Duration, Instant};
 
 const SCENARIO: &str = "MOBULA_TEST_NODES";
@@ -111,7 +112,7 @@ impl Launch {
         change: impl Fn(usize, &mut Command),
     ) -> Self {
         let folder = tempfile::tempdir().expect("temporary folder");
-        let port = TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr()).expect("a port");
+        let port = free_port();
         let places = layout.iter().enumerate();
         let places =
             places.flat_map(|(node, size)| (0..*size).map(move |local| (node, local, size)));
@@ -123,7 +124,7 @@ impl Launch {
                 ("LOCAL_RANK", local),
                 ("LOCAL_WORLD_SIZE", *size),
                 ("GROUP_RANK", node),
-                ("MASTER_PORT", usize::from(port.port())),
+                ("MASTER_PORT", usize::from(port)),
             ];
             command.envs(numbers.map(|(name, number)| (name, number.to_string())));
             command.env("MASTER_ADDR", "127.0.0.1").env("MOBULA_SECRET", SECRET);
@@ -141,13 +142,13 @@ impl Launch {
 
     /// A driver that listens for agents, and where.
     pub(crate) fn listening(scenario: &str, change: impl Fn(&mut Command)) -> (Self, String) {
-        let port = TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr()).expect("a port");
+        let address = format!("127.0.0.1:{}", free_port());
         let launch = Self::start(scenario, &[1], |_, command| {
             alone(command);
-            command.env("MOBULA_LISTEN", port.to_string());
+            command.env("MOBULA_LISTEN", &address);
             change(command);
         });
-        (launch, port.to_string())
+        (launch, address)
     }
 
     /// An agent of the driver that listens there.
@@ -196,6 +197,17 @@ impl Launch {
     pub(crate) fn file(&self, name: &str) -> PathBuf {
         self.folder.path().join(name)
     }
+}
+
+/// A port that nobody has, and that nobody gets who asks for any (Linux gives them from 32768 on): it stays free
+/// until the copy listens that is told of it.
+pub(crate) fn free_port() -> u16 {
+    static NEXT: AtomicU16 = AtomicU16::new(0);
+    let first = (std::process::id().wrapping_mul(61) % 20_000) as u16;
+    let next = || 10_000 + (first + NEXT.fetch_add(1, Ordering::Relaxed) % 20_000) % 20_000;
+    let ports = std::iter::repeat_with(next).take(20_000);
+    let mut free = ports.filter(|port| TcpListener::bind(("127.0.0.1", *port)).is_ok());
+    free.next().expect("a port")
 }
 
 fn status_of(copy: &mut Child, deadline: Instant) -> Option<ExitStatus> {

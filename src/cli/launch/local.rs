@@ -166,11 +166,17 @@ fn exit_code(status: ExitStatus) -> u8 {
     code.and_then(|code| u8::try_from(code).ok()).unwrap_or(1)
 }
 
-/// A port for rank 0 to listen on. It is free now; rank 0 will say so if it no longer is.
+/// Below the ports that systems give to whoever asks for any: from 32768 on Linux.
+const PORTS: std::ops::Range<u16> = 10_000..30_000;
+
+/// A port for rank 0 to listen on. It is free now, and nobody gets it by chance; rank 0 will say so if somebody
+/// has taken it.
 fn free_port() -> anyhow::Result<u16> {
-    let listener =
-        TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).context("looking for a free port")?;
-    Ok(listener.local_addr()?.port())
+    // Launches at the same time begin to look in places of their own.
+    let first = std::process::id().wrapping_mul(61) as usize % PORTS.len();
+    let mut ports = PORTS.cycle().skip(first).take(PORTS.len());
+    let free = ports.find(|port| TcpListener::bind((Ipv4Addr::LOCALHOST, *port)).is_ok());
+    free.with_context(|| format!("no port from {} to {} is free", PORTS.start, PORTS.end - 1))
 }
 
 /// What ranks show each other to be let in: the one given, or a new one.

@@ -3,6 +3,7 @@
 
 use crate::Test;
 use crate::digits::{CLASSES, FEATURES, row};
+use crate::hosts::free_port;
 use candle_core::{Device, Tensor};
 use mobula_core::{
     Batch, BatchSource, BatchStream, BoxError, Error, Member, OnLoss, PlacementGroupOptions,
@@ -17,7 +18,6 @@ use mobula_train::{
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::io::Write;
-use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -302,8 +302,7 @@ fn copy(folder: &Path, role: &str, address: &str) -> Child {
 
 fn machines(_: &Runtime) {
     let folder = tempfile::tempdir().expect("temporary folder");
-    let port = TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr()).expect("a port");
-    let (address, folder) = (port.to_string(), folder.path());
+    let (address, folder) = (format!("127.0.0.1:{}", free_port()), folder.path());
     let mut driver = copy(folder, "MOBULA_LISTEN", &address);
     let mut agents = vec![copy(folder, "MOBULA_JOIN", &address)];
     let log = || std::fs::read_to_string(folder.join("MOBULA_LISTEN.log")).unwrap_or_default();
