@@ -104,8 +104,8 @@ impl Ballista {
         }
     }
 
-    /// So many parts of what is exchanged between stages: about as many as the cluster has CPUs. Default:
-    /// Ballista's, 16.
+    /// So many parts of each dataset at least, and of what is exchanged between stages: about as many as the
+    /// cluster has CPUs. Default: Ballista's, 16.
     pub fn with_partitions(mut self, partitions: usize) -> Self {
         self.config = self.config.with_target_partitions(partitions);
         self
@@ -135,7 +135,7 @@ fn physical_codec() -> PhysicalCodec {
     PhysicalCodec::new(Arc::new(BallistaPhysicalExtensionCodec::default()))
 }
 
-/// How the scheduler plans what clients ask for.
+/// How the scheduler plans what clients ask for, and the functions that executors know.
 fn scheduler_session(config: SessionConfig) -> EngineResult<SessionState> {
     let state = ballista_core::utils::default_session_builder(config)?;
     Ok(session_state(state)?)
@@ -162,6 +162,11 @@ pub fn run_executor(mut config: ExecutorProcessConfig) -> Result<(), Error> {
     config.override_logical_codec = Some(Arc::new(logical_codec()));
     config.override_physical_codec = Some(Arc::new(physical_codec()));
     config.override_config_producer.get_or_insert_with(|| Arc::new(session_config));
+    let state = scheduler_session(session_config()).map_err(|error| Error::Process {
+        role: "executor",
+        source: BallistaError::DataFusionError(Box::new(error)),
+    })?;
+    config.override_function_registry.get_or_insert_with(|| Arc::new((&state).into()));
     run("executor", start_executor_process(Arc::new(config)))
 }
 

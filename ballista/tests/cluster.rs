@@ -325,6 +325,14 @@ fn functions() {
         "SELECT name, largest(id), sum(halved(id)) FROM names GROUP BY name",
         [("names", names())],
     );
+    cluster.must_be_as_here(
+        "SELECT id, row_number() OVER (PARTITION BY halved(id % 5) ORDER BY id) AS n FROM names",
+        [("names", names())],
+    );
+    let none = cluster.query("SELECT count(id) AS n FROM names WHERE 1 = 0", [("names", names())]);
+    assert_eq!(none.column(0).as_primitive::<Int64Type>().value(0), 0);
+    let none = cluster.query("SELECT name FROM names WHERE 1 = 0", [("names", names())]);
+    assert_eq!((none.num_rows(), none.num_columns()), (0, 1));
     // Enough for both, which wait as they compute.
     let slow = numbered(40_000).map_batches("slowly").expect("a plan");
     let rows = cluster.query("SELECT DISTINCT process(id) FROM slow", [("slow", slow)]);
@@ -401,7 +409,8 @@ fn changed() {
     let planned = numbers().expect("a file");
     std::fs::write(&file, "id\n1\n2\n3\n").expect("written");
     let error = told(sum(planned).expect_err("another file"));
-    assert!(error.contains("numbers.csv"), "{error}");
+    let other = "its rows are not those where the query was planned";
+    assert!(error.contains("numbers.csv") && error.contains(other), "{error}");
     let rows = sum(numbers().expect("a file")).expect("the file as it is");
     assert_eq!(rows.column(0).as_primitive::<Int64Type>().value(0), 6);
 }

@@ -15,9 +15,10 @@ pub(crate) use opened::{Packed, opened};
 use crate::Dataset;
 use crate::error::{Error, Result};
 use crate::{QueryRows, functions, query};
-use datafusion::execution::SessionState;
+use datafusion::execution::{SessionState, SessionStateBuilder};
 use datafusion::prelude::SessionContext;
 use std::fmt::Debug;
+use std::sync::Arc;
 
 /// An engine that runs queries: what [`query_on`] is given.
 ///
@@ -59,7 +60,8 @@ pub trait Backend: Debug + Send + Sync {
 /// room, and on disk beyond.
 ///
 /// Every process of the engine that reads a dataset opens it, so each must find the same files by the same
-/// names: one that finds others is told so, and the query fails. Files of Parquet to which nothing is done are
+/// names: one that finds others, as far as a dataset can tell (see [`Blocks::fingerprint`](crate::Blocks)), fails
+/// and the query with it. Files of Parquet to which nothing is done are
 /// not looked at so: the engine reads them by itself, and trusts that they are the same everywhere. Rows that
 /// are in memory travel with the plan: write many of them to files.
 pub fn query_on<S: Into<String>>(
@@ -70,11 +72,30 @@ pub fn query_on<S: Into<String>>(
     query::query_batches_on(backend, sql, tables)
 }
 
-/// `state` with what a process needs that plans queries over datasets for an engine: the functions of this
-/// program, and aggregates that are computed where DataFusion guesses them from statistics.
-pub fn session_state(mut state: SessionState) -> Result<SessionState> {
+/// `state` as a process needs it that plans queries over datasets, for an engine or as one: with the functions
+/// of this program, with aggregates that are computed where DataFusion guesses them from statistics, and without
+/// what makes plans that cannot be sent, or run a few parts at a time.
+pub fn session_state(state: SessionState) -> Result<SessionState> {
     functions::check()?;
+    // A join would wait for all of its partitions to say what they hold.
+    let config = state.config().clone().set_bool(DYNAMIC_FILTERS, false);
+    let logical = without(state.optimizers(), UNSENDABLE, |rule| rule.name());
+    let physical = without(state.physical_optimizers(), &["aggregate_statistics"], |r| r.name());
+    let state = SessionStateBuilder::new_from_existing(state).with_config(config);
+    let state = state.with_optimizer_rules(logical).with_physical_optimizer_rules(physical);
+    let mut state = state.build();
     let registered = functions::register(&mut state).and_then(|()| computed::register(&mut state));
     registered.map_err(Error::engine("register functions"))?;
     Ok(state)
+}
+
+/// By its name, which sets those of each kind, too.
+const DYNAMIC_FILTERS: &str = "datafusion.optimizer.enable_dynamic_filter_pushdown";
+
+/// Rules that put in the place of what has no rows something whose columns get lost on the way.
+const UNSENDABLE: &[&str] =
+    &["eliminate_filter", "eliminate_limit", "eliminate_join", "propagate_empty_relation"];
+
+fn without<T: ?Sized>(rules: &[Arc<T>], names: &[&str], name: fn(&T) -> &str) -> Vec<Arc<T>> {
+    rules.iter().filter(|rule| !names.contains(&name(rule))).cloned().collect()
 }

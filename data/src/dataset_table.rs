@@ -221,7 +221,7 @@ impl Reading {
             table.shape.expected(&self.left_out).map(|rows| self.limit.unwrap_or(rows).min(rows));
         let rows = rows.map_or(Precision::Absent, Precision::Inexact);
         let statistics = Statistics::new_unknown(&schema).with_num_rows(rows);
-        let parts = self.parts.iter().map(part).collect();
+        let parts = self.parts.iter().map(|part| file_group(part)).collect();
         let limit = self.limit;
         let source = DatasetSource::new(table, self, schema);
         // None is asked for anything, but the engine wants one that it knows.
@@ -246,7 +246,7 @@ impl Reading {
 }
 
 /// A part as the engine has it: files of its own, which are ranges of blocks.
-fn part(blocks: &Vec<Range<usize>>) -> FileGroup {
+fn file_group(blocks: &[Range<usize>]) -> FileGroup {
     let file = |blocks: &Range<usize>| {
         PartitionedFile::new("blocks", 0).with_range(blocks.start as i64, blocks.end as i64)
     };

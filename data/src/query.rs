@@ -203,7 +203,11 @@ async fn store(frame: DataFrame, query: &str, schema: &SchemaRef) -> Result<Bloc
     let failed = Error::sql(query);
     let context = Arc::new(frame.task_ctx());
     let plan = frame.create_physical_plan().await.map_err(&failed)?;
-    let schema = tables::with_types(&plan.schema(), schema);
+    // What other engines plan for no rows may have no columns.
+    let schema = match plan.schema().fields().is_empty() {
+        true => schema.clone(),
+        false => tables::with_types(&plan.schema(), schema),
+    };
     // What would be kept until it is its turn is kept as the result.
     let plan = match plan.downcast_ref::<Exec<InOrder>>() {
         Some(all) => all.input().clone(),

@@ -133,13 +133,14 @@ fn tests(tests: &mut Tests) -> Result<String> {
         let mut command = command::cargo_command(run);
         command.envs(*variable);
         tests.in_failures = false;
-        good &= command::run_seeing(command, |line| tests.see(line))?;
-        // A filter that fits nothing any more would go unnoticed.
-        let broken = !good && tests.failures.is_empty();
-        if broken {
+        let told = tests.failures.len();
+        let is_good = command::run_seeing(command, |line| tests.see(line))?;
+        if !is_good && tests.failures.len() == told {
             tests.failures.push(format!("cargo {run}: a test ended without a word; see above"));
         }
-        let is_empty = good && tests.passed + tests.failed == before;
+        good &= is_good;
+        // A filter that fits nothing any more would go unnoticed.
+        let is_empty = is_good && tests.passed + tests.failed == before;
         ensure!(!is_empty, "not one test ran: cargo {run}");
     }
     let summary = format!("{} passed, {} failed", tests.passed, tests.failed);

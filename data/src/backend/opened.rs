@@ -12,8 +12,8 @@ use std::sync::{Arc, LazyLock, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use xxhash_rust::xxh3::xxh3_128;
 
-/// How long a dataset stays open for the parts of a query that are still to come. One that was opened before
-/// a file changed is not to be in the way of the next query for ever.
+/// How long a dataset is taken as it was opened, for the parts of a query that are still to come. One that was
+/// opened before a file changed is not to be in the way of the next query for ever.
 const OPEN: Duration = Duration::from_secs(60);
 
 /// A dataset as bytes.
@@ -55,20 +55,31 @@ pub(crate) async fn opened(packed: Arc<Packed>, shape: Arc<Shape>) -> Result<Ope
     on_our_threads(move || {
         let slot = slot(packed.key());
         // Whoever comes meanwhile waits for the first.
-        let mut opened = slot.lock().unwrap_or_else(PoisonError::into_inner);
-        if opened.is_none() {
-            *opened = Some(packed.open(&shape)?);
+        let mut slot = slot.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, opened)) = slot.as_ref().filter(is_fresh) {
+            return Ok(opened.clone());
         }
-        opened.clone().ok_or_else(|| Error::Internal("it was opened".to_owned()))
+        let opened = packed.open(&shape)?;
+        *slot = Some((Instant::now(), opened.clone()));
+        Ok(opened)
     })
     .await
 }
 
-type Slot = Arc<Mutex<Option<Opened>>>;
+/// Since when it is open.
+type Slot = Arc<Mutex<Option<(Instant, Opened)>>>;
 
+fn is_fresh((since, _): &&(Instant, Opened)) -> bool {
+    since.elapsed() < OPEN
+}
+
+/// Of a dataset. Those that nobody uses any more are closed.
 fn slot(key: u128) -> Slot {
-    static SLOTS: LazyLock<Mutex<HashMap<u128, (Instant, Slot)>>> = LazyLock::new(Mutex::default);
+    static SLOTS: LazyLock<Mutex<HashMap<u128, Slot>>> = LazyLock::new(Mutex::default);
     let mut slots = SLOTS.lock().unwrap_or_else(PoisonError::into_inner);
-    slots.retain(|_, (since, _)| since.elapsed() < OPEN);
-    slots.entry(key).or_insert_with(|| (Instant::now(), Slot::default())).1.clone()
+    slots.retain(|_, slot| match slot.try_lock() {
+        Ok(slot) => slot.as_ref().filter(is_fresh).is_some(),
+        Err(_) => true,
+    });
+    slots.entry(key).or_default().clone()
 }
