@@ -409,8 +409,8 @@ fn changed() {
     let planned = numbers().expect("a file");
     std::fs::write(&file, "id\n1\n2\n3\n").expect("written");
     let error = told(sum(planned).expect_err("another file"));
-    let other = "its rows are not those where the query was planned";
-    assert!(error.contains("numbers.csv") && error.contains(other), "{error}");
+    // Ballista tells errors as they are in a debugger.
+    assert!(error.contains("numbers.csv") && error.contains("OtherData"), "{error}");
     let rows = sum(numbers().expect("a file")).expect("the file as it is");
     assert_eq!(rows.column(0).as_primitive::<Int64Type>().value(0), 6);
 }

@@ -46,7 +46,7 @@ use std::sync::Arc;
 ///
 /// let rows = query_on(&TwoThreads, "SELECT sum(id) AS sum FROM ids", [("ids", Dataset::range(101)?)])?;
 /// let rows = rows.collect::<mobula_data::Result<Vec<_>>>()?;
-/// assert_eq!(format!("{:?}", rows[0].column(0)), "PrimitiveArray<UInt64>\n[\n  5050,\n]");
+/// assert_eq!(format!("{:?}", rows[0].column(0)), "PrimitiveArray<Int64>\n[\n  5050,\n]");
 /// # Ok::<(), mobula_data::Error>(())
 /// ```
 pub trait Backend: Debug + Send + Sync {
