@@ -10,6 +10,7 @@ use mobula_ballista::{
     Ballista, ExecutorProcessConfig, SchedulerConfig, run_executor, run_scheduler,
 };
 use mobula_core::BoxError;
+use mobula_core::world::free_port;
 use mobula_data::backend::query_on;
 use mobula_data::{
     AggregateFn, Aggregator, BatchFn, CsvOptions, Dataset, FnTypes, ScalarFn, StandardScaler,
@@ -18,7 +19,7 @@ use mobula_data::{
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
 use std::io::{Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::TcpStream;
 use std::path::Path;
 use std::process::{Child, Command, ExitCode, Stdio};
 use std::sync::Arc;
@@ -112,11 +113,8 @@ struct Cluster {
 
 impl Cluster {
     fn start() -> Self {
-        let free = || TcpListener::bind("127.0.0.1:0").expect("a port");
-        let listeners: Vec<_> = (0..1 + 2 * EXECUTORS).map(|_| free()).collect();
-        let ports: Vec<_> =
-            listeners.iter().map(|of| of.local_addr().expect("bound").port()).collect();
-        drop(listeners);
+        let ports = (0..1 + 2 * EXECUTORS).map(|_| free_port().expect("a port"));
+        let ports: Vec<_> = ports.collect();
         let folder = tempfile::tempdir().expect("a folder");
         let mut cluster = Self { scheduler: ports[0], processes: Vec::new(), folder };
         cluster.spawn("scheduler", &ports[..1]);
@@ -416,8 +414,7 @@ fn changed() {
 }
 
 fn nobody() {
-    let port =
-        TcpListener::bind("127.0.0.1:0").and_then(|of| of.local_addr()).expect("a port").port();
+    let port = free_port().expect("a port");
     let nobody = Ballista::new(&format!("http://127.0.0.1:{port}")).expect("an address");
     let error = on(&nobody, "SELECT * FROM ids", [("ids", numbered(10))]);
     let error = told(error.expect_err("nobody is there"));

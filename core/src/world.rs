@@ -3,10 +3,13 @@
 mod hostlist;
 mod launchers;
 mod master;
+mod port;
 mod slurm;
 #[cfg(test)]
 mod tests;
 mod variables;
+
+pub use port::free_port;
 
 use crate::Error;
 use serde::{Deserialize, Serialize};

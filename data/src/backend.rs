@@ -60,10 +60,9 @@ pub trait Backend: Debug + Send + Sync {
 /// room, and on disk beyond.
 ///
 /// Every process of the engine that reads a dataset opens it, so each must find the same files by the same
-/// names: one that finds others, as far as a dataset can tell (see [`Blocks::fingerprint`](crate::Blocks)), fails
-/// and the query with it. Files of Parquet to which nothing is done are
-/// not looked at so: the engine reads them by itself, and trusts that they are the same everywhere. Rows that
-/// are in memory travel with the plan: write many of them to files.
+/// names. One that finds others fails, and the query with it, as far as a dataset can tell others
+/// ([`Blocks::fingerprint`](crate::Blocks::fingerprint)); files of Parquet to which nothing is done the engine
+/// reads by itself, and trusts. Rows that are in memory travel with the plan: write many of them to files.
 pub fn query_on<S: Into<String>>(
     backend: &dyn Backend,
     sql: &str,

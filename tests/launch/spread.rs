@@ -8,7 +8,6 @@ use crate::{SlurmTest, Test};
 use mobula::{Error, Node, Placement, Resources, Runtime, TaskOptions, collect, remote};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
-use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 use std::time::{Duration, Instant};
@@ -168,8 +167,8 @@ fn mpirun_here() {
 
 /// A driver that listens, and `mobula launch --join`.
 fn joins_by_hand() {
-    let port = TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr()).expect("a port");
-    let (address, program) = (port.to_string(), program());
+    let port = mobula::world::free_port().expect("a port");
+    let (address, program) = (format!("127.0.0.1:{port}"), program());
     let secret = ("MOBULA_SECRET", "the secret of this test");
     let mut driver = Command::new(&program);
     driver.args([ROLE, SPREAD, "two"]).env("MOBULA_LISTEN", &address).env(secret.0, secret.1);

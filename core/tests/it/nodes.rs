@@ -9,6 +9,7 @@ use crate::driver::{assert_gone, wait_for_file};
 use mobula_core::group::decode_report;
 use mobula_core::status::Status;
 use mobula_core::value::Blob;
+use mobula_core::world::free_port;
 use mobula_core::{
     ActorOptions, BoxError, Error, Group, GroupEvent, GroupOptions, Member, Node, ObjectRef,
     OnLoss, Placement, PlacementGroup, PlacementGroupOptions, PlacementStrategy, Resources,
@@ -20,7 +21,6 @@ use std::io::{Read, Seek, Write};
 use std::net::{TcpListener, TcpStream};
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
-use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::{Duration, Instant};
 
 const SCENARIO: &str = "MOBULA_TEST_NODES";
@@ -112,7 +112,7 @@ impl Launch {
         change: impl Fn(usize, &mut Command),
     ) -> Self {
         let folder = tempfile::tempdir().expect("temporary folder");
-        let port = free_port();
+        let port = free_port().expect("a port");
         let places = layout.iter().enumerate();
         let places =
             places.flat_map(|(node, size)| (0..*size).map(move |local| (node, local, size)));
@@ -142,7 +142,7 @@ impl Launch {
 
     /// A driver that listens for agents, and where.
     pub(crate) fn listening(scenario: &str, change: impl Fn(&mut Command)) -> (Self, String) {
-        let address = format!("127.0.0.1:{}", free_port());
+        let address = format!("127.0.0.1:{}", free_port().expect("a port"));
         let launch = Self::start(scenario, &[1], |_, command| {
             alone(command);
             command.env("MOBULA_LISTEN", &address);
@@ -197,17 +197,6 @@ impl Launch {
     pub(crate) fn file(&self, name: &str) -> PathBuf {
         self.folder.path().join(name)
     }
-}
-
-/// A port that nobody has, and that nobody gets who asks for any (Linux gives them from 32768 on): it stays free
-/// until the copy listens that is told of it.
-pub(crate) fn free_port() -> u16 {
-    static NEXT: AtomicU16 = AtomicU16::new(0);
-    let first = (std::process::id().wrapping_mul(61) % 20_000) as u16;
-    let next = || 10_000 + (first + NEXT.fetch_add(1, Ordering::Relaxed) % 20_000) % 20_000;
-    let ports = std::iter::repeat_with(next).take(20_000);
-    let mut free = ports.filter(|port| TcpListener::bind(("127.0.0.1", *port)).is_ok());
-    free.next().expect("a port")
 }
 
 fn status_of(copy: &mut Child, deadline: Instant) -> Option<ExitStatus> {

@@ -6,7 +6,6 @@
 
 use std::fs;
 use std::io::Write;
-use std::net::TcpListener;
 use std::os::unix::fs::chown;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -70,7 +69,7 @@ impl Server {
         let mut guard = guard.stdout(Stdio::null()).stderr(Stdio::null()).spawn()?;
         let mut pid = guard.stdin.take();
         make_database(&folder)?;
-        let port = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
+        let port = mobula_core::world::free_port()?;
         let postgres = start(&folder, port)?;
         if let Some(pid) = &mut pid {
             writeln!(pid, "{}", postgres.id())?;

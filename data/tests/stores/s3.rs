@@ -59,8 +59,7 @@ impl Drop for Server {
 pub(crate) fn start() -> Result<Server, String> {
     let folder = tempfile::tempdir().map_err(|error| error.to_string())?;
     fs::create_dir(folder.path().join(BUCKET)).map_err(|error| error.to_string())?;
-    let port = TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr());
-    let port = port.map_err(|error| error.to_string())?.port().to_string();
+    let port = mobula_core::world::free_port().map_err(|error| error.to_string())?.to_string();
     let keys = ["--access-key", "someone", "--secret-key", "something"];
     let server = Command::new("s3s-fs")
         .args(["--host", "127.0.0.1", "--port", &port])

@@ -7,12 +7,11 @@ use super::output::Outputs;
 use crate::cli::signals;
 use anyhow::Context;
 use mobula::World;
-use mobula::world::SECRET_VARIABLE;
+use mobula::world::{SECRET_VARIABLE, free_port};
 use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, kill_process_group, waitid};
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::io::Read;
-use std::net::{Ipv4Addr, TcpListener};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Child, Command, ExitCode, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
@@ -84,7 +83,7 @@ impl Launch {
         if restart_count > 0 {
             mobula::console::note(format!("starting all copies again (restart {restart_count})"));
         }
-        let port = free_port()?;
+        let port = free_port().context("looking for a port for rank 0")?;
         for rank in 0..self.size {
             let child = self.start(rank, port, restart_count)?;
             self.watch(rank, child);
@@ -164,19 +163,6 @@ fn next(inbox: &Receiver<Event>, wake_at: Option<Instant>) -> Event {
 fn exit_code(status: ExitStatus) -> u8 {
     let code = status.code().or_else(|| status.signal().map(|signal| 128 + signal));
     code.and_then(|code| u8::try_from(code).ok()).unwrap_or(1)
-}
-
-/// Below the ports that systems give to whoever asks for any: from 32768 on Linux.
-const PORTS: std::ops::Range<u16> = 10_000..30_000;
-
-/// A port for rank 0 to listen on. It is free now, and nobody gets it by chance; rank 0 will say so if somebody
-/// has taken it.
-fn free_port() -> anyhow::Result<u16> {
-    // Launches at the same time begin to look in places of their own.
-    let first = std::process::id().wrapping_mul(61) as usize % PORTS.len();
-    let mut ports = PORTS.cycle().skip(first).take(PORTS.len());
-    let free = ports.find(|port| TcpListener::bind((Ipv4Addr::LOCALHOST, *port)).is_ok());
-    free.with_context(|| format!("no port from {} to {} is free", PORTS.start, PORTS.end - 1))
 }
 
 /// What ranks show each other to be let in: the one given, or a new one.

@@ -3,8 +3,8 @@
 
 use crate::Test;
 use crate::digits::{CLASSES, FEATURES, row};
-use crate::hosts::free_port;
 use candle_core::{Device, Tensor};
+use mobula_core::world::free_port;
 use mobula_core::{
     Batch, BatchSource, BatchStream, BoxError, Error, Member, OnLoss, PlacementGroupOptions,
     Resources, RunDir, Runtime, Shard, StreamState, remote,
@@ -302,7 +302,7 @@ fn copy(folder: &Path, role: &str, address: &str) -> Child {
 
 fn machines(_: &Runtime) {
     let folder = tempfile::tempdir().expect("temporary folder");
-    let (address, folder) = (format!("127.0.0.1:{}", free_port()), folder.path());
+    let (address, folder) = (format!("127.0.0.1:{}", free_port().expect("a port")), folder.path());
     let mut driver = copy(folder, "MOBULA_LISTEN", &address);
     let mut agents = vec![copy(folder, "MOBULA_JOIN", &address)];
     let log = || std::fs::read_to_string(folder.join("MOBULA_LISTEN.log")).unwrap_or_default();

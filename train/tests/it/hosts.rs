@@ -2,12 +2,11 @@
 
 use crate::Test;
 use crate::digits::{Config, Harm, Outcome, train};
+use mobula_core::world::free_port;
 use mobula_core::{Resources, Runtime};
 use mobula_train::{ScalingConfig, Trainer, TrainingResult};
-use std::net::TcpListener;
 use std::path::Path;
 use std::process::{Command, Stdio};
-use std::sync::atomic::{AtomicU16, Ordering};
 
 /// Makes this program one of the copies, with a folder of its own.
 const FOLDER: &str = "MOBULA_TEST_HOSTS";
@@ -47,20 +46,9 @@ fn fit(runtime: &Runtime, workers: usize, config: Config) -> TrainingResult<Outc
     fit
 }
 
-/// A port that nobody has, and that nobody gets who asks for any (Linux gives them from 32768 on): it stays free
-/// until the copy listens that is told of it.
-pub(crate) fn free_port() -> u16 {
-    static NEXT: AtomicU16 = AtomicU16::new(0);
-    let first = (std::process::id().wrapping_mul(61) % 20_000) as u16;
-    let next = || 10_000 + (first + NEXT.fetch_add(1, Ordering::Relaxed) % 20_000) % 20_000;
-    let ports = std::iter::repeat_with(next).take(20_000);
-    let mut free = ports.filter(|port| TcpListener::bind(("127.0.0.1", *port)).is_ok());
-    free.next().expect("a port")
-}
-
 fn two(_: &Runtime) {
     let folder = tempfile::tempdir().expect("temporary folder");
-    let port = free_port();
+    let port = free_port().expect("a port");
     let copies = [0, 1].map(|rank: usize| {
         let mut command = Command::new(std::env::current_exe().expect("this binary"));
         let numbers = [("RANK", rank), ("WORLD_SIZE", 2), ("GROUP_RANK", rank)];
