@@ -81,6 +81,9 @@ impl Counter {
         }
     }
 
+    #[group("door")]
+    fn knock(&self) {}
+
     fn turn(&mut self, blob: Blob) -> Blob {
         blob.0.iter().rev().copied().collect::<Vec<_>>().into()
     }
@@ -338,6 +341,8 @@ fn fill(gate: PathBuf) -> Result<String, Error> {
         let counter = counter.clone();
         std::thread::spawn(move || counter.add(1).get().map(|sum| *sum))
     };
+    // Messages come in order: when this one is answered, beside the call that waits, the urgent one is there.
+    counter.urgent().knock().get()?;
     tell(&gate, "");
     held.get()?;
     assert_eq!((*urgent.get()?, *waiting.get()?), (1, 2));
