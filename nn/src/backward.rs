@@ -5,9 +5,10 @@
 //! a parameter's gradient into that buffer at once, and tell candle that there is none. What other
 //! operations compute still comes through candle's map and is added.
 
-use crate::cpu::{TASK_ELEMENTS, tensor, with_values};
+use crate::cpu::{TASK_ELEMENTS, has_kernels, tensor, with_values};
 use crate::kernels::{Real, output, vectorized};
 use crate::{Error, Params, Result};
+use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Tensor, TensorId};
 use rayon::prelude::*;
 use std::cell::RefCell;
@@ -39,6 +40,9 @@ pub struct Gradients {
     places: Vec<(String, Range<usize>)>,
     parameters: Vec<Parameter>,
     by_id: HashMap<TensorId, usize>,
+    /// Those of parameters that are elsewhere, in one piece there, until they are fetched.
+    elsewhere: Option<Tensor>,
+    stays_elsewhere: bool,
     listener: Option<Listener>,
 }
 
@@ -91,7 +95,8 @@ impl Gradients {
     fn of_nothing() -> Self {
         let (places, parameters) = (Vec::new(), Vec::new());
         let (values, by_id) = (vec![0.0; LOSS], HashMap::new());
-        Self { values, places, parameters, by_id, listener: None }
+        let (elsewhere, stays_elsewhere, listener) = (None, false, None);
+        Self { values, places, parameters, by_id, elsewhere, stays_elsewhere, listener }
     }
 
     /// Overwrites them and the loss with `scale` times what a backward pass of `loss` gives.
@@ -113,12 +118,11 @@ impl Gradients {
         let store = scaled.backward();
         drop(filling);
         let store = store?;
-        for at in 0..self.places.len() {
-            if let Some(gradient) = store.get(&self.parameters[at].tensor) {
-                self.add(at, gradient)?;
-            }
+        if self.parameters.iter().all(|parameter| has_kernels(&parameter.tensor)) {
+            self.add_here(&store)?;
+        } else {
+            self.add_elsewhere(&store)?;
         }
-        self.zero_missing();
         let value = scaled.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?[0];
         self.set_loss(self.loss() + value);
         Ok(())
@@ -130,6 +134,22 @@ impl Gradients {
     /// crate's come at the end of a pass. For sums over ranks that begin before a pass has ended.
     pub fn set_listener(&mut self, listener: Option<Box<OnWrite>>) {
         self.listener = listener.map(Listener);
+    }
+
+    /// Has the gradients of parameters that are not on the CPU stay where these are, for sums over ranks
+    /// there: they are not among the [`values`](Self::values) then, but [taken](Self::take_elsewhere).
+    pub fn stay_elsewhere(&mut self, stay: bool) {
+        self.stays_elsewhere = stay;
+    }
+
+    /// The gradients that have [stayed](Self::stay_elsewhere), of all parameters in one piece, on the
+    /// device of these. Zeros when no pass was begun since the [start](Self::start).
+    pub fn take_elsewhere(&mut self) -> Result<Tensor> {
+        let device = self.parameters.first().map_or(&Device::Cpu, |first| first.tensor.device());
+        match self.elsewhere.take() {
+            Some(gradients) => Ok(gradients),
+            None => Ok(Tensor::zeros(self.values.len() - LOSS, DType::F32, device)?),
+        }
     }
 
     /// Zeros everywhere, the loss too: the part of a rank that has no rows.
@@ -219,8 +239,60 @@ impl Gradients {
     /// than to [`clear`](Self::clear) first.
     pub fn start(&mut self) {
         self.parameters.iter_mut().for_each(|parameter| parameter.is_written = false);
+        self.elsewhere = None;
         self.set_loss(0.0);
         self.set_weight(0.0);
+    }
+
+    /// Adds what came through candle's map, beside what this crate's operations have written.
+    fn add_here(&mut self, store: &GradStore) -> Result<()> {
+        for at in 0..self.places.len() {
+            if let Some(gradient) = store.get(&self.parameters[at].tensor) {
+                self.add(at, gradient)?;
+            }
+        }
+        self.zero_missing();
+        Ok(())
+    }
+
+    /// All of it came through candle's map. One piece is one copy to the CPU: each waits until the device
+    /// has computed all that it was told to.
+    fn add_elsewhere(&mut self, store: &GradStore) -> Result<()> {
+        let mut pieces = Vec::with_capacity(self.places.len());
+        for parameter in &mut self.parameters {
+            let gradient = store.get(&parameter.tensor);
+            parameter.is_written |= gradient.is_some();
+            pieces.push(match gradient {
+                Some(gradient) => gradient.to_dtype(DType::F32)?.flatten_all()?,
+                None => {
+                    let (len, device) = (parameter.tensor.elem_count(), parameter.tensor.device());
+                    Tensor::zeros(len, DType::F32, device)?
+                }
+            });
+        }
+        let all = Tensor::cat(&pieces, 0)?;
+        let all = match &self.elsewhere {
+            Some(before) => (before + all)?,
+            None => all,
+        };
+        if !self.stays_elsewhere {
+            self.fetch(&all)?;
+        }
+        self.elsewhere = Some(all);
+        Ok(())
+    }
+
+    fn fetch(&mut self, all: &Tensor) -> Result<()> {
+        with_values([&all.to_device(&Device::Cpu)?], |[all]| {
+            self.values_mut().copy_from_slice(all);
+            Ok(())
+        })?;
+        for at in 0..self.places.len() {
+            if self.parameters[at].is_written {
+                self.tell(at);
+            }
+        }
+        Ok(())
     }
 
     fn zero_missing(&mut self) {
@@ -233,7 +305,7 @@ impl Gradients {
 
     /// Adds a gradient that came through candle's map.
     fn add(&mut self, at: usize, gradient: &Tensor) -> Result<()> {
-        let gradient = gradient.to_dtype(DType::F32)?.flatten_all()?.to_device(&Device::Cpu)?;
+        let gradient = gradient.to_dtype(DType::F32)?.flatten_all()?;
         with_values([&gradient.contiguous()?], |[gradient]| {
             self.write(at, |values, is_added| match is_added {
                 true => values.iter_mut().zip(gradient).for_each(|(to, from)| *to += *from),
@@ -249,8 +321,12 @@ impl Gradients {
         let range = self.places[at].1.clone();
         write(&mut self.values[range.clone()], parameter.is_written);
         parameter.is_written = true;
+        self.tell(at);
+    }
+
+    fn tell(&mut self, at: usize) {
         if let Some(Listener(listener)) = &mut self.listener {
-            listener(at, &self.values[range]);
+            listener(at, &self.values[self.places[at].1.clone()]);
         }
     }
 }

@@ -54,6 +54,8 @@ pub(crate) fn run(options: &Options, runtime: &Runtime) -> anyhow::Result<()> {
         shared_memory(),
         Check::ok("allocator", "mimalloc".to_owned()),
         cuda(),
+        #[cfg(all(feature = "cuda", feature = "train"))]
+        nccl(),
         worker(runtime),
     ];
     let report = Report { version: env!("CARGO_PKG_VERSION"), checks };
@@ -191,6 +193,12 @@ fn cuda() -> Check {
         true => Check::ok("CUDA", value),
         false => Check::warn("CUDA", value, "to compute on them, build with --features cuda"),
     }
+}
+
+/// What `Transport::Nccl` sums gradients by.
+#[cfg(all(feature = "cuda", feature = "train"))]
+fn nccl() -> Check {
+    Check::ok("NCCL", mobula::train::nccl_version().unwrap_or_else(|error| error.to_string()))
 }
 
 /// `/dev/nvidia0` and so on; other nodes of the driver have no number.

@@ -55,7 +55,7 @@ pub struct ScalingConfig {
     /// these do. Default: no.
     pub virtual_shards: Option<usize>,
     /// Whether gradients are summed while the backward pass still computes. Not with `sync_batch_norm`,
-    /// `shard_optimizer` or `virtual_shards`, where all are summed after it. Default:
+    /// `shard_optimizer`, `virtual_shards` or [`Transport::Nccl`], where all are summed after it. Default:
     /// [`Overlap::Auto`], between machines.
     pub overlap: Overlap,
     /// Has workers take steps of their own, over their own rows, and meet now and then: for networks
@@ -116,6 +116,11 @@ impl ScalingConfig {
             _ if self.local_sgd.as_ref().is_some_and(|local| local.every_steps == 0) => {
                 invalid("local_sgd.every_steps", "0".to_owned(), "at least 1")
             }
+            _ if self.transport == Transport::Nccl && self.is_for_the_cpu() => {
+                let expected =
+                    "Auto with `virtual_shards`, `local_sgd` or `compression`, or without GPUs";
+                invalid("transport", "Nccl".to_owned(), expected)
+            }
             _ if self.local_sgd.is_some() && each_step => {
                 let expected = "none with `virtual_shards`, `sync_batch_norm` or `shard_optimizer`, which meet in each step";
                 invalid("local_sgd", "some".to_owned(), expected)
@@ -140,6 +145,14 @@ impl ScalingConfig {
             }
             Some(_) => self.check_gpus(),
         }
+    }
+
+    /// Whether gradients are summed in a way that there is on the CPU alone.
+    fn is_for_the_cpu(&self) -> bool {
+        self.virtual_shards.is_some()
+            || self.local_sgd.is_some()
+            || self.compression != Compression::None
+            || self.resources_per_worker.gpus == 0.0
     }
 
     fn check_gpus(&self) -> Result<()> {

@@ -1,8 +1,9 @@
 //! What a training function gets: its share of the work, and the steps that all ranks take
 //! together.
 
-use crate::collective::{Alone, Collective, Element, ReduceOp};
+use crate::collective::{Alone, Collective, Element, ReduceOp, Transport};
 use crate::keeper::Keeper;
+use crate::nccl::DeviceSums;
 use crate::overlap::{EarlySums, Overlap};
 use crate::pace::Timed;
 use crate::report::{EpochReport, Meter, WorkerReport};
@@ -24,6 +25,8 @@ pub struct WorkerContext<'a> {
     device: Device,
     pub(crate) meter: Meter,
     pub(crate) early_sums: Option<EarlySums>,
+    /// Of gradients that are on a GPU.
+    pub(crate) device_sums: Option<DeviceSums>,
     /// A checkpoint within the epoch waits for the one before it to be written.
     pub(crate) is_due: bool,
 }
@@ -47,8 +50,13 @@ impl WorkerContext<'static> {
     pub fn join(member: Member) -> Result<Self> {
         let (setup, member): (Setup, _) = (member.context()?, Arc::new(member));
         let (collective, device) = (setup.connect(&member)?, setup.device()?);
+        let device_sums = setup.device_sums(&member, &device)?;
         let keeper = Box::new(Keeper::new(&member, &setup));
-        Ok(Self { device, ..Self::new(Place::Member(member, keeper), collective, setup) })
+        Ok(Self {
+            device,
+            device_sums,
+            ..Self::new(Place::Member(member, keeper), collective, setup)
+        })
     }
 }
 
@@ -65,12 +73,14 @@ impl<'a> WorkerContext<'a> {
         let in_turns = setup.sync_batch_norm
             || setup.shard_optimizer
             || setup.virtual_shards.is_some()
-            || setup.local_sgd.is_some();
+            || setup.local_sgd.is_some()
+            || setup.transport == Transport::Nccl;
         let overlap = if in_turns { Overlap::Never } else { setup.overlap };
         let early_sums = EarlySums::new(&collective, overlap);
         let (clock, waits) = (Arc::clone(&meter.clock), Arc::clone(&meter.waits));
         let collective = Arc::new(Timed { inner: collective, clock, waits });
-        Self { place, collective, setup, device, meter, early_sums, is_due: false }
+        let device_sums = None;
+        Self { place, collective, setup, device, meter, early_sums, device_sums, is_due: false }
     }
 
     /// This worker's share of a stream.
@@ -112,6 +122,7 @@ impl<'a> WorkerContext<'a> {
     /// Has a state do what the setup asks for, if it does not yet.
     pub(crate) fn prepare(&self, state: &mut TrainState) -> Result<()> {
         self.check_policy(state)?;
+        state.gradients.stay_elsewhere(self.device_sums.is_some());
         let is_shared = |share: &Share| share.is_with(&self.collective);
         let is_wanted = self.setup.shard_optimizer && self.shard().world > 1;
         if is_wanted && !state.updater.shared().is_some_and(is_shared) {

@@ -71,6 +71,24 @@ pub enum Error {
         /// What they need.
         missing: &'static str,
     },
+    /// There is no NCCL here that could be used.
+    #[error(
+        "cannot load NCCL: {reason}; install NVIDIA's NCCL, name the folder of libnccl.so.2 in LD_LIBRARY_PATH, or leave `transport` as it is by default"
+    )]
+    NoNccl {
+        /// Why not.
+        reason: String,
+    },
+    /// NCCL failed, or did not come to an end.
+    #[error("rank {rank}: NCCL could not {action}: {reason}")]
+    Nccl {
+        /// Who says so.
+        rank: usize,
+        /// What it was to do.
+        action: &'static str,
+        /// Why not.
+        reason: String,
+    },
     /// A mean over a stream that has no rows on any rank.
     #[error("cannot take a mean over a stream without rows")]
     NoRows,

@@ -45,6 +45,7 @@ mod fit;
 mod heal;
 mod journal;
 mod keeper;
+mod nccl;
 pub mod optim;
 mod outer;
 mod overlap;
@@ -69,6 +70,8 @@ pub use context::WorkerContext;
 pub use error::{Error, Result};
 pub use fit::{Callback, EarlyStopping, StepReport, TimeBudget, TrainLoop};
 pub use mobula_nn::Gradients;
+#[cfg(feature = "cuda")]
+pub use nccl::nccl_version;
 pub use optim::{AdamW, AdamWOptions, Optimizer, Schedule, Updater, UpdaterOptions};
 pub use outer::LocalSgd;
 pub use overlap::Overlap;

@@ -3,6 +3,7 @@
 use crate::Result;
 use crate::collective::{self, Collective, Compression, Transport};
 use crate::config::BestCheckpoints;
+use crate::nccl::DeviceSums;
 use crate::outer::LocalSgd;
 use crate::overlap::Overlap;
 use candle_core::Device;
@@ -55,6 +56,17 @@ impl Setup {
 
     /// The first GPU that this process sees is the worker's own.
     pub(crate) fn device(&self) -> Result<Device> {
-        if self.gpus > 0.0 { Ok(Device::new_cuda(0)?) } else { Ok(Device::Cpu) }
+        // One stream for all threads: candle's other way has one for each, of which none waits for another.
+        if self.gpus > 0.0 { Ok(Device::new_cuda_with_stream(0)?) } else { Ok(Device::Cpu) }
+    }
+
+    /// What sums gradients where they are, if that is asked for.
+    pub(crate) fn device_sums(
+        &self,
+        member: &Arc<Member>,
+        device: &Device,
+    ) -> Result<Option<DeviceSums>> {
+        let is_wanted = self.transport == Transport::Nccl;
+        is_wanted.then(|| DeviceSums::connect(member, device, self.timeout)).transpose()
     }
 }

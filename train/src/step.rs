@@ -2,6 +2,7 @@
 //! everywhere.
 
 use crate::buffers::{BufferSums, Buffers};
+use crate::collective::ReduceOp;
 use crate::optim::add;
 use crate::overlap::EarlySums;
 use crate::share::Share;
@@ -223,11 +224,17 @@ impl WorkerContext<'_> {
     }
 
     /// Sums gradients, loss and weight over all ranks, as far as that is not done.
-    fn reduce(&self, state: &mut TrainState) -> Result<()> {
+    fn reduce(&mut self, state: &mut TrainState) -> Result<()> {
         if state.outer.is_some() {
             return state.part();
         }
         let len = state.gradients.values().len();
+        if let Some(sums) = &mut self.device_sums {
+            // These wait with a deadline, and know who is late: behind them all ranks are here.
+            let behind = &mut state.gradients.as_reduced_mut()[len..];
+            self.collective.all_reduce(behind, ReduceOp::Sum)?;
+            return self.meter.waiting(|| sums.sum(&mut state.gradients));
+        }
         match (state.updater.shared(), &self.early_sums) {
             (Some(share), _) => share.reduce(&mut state.gradients),
             (None, early) => {

@@ -9,7 +9,7 @@ mod losses;
 mod models;
 mod precision;
 
-use crate::layers::{BatchNorm, BatchNormOptions};
+use crate::layers::{BatchNorm, BatchNormOptions, Linear};
 use crate::{Gradients, Model, Module, Params, Pass, Precision, Registry, Result, SyncSum, loss};
 use candle_core::{DType, Device, Tensor, Var};
 use layers::{Build, LAYERS};
@@ -17,7 +17,7 @@ use losses::LOSSES;
 use mobula_core::BoxError;
 use models::{MODELS, Sample};
 use std::cell::Cell;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 thread_local! {
     static IS_COMPOSED: Cell<bool> = const { Cell::new(false) };
@@ -60,6 +60,47 @@ fn composing_runs_no_kernels() {
         y.track_op()
     };
     assert!(!is_tracked() && composed(is_tracked));
+}
+
+/// Over two passes, with a parameter that only the second one needs: where gradients are, and that of all
+/// there is, does not depend on who computes them. They may also stay where the parameters are.
+#[test]
+fn gradients_elsewhere_are_the_same() {
+    let params = Params::new(1, &Device::Cpu);
+    let layers = ["a", "b"].map(|name| Linear::new(&params.scope(name), 2, 2).expect(name));
+    let x = Tensor::new(&[[1f32, -2.0], [0.5, 3.0]], &Device::Cpu).expect("x");
+    let passes = |gradients: &mut Gradients| -> Result<()> {
+        let y = layers[0].forward(&x, &Pass::eval())?;
+        gradients.backward(&y.sqr()?.sum_all()?, 1.0)?;
+        assert_eq!(gradients.missing(), ["b.bias", "b.weight"]);
+        gradients.add_backward(&layers[1].forward(&y, &Pass::eval())?.sum_all()?, 0.5)
+    };
+    let mut kernels = Gradients::zeros(&params);
+    passes(&mut kernels).expect("kernels");
+    let mut elsewhere = Gradients::zeros(&params);
+    let heard = Arc::new(Mutex::new(Vec::new()));
+    let hears = Arc::clone(&heard);
+    elsewhere.set_listener(Some(Box::new(move |at, values: &[f32]| {
+        hears.lock().expect("lock").push((at, values.to_vec()));
+    })));
+    composed(|| passes(&mut elsewhere)).expect("composed");
+    let pairs = elsewhere.as_reduced().iter().zip(kernels.as_reduced());
+    assert!(pairs.clone().all(|(a, b)| (a - b).abs() < 1e-5), "{:?}", pairs.collect::<Vec<_>>());
+    let last = heard.lock().expect("lock").split_off(2);
+    let values = elsewhere.values().to_vec();
+    let all = kernels.places().iter().map(|(_, place)| values[place.clone()].to_vec());
+    assert_eq!(last, all.enumerate().collect::<Vec<_>>());
+
+    elsewhere.stay_elsewhere(true);
+    elsewhere.clear();
+    composed(|| passes(&mut elsewhere)).expect("composed");
+    assert!(elsewhere.values().iter().all(|value| *value == 0.0), "they stay");
+    assert_eq!(elsewhere.loss(), kernels.loss());
+    let stayed = elsewhere.take_elsewhere().expect("taken").to_vec1::<f32>().expect("values");
+    assert_eq!(stayed, values);
+    elsewhere.start();
+    let none = elsewhere.take_elsewhere().expect("none").to_vec1::<f32>().expect("values");
+    assert_eq!(none, vec![0.0; stayed.len()]);
 }
 
 #[derive(Debug)]

@@ -43,7 +43,8 @@ pub(super) fn wait(
     Ok(())
 }
 
-fn pause(looks: &mut u32) {
+/// Between looks at what others are to do: longer ones the longer it takes.
+pub(crate) fn pause(looks: &mut u32) {
     *looks = looks.saturating_add(1);
     match *looks {
         0..=SPINS => std::hint::spin_loop(),

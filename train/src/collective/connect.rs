@@ -19,7 +19,8 @@ const TIMEOUT: Duration = Duration::from_secs(60);
 /// After a loss those that are left come when they have noticed it, behind whatever they are at.
 const PATIENCE: Duration = Duration::from_secs(600);
 
-fn patience(member: &Member) -> Duration {
+/// How long ranks wait for each other to come.
+pub(crate) fn patience(member: &Member) -> Duration {
     if member.generation() == 0 { TIMEOUT } else { PATIENCE }
 }
 

@@ -1,7 +1,7 @@
 //! Collective operations of a training group.
 
-mod barrier;
-mod connect;
+pub(crate) mod barrier;
+pub(crate) mod connect;
 mod element;
 mod hosts;
 mod links;
@@ -41,6 +41,10 @@ pub enum Transport {
     Auto,
     /// Over sockets also on one host: to measure and to test what happens between hosts.
     Tcp,
+    /// Gradients where they are, on the workers' GPUs, by NVIDIA's NCCL, which the loader has to find as
+    /// `libnccl.so.2`; all else as [`Auto`](Self::Auto). For workers that hold a GPU each, and not with
+    /// `virtual_shards`, `local_sgd` or `compression`. Sums begin when the backward pass is told to the GPU.
+    Nccl,
 }
 
 /// How gradients travel between hosts. On one host they are never rounded.

@@ -3,20 +3,29 @@
 use crate::Test;
 use crate::digits::{Config, train};
 use mobula_core::{Resources, Runtime};
-use mobula_train::{ScalingConfig, Trainer};
+use mobula_train::{Compression, ScalingConfig, Trainer, Transport};
 
 #[cfg(not(feature = "cuda"))]
-pub(crate) const TESTS: &[Test] = &[("devices::gpus_need_a_feature", refused)];
+pub(crate) const TESTS: &[Test] = &[
+    ("devices::gpus_need_a_feature", refused),
+    ("devices::sums_on_gpus_have_conditions", conditions),
+];
 
 #[cfg(feature = "cuda")]
 pub(crate) const TESTS: &[Test] = &[
     ("devices::threads_have_no_gpus", refused),
+    ("devices::sums_on_gpus_have_conditions", conditions),
     ("devices::workers_on_one_gpu_train_like_one_on_the_cpu", cuda::worlds_agree),
     ("devices::so_do_batch_norms", cuda::batch_norms),
     ("devices::half_precision_is_scaled", cuda::half),
     ("devices::a_run_on_a_gpu_resumes_to_the_same_bits", cuda::resumes),
     ("devices::a_run_moves_between_devices", cuda::moves),
+    ("devices::a_worker_by_itself_sums_by_nccl", cuda::alone_by_nccl),
+    ("devices::two_workers_sum_by_nccl", cuda::by_nccl),
 ];
+
+#[cfg(feature = "cuda")]
+pub(crate) use cuda::{folder, run};
 
 fn refused(runtime: &Runtime) {
     let one = ScalingConfig {
@@ -33,10 +42,24 @@ fn refused(runtime: &Runtime) {
     assert_eq!(error, expected);
 }
 
+fn conditions(runtime: &Runtime) {
+    let nccl = ScalingConfig { transport: Transport::Nccl, ..ScalingConfig::workers(2) };
+    let on_gpus =
+        ScalingConfig { resources_per_worker: Resources::cpus(1.0).with_gpus(1.0), ..nccl.clone() };
+    let in_shards = ScalingConfig { virtual_shards: Some(4), ..on_gpus.clone() };
+    let rounded = ScalingConfig { compression: Compression::Bf16, ..on_gpus };
+    for scaling in [nccl, in_shards, rounded] {
+        let trainer = Trainer::new(train::remote(Config::new(1))).with_scaling(scaling);
+        let error = trainer.fit(runtime).expect_err("refused").to_string();
+        assert!(error.contains("transport") && error.contains("or without GPUs"), "{error}");
+    }
+}
+
 #[cfg(feature = "cuda")]
 mod cuda {
     use super::*;
     use crate::digits::{Harm, Outcome};
+    use crate::hosts::two_copies;
     use mobula_core::RunDir;
     use mobula_train::TrainingResult;
     use mobula_train::optim::{LossScaleOptions, UpdaterOptions};
@@ -49,6 +72,13 @@ mod cuda {
         is_missing
     }
 
+    fn scaling(workers: usize, gpus: f64) -> ScalingConfig {
+        ScalingConfig {
+            resources_per_worker: Resources::cpus(1.0).with_gpus(gpus),
+            ..ScalingConfig::workers(workers)
+        }
+    }
+
     fn fit(
         runtime: &Runtime,
         workers: usize,
@@ -56,12 +86,18 @@ mod cuda {
         config: Config,
         run: Option<&RunDir>,
     ) -> TrainingResult<Outcome> {
+        fit_by(runtime, scaling(workers, gpus), config, run)
+    }
+
+    fn fit_by(
+        runtime: &Runtime,
+        scaling: ScalingConfig,
+        config: Config,
+        run: Option<&RunDir>,
+    ) -> TrainingResult<Outcome> {
+        let gpus = scaling.resources_per_worker.gpus;
         let trainer = Trainer::new(train::remote(config)).with_logs_shown(false);
         let trainer = run.into_iter().fold(trainer, Trainer::with_run);
-        let scaling = ScalingConfig {
-            resources_per_worker: Resources::cpus(1.0).with_gpus(gpus),
-            ..ScalingConfig::workers(workers)
-        };
         let fit = trainer.with_scaling(scaling).fit(runtime).expect("fit");
         assert!(fit.values.iter().all(|rank| rank.is_on_gpu == (gpus > 0.0)));
         assert!(fit.values.iter().all(|rank| rank.weights == fit.values[0].weights));
@@ -145,5 +181,64 @@ mod cuda {
             assert!(moved.values[0].began_at > 0);
             assert_near(&moved.values[0].weights, &whole.values[0].weights);
         }
+    }
+
+    fn lacks_nccl() -> bool {
+        let version = mobula_train::nccl_version();
+        match &version {
+            Ok(version) => eprintln!("NCCL {version}"),
+            Err(error) => eprintln!("SKIPPED: {error}, so nothing was summed by it"),
+        }
+        version.is_err()
+    }
+
+    /// All that there is to it but other ranks: what it sums are the gradients as they are.
+    pub(super) fn alone_by_nccl(runtime: &Runtime) {
+        if is_missing() || lacks_nccl() {
+            return;
+        }
+        let nccl = ScalingConfig { transport: Transport::Nccl, ..scaling(1, 1.0) };
+        let by_nccl = fit_by(runtime, nccl, Config::new(5), None);
+        let on_cpu = fit(runtime, 1, 1.0, Config::new(5), None);
+        assert_eq!(by_nccl.values[0].weights, on_cpu.values[0].weights);
+    }
+
+    /// Makes this program one of two copies, each with a worker on the first GPU.
+    const FOLDER: &str = "MOBULA_TEST_GPUS";
+
+    pub(crate) fn folder() -> Option<String> {
+        std::env::var(FOLDER).ok()
+    }
+
+    /// NCCL refuses two ranks on one GPU of a machine, so each copy says to be another one.
+    pub(super) fn by_nccl(_: &Runtime) {
+        if !is_missing() && !lacks_nccl() {
+            two_copies(FOLDER, |rank| {
+                let machine = ("NCCL_HOSTID", format!("machine {rank}"));
+                vec![machine, ("NCCL_SOCKET_IFNAME", "lo".to_owned())]
+            });
+        }
+    }
+
+    /// The copy that drives, and one that never leaves `init`.
+    pub(crate) fn run(folder: &str) -> Result<(), Box<dyn std::error::Error>> {
+        let runtime = mobula_core::init_with(Resources::cpus(2.0).with_gpus(1.0))?;
+        let by = |transport, config| {
+            let scaling = ScalingConfig { transport, ..scaling(2, 1.0) };
+            fit_by(&runtime, scaling, config, None)
+        };
+        // 89 of 90 rows: one rank has none in the last step.
+        let config = || Config { batch_size: 89, ..Config::new(5) };
+        let by_nccl = by(Transport::Nccl, config());
+        let by_sockets = by(Transport::Auto, config());
+        assert_near(&by_nccl.values[0].weights, &by_sockets.values[0].weights);
+        let norms = by(Transport::Nccl, Config { resnet: true, ..Config::new(2) });
+        assert_eq!(norms.values[0].buffers, norms.values[1].buffers);
+        let marker = std::path::Path::new(folder).join("killed");
+        let harm = Harm::KillOnce { at_step: 3, marker };
+        let killed = by(Transport::Nccl, Config { harm, ..config() });
+        assert_eq!((by_nccl.restarts, killed.restarts), (0, 1));
+        assert_eq!(killed.values[0].weights, by_nccl.values[0].weights);
+        Ok(())
     }
 }

@@ -47,6 +47,11 @@ fn fit(runtime: &Runtime, workers: usize, config: Config) -> TrainingResult<Outc
 }
 
 fn two(_: &Runtime) {
+    two_copies(FOLDER, |_| Vec::new());
+}
+
+/// Runs two copies of this program, as of two machines. `variable` tells them a folder, and what to do.
+pub(crate) fn two_copies(variable: &str, more: impl Fn(usize) -> Vec<(&'static str, String)>) {
     let folder = tempfile::tempdir().expect("temporary folder");
     let port = free_port().expect("a port");
     let copies = [0, 1].map(|rank: usize| {
@@ -59,7 +64,7 @@ fn two(_: &Runtime) {
             ("MASTER_ADDR", "127.0.0.1"),
         ]);
         command.env("MASTER_PORT", port.to_string()).env("MOBULA_SECRET", "of this test");
-        command.env(FOLDER, folder.path()).current_dir(folder.path());
+        command.env(variable, folder.path()).current_dir(folder.path()).envs(more(rank));
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         command.spawn().expect("starts")
     });

@@ -35,6 +35,10 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     if let Some(folder) = hosts::folder() {
         return hosts::run(&folder);
     }
+    #[cfg(feature = "cuda")]
+    if let Some(folder) = devices::folder() {
+        return devices::run(&folder);
+    }
     if let Some(folder) = network::folder() {
         return network::run(&folder);
     }
