@@ -67,6 +67,8 @@ pub(crate) fn check() -> Result<String> {
     let tree = compiled()?;
     let versions = versions(&tree);
     complaints.extend(duplicates(&versions, DUPLICATES));
+    let [all, one] = [with_features("--workspace")?, with_features("--package mobula")?];
+    complaints.extend(compiled_anew(&all, &one));
     if !complaints.is_empty() {
         bail!(
             "the dependencies break the rules of xtask/src/dependencies.rs:\n{}",
@@ -110,6 +112,30 @@ fn compiled() -> Result<String> {
     let tree =
         "tree --workspace --edges normal,build,dev --prefix none --target x86_64-unknown-linux-gnu";
     command::output(command::cargo_command(tree))
+}
+
+/// One line `name vVERSION;features` for every crate of a selection. Edges are followed once each.
+fn with_features(packages: &str) -> Result<String> {
+    let tree =
+        format!("tree {packages} --edges normal,build,dev --prefix none --format {{p}};{{f}}");
+    command::output(command::cargo_command(&tree))
+}
+
+/// Crates that `one` package by itself has with other features than `all` of the workspace: they, and
+/// what is built on them, would be compiled once more for each `cargo run`.
+fn compiled_anew(all: &str, one: &str) -> Vec<String> {
+    let lines = |tree| -> BTreeSet<String> {
+        str::lines(tree).map(|line| line.trim_end_matches(" (*)").to_owned()).collect()
+    };
+    let all = lines(all);
+    let other = lines(one).into_iter().filter(|line| !all.contains(line));
+    let complaint = |line: String| {
+        format!(
+            "  {} is not what the workspace has: name the features that are missing in [workspace.dependencies]",
+            line.replace(';', " with ")
+        )
+    };
+    other.filter(|line| !line.starts_with("mobula")).map(complaint).collect()
 }
 
 /// The versions of each crate.
@@ -170,6 +196,15 @@ mod tests {
 
     const TREE: &str =
         "mobula v0.1.0 (/somewhere)\n\nrand v0.9.5\nrand v0.10.4\nrand v0.9.5 (*)\nserde v1.0.1\n";
+
+    #[test]
+    fn features_that_a_package_lacks_by_itself_are_told() {
+        let all = "serde v1.0.1;derive,std\nserde_json v1.0.2;std (*)\nmobula v0.1.0;a";
+        let one = "mobula v0.1.0;\nserde_json v1.0.2;std\nserde v1.0.1;std";
+        let complaints = compiled_anew(all, one);
+        assert_eq!(complaints.len(), 1, "{complaints:?}");
+        assert!(complaints[0].starts_with("  serde v1.0.1 with std is not"), "{complaints:?}");
+    }
 
     #[test]
     fn accepted_duplicates_pass() {
