@@ -40,7 +40,7 @@ pub struct Gradients {
     places: Vec<(String, Range<usize>)>,
     parameters: Vec<Parameter>,
     by_id: HashMap<TensorId, usize>,
-    /// Those of parameters that are elsewhere, in one piece there, until they are fetched.
+    /// Those of parameters that are elsewhere, in one piece there, if they are to stay.
     elsewhere: Option<Tensor>,
     stays_elsewhere: bool,
     listener: Option<Listener>,
@@ -258,41 +258,39 @@ impl Gradients {
     /// All of it came through candle's map. One piece is one copy to the CPU: each waits until the device
     /// has computed all that it was told to.
     fn add_elsewhere(&mut self, store: &GradStore) -> Result<()> {
-        let mut pieces = Vec::with_capacity(self.places.len());
-        for parameter in &mut self.parameters {
-            let gradient = store.get(&parameter.tensor);
-            parameter.is_written |= gradient.is_some();
-            pieces.push(match gradient {
-                Some(gradient) => gradient.to_dtype(DType::F32)?.flatten_all()?,
-                None => {
-                    let (len, device) = (parameter.tensor.elem_count(), parameter.tensor.device());
-                    Tensor::zeros(len, DType::F32, device)?
-                }
+        let all = self.in_one_piece(store)?;
+        let given = self.parameters.iter().map(|parameter| store.get(&parameter.tensor).is_some());
+        let given: Vec<usize> = given.enumerate().filter_map(|(at, is)| is.then_some(at)).collect();
+        if self.stays_elsewhere {
+            given.into_iter().for_each(|at| self.parameters[at].is_written = true);
+            self.elsewhere = Some(match self.elsewhere.take() {
+                Some(before) => (before + all)?,
+                None => all,
             });
+            return Ok(());
         }
-        let all = Tensor::cat(&pieces, 0)?;
-        let all = match &self.elsewhere {
-            Some(before) => (before + all)?,
-            None => all,
-        };
-        if !self.stays_elsewhere {
-            self.fetch(&all)?;
-        }
-        self.elsewhere = Some(all);
+        with_values([&all.to_device(&Device::Cpu)?], |[all]| {
+            for at in given {
+                let range = self.places[at].1.clone();
+                self.write(at, |values, is_added| put(values, &all[range], is_added));
+            }
+            Ok(())
+        })?;
+        self.zero_missing();
         Ok(())
     }
 
-    fn fetch(&mut self, all: &Tensor) -> Result<()> {
-        with_values([&all.to_device(&Device::Cpu)?], |[all]| {
-            self.values_mut().copy_from_slice(all);
-            Ok(())
-        })?;
-        for at in 0..self.places.len() {
-            if self.parameters[at].is_written {
-                self.tell(at);
+    /// The gradients of all parameters, where these are; zeros for those that got none.
+    fn in_one_piece(&self, store: &GradStore) -> Result<Tensor> {
+        let piece = |parameter: &Parameter| match store.get(&parameter.tensor) {
+            Some(gradient) => gradient.to_dtype(DType::F32)?.flatten_all(),
+            None => {
+                let (len, device) = (parameter.tensor.elem_count(), parameter.tensor.device());
+                Tensor::zeros(len, DType::F32, device)
             }
-        }
-        Ok(())
+        };
+        let pieces = self.parameters.iter().map(piece).collect::<candle_core::Result<Vec<_>>>()?;
+        Ok(Tensor::cat(&pieces, 0)?)
     }
 
     fn zero_missing(&mut self) {
@@ -307,10 +305,7 @@ impl Gradients {
     fn add(&mut self, at: usize, gradient: &Tensor) -> Result<()> {
         let gradient = gradient.to_dtype(DType::F32)?.flatten_all()?;
         with_values([&gradient.contiguous()?], |[gradient]| {
-            self.write(at, |values, is_added| match is_added {
-                true => values.iter_mut().zip(gradient).for_each(|(to, from)| *to += *from),
-                false => values.copy_from_slice(gradient),
-            });
+            self.write(at, |values, is_added| put(values, gradient, is_added));
             Ok(())
         })?;
         Ok(())
@@ -321,13 +316,16 @@ impl Gradients {
         let range = self.places[at].1.clone();
         write(&mut self.values[range.clone()], parameter.is_written);
         parameter.is_written = true;
-        self.tell(at);
-    }
-
-    fn tell(&mut self, at: usize) {
         if let Some(Listener(listener)) = &mut self.listener {
-            listener(at, &self.values[self.places[at].1.clone()]);
+            listener(at, &self.values[range]);
         }
+    }
+}
+
+fn put(values: &mut [f32], gradient: &[f32], is_added: bool) {
+    match is_added {
+        true => values.iter_mut().zip(gradient).for_each(|(to, from)| *to += *from),
+        false => values.copy_from_slice(gradient),
     }
 }
 

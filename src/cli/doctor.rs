@@ -198,7 +198,13 @@ fn cuda() -> Check {
 /// What `Transport::Nccl` sums gradients by.
 #[cfg(all(feature = "cuda", feature = "train"))]
 fn nccl() -> Check {
-    Check::ok("NCCL", mobula::train::nccl_version().unwrap_or_else(|error| error.to_string()))
+    match mobula::train::nccl_version() {
+        Ok(version) => Check::ok("NCCL", version),
+        Err(error) => Check {
+            hint: Some(error.to_string()),
+            ..Check::ok("NCCL", "not found (only `Transport::Nccl` needs it)".to_owned())
+        },
+    }
 }
 
 /// `/dev/nvidia0` and so on; other nodes of the driver have no number.

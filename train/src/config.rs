@@ -117,8 +117,7 @@ impl ScalingConfig {
                 invalid("local_sgd.every_steps", "0".to_owned(), "at least 1")
             }
             _ if self.transport == Transport::Nccl && self.is_for_the_cpu() => {
-                let expected =
-                    "Auto with `virtual_shards`, `local_sgd` or `compression`, or without GPUs";
+                let expected = "Auto with `virtual_shards`, `local_sgd` or `compression`, or without a GPU for each worker";
                 invalid("transport", "Nccl".to_owned(), expected)
             }
             _ if self.local_sgd.is_some() && each_step => {
@@ -152,7 +151,7 @@ impl ScalingConfig {
         self.virtual_shards.is_some()
             || self.local_sgd.is_some()
             || self.compression != Compression::None
-            || self.resources_per_worker.gpus == 0.0
+            || self.resources_per_worker.gpus < 1.0
     }
 
     fn check_gpus(&self) -> Result<()> {

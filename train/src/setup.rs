@@ -3,7 +3,7 @@
 use crate::Result;
 use crate::collective::{self, Collective, Compression, Transport};
 use crate::config::BestCheckpoints;
-use crate::nccl::DeviceSums;
+use crate::nccl::{DeviceSums, first_gpu};
 use crate::outer::LocalSgd;
 use crate::overlap::Overlap;
 use candle_core::Device;
@@ -56,8 +56,7 @@ impl Setup {
 
     /// The first GPU that this process sees is the worker's own.
     pub(crate) fn device(&self) -> Result<Device> {
-        // One stream for all threads: candle's other way has one for each, of which none waits for another.
-        if self.gpus > 0.0 { Ok(Device::new_cuda_with_stream(0)?) } else { Ok(Device::Cpu) }
+        if self.gpus > 0.0 { first_gpu() } else { Ok(Device::Cpu) }
     }
 
     /// What sums gradients where they are, if that is asked for.

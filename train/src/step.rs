@@ -2,7 +2,6 @@
 //! everywhere.
 
 use crate::buffers::{BufferSums, Buffers};
-use crate::collective::ReduceOp;
 use crate::optim::add;
 use crate::overlap::EarlySums;
 use crate::share::Share;
@@ -228,13 +227,11 @@ impl WorkerContext<'_> {
         if state.outer.is_some() {
             return state.part();
         }
-        let len = state.gradients.values().len();
         if let Some(sums) = &mut self.device_sums {
-            // These wait with a deadline, and know who is late: behind them all ranks are here.
-            let behind = &mut state.gradients.as_reduced_mut()[len..];
-            self.collective.all_reduce(behind, ReduceOp::Sum)?;
+            sums.meet(self.collective.as_ref(), &mut state.gradients)?;
             return self.meter.waiting(|| sums.sum(&mut state.gradients));
         }
+        let len = state.gradients.values().len();
         match (state.updater.shared(), &self.early_sums) {
             (Some(share), _) => share.reduce(&mut state.gradients),
             (None, early) => {

@@ -67,8 +67,11 @@ pub(crate) fn check() -> Result<String> {
     let tree = compiled()?;
     let versions = versions(&tree);
     complaints.extend(duplicates(&versions, DUPLICATES));
-    let [all, one] = [with_features("--workspace")?, with_features("--package mobula")?];
-    complaints.extend(compiled_anew(&all, &one));
+    // What `cargo run` compiles, and what `cargo test` does.
+    for edges in ["normal", "normal,dev"] {
+        let [all, one] = ["--workspace", "--package mobula"].map(|what| with_features(what, edges));
+        complaints.extend(compiled_anew(&all?, &one?));
+    }
     if !complaints.is_empty() {
         bail!(
             "the dependencies break the rules of xtask/src/dependencies.rs:\n{}",
@@ -114,25 +117,25 @@ fn compiled() -> Result<String> {
     command::output(command::cargo_command(tree))
 }
 
-/// One line `name vVERSION;features` for every crate of a selection. Edges are followed once each.
-fn with_features(packages: &str) -> Result<String> {
-    let tree =
-        format!("tree {packages} --edges normal,build,dev --prefix none --format {{p}};{{f}}");
+/// One line `name vVERSION;features` for every crate that is built for the target, not for the build itself.
+fn with_features(packages: &str, edges: &str) -> Result<String> {
+    let tree = format!("tree {packages} --edges {edges} --prefix none --format {{p}};{{f}}");
     command::output(command::cargo_command(&tree))
 }
 
-/// Crates that `one` package by itself has with other features than `all` of the workspace: they, and
-/// what is built on them, would be compiled once more for each `cargo run`.
-fn compiled_anew(all: &str, one: &str) -> Vec<String> {
+/// Crates that the facade by itself has with other features than the workspace: they, and what is built on
+/// them, would be compiled once more for each `cargo run`.
+fn compiled_anew(all: &str, one: &str) -> BTreeSet<String> {
     let lines = |tree| -> BTreeSet<String> {
         str::lines(tree).map(|line| line.trim_end_matches(" (*)").to_owned()).collect()
     };
     let all = lines(all);
     let other = lines(one).into_iter().filter(|line| !all.contains(line));
     let complaint = |line: String| {
+        let name = line.replace(';', " with the features: ");
         format!(
-            "  {} is not what the workspace has: name the features that are missing in [workspace.dependencies]",
-            line.replace(';', " with ")
+            "  mobula by itself has {name}; the workspace has others, so it is compiled twice: have \
+             [workspace.dependencies] name those of the workspace, for it or for a crate that brings it in"
         )
     };
     other.filter(|line| !line.starts_with("mobula")).map(complaint).collect()
@@ -201,9 +204,10 @@ mod tests {
     fn features_that_a_package_lacks_by_itself_are_told() {
         let all = "serde v1.0.1;derive,std\nserde_json v1.0.2;std (*)\nmobula v0.1.0;a";
         let one = "mobula v0.1.0;\nserde_json v1.0.2;std\nserde v1.0.1;std";
-        let complaints = compiled_anew(all, one);
+        let complaints = Vec::from_iter(compiled_anew(all, one));
         assert_eq!(complaints.len(), 1, "{complaints:?}");
-        assert!(complaints[0].starts_with("  serde v1.0.1 with std is not"), "{complaints:?}");
+        let expected = "  mobula by itself has serde v1.0.1 with the features: std; the workspace";
+        assert!(complaints[0].starts_with(expected), "{complaints:?}");
     }
 
     #[test]

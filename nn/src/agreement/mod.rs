@@ -90,6 +90,11 @@ fn gradients_elsewhere_are_the_same() {
     let values = elsewhere.values().to_vec();
     let all = kernels.places().iter().map(|(_, place)| values[place.clone()].to_vec());
     assert_eq!(last, all.enumerate().collect::<Vec<_>>());
+    // What was done to them between two passes stays done.
+    elsewhere.values_mut().fill(0.0);
+    let y = composed(|| layers[0].forward(&x, &Pass::eval())).expect("y").sum_all().expect("sum");
+    composed(|| elsewhere.add_backward(&y, 0.0)).expect("another pass");
+    assert!(elsewhere.values().iter().all(|value| *value == 0.0));
 
     elsewhere.stay_elsewhere(true);
     elsewhere.clear();

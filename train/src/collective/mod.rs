@@ -43,7 +43,7 @@ pub enum Transport {
     Tcp,
     /// Gradients where they are, on the workers' GPUs, by NVIDIA's NCCL, which the loader has to find as
     /// `libnccl.so.2`; all else as [`Auto`](Self::Auto). For workers that hold a GPU each, and not with
-    /// `virtual_shards`, `local_sgd` or `compression`. Sums begin when the backward pass is told to the GPU.
+    /// `virtual_shards`, `local_sgd` or `compression`.
     Nccl,
 }
 

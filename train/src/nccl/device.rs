@@ -7,7 +7,9 @@
 
 use super::communicator::{Communicator, Patience, unique_id};
 use super::library::{Functions, UniqueId};
+use crate::collective::barrier::pause;
 use crate::collective::connect::patience;
+use crate::collective::{Collective, ReduceOp};
 use crate::{Error, Result};
 use candle_core::cuda_backend::cudarc::driver::{
     CudaSlice, CudaStream, DevicePtrMut, DriverError, result,
@@ -19,12 +21,24 @@ use mobula_nn::Gradients;
 use std::cell::RefCell;
 use std::ops::Range;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Numbers of a piece, 8 MiB: enough for the rate of any link, and a few of most models.
 const PIECE: usize = 2 << 20;
 /// How long the driver may take to tell that a rank was lost whose connection broke.
 const GRACE: Duration = Duration::from_secs(10);
+
+/// The first GPU that this process sees.
+///
+/// One stream for all threads: candle's other way has one for each, of which none waits for another. And no
+/// events for each operation, by which several streams would wait for each other.
+pub(crate) fn first_gpu() -> Result<Device> {
+    let device = Device::new_cuda_with_stream(0)?;
+    // SAFETY: all tensors are on the one stream of the device, which is also what frees them. The streams of
+    // `DeviceSums` wait for it, and it does not go on before they are done.
+    unsafe { device.as_cuda_device()?.disable_event_tracking() };
+    Ok(device)
+}
 
 /// This rank's part in the sums.
 #[derive(Debug)]
@@ -33,6 +47,10 @@ pub(crate) struct DeviceSums {
     communicator: Option<Communicator>,
     sums: Arc<CudaStream>,
     copies: Arc<CudaStream>,
+    shard: Shard,
+    timeout: Duration,
+    /// As many numbers as all ranks are known to have.
+    agreed: Option<usize>,
 }
 
 impl DeviceSums {
@@ -44,14 +62,21 @@ impl DeviceSums {
     ) -> Result<Self> {
         let shard = Shard { rank: member.rank(), world: member.world_size() };
         let functions = Functions::load()?;
+        if std::env::var("NCCL_COMM_BLOCKING").is_ok_and(|value| value != "0") {
+            let reason = "with NCCL_COMM_BLOCKING it would wait without an end: unset it";
+            return Err(failed(shard.rank, "connect the ranks", reason));
+        }
         let id = if shard.rank == 0 { unique_id(&functions, 0)?.0.to_vec() } else { Vec::new() };
         let told = member.all_gather("nccl: identifier", &id, patience(member))?;
         let id = told.first().and_then(|id| id.as_ref().try_into().ok()).map(UniqueId);
-        let id = id.ok_or_else(|| Error::program("rank 0 has told no identifier of NCCL's"))?;
-
+        let id = id.ok_or_else(|| {
+            failed(shard.rank, "connect the ranks", "rank 0 has told no identifier")
+        })?;
         let looker = Arc::clone(member);
         let look = Box::new(move || Ok(looker.check_generation()?));
-        Self::of(device, functions, id, shard, Patience { timeout, grace: GRACE, look })
+        // Connections are made until the first sum has come back.
+        let patient = Patience { timeout: timeout.max(patience(member)), grace: GRACE, look };
+        Self::of(device, functions, id, shard, patient, timeout)
     }
 
     fn of(
@@ -59,36 +84,88 @@ impl DeviceSums {
         functions: Functions,
         id: UniqueId,
         shard: Shard,
-        patience: Patience,
+        patient: Patience,
+        timeout: Duration,
     ) -> Result<Self> {
         let context = Arc::clone(device.as_cuda_device()?.cuda_stream().context());
         // NCCL takes the device that is the thread's.
         context.bind_to_thread().w()?;
         let (sums, copies) = (context.new_stream().w()?, context.new_stream().w()?);
-        let communicator = Some(Communicator::connect(functions, id, shard, patience)?);
-        Ok(Self { communicator, sums, copies })
+        let communicator = Some(Communicator::connect(functions, id, shard, patient)?);
+        Ok(Self { communicator, sums, copies, shard, timeout, agreed: None })
     }
 
-    /// Sums the gradients that have stayed on the device over the ranks, all of which have to be here. They are
-    /// then among the values, as if they had never been elsewhere.
+    /// Meets the other ranks, with loss and weight of the step: those that are late are told by name here, as
+    /// NCCL could not.
+    pub(crate) fn meet(&mut self, ranks: &dyn Collective, gradients: &mut Gradients) -> Result<()> {
+        let len = gradients.values().len();
+        if self.agreed != Some(len) {
+            self.agree(len, &ranks.gather_one(len as f64)?)?;
+        }
+        ranks.all_reduce(&mut gradients.as_reduced_mut()[len..], ReduceOp::Sum)
+    }
+
+    /// Sums the gradients that have stayed on the device over all ranks, which have met. They are then among the
+    /// values, as if they had never been elsewhere.
     pub(crate) fn sum(&mut self, gradients: &mut Gradients) -> Result<()> {
         let there = gradients.take_elsewhere()?;
         self.sum_in_place(&there, gradients.values_mut())
+    }
+
+    /// NCCL does not notice that ranks have differently many.
+    fn agree(&mut self, len: usize, all: &[f64]) -> Result<()> {
+        let other = all.iter().position(|other| *other != len as f64);
+        match other {
+            None => self.agreed = Some(len),
+            Some(other) => {
+                let (rank, other_len) = (self.shard.rank, all[other] as usize);
+                return Err(Error::CollectiveLength { rank, len, other, other_len });
+            }
+        }
+        Ok(())
     }
 
     /// Sums the numbers of a tensor where they are, and copies them.
     fn sum_in_place(&mut self, there: &Tensor, values: &mut [f32]) -> Result<()> {
         let sum = SumInPlace(RefCell::new((self, values, Ok(()))));
         there.inplace_op1(&sum)?;
-        sum.0.into_inner().2
+        let (this, _, done) = sum.0.into_inner();
+        if done.is_err() && !this.are_idle() {
+            // Whoever frees them would give memory to others that is still written to.
+            std::mem::forget(there.clone());
+        }
+        done
+    }
+
+    /// Whether nothing is left on the streams, as it should be behind a communicator that has ended.
+    fn are_idle(&self) -> bool {
+        let (begun, mut looks) = (Instant::now(), 0);
+        let Ok(end) = self.sums.record_event(None) else { return false };
+        while begun.elapsed() < GRACE {
+            match end.try_is_complete() {
+                Ok(false) => pause(&mut looks),
+                Ok(true) => return true,
+                Err(_) => return false,
+            }
+        }
+        false
     }
 
     fn sum_into(&mut self, slice: &mut CudaSlice<f32>, values: &mut [f32]) -> Result<()> {
+        let rank = self.shard.rank;
+        if slice.context() != self.sums.context() {
+            let [theirs, own] = [slice.context(), self.sums.context()].map(|c| c.ordinal());
+            let reason = format!(
+                "the model is on GPU {theirs}, the worker's is {own}: build it on `context.device()`"
+            );
+            return Err(failed(rank, SUM, reason));
+        }
         let Some(mut communicator) = self.communicator.take() else {
-            return Err(Error::program("NCCL was ended by a sum that has failed"));
+            return Err(failed(rank, SUM, "it was ended by a sum that has failed"));
         };
         self.sum_by(&mut communicator, slice, values)?;
-        // One that has failed ends here: before anybody frees what it works on.
+        // One that has failed ends before anybody frees what it works on.
+        communicator.patience.timeout = self.timeout;
         self.communicator = Some(communicator);
         Ok(())
     }
@@ -99,39 +176,43 @@ impl DeviceSums {
         slice: &mut CudaSlice<f32>,
         values: &mut [f32],
     ) -> Result<()> {
+        let driver = |error: DriverError| failed(self.shard.rank, SUM, error);
         self.sums.join(&Arc::clone(slice.stream())).map_err(driver)?;
         let mut pieces = Vec::new();
-        // The guard tells whoever uses the slice next to wait for this stream.
-        let (first, _is_written) = slice.device_ptr_mut(&self.sums);
+        let (first, _written) = slice.device_ptr_mut(&self.sums);
         for piece in pieces_of(values.len()) {
             let at = first + (piece.start * size_of::<f32>()) as u64;
-            // SAFETY: these are numbers of the slice, which is borrowed until they are sums or the
-            // communicator is gone. The stream is of the context that the communicator was made in.
+            // SAFETY: these are numbers of the slice, which is borrowed until they are sums; if that fails,
+            // `sum_in_place` sees to it that they stay. The stream is of the context that the communicator was
+            // made in, and so is the slice.
             unsafe {
                 let stream = self.sums.cu_stream().cast();
                 communicator.sum(at as *mut std::ffi::c_void, piece.len(), stream)?;
             }
             pieces.push((at, piece, self.sums.record_event(None).map_err(driver)?));
         }
-        for (at, piece, done) in pieces {
-            communicator.wait_for("sum gradients", || done.try_is_complete().map_err(driver))?;
-            // SAFETY: as many numbers there as here, which nobody writes any more. From the device to memory
-            // that is not pinned, this returns when it is done.
+        let copied = pieces.into_iter().try_for_each(|(at, piece, done)| {
+            communicator.wait_for(SUM, || done.try_is_complete().map_err(driver))?;
+            // SAFETY: as many numbers there as here, which nobody writes any more there, and which are borrowed
+            // here until the stream is done, below.
             unsafe {
                 result::memcpy_dtoh_async(&mut values[piece], at, self.copies.cu_stream())
-                    .map_err(driver)?;
+                    .map_err(driver)
             }
-        }
-        self.copies.synchronize().map_err(driver)
+        });
+        // Also after an error: it waits for copies alone, which wait for nobody.
+        copied.and(self.copies.synchronize().map_err(driver))
     }
+}
+
+const SUM: &str = "sum gradients";
+
+fn failed(rank: usize, action: &'static str, reason: impl ToString) -> Error {
+    Error::Nccl { rank, action, reason: reason.to_string() }
 }
 
 fn pieces_of(len: usize) -> impl Iterator<Item = Range<usize>> {
     (0..len).step_by(PIECE).map(move |start| start..len.min(start + PIECE))
-}
-
-fn driver(error: DriverError) -> Error {
-    Error::Tensor(error.into())
 }
 
 /// A sum where candle keeps a tensor's numbers, and what became of it.
@@ -152,7 +233,7 @@ impl InplaceOp1 for SumInPlace<'_> {
         let (sums, values, done) = &mut *self.0.borrow_mut();
         let slice = storage.as_cuda_slice_mut::<f32>()?;
         if layout.contiguous_offsets() != Some((0, values.len())) || slice.len() != values.len() {
-            candle_core::bail!("gradients on a GPU: expected one piece, got {layout:?}")
+            candle_core::bail!("internal error: gradients in one piece expected, got {layout:?}")
         }
         *done = sums.sum_into(slice, values);
         Ok(())
@@ -179,11 +260,13 @@ mod tests {
             Ok(_) => return eprintln!("SKIPPED: no GPU, so nothing ran on one"),
             Err(error) => return eprintln!("SKIPPED: {error}, so nothing was summed by it"),
         };
-        let device = Device::new_cuda_with_stream(0).expect("the first GPU");
+        let device = first_gpu().expect("the first GPU");
         let id = unique_id(&functions, 0).expect("an identifier");
         let look = Box::new(|| Ok(()));
-        let patience = Patience { timeout: Duration::from_secs(60), grace: GRACE, look };
-        let mut sums = DeviceSums::of(&device, functions, id, Shard::ALL, patience).expect("sums");
+        let timeout = Duration::from_secs(60);
+        let patience = Patience { timeout, grace: GRACE, look };
+        let sums = DeviceSums::of(&device, functions, id, Shard::ALL, patience, timeout);
+        let mut sums = sums.expect("connects");
         let numbers: Vec<f32> = (0..2 * PIECE + 5).map(|at| at as f32).collect();
         for round in 0..3 {
             let there = Tensor::from_slice(&numbers, numbers.len(), &device).expect("there");

@@ -16,11 +16,17 @@ mod fake;
 mod library;
 
 #[cfg(feature = "cuda")]
-pub(crate) use device::DeviceSums;
+pub(crate) use device::{DeviceSums, first_gpu};
 #[cfg(feature = "cuda")]
 pub use library::nccl_version;
 
-/// Without the feature `cuda` there are no GPUs to sum on; who asks is told so before the start.
+/// Without the feature `cuda` there are no GPUs; who asks for some is told so before the start.
+#[cfg(not(feature = "cuda"))]
+pub(crate) fn first_gpu() -> crate::Result<candle_core::Device> {
+    Ok(candle_core::Device::new_cuda(0)?)
+}
+
+/// The same of sums on them.
 #[cfg(not(feature = "cuda"))]
 #[derive(Debug)]
 pub(crate) enum DeviceSums {}
@@ -34,6 +40,14 @@ impl DeviceSums {
     ) -> crate::Result<Self> {
         let (gpus, missing) = (0.0, "to be built with the feature `cuda`");
         Err(crate::Error::Gpus { gpus, missing })
+    }
+
+    pub(crate) fn meet(
+        &mut self,
+        _: &dyn crate::Collective,
+        _: &mut mobula_nn::Gradients,
+    ) -> crate::Result<()> {
+        match *self {}
     }
 
     pub(crate) fn sum(&mut self, _: &mut mobula_nn::Gradients) -> crate::Result<()> {

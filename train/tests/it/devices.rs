@@ -3,7 +3,7 @@
 use crate::Test;
 use crate::digits::{Config, train};
 use mobula_core::{Resources, Runtime};
-use mobula_train::{Compression, ScalingConfig, Trainer, Transport};
+use mobula_train::{Compression, LocalSgd, ScalingConfig, Trainer, Transport};
 
 #[cfg(not(feature = "cuda"))]
 pub(crate) const TESTS: &[Test] = &[
@@ -47,11 +47,14 @@ fn conditions(runtime: &Runtime) {
     let on_gpus =
         ScalingConfig { resources_per_worker: Resources::cpus(1.0).with_gpus(1.0), ..nccl.clone() };
     let in_shards = ScalingConfig { virtual_shards: Some(4), ..on_gpus.clone() };
-    let rounded = ScalingConfig { compression: Compression::Bf16, ..on_gpus };
-    for scaling in [nccl, in_shards, rounded] {
+    let rounded = ScalingConfig { compression: Compression::Bf16, ..on_gpus.clone() };
+    let local = ScalingConfig { local_sgd: Some(LocalSgd::average(4)), ..on_gpus.clone() };
+    let half = Resources::cpus(1.0).with_gpus(0.5);
+    let shared = ScalingConfig { resources_per_worker: half, ..on_gpus };
+    for scaling in [nccl, in_shards, rounded, local, shared] {
         let trainer = Trainer::new(train::remote(Config::new(1))).with_scaling(scaling);
         let error = trainer.fit(runtime).expect_err("refused").to_string();
-        assert!(error.contains("transport") && error.contains("or without GPUs"), "{error}");
+        assert!(error.contains("transport") && error.contains("without a GPU for each"), "{error}");
     }
 }
 
@@ -63,6 +66,7 @@ mod cuda {
     use mobula_core::RunDir;
     use mobula_train::TrainingResult;
     use mobula_train::optim::{LossScaleOptions, UpdaterOptions};
+    use std::time::Duration;
 
     fn is_missing() -> bool {
         let is_missing = Resources::of_this_machine().gpus == 0.0;
@@ -199,8 +203,8 @@ mod cuda {
         }
         let nccl = ScalingConfig { transport: Transport::Nccl, ..scaling(1, 1.0) };
         let by_nccl = fit_by(runtime, nccl, Config::new(5), None);
-        let on_cpu = fit(runtime, 1, 1.0, Config::new(5), None);
-        assert_eq!(by_nccl.values[0].weights, on_cpu.values[0].weights);
+        let without = fit(runtime, 1, 1.0, Config::new(5), None);
+        assert_eq!(by_nccl.values[0].weights, without.values[0].weights);
     }
 
     /// Makes this program one of two copies, each with a worker on the first GPU.
@@ -234,11 +238,20 @@ mod cuda {
         assert_near(&by_nccl.values[0].weights, &by_sockets.values[0].weights);
         let norms = by(Transport::Nccl, Config { resnet: true, ..Config::new(2) });
         assert_eq!(norms.values[0].buffers, norms.values[1].buffers);
-        let marker = std::path::Path::new(folder).join("killed");
-        let harm = Harm::KillOnce { at_step: 3, marker };
-        let killed = by(Transport::Nccl, Config { harm, ..config() });
-        assert_eq!((by_nccl.restarts, killed.restarts), (0, 1));
-        assert_eq!(killed.values[0].weights, by_nccl.values[0].weights);
+        assert_eq!(by_nccl.restarts, 0);
+        let marker = |name: String| std::path::Path::new(folder).join(name);
+        let first = Harm::KillOnce { at_step: 3, marker: marker("before".to_owned()) };
+        // Some of these are in the middle of a sum.
+        let later = [0, 1, 2, 5, 10, 20, 40].map(|ms| Harm::KillAfter {
+            at_step: 3,
+            wait: Duration::from_millis(ms),
+            marker: marker(format!("after-{ms}")),
+        });
+        for harm in [first].into_iter().chain(later) {
+            let killed = by(Transport::Nccl, Config { harm: harm.clone(), ..config() });
+            assert_eq!(killed.restarts, 1, "{harm:?}");
+            assert_eq!(killed.values[0].weights, by_nccl.values[0].weights, "{harm:?}");
+        }
         Ok(())
     }
 }
