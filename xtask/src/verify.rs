@@ -2,6 +2,8 @@
 
 use crate::{command, dependencies, features, imports, tidy};
 use anyhow::{Result, bail, ensure};
+use cargo_metadata::Message;
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 #[derive(clap::Args)]
@@ -116,32 +118,21 @@ fn doc() -> Result<String> {
     Ok(String::new())
 }
 
-/// All tests, and once more those that change with TLS, with other engines, or without AVX-512; each with
-/// a variable of its environment.
-const TEST_RUNS: &[(&str, Option<(&str, &str)>)] = &[
-    ("test --workspace --no-fail-fast", None),
-    ("test --package mobula-core --features tls --no-fail-fast --lib --test it -- nodes", None),
-    ("test --package mobula-data --features backend --no-fail-fast --test it -- backend", None),
-    ("test --package mobula-data --features backend --no-fail-fast --doc -- backend", None),
-    ("test --package mobula-nn --no-fail-fast --lib --tests", Some(("MOBULA_AVX512", "0"))),
+/// All tests, and once more those that change with TLS, or with other engines.
+const TEST_RUNS: &[&str] = &[
+    "test --workspace --no-fail-fast",
+    "test --package mobula-core --features tls --no-fail-fast --lib --test it -- nodes",
+    "test --package mobula-data --features backend --no-fail-fast --test it -- backend",
+    "test --package mobula-data --features backend --no-fail-fast --doc -- backend",
 ];
 
 fn tests(tests: &mut Tests) -> Result<String> {
     let mut good = true;
-    for (run, variable) in TEST_RUNS {
-        let before = tests.passed + tests.failed;
-        let mut command = command::cargo_command(run);
-        command.envs(*variable);
-        tests.in_failures = false;
-        let told = tests.failures.len();
-        let is_good = command::run_seeing(command, |line| tests.see(line))?;
-        if !is_good && tests.failures.len() == told {
-            tests.failures.push(format!("cargo {run}: a test ended without a word; see above"));
-        }
-        good &= is_good;
-        // A filter that fits nothing any more would go unnoticed.
-        let is_empty = is_good && tests.passed + tests.failed == before;
-        ensure!(!is_empty, "not one test ran: cargo {run}");
+    for run in TEST_RUNS {
+        good &= tests.run(command::cargo_command(run))?;
+    }
+    for run in without_avx512()? {
+        good &= tests.run(run)?;
     }
     let summary = format!("{} passed, {} failed", tests.passed, tests.failed);
     match good {
@@ -150,7 +141,43 @@ fn tests(tests: &mut Tests) -> Result<String> {
     }
 }
 
+/// The tests of the kernels, as on processors that lack it. By the programs of the first run: for one package
+/// cargo would compile what is below it anew, with other features.
+fn without_avx512() -> Result<Vec<Command>> {
+    let built = command::cargo_command("test --workspace --no-run --quiet --message-format json");
+    let messages = command::output(built)?;
+    let folder = command::root().join("nn");
+    let mut runs = Vec::new();
+    for message in Message::parse_stream(messages.as_bytes()) {
+        if let Message::CompilerArtifact(artifact) = message?
+            && artifact.manifest_path.parent().is_some_and(|parent| parent == folder)
+            && let Some(program) = artifact.executable.filter(|_| artifact.profile.test)
+        {
+            let mut run = Command::new(program);
+            run.current_dir(&folder).env("MOBULA_AVX512", "0");
+            runs.push(run);
+        }
+    }
+    ensure!(!runs.is_empty(), "the tests of {} have no programs", folder.display());
+    Ok(runs)
+}
+
 impl Tests {
+    /// Says whether all went well.
+    fn run(&mut self, command: Command) -> Result<bool> {
+        let (before, told) = (self.passed + self.failed, self.failures.len());
+        let shown = command::show(&command);
+        self.in_failures = false;
+        let is_good = command::run_seeing(command, |line| self.see(line))?;
+        if !is_good && self.failures.len() == told {
+            self.failures.push(format!("{shown}: a test ended without a word; see above"));
+        }
+        // A filter that fits nothing any more would go unnoticed.
+        let is_empty = is_good && self.passed + self.failed == before;
+        ensure!(!is_empty, "not one test ran: {shown}");
+        Ok(is_good)
+    }
+
     fn see(&mut self, line: &str) {
         self.count(line);
         self.keep_failure(line);
