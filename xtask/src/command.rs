@@ -20,7 +20,20 @@ pub(crate) fn cargo(arguments: &str) -> Result<()> {
 pub(crate) fn cargo_command(arguments: &str) -> Command {
     let mut command = Command::new(std::env::var_os("CARGO").unwrap_or("cargo".into()));
     command.args(arguments.split_whitespace()).current_dir(root());
+    for (name, _) in std::env::vars_os() {
+        if is_of_xtask(&name.to_string_lossy()) {
+            command.env_remove(name);
+        }
+    }
     command
+}
+
+/// What cargo tells this program of itself. Another cargo would take it for the user's wish: `ring` is compiled anew,
+/// and all of DataFusion behind it, when these are others than they were.
+fn is_of_xtask(variable: &str) -> bool {
+    ["CARGO_PKG_", "CARGO_MANIFEST_"].iter().any(|start| variable.starts_with(start))
+        || ["CARGO_CRATE_NAME", "CARGO_BIN_NAME", "CARGO_PRIMARY_PACKAGE", "OUT_DIR"]
+            .contains(&variable)
 }
 
 /// Runs `command` with its output shown.
@@ -66,4 +79,21 @@ pub(crate) fn show(command: &Command) -> String {
     let program = Path::new(command.get_program()).file_name().unwrap_or_default();
     let words = std::iter::once(program).chain(command.get_args());
     words.map(|word| word.to_string_lossy()).collect::<Vec<_>>().join(" ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Cargo has started this test too.
+    #[test]
+    fn another_cargo_hears_nothing_of_this_program() {
+        assert!(std::env::var_os("CARGO_MANIFEST_DIR").is_some());
+        let command = cargo_command("tree");
+        let removed = command.get_envs().filter(|(_, value)| value.is_none());
+        let removed: Vec<_> = removed.map(|(name, _)| name.to_string_lossy()).collect();
+        assert!(removed.contains(&"CARGO_MANIFEST_DIR".into()), "{removed:?}");
+        assert!(removed.contains(&"CARGO_PKG_VERSION_MAJOR".into()), "{removed:?}");
+        assert!(!removed.contains(&"CARGO_TARGET_DIR".into()), "the user's");
+    }
 }
