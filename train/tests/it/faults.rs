@@ -135,8 +135,8 @@ fn places(runtime: &Runtime) {
 fn hangs(runtime: &Runtime) {
     let fit = harmed(runtime, How::Stop, &[Place::Forward]);
     assert_eq!(fit.values[0].weights, undisturbed(runtime));
-    // A signal may take effect behind the step.
-    assert!([15, 16].contains(&fit.values[1].began_at), "{}", fit.values[1].began_at);
+    // A signal takes effect on all threads, which may be some steps behind this one.
+    assert!(fit.values[1].began_at >= 15, "{}", fit.values[1].began_at);
 }
 
 /// The one that takes its place comes to harm in the same step, or before it has anything; what the
