@@ -3,6 +3,7 @@
 //! ```text
 //! bench-train fixture MODEL PATH                      write initial weights and batches
 //! bench-train train MODEL FIXTURE WORKERS [WAY]       answer requests on standard input
+//! bench-train phases MODEL FIXTURE cpu|cuda           where the time of a step goes
 //! bench-train recover                                 how long a killed worker takes
 //! bench-train checkpoint [waited-for]                 how long a large checkpoint takes
 //! bench-train shards WORKERS                          what virtual shards cost
@@ -11,11 +12,13 @@
 //! bench-train fashion DATA FIXTURE WORKERS EPOCHS     how long 90 % of Fashion-MNIST take
 //! ```
 //!
-//! The requests are described in xtask/src/bench/worker.rs. The ways are `cpu`, `cuda`, and those over
-//! sockets, as between hosts: `tcp`, `tcp-whole` without sums within the backward pass, and `tcp-bf16`.
+//! The requests are described in xtask/src/bench/worker.rs. The ways are `cpu`; `cuda`, where workers share
+//! a GPU, and `nccl`, with one for each; and those over sockets, as between hosts: `tcp`, `tcp-whole` without
+//! sums within the backward pass, and `tcp-bf16`.
 #![forbid(unsafe_code)]
 
 mod fashion;
+mod phases;
 mod survive;
 
 use anyhow::{Context, Result, bail};
@@ -48,6 +51,7 @@ fn main() -> Result<()> {
         ["train", model, fixture, workers, device] => {
             serve(&runtime, &[model, fixture, workers, device])
         }
+        ["phases", model, fixture, device] => phases::phases(model, fixture.as_ref(), device),
         ["recover"] => survive::recover(&runtime),
         ["shards", workers] => survive::shards(&runtime, workers.parse()?),
         ["zero", workers] => survive::zero(&runtime, workers.parse()?, Transport::Auto),
@@ -59,7 +63,7 @@ fn main() -> Result<()> {
             fashion::train(&runtime, [data, fixture, workers, epochs])
         }
         _ => bail!(
-            "usage: bench-train fixture MODEL PATH | train MODEL FIXTURE WORKERS [cpu|tcp|tcp-whole|tcp-bf16|cuda] | recover | checkpoint [waited-for] | shards WORKERS | zero WORKERS [tcp] | fashion-fixture SEED PATH | fashion DATA FIXTURE WORKERS EPOCHS"
+            "usage: bench-train fixture MODEL PATH | train MODEL FIXTURE WORKERS [cpu|cuda|nccl|tcp|tcp-whole|tcp-bf16] | phases MODEL FIXTURE cpu|cuda | recover | checkpoint [waited-for] | shards WORKERS | zero WORKERS [tcp] | fashion-fixture SEED PATH | fashion DATA FIXTURE WORKERS EPOCHS"
         ),
     }
 }
@@ -167,10 +171,15 @@ fn serve(runtime: &Runtime, arguments: &[&str; 4]) -> Result<()> {
         "tcp" => (Transport::Tcp, Overlap::Auto, Compression::None),
         "tcp-whole" => (Transport::Tcp, Overlap::Never, Compression::None),
         "tcp-bf16" => (Transport::Tcp, Overlap::Auto, Compression::Bf16),
-        _ => bail!("expected cpu, tcp, tcp-whole, tcp-bf16 or cuda, got {device:?}"),
+        "nccl" => (Transport::Nccl, Overlap::Auto, Compression::None),
+        _ => bail!("expected cpu, cuda, nccl, tcp, tcp-whole or tcp-bf16, got {device:?}"),
     };
     let workers: usize = workers.parse()?;
-    let gpus = if device == "cuda" { 1.0 / workers as f64 } else { 0.0 };
+    let gpus = match device {
+        "cuda" => 1.0 / workers as f64,
+        "nccl" => 1.0,
+        _ => 0.0,
+    };
     let scratch = tempfile::tempdir()?;
     let training = Training {
         runtime,

@@ -1,9 +1,9 @@
 """PyTorch DDP's side of data-parallel training.
 
-    python peer.py MODE MODEL FIXTURE WORKERS [cpu|cuda]
+    python peer.py MODE MODEL FIXTURE WORKERS [cpu|cuda|nccl]
 
-MODE is eager, compile, or channels-last. Workers are processes of one thread; over gloo, since two
-ranks on one GPU are refused by NCCL. Speaks the same lines as ours (see xtask/src/bench/worker.rs).
+MODE is eager, compile, or channels-last. Workers are processes of one thread; with `cuda` they share a
+GPU, over gloo, since NCCL refuses two ranks on one. Speaks the same lines as ours (see xtask/src/bench/worker.rs).
 """
 
 import os
@@ -31,12 +31,13 @@ def main():
 def worker(rank, store, mode, model, fixture, workers, device="cpu"):
     torch.set_num_threads(1)
     world = int(workers)
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
+    backend, device, name = "nccl" if device == "nccl" else "gloo", device.replace("nccl", "cuda"), device
+    dist.init_process_group(backend, init_method=store, rank=rank, world_size=world)
     side = Ddp(mode, MODELS[model], load_file(fixture), rank, world, device)
     side.run(3)
     if rank == 0:
         version = torch.__version__.split("+")[0]
-        answer(ready=f"PyTorch {version} DDP {side.name}, {world} workers, {device}")
+        answer(ready=f"PyTorch {version} DDP {side.name}, {world} workers, {name}")
     # Standard input is the first process's; multiprocessing closes it for those that it starts.
     lines = os.fdopen(os.open(f"/proc/{os.getppid()}/fd/0", os.O_RDONLY)) if rank == 0 else None
     while True:
@@ -106,7 +107,7 @@ class Ddp(Training):
             if self.device == "cuda":
                 torch.cuda.synchronize()
             seconds.append(time.perf_counter() - start)
-        mean = loss.detach().cpu()
+        mean = loss.detach().clone()
         dist.all_reduce(mean)
         return seconds, mean.item() / dist.get_world_size(), began
 
