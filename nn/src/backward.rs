@@ -136,8 +136,8 @@ impl Gradients {
         self.listener = listener.map(Listener);
     }
 
-    /// Has the gradients of parameters that are not on the CPU stay where these are, for sums over ranks
-    /// there: they are not among the [`values`](Self::values) then, but [taken](Self::take_elsewhere).
+    /// Has the gradients of parameters that are not on the CPU stay where these are, for sums over ranks and
+    /// updates there: they are not among the [`values`](Self::values) then, but [taken](Self::take_elsewhere).
     pub fn stay_elsewhere(&mut self, stay: bool) {
         self.stays_elsewhere = stay;
     }
@@ -150,6 +150,38 @@ impl Gradients {
             Some(gradients) => Ok(gradients),
             None => Ok(Tensor::zeros(self.values.len() - LOSS, DType::F32, device)?),
         }
+    }
+
+    /// The gradients that are elsewhere, if they are: of all parameters in one piece.
+    pub fn elsewhere(&self) -> Option<&Tensor> {
+        self.elsewhere.as_ref()
+    }
+
+    /// Has the gradients be these, of all parameters in one piece, wherever it is. Errors when it has not as
+    /// many numbers.
+    pub fn put_elsewhere(&mut self, gradients: Tensor) -> Result<()> {
+        let expected = [self.values.len() - LOSS];
+        if gradients.dims() != expected {
+            return Err(Error::shape(
+                "gradients in one piece",
+                format!("{expected:?}"),
+                gradients.dims(),
+            ));
+        }
+        self.elsewhere = Some(gradients);
+        Ok(())
+    }
+
+    /// Has gradients that are elsewhere be the [`values`](Self::values), as if they had never been there.
+    pub fn bring_here(&mut self) -> Result<()> {
+        let Some(there) = self.elsewhere.take() else {
+            return Ok(());
+        };
+        let values = self.values_mut();
+        Ok(with_values([&there.to_device(&Device::Cpu)?], |[there]| {
+            values.copy_from_slice(there);
+            Ok(())
+        })?)
     }
 
     /// Zeros everywhere, the loss too: the part of a rank that has no rows.

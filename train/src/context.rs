@@ -122,12 +122,15 @@ impl<'a> WorkerContext<'a> {
     /// Has a state do what the setup asks for, if it does not yet.
     pub(crate) fn prepare(&self, state: &mut TrainState) -> Result<()> {
         self.check_policy(state)?;
-        state.gradients.stay_elsewhere(self.device_sums.is_some());
+        let is_alone =
+            self.shard().world == 1 && state.updater.updates_elsewhere(state.model.params());
+        let is_whole = self.setup.virtual_shards.is_none() && self.setup.local_sgd.is_none();
+        state.gradients.stay_elsewhere(self.device_sums.is_some() || (is_alone && is_whole));
         let is_shared = |share: &Share| share.is_with(&self.collective);
         let is_wanted = self.setup.shard_optimizer && self.shard().world > 1;
         if is_wanted && !state.updater.shared().is_some_and(is_shared) {
             let mirror = self.setup.mirror_optimizer;
-            state.updater.share(Share::of(&state.gradients, &self.collective, mirror));
+            state.updater.share(Share::of(&state.gradients, &self.collective, mirror))?;
         }
         match &self.setup.local_sgd {
             Some(options) if state.outer.is_none() => state.add_outer(options),

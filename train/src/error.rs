@@ -246,6 +246,12 @@ pub enum Error {
         /// Values of the model.
         got: usize,
     },
+    /// An optimizer of one's own without its essence.
+    #[error("the optimizer {optimizer:?} has neither `rule` nor `update_param`: write one of them")]
+    NoRule {
+        /// Its name.
+        optimizer: String,
+    },
     /// State of a parameter that the optimizer did not make.
     #[error(
         "the state of {parameter:?} is not that of this optimizer: expected {expected}, got {got}; take it from `init`"

@@ -1,6 +1,6 @@
 //! What a training run carries from step to step, and its checkpoint.
 
-use crate::optim::{LossScale, SavedUpdater, Updater, scale};
+use crate::optim::{LossScale, SavedUpdater, Updater, scale, scale_elsewhere};
 use crate::outer::Outer;
 use crate::share::Share;
 use crate::{Error, Result};
@@ -313,7 +313,7 @@ impl TrainState {
 
     /// The gradients of the last step, divided by the scale of the loss. Not where the optimizer's state is
     /// divided among the ranks, or these have met after steps of their own: there, their memory holds
-    /// something else by now.
+    /// something else by now. On a GPU they may be [elsewhere](Gradients::elsewhere).
     pub fn gradients(&self) -> &Gradients {
         &self.gradients
     }
@@ -327,11 +327,9 @@ impl TrainState {
     /// which they overflowed is to be left out. Says whether it is not.
     pub(crate) fn check(&mut self, rescale: f32) -> Result<bool> {
         let unscale = rescale / self.loss_scale();
-        let summed = self.updater.shared().map_or(0..self.gradients.values().len(), Share::summed);
-        scale(&mut self.gradients.values_mut()[summed], unscale);
-        let overflow = match self.updater.shared() {
-            None => self.gradients.first_non_finite().map(str::to_owned),
-            Some(share) => share.first_non_finite(&self.gradients)?,
+        let overflow = match self.gradients.elsewhere() {
+            Some(_) => self.scale_elsewhere(unscale)?,
+            None => self.scale_here(unscale)?,
         };
         let is_taken = match (self.updater.loss_scale_mut(), overflow) {
             (None, None) => true,
@@ -347,6 +345,33 @@ impl TrainState {
             self.updater.clip(self.model.params(), &mut self.gradients)?;
         }
         Ok(is_taken)
+    }
+
+    /// Has gradients that are elsewhere be on the CPU, if the optimizer works there.
+    pub(crate) fn bring_gradients(&mut self) -> Result<()> {
+        match self.updater.updates_elsewhere(self.model.params()) {
+            true => Ok(()),
+            false => Ok(self.gradients.bring_here()?),
+        }
+    }
+
+    /// Multiplies the gradients. Gives the first parameter with one that is not finite then.
+    fn scale_here(&mut self, factor: f32) -> Result<Option<String>> {
+        let summed = self.updater.shared().map_or(0..self.gradients.values().len(), Share::summed);
+        scale(&mut self.gradients.values_mut()[summed], factor);
+        match self.updater.shared() {
+            None => Ok(self.gradients.first_non_finite().map(str::to_owned)),
+            Some(share) => share.first_non_finite(&self.gradients),
+        }
+    }
+
+    /// The same of those that are on another device: they stay there, unless one is not finite.
+    fn scale_elsewhere(&mut self, factor: f32) -> Result<Option<String>> {
+        if scale_elsewhere(&mut self.gradients, factor)? {
+            return Ok(None);
+        }
+        self.gradients.bring_here()?;
+        Ok(self.gradients.first_non_finite().map(str::to_owned))
     }
 
     /// Updates the model by its gradients, or what this rank has of it.

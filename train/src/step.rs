@@ -229,7 +229,11 @@ impl WorkerContext<'_> {
         }
         if let Some(sums) = &mut self.device_sums {
             sums.meet(self.collective.as_ref(), &mut state.gradients)?;
-            return self.meter.waiting(|| sums.sum(&mut state.gradients));
+            self.meter.waiting(|| sums.sum(&mut state.gradients))?;
+            return state.bring_gradients();
+        }
+        if state.gradients.elsewhere().is_some() {
+            return Ok(());
         }
         let len = state.gradients.values().len();
         match (state.updater.shared(), &self.early_sums) {

@@ -57,7 +57,7 @@ fn state(seed: u64, collective: &Arc<dyn Collective>) -> TrainState {
     let model = Model::build(&spec, seed, &Device::Cpu).expect("model");
     let mut state = TrainState::new(model, options.build().expect("updater"), 5, 9);
     if collective.shard().world > 1 {
-        state.updater.share(Share::of(&state.gradients, collective, true));
+        state.updater.share(Share::of(&state.gradients, collective, true)).expect("shares");
     }
     state
 }

@@ -1,5 +1,4 @@
-//! Gradients on a GPU: summed there on a stream of their own, piece by piece, each of which is copied to the
-//! CPU while the next ones are summed.
+//! Gradients on a GPU: summed there, on a stream of their own.
 //!
 //! `unsafe` is what addresses on a device take: they are within a slice that is borrowed, or has no other
 //! owner, until the device is done with them.
@@ -11,20 +10,15 @@ use crate::collective::barrier::pause;
 use crate::collective::connect::patience;
 use crate::collective::{Collective, ReduceOp};
 use crate::{Error, Result};
-use candle_core::cuda_backend::cudarc::driver::{
-    CudaSlice, CudaStream, DevicePtrMut, DriverError, result,
-};
+use candle_core::cuda_backend::cudarc::driver::{CudaSlice, CudaStream, DevicePtrMut, DriverError};
 use candle_core::cuda_backend::{CudaStorage, WrapErr};
 use candle_core::{CpuStorage, Device, InplaceOp1, Layout, Tensor};
 use mobula_core::{Member, Shard};
 use mobula_nn::Gradients;
 use std::cell::RefCell;
-use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// Numbers of a piece, 8 MiB: enough for the rate of any link, and a few of most models.
-const PIECE: usize = 2 << 20;
 /// How long the driver may take to tell that a rank was lost whose connection broke.
 const GRACE: Duration = Duration::from_secs(10);
 
@@ -46,7 +40,6 @@ pub(crate) struct DeviceSums {
     /// `None` after a sum that has failed. The first to be dropped, for streams wait for what it waits for.
     communicator: Option<Communicator>,
     sums: Arc<CudaStream>,
-    copies: Arc<CudaStream>,
     shard: Shard,
     timeout: Duration,
     /// As many numbers as all ranks are known to have.
@@ -90,9 +83,9 @@ impl DeviceSums {
         let context = Arc::clone(device.as_cuda_device()?.cuda_stream().context());
         // NCCL takes the device that is the thread's.
         context.bind_to_thread().w()?;
-        let (sums, copies) = (context.new_stream().w()?, context.new_stream().w()?);
+        let sums = context.new_stream().w()?;
         let communicator = Some(Communicator::connect(functions, id, shard, patient)?);
-        Ok(Self { communicator, sums, copies, shard, timeout, agreed: None })
+        Ok(Self { communicator, sums, shard, timeout, agreed: None })
     }
 
     /// Meets the other ranks, with loss and weight of the step: those that are late are told by name here, as
@@ -105,11 +98,11 @@ impl DeviceSums {
         ranks.all_reduce(&mut gradients.as_reduced_mut()[len..], ReduceOp::Sum)
     }
 
-    /// Sums the gradients that have stayed on the device over all ranks, which have met. They are then among the
-    /// values, as if they had never been elsewhere.
+    /// Sums the gradients that have stayed on the device over all ranks, which have met.
     pub(crate) fn sum(&mut self, gradients: &mut Gradients) -> Result<()> {
         let there = gradients.take_elsewhere()?;
-        self.sum_in_place(&there, gradients.values_mut())
+        self.sum_in_place(&there)?;
+        Ok(gradients.put_elsewhere(there)?)
     }
 
     /// NCCL does not notice that ranks have differently many.
@@ -125,11 +118,11 @@ impl DeviceSums {
         Ok(())
     }
 
-    /// Sums the numbers of a tensor where they are, and copies them.
-    fn sum_in_place(&mut self, there: &Tensor, values: &mut [f32]) -> Result<()> {
-        let sum = SumInPlace(RefCell::new((self, values, Ok(()))));
+    /// Sums the numbers of a tensor where they are, and waits for the sums.
+    fn sum_in_place(&mut self, there: &Tensor) -> Result<()> {
+        let sum = SumInPlace(RefCell::new((self, Ok(()))));
         there.inplace_op1(&sum)?;
-        let (this, _, done) = sum.0.into_inner();
+        let (this, done) = sum.0.into_inner();
         if done.is_err() && !this.are_idle() {
             // Whoever frees them would give memory to others that is still written to.
             std::mem::forget(there.clone());
@@ -151,7 +144,7 @@ impl DeviceSums {
         false
     }
 
-    fn sum_into(&mut self, slice: &mut CudaSlice<f32>, values: &mut [f32]) -> Result<()> {
+    fn sum_into(&mut self, slice: &mut CudaSlice<f32>) -> Result<()> {
         let rank = self.shard.rank;
         if slice.context() != self.sums.context() {
             let [theirs, own] = [slice.context(), self.sums.context()].map(|c| c.ordinal());
@@ -163,45 +156,27 @@ impl DeviceSums {
         let Some(mut communicator) = self.communicator.take() else {
             return Err(failed(rank, SUM, "it was ended by a sum that has failed"));
         };
-        self.sum_by(&mut communicator, slice, values)?;
+        self.sum_by(&mut communicator, slice)?;
         // One that has failed ends before anybody frees what it works on.
         communicator.patience.timeout = self.timeout;
         self.communicator = Some(communicator);
         Ok(())
     }
 
-    fn sum_by(
-        &self,
-        communicator: &mut Communicator,
-        slice: &mut CudaSlice<f32>,
-        values: &mut [f32],
-    ) -> Result<()> {
+    fn sum_by(&self, communicator: &mut Communicator, slice: &mut CudaSlice<f32>) -> Result<()> {
         let driver = |error: DriverError| failed(self.shard.rank, SUM, error);
         self.sums.join(&Arc::clone(slice.stream())).map_err(driver)?;
-        let mut pieces = Vec::new();
+        let len = slice.len();
         let (first, _written) = slice.device_ptr_mut(&self.sums);
-        for piece in pieces_of(values.len()) {
-            let at = first + (piece.start * size_of::<f32>()) as u64;
-            // SAFETY: these are numbers of the slice, which is borrowed until they are sums; if that fails,
-            // `sum_in_place` sees to it that they stay. The stream is of the context that the communicator was
-            // made in, and so is the slice.
-            unsafe {
-                let stream = self.sums.cu_stream().cast();
-                communicator.sum(at as *mut std::ffi::c_void, piece.len(), stream)?;
-            }
-            pieces.push((at, piece, self.sums.record_event(None).map_err(driver)?));
+        // SAFETY: these are the numbers of the slice, which is borrowed until they are sums; if that fails,
+        // `sum_in_place` sees to it that they stay. The stream is of the context that the communicator was
+        // made in, and so is the slice.
+        unsafe {
+            let stream = self.sums.cu_stream().cast();
+            communicator.sum(first as *mut std::ffi::c_void, len, stream)?;
         }
-        let copied = pieces.into_iter().try_for_each(|(at, piece, done)| {
-            communicator.wait_for(SUM, || done.try_is_complete().map_err(driver))?;
-            // SAFETY: as many numbers there as here, which nobody writes any more there, and which are borrowed
-            // here until the stream is done, below.
-            unsafe {
-                result::memcpy_dtoh_async(&mut values[piece], at, self.copies.cu_stream())
-                    .map_err(driver)
-            }
-        });
-        // Also after an error: it waits for copies alone, which wait for nobody.
-        copied.and(self.copies.synchronize().map_err(driver))
+        let done = self.sums.record_event(None).map_err(driver)?;
+        communicator.wait_for(SUM, || done.try_is_complete().map_err(driver))
     }
 }
 
@@ -211,12 +186,8 @@ fn failed(rank: usize, action: &'static str, reason: impl ToString) -> Error {
     Error::Nccl { rank, action, reason: reason.to_string() }
 }
 
-fn pieces_of(len: usize) -> impl Iterator<Item = Range<usize>> {
-    (0..len).step_by(PIECE).map(move |start| start..len.min(start + PIECE))
-}
-
 /// A sum where candle keeps a tensor's numbers, and what became of it.
-struct SumInPlace<'a>(RefCell<(&'a mut DeviceSums, &'a mut [f32], Result<()>)>);
+struct SumInPlace<'a>(RefCell<(&'a mut DeviceSums, Result<()>)>);
 
 impl InplaceOp1 for SumInPlace<'_> {
     fn name(&self) -> &'static str {
@@ -230,12 +201,12 @@ impl InplaceOp1 for SumInPlace<'_> {
     }
 
     fn cuda_fwd(&self, storage: &mut CudaStorage, layout: &Layout) -> candle_core::Result<()> {
-        let (sums, values, done) = &mut *self.0.borrow_mut();
+        let (sums, done) = &mut *self.0.borrow_mut();
         let slice = storage.as_cuda_slice_mut::<f32>()?;
-        if layout.contiguous_offsets() != Some((0, values.len())) || slice.len() != values.len() {
+        if layout.contiguous_offsets() != Some((0, slice.len())) {
             candle_core::bail!("internal error: gradients in one piece expected, got {layout:?}")
         }
-        *done = sums.sum_into(slice, values);
+        *done = sums.sum_into(slice);
         Ok(())
     }
 }
@@ -244,14 +215,7 @@ impl InplaceOp1 for SumInPlace<'_> {
 mod tests {
     use super::*;
 
-    #[test]
-    fn pieces_are_all_there_is() {
-        assert_eq!((pieces_of(0).next(), pieces_of(5).next()), (None, Some(0..5)));
-        let pieces: Vec<_> = pieces_of(2 * PIECE + 1).collect();
-        assert_eq!(pieces, [0..PIECE, PIECE..2 * PIECE, 2 * PIECE..2 * PIECE + 1]);
-    }
-
-    /// All but other ranks: what it sums are the numbers as they are, in pieces.
+    /// All but other ranks: what it sums are the numbers as they are.
     #[test]
     fn a_rank_by_itself_gets_what_it_has() {
         let gpus = mobula_core::Resources::of_this_machine().gpus;
@@ -267,15 +231,14 @@ mod tests {
         let patience = Patience { timeout, grace: GRACE, look };
         let sums = DeviceSums::of(&device, functions, id, Shard::ALL, patience, timeout);
         let mut sums = sums.expect("connects");
-        let numbers: Vec<f32> = (0..2 * PIECE + 5).map(|at| at as f32).collect();
+        let numbers: Vec<f32> = (0..(4 << 20) + 5).map(|at| at as f32).collect();
         for round in 0..3 {
             let there = Tensor::from_slice(&numbers, numbers.len(), &device).expect("there");
-            let mut values = vec![0.0; numbers.len()];
-            sums.sum_in_place(&there, &mut values).expect("sums");
-            assert!(values == numbers, "round {round}");
-            assert!(there.to_vec1::<f32>().expect("there") == numbers, "in place");
+            sums.sum_in_place(&there).expect("sums");
+            assert!(there.to_vec1::<f32>().expect("there") == numbers, "round {round}");
         }
-        let other = Tensor::zeros(3, candle_core::DType::F32, &device).expect("there");
-        assert!(sums.sum_in_place(&other, &mut [0.0; 2]).is_err(), "not as many");
+        let part = Tensor::zeros(3, candle_core::DType::F32, &device).expect("there");
+        let part = part.narrow(0, 1, 2).expect("a part");
+        assert!(sums.sum_in_place(&part).is_err(), "not all of what is there");
     }
 }

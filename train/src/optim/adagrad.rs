@@ -1,8 +1,7 @@
 //! Adagrad.
 
-use super::pass::{Element, elements};
-use super::state::{ParamState, Slot};
-use super::{Now, Optimizer, check};
+use super::state::Slot;
+use super::{Elementwise, Now, Number, Optimizer, Rule, check};
 use crate::Result;
 use serde::{Deserialize, Serialize};
 
@@ -75,34 +74,27 @@ impl Optimizer for Adagrad {
         vec![Slot::filled("sum", shape, self.0.initial_accumulator_value as f32)]
     }
 
-    fn update_param(
-        &self,
-        now: Now,
-        values: &mut [f32],
-        gradient: &[f32],
-        state: &mut ParamState,
-    ) -> Result<()> {
-        let before = (state.steps - 1) as f64;
-        let rule = Rule {
+    fn rule(&self, now: Now, steps: u64) -> Option<Rule> {
+        let before = (steps - 1) as f64;
+        Some(Rule::new(SumOfSquares {
             lr: (now.lr / (1.0 + before * self.0.lr_decay)) as f32,
             l2: now.weight_decay as f32,
             eps: self.0.eps as f32,
-        };
-        elements(&rule, values, gradient, state)
+        }))
     }
 }
 
-struct Rule {
+struct SumOfSquares {
     lr: f32,
     l2: f32,
     eps: f32,
 }
 
-impl Element<1> for Rule {
+impl Elementwise<1> for SumOfSquares {
     #[inline(always)]
-    fn update(&self, p: f32, g: f32, [sum]: [f32; 1]) -> (f32, [f32; 1]) {
-        let g = g + self.l2 * p;
-        let sum = sum + g * g;
-        (p - self.lr * (g / (sum.sqrt() + self.eps)), [sum])
+    fn update<X: Number>(&self, p: X, g: X, [sum]: [X; 1]) -> (X, [X; 1]) {
+        let g = g + p.clone() * self.l2;
+        let sum = sum + g.clone().square();
+        (p - g / (sum.clone().sqrt() + self.eps) * self.lr, [sum])
     }
 }

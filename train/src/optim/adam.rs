@@ -1,8 +1,7 @@
 //! Adam and AdamW.
 
-use super::pass::{Element, elements, lerp};
-use super::state::{ParamState, Slot};
-use super::{Now, Optimizer, check};
+use super::state::Slot;
+use super::{Elementwise, Now, Number, Optimizer, Rule, check};
 use crate::Result;
 use serde::{Deserialize, Serialize};
 
@@ -114,19 +113,12 @@ impl Optimizer for AdamW {
         moments(shape)
     }
 
-    fn update_param(
-        &self,
-        now: Now,
-        values: &mut [f32],
-        gradient: &[f32],
-        state: &mut ParamState,
-    ) -> Result<()> {
+    fn rule(&self, now: Now, steps: u64) -> Option<Rule> {
         let AdamWOptions { beta1, beta2, eps, .. } = self.0;
-        let rule = Rule {
+        Some(Rule::new(Moments {
             decay: (1.0 - now.lr * now.weight_decay) as f32,
-            ..Rule::new(now.lr, beta1, beta2, eps, state.steps)
-        };
-        elements(&rule, values, gradient, state)
+            ..Moments::new(now.lr, beta1, beta2, eps, steps)
+        }))
     }
 }
 
@@ -151,25 +143,18 @@ impl Optimizer for Adam {
         moments(shape)
     }
 
-    fn update_param(
-        &self,
-        now: Now,
-        values: &mut [f32],
-        gradient: &[f32],
-        state: &mut ParamState,
-    ) -> Result<()> {
+    fn rule(&self, now: Now, steps: u64) -> Option<Rule> {
         let AdamOptions { beta1, beta2, eps, .. } = self.0;
-        let rule = Rule {
+        Some(Rule::new(Moments {
             l2: now.weight_decay as f32,
-            ..Rule::new(now.lr, beta1, beta2, eps, state.steps)
-        };
-        elements(&rule, values, gradient, state)
+            ..Moments::new(now.lr, beta1, beta2, eps, steps)
+        }))
     }
 }
 
 /// The scalars of one step. Rounded once each: 1 − β₂ taken from the rounded β₂ would be off by
 /// 1e-5.
-struct Rule {
+struct Moments {
     decay: f32,
     l2: f32,
     step_size: f32,
@@ -180,7 +165,7 @@ struct Rule {
     eps: f32,
 }
 
-impl Rule {
+impl Moments {
     fn new(lr: f64, beta1: f64, beta2: f64, eps: f64, steps: u64) -> Self {
         let t = steps as f64;
         Self {
@@ -196,13 +181,13 @@ impl Rule {
     }
 }
 
-impl Element<2> for Rule {
+impl Elementwise<2> for Moments {
     #[inline(always)]
-    fn update(&self, p: f32, g: f32, [m, v]: [f32; 2]) -> (f32, [f32; 2]) {
-        let g = g + self.l2 * p;
-        let m = lerp(m, g, self.one_minus_beta1);
-        let v = v * self.beta2 + g * g * self.one_minus_beta2;
-        let denominator = v.sqrt() / self.sqrt_correction2 + self.eps;
-        (p * self.decay - self.step_size * (m / denominator), [m, v])
+    fn update<X: Number>(&self, p: X, g: X, [m, v]: [X; 2]) -> (X, [X; 2]) {
+        let g = g + p.clone() * self.l2;
+        let m = m.lerp(g.clone(), self.one_minus_beta1);
+        let v = v * self.beta2 + g.square() * self.one_minus_beta2;
+        let denominator = v.clone().sqrt() / self.sqrt_correction2 + self.eps;
+        (p * self.decay - m.clone() / denominator * self.step_size, [m, v])
     }
 }

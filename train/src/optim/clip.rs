@@ -26,6 +26,12 @@ impl Clip {
         }
     }
 
+    /// What gradients of this norm are multiplied by, if it is less than 1.
+    pub(super) fn factor(most: f64, norm: f64) -> f64 {
+        // PyTorch's epsilon.
+        most / (norm + 1e-6)
+    }
+
     /// Clips the gradients in place. Gives their norm as it was, where that is taken.
     pub fn apply(&self, gradients: &mut Gradients) -> Option<f64> {
         let ranges: Vec<_> = gradients.places().iter().map(|(_, range)| range.clone()).collect();
@@ -56,8 +62,7 @@ impl Clip {
         match *self {
             Self::Norm(most) => {
                 let norm = squares?.iter().sum::<f64>().sqrt();
-                // PyTorch's epsilon.
-                let factor = most / (norm + 1e-6);
+                let factor = Self::factor(most, norm);
                 if factor < 1.0 {
                     ranges.iter().for_each(|at| scale(&mut values[at.clone()], factor as f32));
                 }

@@ -2,7 +2,7 @@
 
 use super::rule::fresh;
 use super::state::{OptimizerState, ParamState, Slot};
-use super::{Now, Optimizer, ParamOptions, check};
+use super::{Now, Optimizer, ParamOptions, Rule, check};
 use crate::{Error, Result};
 use mobula_nn::Params;
 use serde::{Deserialize, Serialize};
@@ -112,6 +112,10 @@ impl<O: Optimizer> Optimizer for Grouped<O> {
 
     fn slots(&self, shape: &[usize]) -> Vec<Slot> {
         self.optimizer.slots(shape)
+    }
+
+    fn rule(&self, now: Now, steps: u64) -> Option<Rule> {
+        self.optimizer.rule(now, steps)
     }
 
     fn update_param(

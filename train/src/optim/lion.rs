@@ -1,8 +1,7 @@
 //! Lion.
 
-use super::pass::{Element, elements};
-use super::state::{ParamState, Slot};
-use super::{Now, Optimizer, check};
+use super::state::Slot;
+use super::{Elementwise, Now, Number, Optimizer, Rule, check};
 use crate::Result;
 use serde::{Deserialize, Serialize};
 
@@ -66,27 +65,20 @@ impl Optimizer for Lion {
         vec![Slot::zeros("exp_avg", shape)]
     }
 
-    fn update_param(
-        &self,
-        now: Now,
-        values: &mut [f32],
-        gradient: &[f32],
-        state: &mut ParamState,
-    ) -> Result<()> {
+    fn rule(&self, now: Now, _: u64) -> Option<Rule> {
         let LionOptions { beta1, beta2, .. } = self.0;
-        let rule = Rule {
+        Some(Rule::new(Sign {
             lr: now.lr as f32,
             decay: (1.0 - now.lr * now.weight_decay) as f32,
             beta1: beta1 as f32,
             one_minus_beta1: (1.0 - beta1) as f32,
             beta2: beta2 as f32,
             one_minus_beta2: (1.0 - beta2) as f32,
-        };
-        elements(&rule, values, gradient, state)
+        }))
     }
 }
 
-struct Rule {
+struct Sign {
     lr: f32,
     decay: f32,
     beta1: f32,
@@ -95,12 +87,11 @@ struct Rule {
     one_minus_beta2: f32,
 }
 
-impl Element<1> for Rule {
+impl Elementwise<1> for Sign {
     #[inline(always)]
-    fn update(&self, p: f32, g: f32, [m]: [f32; 1]) -> (f32, [f32; 1]) {
-        let direction = m * self.beta1 + g * self.one_minus_beta1;
-        // `signum` of 0 is 1; here it must be 0.
-        let sign = f32::from(u8::from(direction > 0.0)) - f32::from(u8::from(direction < 0.0));
-        (p * self.decay - self.lr * sign, [m * self.beta2 + g * self.one_minus_beta2])
+    fn update<X: Number>(&self, p: X, g: X, [m]: [X; 1]) -> (X, [X; 1]) {
+        let direction = m.clone() * self.beta1 + g.clone() * self.one_minus_beta1;
+        let p = p * self.decay - direction.sign() * self.lr;
+        (p, [m * self.beta2 + g * self.one_minus_beta2])
     }
 }

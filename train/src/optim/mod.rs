@@ -34,13 +34,16 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
-//! All of it is for `f32` parameters on the CPU. Bits do not depend on the number of threads.
+//! All of it is for `f32` parameters. Bits do not depend on the number of threads. Where parameters are on a
+//! GPU, an optimizer that has a [`Rule`] works there, with the same bits for the same gradients.
 
 mod adafactor;
 mod adagrad;
 mod adam;
 mod check;
 mod clip;
+mod element;
+mod elsewhere;
 mod ema;
 mod groups;
 mod lion;
@@ -59,6 +62,8 @@ pub use adafactor::{Adafactor, AdafactorOptions};
 pub use adagrad::{Adagrad, AdagradOptions};
 pub use adam::{Adam, AdamOptions, AdamW, AdamWOptions};
 pub use clip::Clip;
+pub use element::{Elementwise, Number, Rule};
+pub(crate) use elsewhere::scale_elsewhere;
 pub use ema::Ema;
 pub use groups::{Grouped, ParamGroup};
 pub use lion::{Lion, LionOptions};

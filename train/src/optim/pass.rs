@@ -1,6 +1,7 @@
 //! One pass over a parameter, its gradient and its state, in place, on all threads, with the widest
 //! vectors that the processor has.
 
+use super::element::{Elementwise, Number};
 use super::state::ParamState;
 use crate::{Error, Result};
 use candle_core::{CpuStorage, InplaceOp1, Layout, Tensor, Var};
@@ -12,15 +13,9 @@ use std::cell::RefCell;
 /// block by block, so its bits do not depend on the number of threads.
 pub(super) const CHUNK: usize = 1 << 14;
 
-/// The rule for one element: value, gradient and state before, value and state afterwards. Free of
-/// branches on values, it becomes vector code.
-pub(super) trait Element<const N: usize>: Sync {
-    fn update(&self, value: f32, gradient: f32, state: [f32; N]) -> (f32, [f32; N]);
-}
-
 /// Applies the rule to all elements. Errors when the state is not that of this rule.
 pub(super) fn elements<const N: usize>(
-    rule: &impl Element<N>,
+    rule: &impl Elementwise<N>,
     values: &mut [f32],
     gradient: &[f32],
     state: &mut ParamState,
@@ -58,7 +53,7 @@ struct Pass<'a, R, const N: usize> {
     state: [&'a mut [f32]; N],
 }
 
-impl<R: Element<N>, const N: usize> NullaryFnOnce for Pass<'_, R, N> {
+impl<R: Elementwise<N>, const N: usize> NullaryFnOnce for Pass<'_, R, N> {
     type Output = ();
 
     // Inlined, because only then it is compiled for the processor that it was dispatched to.
@@ -81,10 +76,7 @@ impl<R: Element<N>, const N: usize> NullaryFnOnce for Pass<'_, R, N> {
 /// `from + weight · (to − from)`, rounded as PyTorch's `lerp` rounds it.
 #[inline(always)]
 pub(super) fn lerp(from: f32, to: f32, weight: f32) -> f32 {
-    match weight < 0.5 {
-        true => from + weight * (to - from),
-        false => to - (to - from) * (1.0 - weight),
-    }
+    Number::lerp(from, to, weight)
 }
 
 /// Of all values. In double precision, and in an order that the number of threads does not change.
@@ -196,11 +188,11 @@ mod tests {
 
     struct Sqrt;
 
-    impl Element<2> for Sqrt {
+    impl Elementwise<2> for Sqrt {
         #[inline(always)]
-        fn update(&self, p: f32, g: f32, [m, v]: [f32; 2]) -> (f32, [f32; 2]) {
-            let (m, v) = (lerp(m, g, 0.1), v * 0.999 + g * g * 0.001);
-            (p * 0.99 - 0.01 * (m / (v.sqrt() + 1e-8)), [m, v])
+        fn update<X: Number>(&self, p: X, g: X, [m, v]: [X; 2]) -> (X, [X; 2]) {
+            let (m, v) = (m.lerp(g.clone(), 0.1), v * 0.999 + g.square() * 0.001);
+            (p * 0.99 - m.clone() / (v.clone().sqrt() + 1e-8) * 0.01, [m, v])
         }
     }
 

@@ -1,8 +1,7 @@
 //! RMSprop.
 
-use super::pass::{Element, elements, lerp};
-use super::state::{ParamState, Slot};
-use super::{Now, Optimizer, check};
+use super::state::Slot;
+use super::{Elementwise, Now, Number, Optimizer, Rule, check};
 use crate::Result;
 use serde::{Deserialize, Serialize};
 
@@ -76,15 +75,9 @@ impl Optimizer for RmsProp {
         kinds.into_iter().flatten().map(|kind| Slot::zeros(kind, shape)).collect()
     }
 
-    fn update_param(
-        &self,
-        now: Now,
-        values: &mut [f32],
-        gradient: &[f32],
-        state: &mut ParamState,
-    ) -> Result<()> {
+    fn rule(&self, now: Now, _: u64) -> Option<Rule> {
         let RmsPropOptions { alpha, eps, momentum, centered, .. } = self.0;
-        let rule = Rule {
+        let rule = Settings {
             lr: now.lr as f32,
             l2: now.weight_decay as f32,
             alpha: alpha as f32,
@@ -92,16 +85,16 @@ impl Optimizer for RmsProp {
             eps: eps as f32,
             momentum: momentum as f32,
         };
-        match (momentum > 0.0, centered) {
-            (false, false) => elements(&Plain(rule), values, gradient, state),
-            (true, false) => elements(&Momentum(rule), values, gradient, state),
-            (false, true) => elements(&Centered(rule), values, gradient, state),
-            (true, true) => elements(&CenteredMomentum(rule), values, gradient, state),
-        }
+        Some(match (momentum > 0.0, centered) {
+            (false, false) => Rule::new(Plain(rule)),
+            (true, false) => Rule::new(Momentum(rule)),
+            (false, true) => Rule::new(Centered(rule)),
+            (true, true) => Rule::new(CenteredMomentum(rule)),
+        })
     }
 }
 
-struct Rule {
+struct Settings {
     lr: f32,
     l2: f32,
     alpha: f32,
@@ -110,65 +103,67 @@ struct Rule {
     momentum: f32,
 }
 
-impl Rule {
+impl Settings {
     /// The gradient with its penalty, and the mean square.
     #[inline(always)]
-    fn square(&self, p: f32, g: f32, v: f32) -> (f32, f32) {
-        let g = g + self.l2 * p;
-        (g, v * self.alpha + g * g * self.one_minus_alpha)
+    fn square<X: Number>(&self, p: &X, g: X, v: X) -> (X, X) {
+        let g = g + p.clone() * self.l2;
+        (g.clone(), v * self.alpha + g.square() * self.one_minus_alpha)
     }
 
     #[inline(always)]
-    fn mean(&self, g: f32, a: f32) -> f32 {
-        lerp(a, g, self.one_minus_alpha)
+    fn mean<X: Number>(&self, g: &X, a: X) -> X {
+        a.lerp(g.clone(), self.one_minus_alpha)
     }
 
     #[inline(always)]
-    fn direction(&self, g: f32, square: f32) -> f32 {
+    fn direction<X: Number>(&self, g: X, square: X) -> X {
         g / (square.sqrt() + self.eps)
     }
 }
 
-struct Plain(Rule);
+struct Plain(Settings);
 
-impl Element<1> for Plain {
+impl Elementwise<1> for Plain {
     #[inline(always)]
-    fn update(&self, p: f32, g: f32, [v]: [f32; 1]) -> (f32, [f32; 1]) {
-        let (g, v) = self.0.square(p, g, v);
-        (p - self.0.lr * self.0.direction(g, v), [v])
+    fn update<X: Number>(&self, p: X, g: X, [v]: [X; 1]) -> (X, [X; 1]) {
+        let (g, v) = self.0.square(&p, g, v);
+        (p - self.0.direction(g, v.clone()) * self.0.lr, [v])
     }
 }
 
-struct Momentum(Rule);
+struct Momentum(Settings);
 
-impl Element<2> for Momentum {
+impl Elementwise<2> for Momentum {
     #[inline(always)]
-    fn update(&self, p: f32, g: f32, [v, b]: [f32; 2]) -> (f32, [f32; 2]) {
-        let (g, v) = self.0.square(p, g, v);
-        let b = b * self.0.momentum + self.0.direction(g, v);
-        (p - self.0.lr * b, [v, b])
+    fn update<X: Number>(&self, p: X, g: X, [v, b]: [X; 2]) -> (X, [X; 2]) {
+        let (g, v) = self.0.square(&p, g, v);
+        let b = b * self.0.momentum + self.0.direction(g, v.clone());
+        (p - b.clone() * self.0.lr, [v, b])
     }
 }
 
-struct Centered(Rule);
+struct Centered(Settings);
 
-impl Element<2> for Centered {
+impl Elementwise<2> for Centered {
     #[inline(always)]
-    fn update(&self, p: f32, g: f32, [v, a]: [f32; 2]) -> (f32, [f32; 2]) {
-        let (g, v) = self.0.square(p, g, v);
-        let a = self.0.mean(g, a);
-        (p - self.0.lr * self.0.direction(g, v - a * a), [v, a])
+    fn update<X: Number>(&self, p: X, g: X, [v, a]: [X; 2]) -> (X, [X; 2]) {
+        let (g, v) = self.0.square(&p, g, v);
+        let a = self.0.mean(&g, a);
+        let variance = v.clone() - a.clone().square();
+        (p - self.0.direction(g, variance) * self.0.lr, [v, a])
     }
 }
 
-struct CenteredMomentum(Rule);
+struct CenteredMomentum(Settings);
 
-impl Element<3> for CenteredMomentum {
+impl Elementwise<3> for CenteredMomentum {
     #[inline(always)]
-    fn update(&self, p: f32, g: f32, [v, b, a]: [f32; 3]) -> (f32, [f32; 3]) {
-        let (g, v) = self.0.square(p, g, v);
-        let a = self.0.mean(g, a);
-        let b = b * self.0.momentum + self.0.direction(g, v - a * a);
-        (p - self.0.lr * b, [v, b, a])
+    fn update<X: Number>(&self, p: X, g: X, [v, b, a]: [X; 3]) -> (X, [X; 3]) {
+        let (g, v) = self.0.square(&p, g, v);
+        let a = self.0.mean(&g, a);
+        let variance = v.clone() - a.clone().square();
+        let b = b * self.0.momentum + self.0.direction(g, variance);
+        (p - b.clone() * self.0.lr, [v, b, a])
     }
 }

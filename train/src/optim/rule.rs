@@ -1,5 +1,6 @@
 //! What an optimizer is.
 
+use super::element::Rule;
 use super::pass;
 use super::state::{OptimizerState, ParamState, Slot};
 use crate::{Error, Result};
@@ -11,8 +12,8 @@ use std::fmt::Debug;
 /// A rule that changes parameters by their gradients. Its settings do not change; what it
 /// remembers is in an [`OptimizerState`].
 ///
-/// Of one's own it needs the first six functions; `update_param` sees one parameter at a time. Where it
-/// is wrapped or of some parameters only (groups, `ScalingConfig::shard_optimizer`, `local_sgd`), an `update` of
+/// Of one's own it needs the first five functions, and one of the next two: a [`Rule`] for each element
+/// runs on any device, and `update_param` sees one parameter at a time, on the CPU. Where it is wrapped or of some parameters only (groups, `ScalingConfig::shard_optimizer`, `local_sgd`), an `update` of
 /// one's own is not called.
 pub trait Optimizer: Debug + Send + Sync {
     /// The name that checkpoints and configurations know it by, such as `"adamw"`.
@@ -30,15 +31,25 @@ pub trait Optimizer: Debug + Send + Sync {
     /// What it remembers of a parameter of this shape, before the first step.
     fn slots(&self, shape: &[usize]) -> Vec<Slot>;
 
+    /// How it changes each element of a parameter at its step number `steps`, of which 1 is the first: the t
+    /// of a bias correction. `None` when it is no rule for single elements.
+    fn rule(&self, _now: Now, _steps: u64) -> Option<Rule> {
+        None
+    }
+
     /// Updates one parameter and its state in place. `values` and `gradient` are in row-major
-    /// order; `state.steps` counts this update already, so it is the t of a bias correction.
+    /// order; `state.steps` counts this update already. Default: by the [`rule`](Self::rule).
     fn update_param(
         &self,
         now: Now,
         values: &mut [f32],
         gradient: &[f32],
         state: &mut ParamState,
-    ) -> Result<()>;
+    ) -> Result<()> {
+        let rule = self.rule(now, state.steps);
+        rule.ok_or_else(|| Error::NoRule { optimizer: self.name().to_owned() })?
+            .update(values, gradient, state)
+    }
 
     /// How it treats one parameter; `None` when it leaves it alone. Default: like all others.
     fn param_options(&self, _name: &str, _shape: &[usize]) -> Option<ParamOptions> {
@@ -103,7 +114,7 @@ pub(super) fn fresh<O: Optimizer + ?Sized>(optimizer: &O, params: &Params) -> Op
 }
 
 /// Whether state, gradients and parameters are of one model.
-fn fits(state: &OptimizerState, gradients: &Gradients, vars: &[(String, Var)]) -> bool {
+pub(super) fn fits(state: &OptimizerState, gradients: &Gradients, vars: &[(String, Var)]) -> bool {
     let places = gradients.places();
     let same_number = vars.len() == places.len() && vars.len() == state.params.len();
     let mut all = vars.iter().zip(&state.params).zip(places);
@@ -152,6 +163,10 @@ impl Optimizer for Box<dyn Optimizer> {
 
     fn slots(&self, shape: &[usize]) -> Vec<Slot> {
         (**self).slots(shape)
+    }
+
+    fn rule(&self, now: Now, steps: u64) -> Option<Rule> {
+        (**self).rule(now, steps)
     }
 
     fn update_param(

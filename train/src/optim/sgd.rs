@@ -1,8 +1,7 @@
 //! Gradient descent.
 
-use super::pass::{Element, elements};
-use super::state::{ParamState, Slot};
-use super::{Now, Optimizer, check};
+use super::state::Slot;
+use super::{Elementwise, Now, Number, Optimizer, Rule, check};
 use crate::{Error, Result};
 use serde::{Deserialize, Serialize};
 
@@ -76,24 +75,17 @@ impl Optimizer for Sgd {
         }
     }
 
-    fn update_param(
-        &self,
-        now: Now,
-        values: &mut [f32],
-        gradient: &[f32],
-        state: &mut ParamState,
-    ) -> Result<()> {
+    fn rule(&self, now: Now, steps: u64) -> Option<Rule> {
         let (lr, l2) = (now.lr as f32, now.weight_decay as f32);
         let SgdOptions { momentum, dampening, nesterov, .. } = self.0;
         if momentum == 0.0 {
-            return elements(&Plain { lr, l2 }, values, gradient, state);
+            return Some(Rule::new(Plain { lr, l2 }));
         }
         // The first direction is the gradient, undampened.
-        let fresh = if state.steps == 1 { 1.0 } else { 1.0 - dampening };
+        let fresh = if steps == 1 { 1.0 } else { 1.0 - dampening };
         let (momentum, fresh) = (momentum as f32, fresh as f32);
         let (kept, of_gradient) = if nesterov { (momentum, 1.0) } else { (1.0, 0.0) };
-        let rule = Momentum { lr, l2, momentum, fresh, kept, of_gradient };
-        elements(&rule, values, gradient, state)
+        Some(Rule::new(Momentum { lr, l2, momentum, fresh, kept, of_gradient }))
     }
 }
 
@@ -102,10 +94,10 @@ struct Plain {
     l2: f32,
 }
 
-impl Element<0> for Plain {
+impl Elementwise<0> for Plain {
     #[inline(always)]
-    fn update(&self, p: f32, g: f32, _: [f32; 0]) -> (f32, [f32; 0]) {
-        (p - self.lr * (g + self.l2 * p), [])
+    fn update<X: Number>(&self, p: X, g: X, _: [X; 0]) -> (X, [X; 0]) {
+        (p.clone() - (g + p * self.l2) * self.lr, [])
     }
 }
 
@@ -119,11 +111,11 @@ struct Momentum {
     of_gradient: f32,
 }
 
-impl Element<1> for Momentum {
+impl Elementwise<1> for Momentum {
     #[inline(always)]
-    fn update(&self, p: f32, g: f32, [buffer]: [f32; 1]) -> (f32, [f32; 1]) {
-        let g = g + self.l2 * p;
-        let buffer = buffer * self.momentum + g * self.fresh;
-        (p - self.lr * (g * self.of_gradient + buffer * self.kept), [buffer])
+    fn update<X: Number>(&self, p: X, g: X, [buffer]: [X; 1]) -> (X, [X; 1]) {
+        let g = g + p.clone() * self.l2;
+        let buffer = buffer * self.momentum + g.clone() * self.fresh;
+        (p - (g * self.of_gradient + buffer.clone() * self.kept) * self.lr, [buffer])
     }
 }

@@ -1,18 +1,21 @@
 //! What happens between gradients and weights, in one place.
 
+use super::elsewhere::{Elsewhere, clip_elsewhere};
 use super::{
-    Clip, Ema, Grouped, LossScale, LossScaleOptions, Optimizer, OptimizerSpec, OptimizerState,
+    Clip, Ema, Grouped, LossScale, LossScaleOptions, Now, Optimizer, OptimizerSpec, OptimizerState,
     ParamGroup, Plateau, PlateauOptions, Schedule, update_by,
 };
 use crate::collective::{Collective, ReduceOp};
 use crate::saver::Gate;
 use crate::share::{Held, Share};
 use crate::{Error, Result};
+use candle_core::DType;
 use mobula_core::Shard;
 use mobula_nn::Gradients;
 use mobula_nn::Params;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -26,8 +29,8 @@ pub(crate) const EMA: &str = "ema.safetensors";
 #[derive(Debug)]
 pub struct Updater {
     optimizer: Box<dyn Optimizer>,
-    /// Made at the first step, or from a checkpoint. Shared while it is copied.
-    state: Option<Arc<OptimizerState>>,
+    /// Made at the first step, or from a checkpoint.
+    state: Option<Kept>,
     schedule: Option<Schedule>,
     plateau: Option<Plateau>,
     clip: Option<Clip>,
@@ -38,6 +41,59 @@ pub struct Updater {
     copying: Option<Arc<Gate>>,
     /// Of the parameters, where each rank updates some.
     share: Option<Share>,
+}
+
+/// Where an optimizer's state is.
+#[derive(Debug)]
+enum Kept {
+    /// On the CPU. Shared while it is copied.
+    Here(Arc<OptimizerState>),
+    /// Where the parameters are, on another device.
+    Elsewhere(Elsewhere),
+}
+
+impl Kept {
+    /// Steps and learning rate.
+    fn outline(&self) -> &OptimizerState {
+        match self {
+            Self::Here(state) => state,
+            Self::Elsewhere(state) => state.outline(),
+        }
+    }
+
+    fn set_lr(&mut self, lr: f64) {
+        match self {
+            Self::Here(state) => Arc::make_mut(state).lr = lr,
+            Self::Elsewhere(state) => state.set_lr(lr),
+        }
+    }
+
+    fn here(&self) -> Result<Arc<OptimizerState>> {
+        match self {
+            Self::Here(state) => Ok(Arc::clone(state)),
+            Self::Elsewhere(state) => Ok(Arc::new(state.here()?)),
+        }
+    }
+
+    /// From here on it is on the CPU.
+    fn bring_here(&mut self) -> Result<&mut OptimizerState> {
+        if let Self::Elsewhere(state) = self {
+            *self = Self::Here(Arc::new(state.here()?));
+        }
+        match self {
+            // Not shared any more, unless something is being copied that should have been waited for.
+            Self::Here(state) => Ok(Arc::make_mut(state)),
+            Self::Elsewhere(_) => unreachable!("it is here"),
+        }
+    }
+
+    /// From here on it is where the parameters are.
+    fn leave(self) -> Elsewhere {
+        match self {
+            Self::Here(state) => Elsewhere::new(Arc::unwrap_or_clone(state)),
+            Self::Elsewhere(state) => state,
+        }
+    }
 }
 
 /// An [`Updater`] as configurations write it.
@@ -155,9 +211,9 @@ impl Updater {
         self.optimizer.as_ref()
     }
 
-    /// What the optimizer remembers: nothing before the first step.
-    pub fn state(&self) -> Option<&OptimizerState> {
-        self.state.as_deref()
+    /// What the optimizer remembers: nothing before the first step. From another device it is copied.
+    pub fn state(&self) -> Result<Option<Arc<OptimizerState>>> {
+        self.state.as_ref().map(Kept::here).transpose()
     }
 
     /// The average of the weights, if one is kept.
@@ -176,7 +232,7 @@ impl Updater {
 
     /// The learning rate of the last step; before the first step, that of the first.
     pub fn lr(&self) -> f64 {
-        match &self.state {
+        match self.state.as_ref().map(Kept::outline) {
             Some(state) if state.step > 0 => state.lr,
             _ => self.lr_at(0),
         }
@@ -196,10 +252,20 @@ impl Updater {
     /// One step: clips the gradients and updates the parameters, both in place, and what is
     /// remembered of them.
     pub fn step(&mut self, params: &Params, gradients: &mut Gradients) -> Result<()> {
+        if !self.updates_elsewhere(params) {
+            gradients.bring_here()?;
+        }
         self.clip(params, gradients)?;
         self.update(params, gradients)?;
         self.gather(params, gradients)?;
         self.average_in(params)
+    }
+
+    /// Whether it can work where the parameters are if that is not the CPU.
+    pub(crate) fn updates_elsewhere(&self, params: &Params) -> bool {
+        let now = Now { lr: self.optimizer.lr(), weight_decay: self.optimizer.weight_decay() };
+        let has_rule = self.optimizer.rule(now, 1).is_some();
+        has_rule && self.share.is_none() && params.dtype() == DType::F32
     }
 
     /// Clips the gradients.
@@ -207,23 +273,52 @@ impl Updater {
         let Some(clip) = self.clip else {
             return Ok(());
         };
-        let state = self.shared_state(params)?;
-        self.gradient_norm = self.clip_moving(clip, &state, gradients)?;
-        self.state = Some(state);
+        let moving = self.moving(params, gradients);
+        self.gradient_norm = match gradients.elsewhere() {
+            Some(_) => clip_elsewhere(clip, gradients, &moving)?,
+            None => self.clip_here(clip, gradients, &moving)?,
+        };
         Ok(())
     }
 
     /// Updates the parameters by them, or those that this rank has the state of.
     pub(crate) fn update(&mut self, params: &Params, gradients: &Gradients) -> Result<()> {
         self.wait_for_copy();
-        let mut shared = self.shared_state(params)?;
-        self.state = None;
-        // Not shared any more, unless something is being copied that should have been waited for.
-        let state = Arc::make_mut(&mut shared);
-        let held = self.share.as_ref().map(Share::held);
-        let updated = self.update_in(params, gradients, state, held);
-        self.state = Some(shared);
+        let kept = match self.state.take() {
+            Some(kept) => kept,
+            None => Kept::Here(Arc::new(self.fresh_state(params)?)),
+        };
+        let is_elsewhere = gradients.elsewhere().is_some() || !params.device().is_cpu();
+        let (kept, updated) = match is_elsewhere && self.updates_elsewhere(params) {
+            true => self.update_elsewhere(params, gradients, kept),
+            false => self.update_here(params, gradients, kept),
+        };
+        self.state = Some(kept);
         updated
+    }
+
+    fn update_here(
+        &self,
+        params: &Params,
+        gradients: &Gradients,
+        mut kept: Kept,
+    ) -> (Kept, Result<()>) {
+        let held = self.share.as_ref().map(Share::held);
+        let update = |state| self.update_in(params, gradients, state, held);
+        let updated = kept.bring_here().and_then(update);
+        (kept, updated)
+    }
+
+    fn update_elsewhere(
+        &self,
+        params: &Params,
+        gradients: &Gradients,
+        kept: Kept,
+    ) -> (Kept, Result<()>) {
+        let mut state = kept.leave();
+        state.set_lr(self.lr_at(state.outline().step));
+        let updated = state.update(self.optimizer(), params, gradients);
+        (Kept::Elsewhere(state), updated)
     }
 
     fn update_in(
@@ -265,11 +360,12 @@ impl Updater {
     }
 
     /// From now on this rank updates a part of the parameters, and others the rest.
-    pub(crate) fn share(&mut self, share: Share) {
-        if let Some(state) = &mut self.state {
-            share.trim(Arc::make_mut(state));
+    pub(crate) fn share(&mut self, share: Share) -> Result<()> {
+        if let Some(kept) = &mut self.state {
+            share.trim(kept.bring_here()?);
         }
         self.share = Some(share);
+        Ok(())
     }
 
     /// What this rank updates, if others update the rest.
@@ -280,7 +376,7 @@ impl Updater {
     /// Replaces what is remembered by the mean over all ranks.
     pub(crate) fn average(&mut self, collective: &dyn Collective) -> Result<()> {
         self.wait_for_copy();
-        let state = self.state.as_mut().map(Arc::make_mut);
+        let state = self.state.as_mut().map(Kept::bring_here).transpose()?;
         let slots = state.into_iter().flat_map(|state| &mut state.params);
         for slot in slots.flat_map(|param| &mut param.slots) {
             collective.all_reduce(&mut slot.values, ReduceOp::Mean)?;
@@ -306,7 +402,7 @@ impl Updater {
     /// What the optimizer remembers, to be copied.
     pub(crate) fn shared_state(&self, params: &Params) -> Result<Arc<OptimizerState>> {
         match &self.state {
-            Some(state) => Ok(Arc::clone(state)),
+            Some(kept) => kept.here(),
             None => Ok(Arc::new(self.fresh_state(params)?)),
         }
     }
@@ -326,14 +422,14 @@ impl Updater {
 
     /// Goes on from what another one of the same settings had.
     pub(crate) fn resume(&mut self, state: OptimizerState, ema: Option<Ema>, saved: &SavedUpdater) {
-        self.state = Some(Arc::new(state));
+        self.state = Some(Kept::Here(Arc::new(state)));
         self.ema = ema.map(Arc::new).or(self.ema.take());
         self.resume_settings(saved);
     }
 
     fn resume_settings(&mut self, saved: &SavedUpdater) {
-        if let Some(state) = &mut self.state {
-            Arc::make_mut(state).lr = saved.lr;
+        if let Some(kept) = &mut self.state {
+            kept.set_lr(saved.lr);
         }
         if let (Some(plateau), Some(saved)) = (&mut self.plateau, &saved.plateau) {
             plateau.resume(saved);
@@ -343,23 +439,27 @@ impl Updater {
         }
     }
 
-    /// The gradients of frozen parameters move nothing, so they do not count.
-    fn clip_moving(
+    /// The places of gradients that move something: those of frozen parameters do not, and do not count.
+    fn moving(&self, params: &Params, gradients: &Gradients) -> Vec<Range<usize>> {
+        let vars = params.vars();
+        let places = gradients.places().iter().zip(&vars);
+        let moving = places
+            .filter(|(_, (name, var))| self.optimizer.param_options(name, var.dims()).is_some());
+        moving.map(|((_, range), _)| range.clone()).collect()
+    }
+
+    fn clip_here(
         &self,
         clip: Clip,
-        state: &OptimizerState,
         gradients: &mut Gradients,
+        moving: &[Range<usize>],
     ) -> Result<Option<f64>> {
-        let places = gradients.places().iter().zip(&state.params);
-        let moving = places
-            .filter(|(_, param)| self.optimizer.param_options(&param.name, &param.shape).is_some());
-        let moving: Vec<_> = moving.map(|((_, range), _)| range.clone()).collect();
         let own = self.share.as_ref().map_or(0..gradients.values().len(), Share::range);
-        let mut squares = clip.squares(gradients.values(), &moving, own);
+        let mut squares = clip.squares(gradients.values(), moving, own);
         if let (Some(share), Some(squares)) = (&self.share, &mut squares) {
             share.sum(squares)?;
         }
-        Ok(clip.apply_to(gradients.values_mut(), &moving, squares.as_deref()))
+        Ok(clip.apply_to(gradients.values_mut(), moving, squares.as_deref()))
     }
 
     /// The metric that the learning rate depends on, if it does. Errors when it is not among those
@@ -433,7 +533,7 @@ impl Updater {
             (Some(ema), None) => *ema = Ema::new(ema.decay())?,
             (None, _) => {}
         }
-        self.state = Some(Arc::new(state));
+        self.state = Some(Kept::Here(Arc::new(state)));
         self.resume_settings(saved);
         Ok(())
     }

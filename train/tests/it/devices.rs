@@ -18,6 +18,7 @@ pub(crate) const TESTS: &[Test] = &[
     ("devices::workers_on_one_gpu_train_like_one_on_the_cpu", cuda::worlds_agree),
     ("devices::so_do_batch_norms", cuda::batch_norms),
     ("devices::half_precision_is_scaled", cuda::half),
+    ("devices::optimizers_give_the_bits_of_the_cpu", cuda::optimizers),
     ("devices::a_run_on_a_gpu_resumes_to_the_same_bits", cuda::resumes),
     ("devices::a_run_moves_between_devices", cuda::moves),
     ("devices::a_worker_by_itself_sums_by_nccl", cuda::alone_by_nccl),
@@ -62,7 +63,9 @@ fn conditions(runtime: &Runtime) {
 mod cuda {
     use super::*;
     use crate::digits::{Harm, Outcome};
+    use crate::elsewhere::assert_same_bits_on;
     use crate::hosts::two_copies;
+    use candle_core::Device;
     use mobula_core::RunDir;
     use mobula_train::TrainingResult;
     use mobula_train::optim::{LossScaleOptions, UpdaterOptions};
@@ -151,24 +154,34 @@ mod cuda {
         }
         let options = LossScaleOptions { init_scale: 16_777_216.0, ..Default::default() };
         let updater = UpdaterOptions { loss_scale: Some(options), ..Default::default() };
-        let updater = Some(updater);
-        let config = Config { updater, harm: Harm::Half, ..Config::new(12) };
-        let fit = fit(runtime, 2, 0.5, config, None);
-        assert!(fit.metrics["skipped_steps"] >= 3.0, "{:?}", fit.metrics);
-        assert!(fit.metrics["accuracy"] > 0.5, "{:?}", fit.metrics);
+        for (workers, gpus) in [(2, 0.5), (1, 1.0)] {
+            let updater = Some(updater.clone());
+            let config = Config { updater, harm: Harm::Half, ..Config::new(12) };
+            let fit = fit(runtime, workers, gpus, config, None);
+            assert!(fit.metrics["skipped_steps"] >= 3.0, "{:?}", fit.metrics);
+            assert!(fit.metrics["accuracy"] > 0.5, "{:?}", fit.metrics);
+        }
+    }
+
+    pub(super) fn optimizers(_: &Runtime) {
+        if !is_missing() {
+            assert_same_bits_on(&Device::new_cuda_with_stream(0).expect("a GPU"));
+        }
     }
 
     pub(super) fn resumes(runtime: &Runtime) {
         if is_missing() {
             return;
         }
-        let whole = fit(runtime, 2, 0.5, Config::new(4), None);
-        let root = tempfile::tempdir().expect("temporary folder");
-        let run = RunDir::create(root.path(), "stopped", 5, &()).expect("run");
-        fit(runtime, 2, 0.5, Config::new(2), Some(&run));
-        let resumed = fit(runtime, 2, 0.5, Config::new(4), Some(&run));
-        assert!(resumed.values[0].began_at > 0);
-        assert_eq!(resumed.values[0].weights, whole.values[0].weights);
+        for (workers, gpus) in [(2, 0.5), (1, 1.0)] {
+            let whole = fit(runtime, workers, gpus, Config::new(4), None);
+            let root = tempfile::tempdir().expect("temporary folder");
+            let run = RunDir::create(root.path(), "stopped", 5, &()).expect("run");
+            fit(runtime, workers, gpus, Config::new(2), Some(&run));
+            let resumed = fit(runtime, workers, gpus, Config::new(4), Some(&run));
+            assert!(resumed.values[0].began_at > 0);
+            assert_eq!(resumed.values[0].weights, whole.values[0].weights);
+        }
     }
 
     /// A checkpoint of a GPU goes on on the CPU, and the other way round.

@@ -325,8 +325,9 @@ pub(crate) fn learn_with(
     let buffers = buffers(&state.model)?;
     let process = FIRST_GENERATION.get().copied().unwrap_or(0);
     let is_on_gpu = context.device().is_cuda();
-    let params = state.updater.state().map_or(&[][..], |state| state.params.as_slice());
-    let slots = params.iter().flat_map(|param| &param.slots);
+    let optimizer = state.updater.state()?;
+    let params = optimizer.iter().flat_map(|state| &state.params);
+    let slots = params.flat_map(|param| &param.slots);
     let optimizer_values = slots.map(|slot| slot.values.len()).sum();
     Ok(Outcome { weights, buffers, accuracy, optimizer_values, began_at, process, is_on_gpu })
 }

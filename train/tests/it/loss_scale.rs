@@ -75,7 +75,7 @@ fn overflows(_: &Runtime) {
         taken += u64::from(!is_skipped);
     }
     assert_eq!(state.step(), 12, "a step that is left out has had its batch");
-    assert_eq!(state.updater.state().expect("state").step, taken, "but no update");
+    assert_eq!(state.updater.state().expect("state").expect("steps").step, taken, "but no update");
     let scale = state.updater.loss_scale().cloned().expect("scale");
     assert!(taken > 4 && scale.skipped_steps() > 3 && scale.skipped_steps() + taken == 12);
     context.end_epoch(&mut state, &stream, &[]).expect("end");

@@ -7,6 +7,7 @@ mod compression;
 mod devices;
 mod digits;
 mod elastic;
+mod elsewhere;
 mod faults;
 mod fit;
 mod hosts;
@@ -60,6 +61,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         compression::TESTS,
         devices::TESTS,
         elastic::TESTS,
+        elsewhere::TESTS,
         faults::TESTS,
         fit::TESTS,
         hosts::TESTS,

@@ -79,7 +79,12 @@ fn threads(_: &Runtime) {
                     updater.step(&params, &mut gradients).expect("step");
                 }
                 let averages = updater.ema().expect("averages").averages().to_vec();
-                (values(&params), updater.state().cloned(), updater.gradient_norm(), averages)
+                (
+                    values(&params),
+                    updater.state().expect("state"),
+                    updater.gradient_norm(),
+                    averages,
+                )
             })
         };
         let one = run(1);

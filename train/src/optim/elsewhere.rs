@@ -1,0 +1,274 @@
+//! What an optimizer does to parameters that are not on the CPU: where they are.
+
+use super::rule::fits;
+use super::{Clip, Now, Optimizer, OptimizerState, ParamState};
+use crate::{Error, Result};
+use candle_core::{D, DType, Device, Tensor, Var};
+use mobula_nn::{Gradients, Params};
+use std::ops::Range;
+
+/// An optimizer's state, where the parameters are.
+#[derive(Clone, Debug)]
+pub(super) struct Elsewhere {
+    /// All of it but the values of those that are in groups, which are of the past.
+    state: OptimizerState,
+    groups: Vec<Group>,
+}
+
+/// Parameters that are treated alike: one tensor of all of them is as quick to compute with as one of a
+/// few.
+#[derive(Clone, Debug)]
+struct Group {
+    members: Vec<usize>,
+    /// What is remembered of all of them, for each slot in one piece.
+    slots: Vec<Tensor>,
+}
+
+/// Parameters that are to be treated alike, and how.
+struct Alike {
+    members: Vec<usize>,
+    now: Now,
+    steps: u64,
+}
+
+impl Elsewhere {
+    /// Takes a state there with the first update.
+    pub(super) fn new(state: OptimizerState) -> Self {
+        Self { state, groups: Vec::new() }
+    }
+
+    /// All of it but what is remembered of single elements.
+    pub(super) fn outline(&self) -> &OptimizerState {
+        &self.state
+    }
+
+    pub(super) fn set_lr(&mut self, lr: f64) {
+        self.state.lr = lr;
+    }
+
+    /// The state, on the CPU.
+    pub(super) fn here(&self) -> Result<OptimizerState> {
+        let mut state = self.state.clone();
+        for group in &self.groups {
+            for (slot, values) in group.slots.iter().enumerate() {
+                let values = values.to_vec1::<f32>()?;
+                let mut rest = values.as_slice();
+                for member in &group.members {
+                    let own = &mut state.params[*member].slots[slot].values;
+                    let (first, others) = rest.split_at(own.len());
+                    own.copy_from_slice(first);
+                    rest = others;
+                }
+            }
+        }
+        Ok(state)
+    }
+
+    /// One step with the learning rate of the state. Errors when the state is of other parameters; then
+    /// nothing has changed.
+    pub(super) fn update(
+        &mut self,
+        optimizer: &dyn Optimizer,
+        params: &Params,
+        gradients: &Gradients,
+    ) -> Result<()> {
+        let vars = params.vars();
+        if !fits(&self.state, gradients, &vars) {
+            let (expected, got) = (self.state.num_elements(), gradients.values().len());
+            return Err(Error::OptimizerModel { expected, got });
+        }
+        let alike = self.alike(optimizer);
+        self.regroup(&alike, params.device())?;
+        let all = match gradients.elsewhere() {
+            Some(all) => all.to_device(params.device())?,
+            None => Tensor::new(gradients.values(), params.device())?,
+        };
+        let places: Vec<_> = gradients.places().iter().map(|(_, place)| place.clone()).collect();
+        for (group, alike) in self.groups.iter_mut().zip(&alike) {
+            group.update(optimizer, alike, &vars, &pieces(&all, &alike.members, &places)?)?;
+        }
+        self.state.step += 1;
+        for member in alike.into_iter().flat_map(|alike| alike.members) {
+            self.state.params[member].steps += 1;
+        }
+        Ok(())
+    }
+
+    /// The parameters that are updated, by how.
+    fn alike(&self, optimizer: &dyn Optimizer) -> Vec<Alike> {
+        let mut all: Vec<Alike> = Vec::new();
+        for (member, ParamState { name, shape, steps, .. }) in self.state.params.iter().enumerate()
+        {
+            let Some(options) = optimizer.param_options(name, shape) else {
+                continue;
+            };
+            let lr = self.state.lr * options.lr_scale;
+            let (now, steps) = (Now { lr, weight_decay: options.weight_decay }, steps + 1);
+            match all.iter_mut().find(|alike| (alike.now, alike.steps) == (now, steps)) {
+                Some(alike) => alike.members.push(member),
+                None => all.push(Alike { members: vec![member], now, steps }),
+            }
+        }
+        all
+    }
+
+    /// Groups are these from here on.
+    fn regroup(&mut self, all: &[Alike], device: &Device) -> Result<()> {
+        let is_so =
+            self.groups.iter().map(|group| &group.members).eq(all.iter().map(|a| &a.members));
+        if !is_so {
+            self.state = self.here()?;
+            let group = |alike: &Alike| Group::of(&self.state, alike.members.clone(), device);
+            self.groups = all.iter().map(group).collect::<Result<_>>()?;
+        }
+        Ok(())
+    }
+}
+
+impl Group {
+    fn of(state: &OptimizerState, members: Vec<usize>, device: &Device) -> Result<Self> {
+        let slots = members.first().map_or(0, |first| state.params[*first].slots.len());
+        let slot = |slot: usize| -> Result<_> {
+            let own = |member: &usize| state.params[*member].slots.get(slot);
+            let values = members.iter().filter_map(own).flat_map(|slot| &slot.values).copied();
+            let values: Vec<f32> = values.collect();
+            Ok(Tensor::from_slice(&values, values.len(), device)?)
+        };
+        let slots = (0..slots).map(slot).collect::<Result<_>>()?;
+        Ok(Self { members, slots })
+    }
+
+    fn update(
+        &mut self,
+        optimizer: &dyn Optimizer,
+        alike: &Alike,
+        vars: &[(String, Var)],
+        gradient: &Tensor,
+    ) -> Result<()> {
+        let rule = optimizer.rule(alike.now, alike.steps);
+        let rule = rule.ok_or_else(|| Error::NoRule { optimizer: optimizer.name().to_owned() })?;
+        let vars: Vec<_> = self.members.iter().map(|member| &vars[*member]).collect();
+        let values = vars.iter().map(|(_, var)| var.as_detached_tensor().flatten_all());
+        let values = Tensor::cat(&values.collect::<candle_core::Result<Vec<_>>>()?, 0)?;
+        let name = vars.first().map_or("", |(name, _)| name);
+        let (values, slots) = rule.of_tensors(name, values, gradient.clone(), &self.slots)?;
+        let mut start = 0;
+        for (_, var) in vars {
+            let len = var.elem_count();
+            var.set(&values.narrow(0, start, len)?.reshape(var.shape())?)?;
+            start += len;
+        }
+        self.slots = slots;
+        Ok(())
+    }
+}
+
+/// The pieces of these places, in one.
+fn pieces(all: &Tensor, members: &[usize], places: &[Range<usize>]) -> Result<Tensor> {
+    let runs = runs(members.iter().map(|member| places[*member].clone()));
+    let runs = runs.into_iter().map(|run| all.narrow(0, run.start, run.len()));
+    Ok(Tensor::cat(&runs.collect::<candle_core::Result<Vec<_>>>()?, 0)?)
+}
+
+/// The same places, those that follow each other as one.
+fn runs(places: impl Iterator<Item = Range<usize>>) -> Vec<Range<usize>> {
+    let mut runs: Vec<Range<usize>> = Vec::new();
+    for place in places {
+        match runs.last_mut() {
+            Some(last) if last.end == place.start => last.end = place.end,
+            _ => runs.push(place),
+        }
+    }
+    runs
+}
+
+/// Multiplies gradients that are elsewhere by a factor. Says whether all are finite then.
+pub(crate) fn scale_elsewhere(gradients: &mut Gradients, factor: f32) -> Result<bool> {
+    let mut all = gradients.take_elsewhere()?;
+    if factor != 1.0 {
+        all = all.affine(factor.into(), 0.0)?;
+    }
+    // 0 times what is finite is 0.
+    let is_finite = sum(&all.affine(0.0, 0.0)?)? == 0.0;
+    gradients.put_elsewhere(all)?;
+    Ok(is_finite)
+}
+
+/// The same as [`Clip::apply`] of gradients that are elsewhere, by the norm of those at some places. Others
+/// are scaled with them.
+pub(super) fn clip_elsewhere(
+    clip: Clip,
+    gradients: &mut Gradients,
+    moving: &[Range<usize>],
+) -> Result<Option<f64>> {
+    let all = gradients.take_elsewhere()?;
+    let (clipped, norm) = match clip {
+        Clip::Norm(most) => {
+            let squares = runs(moving.iter().cloned()).into_iter().map(|run| {
+                sum(&all.narrow(0, run.start, run.len())?.to_dtype(DType::F64)?.sqr()?)
+            });
+            let norm = squares.sum::<Result<f64>>()?.sqrt();
+            let factor = Clip::factor(most, norm);
+            let clipped = if factor < 1.0 { all.affine(factor, 0.0)? } else { all };
+            (clipped, Some(norm))
+        }
+        Clip::Value(most) => (all.clamp(-most as f32, most as f32)?, None),
+    };
+    gradients.put_elsewhere(clipped)?;
+    Ok(norm)
+}
+
+/// The sum of many numbers: a device takes one row at a time with few of its threads, and rows beside each
+/// other.
+fn sum(numbers: &Tensor) -> Result<f64> {
+    const WIDTH: usize = 1024;
+    let rows = numbers.elem_count() / WIDTH;
+    let whole = numbers.narrow(0, 0, rows * WIDTH)?.reshape((rows, WIDTH))?;
+    let rest = numbers.narrow(0, rows * WIDTH, numbers.elem_count() - rows * WIDTH)?;
+    let sums = [whole, rest.unsqueeze(0)?].map(|part| match part.elem_count() {
+        0 => Tensor::zeros(1, numbers.dtype(), numbers.device()),
+        _ => part.sum(D::Minus1),
+    });
+    let [whole, rest] = sums;
+    let sum = Tensor::cat(&[whole?, rest?], 0)?.sum_all()?;
+    Ok(sum.to_dtype(DType::F64)?.to_scalar()?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use mobula_nn::Init;
+
+    fn elsewhere(values: &[f32]) -> Gradients {
+        let params = Params::new(1, &Device::Cpu);
+        params.get(values.len(), "a", Init::Zeros).expect("parameter");
+        let mut gradients = Gradients::zeros(&params);
+        let values = Tensor::new(values, &Device::Cpu).expect("gradients");
+        gradients.put_elsewhere(values).expect("as many");
+        gradients
+    }
+
+    #[test]
+    fn sums_are_of_all_numbers() {
+        for len in [1usize, 1023, 1024, 1025, 5000] {
+            let numbers: Vec<f64> = (0..len).map(|at| at as f64).collect();
+            let numbers = Tensor::new(numbers, &Device::Cpu).expect("numbers");
+            assert_eq!(sum(&numbers).expect("sum"), (len * (len - 1) / 2) as f64);
+        }
+    }
+
+    /// Wherever they are, and what is large is not among them.
+    #[test]
+    fn numbers_that_are_not_finite_are_found() {
+        for (at, bad) in [(0, f32::NAN), (1500, f32::INFINITY), (2999, f32::NEG_INFINITY)] {
+            let mut values = vec![1e38; 3000];
+            let mut fine = elsewhere(&values);
+            assert!(scale_elsewhere(&mut fine, 0.5).expect("scaled"));
+            let scaled = fine.take_elsewhere().expect("gradients").to_vec1::<f32>();
+            assert!(scaled.expect("values").iter().all(|value| *value == 5e37));
+            assert!(!scale_elsewhere(&mut elsewhere(&values), 1e38).expect("scaled"), "overflow");
+            values[at] = bad;
+            assert!(!scale_elsewhere(&mut elsewhere(&values), 0.5).expect("scaled"), "{bad}");
+        }
+    }
+}
