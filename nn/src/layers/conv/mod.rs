@@ -1,6 +1,7 @@
 //! Convolutions.
 
 mod columns;
+mod composed;
 mod conv1d;
 mod finish;
 mod geometry;
@@ -119,8 +120,7 @@ impl Conv2d {
 
     /// In candle's own operations, for devices that this crate has no kernel for.
     ///
-    /// Candle's backward pass assumes that both axes leave the same remainder after the last
-    /// window (it fails for 5×6 pixels, kernel 3, stride 2), so the remainders are cut off first.
+    /// What the last windows leave of both axes is cut off first.
     fn composed(&self, x: &Tensor, precision: Precision) -> Result<Tensor> {
         let Conv2dOptions { stride, dilation, groups, .. } = self.options;
         let geometry = self.geometry(x.dim(2)?, x.dim(3)?)?;
@@ -132,7 +132,7 @@ impl Conv2d {
         let kernel = (geometry.height.kernel, geometry.width.kernel);
         let weight = self.weight.reshape(((), geometry.channels, kernel.0, kernel.1))?;
         let mut y = lowered(&x.contiguous()?, &weight, precision, |x, weight| {
-            x.conv2d(weight, 0, stride, dilation, groups)
+            composed::conv2d(x, weight, composed::Windows { stride, dilation, groups })
         })?;
         if let Some(bias) = &self.bias {
             y = y.broadcast_add(&bias.reshape((1, (), 1, 1))?)?;

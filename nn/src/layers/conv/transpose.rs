@@ -1,5 +1,6 @@
 //! Transposed convolutions.
 
+use super::composed::{Windows, conv2d, spread, turned};
 use super::geometry::{Axis, Geometry};
 use super::op::Convolution;
 use super::{at_least_one, bias_or_zeros, check_groups};
@@ -228,17 +229,13 @@ impl Transposed {
         precision: Precision,
     ) -> candle_core::Result<Tensor> {
         let ConvTransposeOptions { dilation, groups, output_padding, .. } = self.options;
-        let axes = [(2, geometry.height), (3, geometry.width)];
-        let mut x = x.clone();
-        for (dim, axis) in axes {
-            let border = Axis::reach(axis.kernel, dilation) - 1;
-            x = with_gaps(&x, dim, axis.stride)?.pad_with_zeros(dim, border, border)?;
-        }
-        let weight = self.turned(geometry)?;
-        let mut y = lowered(&x.contiguous()?, &weight, precision, |x, weight| {
-            x.conv2d(weight, 0, 1, dilation, groups)
+        let Geometry { channels, height, width, .. } = *geometry;
+        let x = spread(&spread(x, 2, height)?, 3, width)?.contiguous()?;
+        let weight = self.weight.reshape(((), channels, height.kernel, width.kernel))?;
+        let mut y = lowered(&x, &turned(&weight, groups)?, precision, |x, weight| {
+            conv2d(x, weight, Windows { stride: 1, dilation, groups })
         })?;
-        for (dim, axis) in axes {
+        for (dim, axis) in [(2, height), (3, width)] {
             y = y.pad_with_zeros(dim, 0, output_padding)?.narrow(dim, axis.padding, axis.size)?;
         }
         match &self.bias {
@@ -246,27 +243,6 @@ impl Transposed {
             None => Ok(y),
         }
     }
-
-    /// The weight `[outputs, inputs / groups, height, width]` of a convolution.
-    fn turned(&self, geometry: &Geometry) -> candle_core::Result<Tensor> {
-        let Geometry { channels, outputs, groups, height, width } = *geometry;
-        let weight =
-            self.weight.reshape((groups, outputs, channels, height.kernel * width.kernel))?;
-        let weight = weight.transpose(1, 2)?.contiguous()?;
-        let weight = weight.reshape((groups * channels, outputs, height.kernel, width.kernel))?;
-        let backwards =
-            |kernel: usize| Tensor::from_iter((0..kernel as u32).rev(), self.weight.device());
-        weight
-            .index_select(&backwards(height.kernel)?, 2)?
-            .index_select(&backwards(width.kernel)?, 3)
-    }
-}
-
-/// With `stride − 1` zeros between any two.
-fn with_gaps(x: &Tensor, dim: usize, stride: usize) -> candle_core::Result<Tensor> {
-    let size = x.dim(dim)?;
-    let x = x.unsqueeze(dim + 1)?.pad_with_zeros(dim + 1, 0, stride - 1)?;
-    x.flatten(dim, dim + 1)?.narrow(dim, 0, (size - 1) * stride + 1)
 }
 
 #[cfg(test)]

@@ -1,0 +1,123 @@
+//! Convolutions in candle's own operations, for devices that this crate has no kernel for.
+
+use super::geometry::Axis;
+use candle_core::backend::BackendStorage;
+use candle_core::{
+    CpuStorage, CudaStorage, CustomOp3, Error, Layout, MetalStorage, Result, Shape, Tensor,
+};
+
+/// How windows move, without padding, over images that end with the last one.
+#[derive(Clone, Copy)]
+pub(super) struct Windows {
+    pub(super) stride: usize,
+    pub(super) dilation: usize,
+    pub(super) groups: usize,
+}
+
+/// Candle's convolution of images with a weight `[outputs, inputs / groups, height, width]`, and another
+/// backward pass: candle's own has a transposed convolution, which takes a GPU many times as long as a
+/// convolution of as many products.
+pub(super) fn conv2d(x: &Tensor, weight: &Tensor, windows: Windows) -> Result<Tensor> {
+    let Windows { stride, dilation, groups } = windows;
+    let y = x.detach().conv2d(&weight.detach(), 0, stride, dilation, groups)?;
+    match x.track_op() || weight.track_op() {
+        true => x.apply_op3(weight, &y, windows),
+        false => Ok(y),
+    }
+}
+
+/// The weight with which a convolution takes gradients back to images: turned around, its outputs inputs.
+pub(super) fn turned(weight: &Tensor, groups: usize) -> Result<Tensor> {
+    let (outputs, inputs, height, width) = weight.dims4()?;
+    let weight = weight.reshape((groups, outputs / groups, inputs, height * width))?;
+    let weight = weight.transpose(1, 2)?.contiguous()?;
+    let weight = weight.reshape((groups * inputs, outputs / groups, height, width))?;
+    let backwards = |size: usize| Tensor::from_iter((0..size as u32).rev(), weight.device());
+    weight.index_select(&backwards(height)?, 2)?.index_select(&backwards(width)?, 3)
+}
+
+/// With `stride − 1` zeros between any two, and at either end as many as a convolution needs that is to have
+/// each pixel under each tap.
+pub(super) fn spread(x: &Tensor, dim: usize, axis: Axis) -> Result<Tensor> {
+    let (size, border) = (x.dim(dim)?, Axis::reach(axis.kernel, axis.dilation) - 1);
+    let x = x.unsqueeze(dim + 1)?.pad_with_zeros(dim + 1, 0, axis.stride - 1)?;
+    let x = x.flatten(dim, dim + 1)?.narrow(dim, 0, (size - 1) * axis.stride + 1)?;
+    x.pad_with_zeros(dim, border, border)
+}
+
+impl Windows {
+    fn of_images(self, weight: &Tensor, gradient: &Tensor) -> Result<Tensor> {
+        let Self { stride, dilation, .. } = self;
+        let axis =
+            |dim| Ok::<_, Error>(Axis { kernel: weight.dim(dim)?, stride, dilation, ..Axis::ONE });
+        let gradient = spread(&spread(gradient, 2, axis(2)?)?, 3, axis(3)?)?;
+        let weight = turned(weight, self.groups)?;
+        gradient.contiguous()?.conv2d(&weight, 0, 1, self.dilation, self.groups)
+    }
+
+    /// Images and gradients change places with their channels: each tap is a sum over all of them.
+    fn of_weight(self, x: &Tensor, gradient: &Tensor) -> Result<Tensor> {
+        let group = |(x, gradient): (&Tensor, &Tensor)| {
+            let (x, gradient) = (x.transpose(0, 1)?, gradient.transpose(0, 1)?.contiguous()?);
+            x.conv2d(&gradient, 0, self.dilation, self.stride, 1)?.transpose(0, 1)
+        };
+        let (x, gradient) = (x.chunk(self.groups, 1)?, gradient.chunk(self.groups, 1)?);
+        let groups = x.iter().zip(&gradient).map(group).collect::<Result<Vec<_>>>()?;
+        Tensor::cat(&groups, 0)
+    }
+}
+
+/// What comes out is there already: this gives it a backward pass.
+impl CustomOp3 for Windows {
+    fn name(&self) -> &'static str {
+        "conv2d"
+    }
+
+    fn cpu_fwd(
+        &self,
+        _: &CpuStorage,
+        _: &Layout,
+        _: &CpuStorage,
+        _: &Layout,
+        y: &CpuStorage,
+        layout: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        Ok((y.try_clone(layout)?, layout.shape().clone()))
+    }
+
+    fn cuda_fwd(
+        &self,
+        _: &CudaStorage,
+        _: &Layout,
+        _: &CudaStorage,
+        _: &Layout,
+        y: &CudaStorage,
+        layout: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        Ok((y.try_clone(layout)?, layout.shape().clone()))
+    }
+
+    fn metal_fwd(
+        &self,
+        _: &MetalStorage,
+        _: &Layout,
+        _: &MetalStorage,
+        _: &Layout,
+        y: &MetalStorage,
+        layout: &Layout,
+    ) -> Result<(MetalStorage, Shape)> {
+        Ok((y.try_clone(layout)?, layout.shape().clone()))
+    }
+
+    fn bwd(
+        &self,
+        x: &Tensor,
+        weight: &Tensor,
+        _: &Tensor,
+        _: &Tensor,
+        gradient: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let of_x = x.track_op().then(|| self.of_images(&weight.detach(), gradient)).transpose()?;
+        Ok((of_x, Some(self.of_weight(&x.detach(), gradient)?), None))
+    }
+}
