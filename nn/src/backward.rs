@@ -158,17 +158,14 @@ impl Gradients {
     }
 
     /// Has the gradients be these, of all parameters in one piece, wherever it is. Errors when it has not as
-    /// many numbers.
+    /// many numbers, or they are not `f32`.
     pub fn put_elsewhere(&mut self, gradients: Tensor) -> Result<()> {
-        let expected = [self.values.len() - LOSS];
-        if gradients.dims() != expected {
-            return Err(Error::shape(
-                "gradients in one piece",
-                format!("{expected:?}"),
-                gradients.dims(),
-            ));
+        let len = self.values.len() - LOSS;
+        if (gradients.dims(), gradients.dtype()) != (&[len], DType::F32) {
+            let what = format!("gradients in one piece, of {:?},", gradients.dtype());
+            return Err(Error::shape(what, format!("[{len}] of F32"), gradients.dims()));
         }
-        self.elsewhere = Some(gradients);
+        self.elsewhere = Some(gradients.detach());
         Ok(())
     }
 
@@ -314,8 +311,9 @@ impl Gradients {
 
     /// The gradients of all parameters, where these are; zeros for those that got none.
     fn in_one_piece(&self, store: &GradStore) -> Result<Tensor> {
+        // A gradient may know how it came about, and would hold on to all of that.
         let piece = |parameter: &Parameter| match store.get(&parameter.tensor) {
-            Some(gradient) => gradient.to_dtype(DType::F32)?.flatten_all(),
+            Some(gradient) => gradient.detach().to_dtype(DType::F32)?.flatten_all(),
             None => {
                 let (len, device) = (parameter.tensor.elem_count(), parameter.tensor.device());
                 Tensor::zeros(len, DType::F32, device)

@@ -119,6 +119,14 @@ impl<'a> WorkerContext<'a> {
         Self { device: device.clone(), ..self }
     }
 
+    /// Has gradients on the CPU be taken for those of another device, to test what is done there.
+    #[doc(hidden)]
+    #[must_use]
+    pub fn with_gradients_elsewhere(mut self) -> Self {
+        self.setup.elsewhere = true;
+        self
+    }
+
     /// Has a state do what the setup asks for, if it does not yet.
     pub(crate) fn prepare(&self, state: &mut TrainState) -> Result<()> {
         self.check_policy(state)?;

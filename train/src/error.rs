@@ -246,6 +246,9 @@ pub enum Error {
         /// Values of the model.
         got: usize,
     },
+    /// Gradients that have stayed on another device, for an optimizer that works on the CPU.
+    #[error("the gradients are on another device: `Gradients::bring_here` gets them to the CPU")]
+    GradientsElsewhere,
     /// An optimizer of one's own without its essence.
     #[error("the optimizer {optimizer:?} has neither `rule` nor `update_param`: write one of them")]
     NoRule {

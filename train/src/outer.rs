@@ -7,7 +7,9 @@
 
 use crate::buffers::BufferSums;
 use crate::collective::{Collective, ReduceOp};
-use crate::optim::{Optimizer, OptimizerSpec, OptimizerState, SgdOptions, in_place, update_by};
+use crate::optim::{
+    Optimizer, OptimizerSpec, OptimizerState, SgdOptions, in_place, read, update_by,
+};
 use crate::state::{EpochTally, TrainState};
 use crate::{Error, Result, WorkerContext};
 use mobula_nn::{Gradients, Params};
@@ -86,7 +88,7 @@ impl Outer {
         let mut weights = std::mem::take(&mut self.spare);
         weights.clear();
         for (_, var) in params.vars() {
-            in_place(&var, |values| {
+            read(&var, |values| {
                 weights.extend_from_slice(values);
                 Ok(())
             })?;

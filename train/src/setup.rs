@@ -45,6 +45,8 @@ pub(crate) struct Setup {
     pub(crate) timeout: Duration,
     /// The host that each rank is said to be on, for tests.
     pub(crate) hosts: Option<Vec<u64>>,
+    /// Gradients on the CPU are taken for those of another device, for tests.
+    pub(crate) elsewhere: bool,
 }
 
 impl Setup {

@@ -2,7 +2,7 @@
 //! written to a checkpoint, or given to a rank that has lost its own.
 
 use crate::collective::Collective;
-use crate::optim::{Ema, OptimizerState, optimizer_file};
+use crate::optim::{Ema, Kept, OptimizerState, optimizer_file};
 use crate::outer::{OUTER, Outer};
 use crate::share::Share;
 use crate::state::{STATE, SavedState, TrainState};
@@ -23,7 +23,7 @@ pub(crate) struct Source {
     params: Option<Params>,
     /// A pass changes them, so these are copies.
     buffers: Vec<(String, Tensor)>,
-    optimizer: Arc<OptimizerState>,
+    optimizer: Kept,
     ema: Option<Arc<Ema>>,
     outer: Option<Arc<OptimizerState>>,
 }
@@ -80,7 +80,7 @@ impl Source {
             saved,
             stopped: state.is_stopped(),
             buffers: params.buffers().into_iter().map(copy).collect::<Result<_>>()?,
-            optimizer: state.updater.shared_state(params)?,
+            optimizer: state.updater.kept(params)?,
             ema: state.updater.shared_ema(),
             outer: state.outer.as_ref().map(Outer::state),
             params: Some(params.clone()),
@@ -94,7 +94,7 @@ impl Source {
             stopped: state.is_stopped(),
             params: None,
             buffers: Vec::new(),
-            optimizer: state.updater.shared_state(state.model.params())?,
+            optimizer: state.updater.kept(state.model.params())?,
             ema: None,
             outer: None,
         })
@@ -120,7 +120,7 @@ impl Source {
         for ((name, buffer), to) in self.buffers.iter().zip(&mut into.buffers) {
             to.fill(name, buffer)?;
         }
-        into.optimizer.copy_from(&self.optimizer);
+        self.optimizer.copy_to(&mut into.optimizer)?;
         match (&mut into.ema, self.ema) {
             (Some(to), Some(from)) => to.copy_from(&from),
             (to, from) => *to = from.map(|from| (*from).clone()),

@@ -4,7 +4,7 @@ use crate::optim::{LossScale, SavedUpdater, Updater, scale, scale_elsewhere};
 use crate::outer::Outer;
 use crate::share::Share;
 use crate::{Error, Result};
-use candle_core::Device;
+use candle_core::{Device, Tensor};
 use mobula_core::StreamState;
 use mobula_core::checkpoint::Checkpoint;
 use mobula_nn::{Gradients, Model, Precision};
@@ -353,6 +353,17 @@ impl TrainState {
             true => Ok(()),
             false => Ok(self.gradients.bring_here()?),
         }
+    }
+
+    /// The opposite, for tests: what is on the CPU then is no number.
+    pub(crate) fn send_gradients(&mut self) -> Result<()> {
+        let params = self.model.params();
+        if self.gradients.elsewhere().is_none() && self.updater.updates_elsewhere(params) {
+            let values = Tensor::new(self.gradients.values(), params.device())?;
+            self.gradients.values_mut().fill(f32::NAN);
+            self.gradients.put_elsewhere(values)?;
+        }
+        Ok(())
     }
 
     /// Multiplies the gradients. Gives the first parameter with one that is not finite then.

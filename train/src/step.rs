@@ -256,6 +256,9 @@ impl WorkerContext<'_> {
         before: Option<&Buffers>,
     ) -> Result<Done> {
         self.reduce(state)?;
+        if self.setup.elsewhere {
+            state.send_gradients()?;
+        }
         let rescale = rescale(&state.gradients, global_rows);
         // After the sum all ranks hold the same bits, so all come to the same conclusion.
         let loss = f64::from(state.gradients.loss() * rescale);

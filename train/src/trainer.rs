@@ -265,6 +265,7 @@ impl<T> Trainer<T> {
             compression: self.scaling.compression,
             timeout: self.scaling.timeout,
             hosts: None,
+            elsewhere: false,
         })
     }
 

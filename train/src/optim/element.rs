@@ -68,6 +68,7 @@ impl Number for f32 {
 /// struct Momentum { lr: f32, kept: f32 }
 ///
 /// impl Elementwise<1> for Momentum {
+///     #[inline(always)]
 ///     fn update<X: Number>(&self, value: X, gradient: X, [buffer]: [X; 1]) -> (X, [X; 1]) {
 ///         let buffer = buffer * self.kept + gradient;
 ///         (value - buffer.clone() * self.lr, [buffer])
@@ -227,7 +228,8 @@ impl Mul<f32> for Numbers {
     type Output = Self;
 
     fn mul(self, other: f32) -> Self {
-        self.map(|numbers| numbers.affine(other.into(), 0.0))
+        // Any number and −0 are that number, also if it is −0.
+        self.map(|numbers| numbers.affine(other.into(), -0.0))
     }
 }
 

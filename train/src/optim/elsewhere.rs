@@ -1,17 +1,22 @@
 //! What an optimizer does to parameters that are not on the CPU: where they are.
 
-use super::rule::fits;
-use super::{Clip, Now, Optimizer, OptimizerState, ParamState};
+use super::rule::check_fit;
+use super::{Clip, Now, Optimizer, OptimizerState, ParamOptions, Rule};
 use crate::{Error, Result};
 use candle_core::{D, DType, Device, Tensor, Var};
 use mobula_nn::{Gradients, Params};
 use std::ops::Range;
 
-/// An optimizer's state, where the parameters are.
+/// Elements of a group, at most: an update takes about ten times their memory for a moment. 64 MiB are enough
+/// for the rate of any device.
+const MOST: usize = 16 << 20;
+
+/// An optimizer's state, where the parameters are. No tensor of it is written to, so that a clone stays what
+/// it is.
 #[derive(Clone, Debug)]
-pub(super) struct Elsewhere {
-    /// All of it but the values of those that are in groups, which are of the past.
-    state: OptimizerState,
+pub(crate) struct Elsewhere {
+    /// All of it but the values of those that are in groups.
+    outline: OptimizerState,
     groups: Vec<Group>,
 }
 
@@ -27,41 +32,51 @@ struct Group {
 /// Parameters that are to be treated alike, and how.
 struct Alike {
     members: Vec<usize>,
-    now: Now,
+    elements: usize,
+    options: ParamOptions,
     steps: u64,
 }
 
 impl Elsewhere {
     /// Takes a state there with the first update.
     pub(super) fn new(state: OptimizerState) -> Self {
-        Self { state, groups: Vec::new() }
+        Self { outline: state, groups: Vec::new() }
     }
 
-    /// All of it but what is remembered of single elements.
+    /// Steps and learning rate.
     pub(super) fn outline(&self) -> &OptimizerState {
-        &self.state
+        &self.outline
     }
 
     pub(super) fn set_lr(&mut self, lr: f64) {
-        self.state.lr = lr;
+        self.outline.lr = lr;
     }
 
     /// The state, on the CPU.
     pub(super) fn here(&self) -> Result<OptimizerState> {
-        let mut state = self.state.clone();
-        for group in &self.groups {
-            for (slot, values) in group.slots.iter().enumerate() {
-                let values = values.to_vec1::<f32>()?;
-                let mut rest = values.as_slice();
-                for member in &group.members {
-                    let own = &mut state.params[*member].slots[slot].values;
-                    let (first, others) = rest.split_at(own.len());
-                    own.copy_from_slice(first);
-                    rest = others;
-                }
+        let mut state = OptimizerState::default();
+        self.copy_to(&mut state)?;
+        Ok(state)
+    }
+
+    /// Makes a state on the CPU the same, in the memory that it has.
+    pub(super) fn copy_to(&self, into: &mut OptimizerState) -> Result<()> {
+        into.copy_from(&self.outline);
+        let all = self.groups.iter().flat_map(|group| {
+            group.slots.iter().enumerate().map(|(at, slot)| (&group.members, at, slot))
+        });
+        for (members, at, slot) in all {
+            let values = slot.to_vec1::<f32>()?;
+            let mut rest = values.as_slice();
+            for member in members {
+                let own = &mut into.params[*member].slots[at];
+                let (first, others) = rest.split_at(own.shape.iter().product());
+                own.values.clear();
+                own.values.extend_from_slice(first);
+                rest = others;
             }
         }
-        Ok(state)
+        Ok(())
     }
 
     /// One step with the learning rate of the state. Errors when the state is of other parameters; then
@@ -73,10 +88,7 @@ impl Elsewhere {
         gradients: &Gradients,
     ) -> Result<()> {
         let vars = params.vars();
-        if !fits(&self.state, gradients, &vars) {
-            let (expected, got) = (self.state.num_elements(), gradients.values().len());
-            return Err(Error::OptimizerModel { expected, got });
-        }
+        check_fit(&self.outline, gradients, &vars)?;
         let alike = self.alike(optimizer);
         self.regroup(&alike, params.device())?;
         let all = match gradients.elsewhere() {
@@ -85,11 +97,12 @@ impl Elsewhere {
         };
         let places: Vec<_> = gradients.places().iter().map(|(_, place)| place.clone()).collect();
         for (group, alike) in self.groups.iter_mut().zip(&alike) {
-            group.update(optimizer, alike, &vars, &pieces(&all, &alike.members, &places)?)?;
+            let rule = rule(optimizer, alike, self.outline.lr)?;
+            group.update(&rule, &vars, pieces(&all, &alike.members, &places)?)?;
         }
-        self.state.step += 1;
+        self.outline.step += 1;
         for member in alike.into_iter().flat_map(|alike| alike.members) {
-            self.state.params[member].steps += 1;
+            self.outline.params[member].steps += 1;
         }
         Ok(())
     }
@@ -97,16 +110,21 @@ impl Elsewhere {
     /// The parameters that are updated, by how.
     fn alike(&self, optimizer: &dyn Optimizer) -> Vec<Alike> {
         let mut all: Vec<Alike> = Vec::new();
-        for (member, ParamState { name, shape, steps, .. }) in self.state.params.iter().enumerate()
-        {
-            let Some(options) = optimizer.param_options(name, shape) else {
+        for (member, param) in self.outline.params.iter().enumerate() {
+            let Some(options) = optimizer.param_options(&param.name, &param.shape) else {
                 continue;
             };
-            let lr = self.state.lr * options.lr_scale;
-            let (now, steps) = (Now { lr, weight_decay: options.weight_decay }, steps + 1);
-            match all.iter_mut().find(|alike| (alike.now, alike.steps) == (now, steps)) {
-                Some(alike) => alike.members.push(member),
-                None => all.push(Alike { members: vec![member], now, steps }),
+            let (elements, steps) = (param.shape.iter().product(), param.steps + 1);
+            let has_room = |alike: &&mut Alike| {
+                (alike.options, alike.steps) == (options, steps)
+                    && alike.elements + elements <= MOST
+            };
+            match all.iter_mut().find(has_room) {
+                Some(alike) => {
+                    alike.members.push(member);
+                    alike.elements += elements;
+                }
+                None => all.push(Alike { members: vec![member], elements, options, steps }),
             }
         }
         all
@@ -114,15 +132,25 @@ impl Elsewhere {
 
     /// Groups are these from here on.
     fn regroup(&mut self, all: &[Alike], device: &Device) -> Result<()> {
-        let is_so =
-            self.groups.iter().map(|group| &group.members).eq(all.iter().map(|a| &a.members));
-        if !is_so {
-            self.state = self.here()?;
-            let group = |alike: &Alike| Group::of(&self.state, alike.members.clone(), device);
-            self.groups = all.iter().map(group).collect::<Result<_>>()?;
+        let before = self.groups.iter().map(|group| &group.members);
+        if before.eq(all.iter().map(|alike| &alike.members)) {
+            return Ok(());
         }
+        let mut state = self.here()?;
+        let group = |alike: &Alike| Group::of(&state, alike.members.clone(), device);
+        self.groups = all.iter().map(group).collect::<Result<_>>()?;
+        for member in self.groups.iter().flat_map(|group| &group.members) {
+            state.params[*member].slots.iter_mut().for_each(|slot| slot.values = Vec::new());
+        }
+        self.outline = state;
         Ok(())
     }
+}
+
+fn rule(optimizer: &dyn Optimizer, alike: &Alike, lr: f64) -> Result<Rule> {
+    let ParamOptions { lr_scale, weight_decay } = alike.options;
+    let rule = optimizer.rule(Now { lr: lr * lr_scale, weight_decay }, alike.steps);
+    rule.ok_or_else(|| Error::NoRule { optimizer: optimizer.name().to_owned() })
 }
 
 impl Group {
@@ -138,20 +166,14 @@ impl Group {
         Ok(Self { members, slots })
     }
 
-    fn update(
-        &mut self,
-        optimizer: &dyn Optimizer,
-        alike: &Alike,
-        vars: &[(String, Var)],
-        gradient: &Tensor,
-    ) -> Result<()> {
-        let rule = optimizer.rule(alike.now, alike.steps);
-        let rule = rule.ok_or_else(|| Error::NoRule { optimizer: optimizer.name().to_owned() })?;
+    fn update(&mut self, rule: &Rule, vars: &[(String, Var)], gradient: Tensor) -> Result<()> {
         let vars: Vec<_> = self.members.iter().map(|member| &vars[*member]).collect();
         let values = vars.iter().map(|(_, var)| var.as_detached_tensor().flatten_all());
         let values = Tensor::cat(&values.collect::<candle_core::Result<Vec<_>>>()?, 0)?;
+        // Of one tensor, `cat` is that tensor, and a rule may leave it as it is.
+        let values = if vars.len() == 1 { values.copy()? } else { values };
         let name = vars.first().map_or("", |(name, _)| name);
-        let (values, slots) = rule.of_tensors(name, values, gradient.clone(), &self.slots)?;
+        let (values, slots) = rule.of_tensors(name, values, gradient, &self.slots)?;
         let mut start = 0;
         for (_, var) in vars {
             let len = var.elem_count();
@@ -204,8 +226,12 @@ pub(super) fn clip_elsewhere(
     let all = gradients.take_elsewhere()?;
     let (clipped, norm) = match clip {
         Clip::Norm(most) => {
-            let squares = runs(moving.iter().cloned()).into_iter().map(|run| {
-                sum(&all.narrow(0, run.start, run.len())?.to_dtype(DType::F64)?.sqr()?)
+            let runs = runs(moving.iter().cloned());
+            let parts = runs.into_iter().flat_map(|run| {
+                run.clone().step_by(MOST).map(move |start| start..run.end.min(start + MOST))
+            });
+            let squares = parts.map(|part| {
+                sum(&all.narrow(0, part.start, part.len())?.to_dtype(DType::F64)?.sqr()?)
             });
             let norm = squares.sum::<Result<f64>>()?.sqrt();
             let factor = Clip::factor(most, norm);
@@ -237,6 +263,7 @@ fn sum(numbers: &Tensor) -> Result<f64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::optim::{AdamW, AdamWOptions, ParamState};
     use mobula_nn::Init;
 
     fn elsewhere(values: &[f32]) -> Gradients {
@@ -270,5 +297,42 @@ mod tests {
             values[at] = bad;
             assert!(!scale_elsewhere(&mut elsewhere(&values), 0.5).expect("scaled"), "{bad}");
         }
+    }
+
+    /// What a gradient was computed from, and all states before, would stay as long as the state does.
+    #[test]
+    fn a_state_does_not_hold_on_to_its_past() {
+        let params = Params::new(1, &Device::Cpu);
+        let weight = params.get(3, "a", Init::Ones).expect("parameter");
+        let mut gradients = Gradients::zeros(&params);
+        let optimizer = AdamW::new(AdamWOptions::default()).expect("options");
+        let mut state = Elsewhere::new(optimizer.init(&params).expect("state"));
+        let before = state.clone();
+        for _ in 0..2 {
+            let tracked = (&weight * &weight).expect("product");
+            assert!(tracked.track_op());
+            gradients.put_elsewhere(tracked).expect("as many");
+            state.update(&optimizer, &params, &gradients).expect("update");
+        }
+        assert!(state.groups.iter().flat_map(|group| &group.slots).all(|slot| !slot.track_op()));
+        assert_eq!(before.here().expect("before").step, 0);
+        assert!(before.here().expect("before") != state.here().expect("after"));
+    }
+
+    /// Those that are alike, as long as there are not too many of them.
+    #[test]
+    fn large_parameters_are_groups_of_their_own() {
+        let sizes = [MOST - 1, 1, 1, MOST + 5];
+        let state = |(at, size): (usize, usize)| ParamState {
+            name: at.to_string(),
+            shape: vec![size],
+            steps: 0,
+            slots: Vec::new(),
+        };
+        let params = sizes.into_iter().enumerate().map(state).collect();
+        let state = Elsewhere::new(OptimizerState { step: 0, lr: 0.1, params });
+        let alike = state.alike(&AdamW::new(AdamWOptions::default()).expect("options"));
+        let members: Vec<_> = alike.into_iter().map(|alike| alike.members).collect();
+        assert_eq!(members, [vec![0, 1], vec![2], vec![3]]);
     }
 }

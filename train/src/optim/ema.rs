@@ -1,7 +1,7 @@
 //! Averages of the weights over the steps.
 
 use super::check;
-use super::pass::{CHUNK, for_each, in_place, lerp};
+use super::pass::{CHUNK, for_each, in_place, lerp, read};
 use crate::tensors::{self, Slice};
 use crate::{Error, Result};
 use candle_core::{Device, Var};
@@ -51,7 +51,7 @@ impl Ema {
         // Only rounding tells a copy from a step of the whole way, and `lerp` has none then.
         let weight = if self.updates == 0 { 1.0 } else { (1.0 - self.decay) as f32 };
         for ((_, var), averages) in vars.iter().zip(&mut self.averages) {
-            in_place(var, |values| {
+            read(var, |values| {
                 approach(averages, values, weight);
                 Ok(())
             })?;

@@ -35,7 +35,8 @@
 //! ```
 //!
 //! All of it is for `f32` parameters. Bits do not depend on the number of threads. Where parameters are on a
-//! GPU, an optimizer that has a [`Rule`] works there, with the same bits for the same gradients.
+//! GPU, an optimizer that has a [`Rule`] works there, with the same bits for the same gradients; only a
+//! norm that gradients are clipped by may differ in its last bit.
 
 mod adafactor;
 mod adagrad;
@@ -46,6 +47,7 @@ mod element;
 mod elsewhere;
 mod ema;
 mod groups;
+mod kept;
 mod lion;
 mod loss_scale;
 mod pass;
@@ -66,9 +68,10 @@ pub use element::{Elementwise, Number, Rule};
 pub(crate) use elsewhere::scale_elsewhere;
 pub use ema::Ema;
 pub use groups::{Grouped, ParamGroup};
+pub(crate) use kept::Kept;
 pub use lion::{Lion, LionOptions};
 pub use loss_scale::{LossScale, LossScaleOptions};
-pub(crate) use pass::{add, in_place, scale};
+pub(crate) use pass::{add, in_place, read, scale};
 pub use plateau::{Mode, Plateau, PlateauOptions, ThresholdMode};
 pub use rmsprop::{RmsProp, RmsPropOptions};
 pub(crate) use rule::update_by;
@@ -76,6 +79,7 @@ pub use rule::{Now, Optimizer, ParamOptions};
 pub use schedule::{Anneal, Schedule};
 pub use sgd::{Sgd, SgdOptions};
 pub use spec::OptimizerSpec;
+pub(crate) use state::optimizer_file;
 pub use state::{OptimizerState, ParamState, Slot};
-pub(crate) use updater::{EMA, optimizer_file};
+pub(crate) use updater::EMA;
 pub use updater::{SavedUpdater, Updater, UpdaterOptions};

@@ -152,6 +152,14 @@ pub(crate) fn in_place(var: &Var, change: impl FnOnce(&mut [f32]) -> Result<()>)
     op.0.into_inner().1
 }
 
+/// Gives `see` the values of a parameter, wherever it is.
+pub(crate) fn read(var: &Var, see: impl FnOnce(&[f32]) -> Result<()>) -> Result<()> {
+    match var.device().is_cpu() {
+        true => in_place(var, |values| see(values)),
+        false => see(&var.as_detached_tensor().flatten_all()?.to_vec1::<f32>()?),
+    }
+}
+
 /// For a parameter that is not on the CPU: changes a copy, which then replaces its values.
 fn by_copy(var: &Var, change: impl FnOnce(&mut [f32]) -> Result<()>) -> Result<()> {
     let mut values = var.flatten_all()?.to_vec1::<f32>()?;

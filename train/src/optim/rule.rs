@@ -13,8 +13,9 @@ use std::fmt::Debug;
 /// remembers is in an [`OptimizerState`].
 ///
 /// Of one's own it needs the first five functions, and one of the next two: a [`Rule`] for each element
-/// runs on any device, and `update_param` sees one parameter at a time, on the CPU. Where it is wrapped or of some parameters only (groups, `ScalingConfig::shard_optimizer`, `local_sgd`), an `update` of
-/// one's own is not called.
+/// runs on any device, and `update_param` sees one parameter at a time, on the CPU. An `update` of one's own
+/// is not called where it is wrapped or of some parameters only (groups, `ScalingConfig::shard_optimizer`,
+/// `local_sgd`); and of an optimizer with a rule, neither that nor `update_param` where parameters are on a GPU.
 pub trait Optimizer: Debug + Send + Sync {
     /// The name that checkpoints and configurations know it by, such as `"adamw"`.
     fn name(&self) -> &str;
@@ -82,9 +83,9 @@ pub(crate) fn update_by<O: Optimizer + ?Sized>(
     options: &dyn Fn(&str, &[usize]) -> Option<ParamOptions>,
 ) -> Result<()> {
     let vars = params.vars();
-    let (expected, got) = (state.num_elements(), gradients.values().len());
-    if !fits(state, gradients, &vars) {
-        return Err(Error::OptimizerModel { expected, got });
+    check_fit(state, gradients, &vars)?;
+    if gradients.elsewhere().is_some() {
+        return Err(Error::GradientsElsewhere);
     }
     state.step += 1;
     let lr = state.lr;
@@ -113,16 +114,22 @@ pub(super) fn fresh<O: Optimizer + ?Sized>(optimizer: &O, params: &Params) -> Op
     OptimizerState { step: 0, lr: optimizer.lr(), params }
 }
 
-/// Whether state, gradients and parameters are of one model.
-pub(super) fn fits(state: &OptimizerState, gradients: &Gradients, vars: &[(String, Var)]) -> bool {
+/// Errors unless state, gradients and parameters are of one model.
+pub(super) fn check_fit(
+    state: &OptimizerState,
+    gradients: &Gradients,
+    vars: &[(String, Var)],
+) -> Result<()> {
     let places = gradients.places();
     let same_number = vars.len() == places.len() && vars.len() == state.params.len();
     let mut all = vars.iter().zip(&state.params).zip(places);
-    same_number
-        && all.all(|(((name, var), param), (place, range))| {
-            let of_state = *name == param.name && var.dims() == param.shape;
-            of_state && name == place && var.elem_count() == range.len()
-        })
+    let is_same = all.all(|(((name, var), param), (place, range))| {
+        let of_state = *name == param.name && var.dims() == param.shape;
+        of_state && name == place && var.elem_count() == range.len()
+    });
+    let (expected, got) = (state.num_elements(), gradients.values().len());
+    let fits = same_number && is_same;
+    if fits { Ok(()) } else { Err(Error::OptimizerModel { expected, got }) }
 }
 
 /// The settings of one parameter.

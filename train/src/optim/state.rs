@@ -5,9 +5,14 @@ use crate::tensors::{self, Slice};
 use crate::{Error, Result};
 use candle_core::safetensors::Load;
 use candle_core::{Device, Tensor};
-use std::collections::{BTreeMap, HashMap};
+use mobula_core::Shard;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+
+const OPTIMIZER: &str = "optimizer.safetensors";
+/// How the files of parts begin.
+const OPTIMIZER_PART: &str = "optimizer-";
 
 /// What an [`Optimizer`] remembers of the parameters of one model.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -247,4 +252,32 @@ impl<'a> Saved<'a> {
     fn bad(&self, reason: String) -> Error {
         Error::OptimizerState { path: self.path.to_owned(), reason }
     }
+}
+
+/// The file of an optimizer's state, or of a rank's part of it.
+pub(crate) fn optimizer_file(shard: Option<Shard>) -> String {
+    match shard {
+        None => OPTIMIZER.to_owned(),
+        Some(Shard { rank, world }) => {
+            format!("{OPTIMIZER_PART}{:05}-of-{world:05}.safetensors", rank + 1)
+        }
+    }
+}
+
+/// The files of an optimizer's state in a folder: all parts of it, or the one that there has to be.
+pub(super) fn optimizer_files(dir: &Path) -> Result<Vec<PathBuf>> {
+    let unreadable = |error: std::io::Error| Error::OptimizerState {
+        path: dir.to_owned(),
+        reason: error.to_string(),
+    };
+    let entries = std::fs::read_dir(dir).map_err(unreadable)?.collect::<Result<Vec<_>, _>>();
+    let names = entries.map_err(unreadable)?.into_iter().map(|entry| entry.file_name());
+    let names: BTreeSet<_> = names.filter_map(|name| name.into_string().ok()).collect();
+    let first = names.iter().find_map(|name| name.strip_prefix(OPTIMIZER_PART)?.get(9..14));
+    let world = first.and_then(|world| world.parse().ok()).filter(|world| *world > 0);
+    let Some(world) = world else {
+        return Ok(vec![dir.join(OPTIMIZER)]);
+    };
+    // One that is missing will be named when it is read.
+    Ok((0..world).map(|rank| dir.join(optimizer_file(Some(Shard { rank, world })))).collect())
 }

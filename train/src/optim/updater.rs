@@ -1,6 +1,8 @@
 //! What happens between gradients and weights, in one place.
 
-use super::elsewhere::{Elsewhere, clip_elsewhere};
+use super::elsewhere::clip_elsewhere;
+use super::kept::Kept;
+use super::state::{optimizer_file, optimizer_files};
 use super::{
     Clip, Ema, Grouped, LossScale, LossScaleOptions, Now, Optimizer, OptimizerSpec, OptimizerState,
     ParamGroup, Plateau, PlateauOptions, Schedule, update_by,
@@ -10,18 +12,14 @@ use crate::saver::Gate;
 use crate::share::{Held, Share};
 use crate::{Error, Result};
 use candle_core::DType;
-use mobula_core::Shard;
 use mobula_nn::Gradients;
 use mobula_nn::Params;
 use serde::{Deserialize, Serialize};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::ops::Range;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
-const OPTIMIZER: &str = "optimizer.safetensors";
-/// How the files of parts begin.
-const OPTIMIZER_PART: &str = "optimizer-";
 pub(crate) const EMA: &str = "ema.safetensors";
 
 /// An optimizer with all that goes with it: learning-rate schedule, clipping, averages of the
@@ -41,59 +39,6 @@ pub struct Updater {
     copying: Option<Arc<Gate>>,
     /// Of the parameters, where each rank updates some.
     share: Option<Share>,
-}
-
-/// Where an optimizer's state is.
-#[derive(Debug)]
-enum Kept {
-    /// On the CPU. Shared while it is copied.
-    Here(Arc<OptimizerState>),
-    /// Where the parameters are, on another device.
-    Elsewhere(Elsewhere),
-}
-
-impl Kept {
-    /// Steps and learning rate.
-    fn outline(&self) -> &OptimizerState {
-        match self {
-            Self::Here(state) => state,
-            Self::Elsewhere(state) => state.outline(),
-        }
-    }
-
-    fn set_lr(&mut self, lr: f64) {
-        match self {
-            Self::Here(state) => Arc::make_mut(state).lr = lr,
-            Self::Elsewhere(state) => state.set_lr(lr),
-        }
-    }
-
-    fn here(&self) -> Result<Arc<OptimizerState>> {
-        match self {
-            Self::Here(state) => Ok(Arc::clone(state)),
-            Self::Elsewhere(state) => Ok(Arc::new(state.here()?)),
-        }
-    }
-
-    /// From here on it is on the CPU.
-    fn bring_here(&mut self) -> Result<&mut OptimizerState> {
-        if let Self::Elsewhere(state) = self {
-            *self = Self::Here(Arc::new(state.here()?));
-        }
-        match self {
-            // Not shared any more, unless something is being copied that should have been waited for.
-            Self::Here(state) => Ok(Arc::make_mut(state)),
-            Self::Elsewhere(_) => unreachable!("it is here"),
-        }
-    }
-
-    /// From here on it is where the parameters are.
-    fn leave(self) -> Elsewhere {
-        match self {
-            Self::Here(state) => Elsewhere::new(Arc::unwrap_or_clone(state)),
-            Self::Elsewhere(state) => state,
-        }
-    }
 }
 
 /// An [`Updater`] as configurations write it.
@@ -286,7 +231,7 @@ impl Updater {
         self.wait_for_copy();
         let kept = match self.state.take() {
             Some(kept) => kept,
-            None => Kept::Here(Arc::new(self.fresh_state(params)?)),
+            None => Kept::new(self.fresh_state(params)?),
         };
         let is_elsewhere = gradients.elsewhere().is_some() || !params.device().is_cpu();
         let (kept, updated) = match is_elsewhere && self.updates_elsewhere(params) {
@@ -400,10 +345,10 @@ impl Updater {
     }
 
     /// What the optimizer remembers, to be copied.
-    pub(crate) fn shared_state(&self, params: &Params) -> Result<Arc<OptimizerState>> {
+    pub(crate) fn kept(&self, params: &Params) -> Result<Kept> {
         match &self.state {
-            Some(kept) => kept.here(),
-            None => Ok(Arc::new(self.fresh_state(params)?)),
+            Some(kept) => Ok(kept.clone()),
+            None => Ok(Kept::new(self.fresh_state(params)?)),
         }
     }
 
@@ -422,7 +367,7 @@ impl Updater {
 
     /// Goes on from what another one of the same settings had.
     pub(crate) fn resume(&mut self, state: OptimizerState, ema: Option<Ema>, saved: &SavedUpdater) {
-        self.state = Some(Kept::Here(Arc::new(state)));
+        self.state = Some(Kept::new(state));
         self.ema = ema.map(Arc::new).or(self.ema.take());
         self.resume_settings(saved);
     }
@@ -497,7 +442,7 @@ impl Updater {
     /// Writes `optimizer.safetensors`, or this rank's part of it, and `ema.safetensors` if averages are kept, into a folder.
     /// What is returned belongs with them.
     pub fn save(&self, params: &Params, dir: &Path) -> Result<SavedUpdater> {
-        let state = self.shared_state(params)?;
+        let state = self.kept(params)?.here()?;
         let part = self.share.as_ref().map_or(0..state.params.len(), Share::params);
         let path = dir.join(optimizer_file(self.share.as_ref().map(Share::shard)));
         state.write(part, self.optimizer.name(), &self.optimizer.options(), &path)?;
@@ -533,38 +478,10 @@ impl Updater {
             (Some(ema), None) => *ema = Ema::new(ema.decay())?,
             (None, _) => {}
         }
-        self.state = Some(Kept::Here(Arc::new(state)));
+        self.state = Some(Kept::new(state));
         self.resume_settings(saved);
         Ok(())
     }
-}
-
-/// The file of an optimizer's state, or of a rank's part of it.
-pub(crate) fn optimizer_file(shard: Option<Shard>) -> String {
-    match shard {
-        None => OPTIMIZER.to_owned(),
-        Some(Shard { rank, world }) => {
-            format!("{OPTIMIZER_PART}{:05}-of-{world:05}.safetensors", rank + 1)
-        }
-    }
-}
-
-/// The files of an optimizer's state in a folder: all parts of it, or the one that there has to be.
-fn optimizer_files(dir: &Path) -> Result<Vec<PathBuf>> {
-    let unreadable = |error: std::io::Error| Error::OptimizerState {
-        path: dir.to_owned(),
-        reason: error.to_string(),
-    };
-    let entries = std::fs::read_dir(dir).map_err(unreadable)?.collect::<Result<Vec<_>, _>>();
-    let names = entries.map_err(unreadable)?.into_iter().map(|entry| entry.file_name());
-    let names: BTreeSet<_> = names.filter_map(|name| name.into_string().ok()).collect();
-    let first = names.iter().find_map(|name| name.strip_prefix(OPTIMIZER_PART)?.get(9..14));
-    let world = first.and_then(|world| world.parse().ok()).filter(|world| *world > 0);
-    let Some(world) = world else {
-        return Ok(vec![dir.join(OPTIMIZER)]);
-    };
-    // One that is missing will be named when it is read.
-    Ok((0..world).map(|rank| dir.join(optimizer_file(Some(Shard { rank, world })))).collect())
 }
 
 /// So that an optimizer by itself is enough where an updater is expected.

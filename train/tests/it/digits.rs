@@ -39,6 +39,8 @@ pub(crate) struct Config {
     pub(crate) dropout: f64,
     pub(crate) precision: Precision,
     pub(crate) non_finite: NonFinite,
+    /// Gradients are taken for those of another device.
+    pub(crate) elsewhere: bool,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -141,6 +143,7 @@ impl Config {
             dropout: 0.0,
             precision: Precision::F32,
             non_finite: NonFinite::Fail,
+            elsewhere: false,
         }
     }
 }
@@ -245,7 +248,9 @@ pub(crate) fn train(member: Member, config: Config) -> Result<Outcome, BoxError>
     }
     FIRST_GENERATION.get_or_init(|| generation);
     GENERATION.store(generation, Ordering::Relaxed);
-    learn(&mut WorkerContext::join(member)?, &config)
+    let context = WorkerContext::join(member)?;
+    let mut context = if config.elsewhere { context.with_gradients_elsewhere() } else { context };
+    learn(&mut context, &config)
 }
 
 pub(crate) fn learn(context: &mut WorkerContext<'_>, config: &Config) -> Result<Outcome, BoxError> {
