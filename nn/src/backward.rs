@@ -246,7 +246,7 @@ impl Gradients {
         missing.map(|((name, _), _)| name.clone()).collect()
     }
 
-    /// The parameter that the first value which is not finite belongs to.
+    /// The parameter that the first of the [`values`](Self::values) which is not finite belongs to.
     pub fn first_non_finite(&self) -> Option<&str> {
         let at = self.first_non_finite_in(0..self.places.len())?;
         Some(&self.places[at].0)

@@ -83,6 +83,11 @@ pub fn no_grad<R>(f: impl FnOnce() -> R) -> R {
     f()
 }
 
+/// Whether this thread is not in [`no_grad`].
+pub(crate) fn has_gradients() -> bool {
+    WITHOUT.get() == 0
+}
+
 /// What a backward pass tells candle about one input.
 pub(crate) type Told = Option<Tensor>;
 
@@ -93,7 +98,7 @@ impl Source {
             Some(Link { token, slot, .. }) => (token, Some(slot)),
             None => (x.clone(), None),
         };
-        let is_tracked = graph.track_op() && WITHOUT.get() == 0;
+        let is_tracked = graph.track_op() && has_gradients();
         Self { graph, shape: x.shape().clone(), slot, is_tracked }
     }
 

@@ -32,7 +32,7 @@ impl Clip {
         most / (norm + 1e-6)
     }
 
-    /// Clips the gradients in place. Gives their norm as it was, where that is taken.
+    /// Clips the gradients in place, which have to be on the CPU ([`Gradients::bring_here`]). Gives their norm as it was, where that is taken.
     pub fn apply(&self, gradients: &mut Gradients) -> Option<f64> {
         let ranges: Vec<_> = gradients.places().iter().map(|(_, range)| range.clone()).collect();
         let squares = self.squares(gradients.values(), &ranges, 0..gradients.values().len());

@@ -7,8 +7,8 @@ use candle_core::{D, DType, Device, Tensor, Var};
 use mobula_nn::{Gradients, Params};
 use std::ops::Range;
 
-/// Elements of a group, at most: an update takes about ten times their memory for a moment. 64 MiB are enough
-/// for the rate of any device.
+/// Elements of a group of more than one parameter, at most: an update takes about ten times their memory for a
+/// moment. 64 MiB are enough for the rate of any device.
 const MOST: usize = 16 << 20;
 
 /// An optimizer's state, where the parameters are. No tensor of it is written to, so that a clone stays what
@@ -136,13 +136,15 @@ impl Elsewhere {
         if before.eq(all.iter().map(|alike| &alike.members)) {
             return Ok(());
         }
-        let mut state = self.here()?;
-        let group = |alike: &Alike| Group::of(&state, alike.members.clone(), device);
+        if !self.groups.is_empty() {
+            (self.outline, self.groups) = (self.here()?, Vec::new());
+        }
+        let group = |alike: &Alike| Group::of(&self.outline, alike.members.clone(), device);
         self.groups = all.iter().map(group).collect::<Result<_>>()?;
         for member in self.groups.iter().flat_map(|group| &group.members) {
-            state.params[*member].slots.iter_mut().for_each(|slot| slot.values = Vec::new());
+            let slots = &mut self.outline.params[*member].slots;
+            slots.iter_mut().for_each(|slot| slot.values = Vec::new());
         }
-        self.outline = state;
         Ok(())
     }
 }
@@ -208,7 +210,7 @@ fn runs(places: impl Iterator<Item = Range<usize>>) -> Vec<Range<usize>> {
 pub(crate) fn scale_elsewhere(gradients: &mut Gradients, factor: f32) -> Result<bool> {
     let mut all = gradients.take_elsewhere()?;
     if factor != 1.0 {
-        all = all.affine(factor.into(), 0.0)?;
+        all = all.affine(factor.into(), -0.0)?;
     }
     // 0 times what is finite is 0.
     let is_finite = sum(&all.affine(0.0, 0.0)?)? == 0.0;
@@ -235,7 +237,7 @@ pub(super) fn clip_elsewhere(
             });
             let norm = squares.sum::<Result<f64>>()?.sqrt();
             let factor = Clip::factor(most, norm);
-            let clipped = if factor < 1.0 { all.affine(factor, 0.0)? } else { all };
+            let clipped = if factor < 1.0 { all.affine(factor, -0.0)? } else { all };
             (clipped, Some(norm))
         }
         Clip::Value(most) => (all.clamp(-most as f32, most as f32)?, None),
@@ -307,16 +309,18 @@ mod tests {
         let mut gradients = Gradients::zeros(&params);
         let optimizer = AdamW::new(AdamWOptions::default()).expect("options");
         let mut state = Elsewhere::new(optimizer.init(&params).expect("state"));
-        let before = state.clone();
-        for _ in 0..2 {
+        let mut update = |state: &mut Elsewhere| {
             let tracked = (&weight * &weight).expect("product");
             assert!(tracked.track_op());
             gradients.put_elsewhere(tracked).expect("as many");
             state.update(&optimizer, &params, &gradients).expect("update");
-        }
+        };
+        update(&mut state);
+        let (kept, then) = (state.clone(), state.here().expect("then"));
+        update(&mut state);
         assert!(state.groups.iter().flat_map(|group| &group.slots).all(|slot| !slot.track_op()));
-        assert_eq!(before.here().expect("before").step, 0);
-        assert!(before.here().expect("before") != state.here().expect("after"));
+        assert!(kept.here().expect("kept") == then, "what is remembered stays");
+        assert!(state.here().expect("now") != then);
     }
 
     /// Those that are alike, as long as there are not too many of them.

@@ -63,7 +63,8 @@ pub trait Optimizer: Debug + Send + Sync {
     }
 
     /// One step: updates parameters and state in place, with the learning rate `state.lr`. Errors
-    /// when the state is of other parameters; then nothing has changed.
+    /// when the state is of other parameters, or gradients are [elsewhere](Gradients::elsewhere); then nothing
+    /// has changed.
     fn update(
         &self,
         params: &Params,

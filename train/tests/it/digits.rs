@@ -310,6 +310,11 @@ pub(crate) fn learn_with(
                     _ => Ok::<_, BoxError>(loss),
                 }
             })?;
+            // One that is not finite brings them here.
+            let are_finite = matches!(config.harm, Harm::None | Harm::KillOnce { .. });
+            if config.elsewhere && are_finite {
+                assert!(state.gradients().elsewhere().is_some());
+            }
         }
         context.synchronise(&mut state)?;
         let mut test = context.batches(config)?;

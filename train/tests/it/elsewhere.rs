@@ -3,7 +3,7 @@
 use crate::Test;
 use crate::digits::{self, CLASSES, Config, FEATURES, Harm, Outcome, Rows};
 use crate::optim::{build, some_gradients, values};
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use mobula_core::{BatchStream, BoxError, Flow, RunDir, Runtime, Shard};
 use mobula_nn::models::MlpOptions;
 use mobula_nn::{Init, Model, ModelSpec, Params};
@@ -28,6 +28,7 @@ pub(crate) const TESTS: &[Test] = &[
     ("elsewhere::trainings_come_to_the_same_bits", trainings),
     ("elsewhere::a_lost_worker_gets_what_the_other_has", healed),
     ("elsewhere::a_run_goes_on_from_its_checkpoints", resumed),
+    ("elsewhere::gradients_have_to_be_of_the_model", by_piece),
     ("elsewhere::a_gradient_that_is_not_finite_has_its_name", named),
 ];
 
@@ -122,6 +123,8 @@ fn train_on(
             move_to(&mut gradients, device);
         }
         updater.step(&params, &mut gradients).expect("step");
+        let has_rule = updater.optimizer().name() != "adafactor";
+        assert_eq!(gradients.elsewhere().is_some(), is_there(step) && has_rule);
         assert_eq!(updater.state().expect("state").expect("steps").step, step + 1);
     }
     let state = updater.state().expect("state");
@@ -289,6 +292,18 @@ fn resumed(runtime: &Runtime) {
         });
         assert!(second.values[0].began_at > 0);
         assert_eq!(bits(&second.values[0].weights), bits(&whole.values[0].weights));
+    }
+}
+
+fn by_piece(_: &Runtime) {
+    let params = params(&Device::Cpu);
+    let mut gradients = some_gradients(&params, 0);
+    let len = gradients.values().len();
+    let short = Tensor::zeros(len - 1, DType::F32, &Device::Cpu).expect("zeros");
+    let wide = Tensor::zeros(len, DType::F64, &Device::Cpu).expect("zeros");
+    for (wrong, got) in [(short, "F32"), (wide, "F64")] {
+        let error = gradients.put_elsewhere(wrong).expect_err("no gradients").to_string();
+        assert!(error.contains(got) && error.contains(&format!("[{len}] of F32")), "{error}");
     }
 }
 

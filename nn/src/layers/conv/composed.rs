@@ -1,10 +1,12 @@
 //! Convolutions in candle's own operations, for devices that this crate has no kernel for.
 
 use super::geometry::Axis;
+use crate::link::has_gradients;
 use candle_core::backend::BackendStorage;
 use candle_core::{
-    CpuStorage, CudaStorage, CustomOp3, Error, Layout, MetalStorage, Result, Shape, Tensor,
+    CpuStorage, CudaStorage, CustomOp2, Error, Layout, MetalStorage, Result, Shape, Storage, Tensor,
 };
+use std::sync::{Mutex, PoisonError};
 
 /// How windows move, without padding, over images that end with the last one.
 #[derive(Clone, Copy)]
@@ -20,8 +22,8 @@ pub(super) struct Windows {
 pub(super) fn conv2d(x: &Tensor, weight: &Tensor, windows: Windows) -> Result<Tensor> {
     let Windows { stride, dilation, groups } = windows;
     let y = x.detach().conv2d(&weight.detach(), 0, stride, dilation, groups)?;
-    match x.track_op() || weight.track_op() {
-        true => x.apply_op3(weight, &y, windows),
+    match has_gradients() && (x.track_op() || weight.track_op()) {
+        true => x.apply_op2(weight, Convolved { windows, y: Mutex::new(Some(y)) }),
         false => Ok(y),
     }
 }
@@ -67,8 +69,24 @@ impl Windows {
     }
 }
 
-/// What comes out is there already: this gives it a backward pass.
-impl CustomOp3 for Windows {
+/// Gives a backward pass to what came out, which becomes the graph's.
+struct Convolved {
+    windows: Windows,
+    y: Mutex<Option<Tensor>>,
+}
+
+impl Convolved {
+    fn take(&self) -> Result<Tensor> {
+        let y = self.y.lock().unwrap_or_else(PoisonError::into_inner).take();
+        y.ok_or_else(|| Error::msg("internal error: what a convolution gives is taken once"))
+    }
+}
+
+fn is_elsewhere<T>() -> Result<T> {
+    Err(Error::msg("internal error: what a convolution gives is on another device"))
+}
+
+impl CustomOp2 for Convolved {
     fn name(&self) -> &'static str {
         "conv2d"
     }
@@ -79,10 +97,13 @@ impl CustomOp3 for Windows {
         _: &Layout,
         _: &CpuStorage,
         _: &Layout,
-        y: &CpuStorage,
-        layout: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        Ok((y.try_clone(layout)?, layout.shape().clone()))
+        let y = self.take()?;
+        let (storage, layout) = y.storage_and_layout();
+        match &*storage {
+            Storage::Cpu(storage) => Ok((storage.try_clone(layout)?, layout.shape().clone())),
+            _ => is_elsewhere(),
+        }
     }
 
     fn cuda_fwd(
@@ -91,10 +112,13 @@ impl CustomOp3 for Windows {
         _: &Layout,
         _: &CudaStorage,
         _: &Layout,
-        y: &CudaStorage,
-        layout: &Layout,
     ) -> Result<(CudaStorage, Shape)> {
-        Ok((y.try_clone(layout)?, layout.shape().clone()))
+        let y = self.take()?;
+        let (storage, layout) = y.storage_and_layout();
+        match &*storage {
+            Storage::Cuda(storage) => Ok((storage.try_clone(layout)?, layout.shape().clone())),
+            _ => is_elsewhere(),
+        }
     }
 
     fn metal_fwd(
@@ -103,10 +127,13 @@ impl CustomOp3 for Windows {
         _: &Layout,
         _: &MetalStorage,
         _: &Layout,
-        y: &MetalStorage,
-        layout: &Layout,
     ) -> Result<(MetalStorage, Shape)> {
-        Ok((y.try_clone(layout)?, layout.shape().clone()))
+        let y = self.take()?;
+        let (storage, layout) = y.storage_and_layout();
+        match &*storage {
+            Storage::Metal(storage) => Ok((storage.try_clone(layout)?, layout.shape().clone())),
+            _ => is_elsewhere(),
+        }
     }
 
     fn bwd(
@@ -114,10 +141,10 @@ impl CustomOp3 for Windows {
         x: &Tensor,
         weight: &Tensor,
         _: &Tensor,
-        _: &Tensor,
         gradient: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let of_x = x.track_op().then(|| self.of_images(&weight.detach(), gradient)).transpose()?;
-        Ok((of_x, Some(self.of_weight(&x.detach(), gradient)?), None))
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let of_images = || self.windows.of_images(&weight.detach(), gradient);
+        let of_images = x.track_op().then(of_images).transpose()?;
+        Ok((of_images, Some(self.windows.of_weight(&x.detach(), gradient)?)))
     }
 }
