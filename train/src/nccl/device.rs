@@ -28,8 +28,8 @@ const GRACE: Duration = Duration::from_secs(10);
 /// events for each operation, by which several streams would wait for each other.
 pub(crate) fn first_gpu() -> Result<Device> {
     let device = Device::new_cuda_with_stream(0)?;
-    // SAFETY: all tensors are on the one stream of the device, which is also what frees them. The streams of
-    // `DeviceSums` wait for it, and it does not go on before they are done.
+    // SAFETY: all tensors are on the one stream of the device, which is also what frees them. The stream of
+    // `DeviceSums` waits for it, and it does not go on before that is done.
     unsafe { device.as_cuda_device()?.disable_event_tracking() };
     Ok(device)
 }
